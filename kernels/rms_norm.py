@@ -1,0 +1,32 @@
+"""Root-mean-square normalisation: y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension.
+
+Accumulates in float32. As in the Llama family the normalised value is cast to the input's dtype before the
+weight is applied. Source: Zhang and Sennrich 2019, arXiv 1910.07467.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The specification: normalise in float32, cast to x.dtype, then multiply by the weight.
+
+    Args:
+        x: `[tokens, hidden]`, any float dtype.
+        weight: `[hidden]`, dtype of x.
+        eps: added to the mean square.
+
+    Returns:
+        `[tokens, hidden]`, dtype of x.
+    """
+    x32 = x.float()
+    normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+    return normed.to(x.dtype) * weight
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The same through torch's fused op where that keeps the cast order, that is in float32."""
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    return rms_norm_reference(x, weight, eps)

@@ -1,0 +1,137 @@
+"""Branches: token sequences that fork without copying and are decoded together.
+
+A branch is a handle on a kept sequence of one engine. Everything goes by token ids: text that was generated
+is never tokenised again. Blocks are shared until one branch writes into a block that another one holds.
+"""
+
+import math
+from collections.abc import Sequence as SequenceOf
+from typing import TYPE_CHECKING
+
+from minirksc.errors import BranchError
+from minirksc.request import Request, Sequence
+
+if TYPE_CHECKING:
+    from minirksc.llm import LLM
+
+
+class Branch:
+    """One path through a reasoning tree; made by `LLM.branch` and `Branch.fork`, not by hand.
+
+    Attributes:
+        parent: the branch that it was forked from; None for a root.
+        finish_reason: how the last `LLM.extend` ended on it; None before the first.
+        logprobs: of its generated tokens, those of its ancestors included.
+        output_token_ids: generated tokens, hints and prompt excluded, those of its ancestors included.
+    """
+
+    def __init__(self, llm: "LLM", sequence: Sequence, parent: "Branch | None" = None) -> None:
+        self._llm = llm
+        self._sequence = sequence
+        self._num_forks = 0
+        self._num_hidden_chars = 0  # length of a stop string at the end that is not part of the text
+        self.parent = parent
+        self.pruned = False
+        self.finish_reason: str | None = None
+        self.output_token_ids: list[int] = list(parent.output_token_ids) if parent else []
+        self.logprobs: list[float] = list(parent.logprobs) if parent else []
+        self._top1: list[float] = list(parent._top1) if parent else []
+
+    def fork(self, n: int) -> list["Branch"]:
+        """n children that continue from here; no token is computed and no block copied.
+
+        Raises:
+            BranchError: it was pruned.
+            ValueError: n < 1.
+        """
+        self._check_usable()
+        if n < 1:
+            raise ValueError(f"fork({n}): n must be at least 1")
+        first = self._num_forks
+        self._num_forks += n
+        engine = self._llm.engine
+        return [
+            Branch(self._llm, engine.fork_sequence(self._sequence, index), self)
+            for index in range(first, first + n)
+        ]
+
+    def append(self, tokens: str | SequenceOf[int]) -> None:
+        """Adds text or token ids to the end; computed with the next `LLM.extend` or `LLM.score`.
+
+        Raises:
+            BranchError: it was pruned.
+            PromptError: longer than the model's length, or a token id outside the vocabulary.
+        """
+        self._check_usable()
+        token_ids = self._llm.encode_fragment(tokens)
+        self._llm.engine.check_token_ids(token_ids, num_before=self.num_tokens)
+        self._sequence.token_ids += token_ids
+
+    def prune(self) -> None:
+        """Gives back every block that nobody else uses. The branch cannot be used after; twice is fine."""
+        if not self.pruned:
+            self.pruned = True
+            self._llm.engine.release(self._sequence)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All tokens, the prompt included."""
+        return list(self._sequence.token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens, the prompt included."""
+        return len(self._sequence.token_ids)
+
+    @property
+    def text(self) -> str:
+        """Generated text, prompt and hints excluded, without a stop string that ended it."""
+        text = self._llm.decode(self.output_token_ids)
+        return text[: len(text) - self._num_hidden_chars]
+
+    @property
+    def confidence(self) -> float:
+        """Mean probability of the likeliest token at each generated position; nan when there is none."""
+        return sum(self._top1) / len(self._top1) if self._top1 else math.nan
+
+    @property
+    def num_shared_tokens(self) -> int:
+        """Tokens whose KV block another sequence holds too, right now."""
+        blocks = self._llm.engine.blocks
+        seq_id = self._sequence.seq_id
+        return blocks.num_shared_tokens(seq_id) if seq_id in blocks else 0
+
+    @property
+    def depth(self) -> int:
+        """Forks between the root and here."""
+        return self._sequence.depth
+
+    @property
+    def path(self) -> tuple[int, ...]:
+        """Index of each fork from the root to here; keys the branch's random numbers."""
+        return self._sequence.path
+
+    def __repr__(self) -> str:
+        state = "pruned" if self.pruned else f"{self.num_tokens} tokens"
+        return f"Branch(path={self.path}, {state}, finish_reason={self.finish_reason!r})"
+
+    def _check_usable(self) -> None:
+        if self.pruned:
+            raise BranchError(f"branch {self.path} was pruned; fork it before prune() to go on from it")
+
+    def _check_owner(self, llm: "LLM") -> None:
+        self._check_usable()
+        if self._llm is not llm:
+            raise BranchError(f"branch {self.path} belongs to another LLM; use the one that made it")
+
+    def _absorb(self, request: Request) -> None:
+        """Takes over what a finished request generated."""
+        self.finish_reason = request.finish_reason
+        self.output_token_ids += request.output_token_ids
+        self.logprobs += request.logprobs
+        self._top1 += request.top1_probabilities
+        self._num_hidden_chars = 0
+        checker = request.checker
+        if checker is not None and isinstance(checker.stop_reason, str):
+            shown = self._llm.decode(request.output_token_ids)
+            self._num_hidden_chars = len(shown) - len(checker.text)

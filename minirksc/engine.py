@@ -1,0 +1,295 @@
+"""The engine: three calls, `add_request`, `abort` and `step`, and everything between them.
+
+One step: the scheduler chooses, the batch is built, the runner computes logits, the sampler draws, requests
+are updated and finished ones released. Nothing waits inside and nothing is global: whoever owns an engine
+loops over `step` from one thread, and two engines in one process know nothing of each other.
+"""
+
+import itertools
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+
+from torch import Tensor
+
+from minirksc.batch import LogitsRows, build_batch
+from minirksc.config import EngineConfig, SamplingParams
+from minirksc.errors import NumericalError, PromptError
+from minirksc.request import LogitsCallback, Request, Sequence, Stats
+from minirksc.rsbcm import BlockManager
+from minirksc.runner import Runner, kv_block_bytes
+from minirksc.sampling import Sampled, SamplingRow, sample
+from minirksc.scheduler import ScheduledRequest, Scheduler
+from minirksc.stopping import StopChecker
+from minirksc.tokenizer import Detokenizer, Tokenizer
+
+SEED_RANGE = 2**64
+NO_STOP = frozenset[int]()
+
+
+class Engine:
+    """Requests on one model and one KV cache.
+
+    Args:
+        runner: model and cache tensor.
+        blocks: block manager of the same number of blocks.
+        config: limits of a step.
+        max_model_len: longest sequence, prompt and generated tokens together.
+        eos_token_ids: end a generation.
+        tokenizer: for text and stop strings; None: token ids only.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        blocks: BlockManager,
+        config: EngineConfig,
+        max_model_len: int,
+        eos_token_ids: frozenset[int],
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        spec, model = runner.model.spec, runner.model
+        self.runner = runner
+        self.blocks = blocks
+        self.block_bytes = kv_block_bytes(spec, blocks.block_size, model.dtype)
+        self.scheduler = Scheduler(
+            blocks,
+            config.max_batch_tokens,
+            config.max_batch_requests,
+            self.block_bytes,
+            config.prefix_caching,
+        )
+        self.max_model_len = max_model_len
+        self.eos_token_ids = eos_token_ids
+        self.tokenizer = tokenizer
+        self._sequence_ids = itertools.count()
+        self._request_ids = itertools.count()
+        self._num_steps = 0
+        self._num_prefilled_tokens = 0
+        self._num_decoded_tokens = 0
+
+    def new_sequence(self, token_ids: SequenceOf[int], *, share: bool = True, seed: int = 0) -> Sequence:
+        """A root sequence; nothing is computed or reserved yet.
+
+        Args:
+            token_ids: the prompt.
+            share: False keeps its blocks out of all sharing but that of its own forks.
+            seed: of the samples of a branch on it.
+
+        Raises:
+            PromptError: it is empty, longer than max_model_len, or has a token id outside the vocabulary.
+        """
+        self.check_token_ids(token_ids, num_before=0)
+        if not token_ids:
+            raise PromptError("the prompt is empty; give at least one token")
+        seq_id = next(self._sequence_ids)
+        salt = b"" if share else b"private %d" % seq_id
+        return Sequence(seq_id, list(token_ids), salt=salt, branch_seed=seed)
+
+    def check_token_ids(self, token_ids: SequenceOf[int], num_before: int) -> None:
+        """Checks tokens that are to follow `num_before` others.
+
+        Raises:
+            PromptError: too many for max_model_len, or one is outside the vocabulary.
+        """
+        vocab_size = self.runner.model.spec.vocab_size
+        bad = next((t for t in token_ids if not 0 <= t < vocab_size), None)
+        if bad is not None:
+            raise PromptError(f"token id {bad} is outside the vocabulary; ids are 0..{vocab_size - 1}")
+        num_tokens = num_before + len(token_ids)
+        if num_tokens > self.max_model_len:
+            raise PromptError(
+                f"{num_tokens} tokens are more than max_model_len {self.max_model_len}; shorten the prompt"
+            )
+
+    def fork_sequence(self, parent: Sequence, index: int) -> Sequence:
+        """A kept child that shares every block of its parent; nothing is copied."""
+        child = replace(
+            parent,
+            seq_id=next(self._sequence_ids),
+            token_ids=list(parent.token_ids),
+            path=(*parent.path, index),
+            depth=parent.depth + 1,
+        )
+        if parent.seq_id in self.blocks:
+            self.blocks.fork(parent.seq_id, child.seq_id, child.depth)
+            self.scheduler.keep(child)
+        return child
+
+    def add_request(
+        self,
+        sequence: Sequence,
+        params: SamplingParams,
+        *,
+        seed: int = 0,
+        prefill_only: bool = False,
+        logits_start: int | None = None,
+        on_logits: LogitsCallback | None = None,
+    ) -> Request:
+        """Queues a generation on a sequence.
+
+        Args:
+            sequence: from `new_sequence` or `fork_sequence`, and not in another unfinished request.
+            params: resolved sampling parameters.
+            seed: of the random numbers; params.seed wins.
+            prefill_only: compute the KV of what is there and sample nothing.
+            logits_start, on_logits: see `Request`.
+
+        Raises:
+            PromptError: prompt and max_tokens do not fit into max_model_len.
+            CacheFullError: the cache can never hold the prompt.
+        """
+        num_prompt = len(sequence.token_ids)
+        checker = None if prefill_only else self._make_checker(params, num_prompt)
+        request = Request(
+            request_id=next(self._request_ids),
+            sequence=sequence,
+            params=params,
+            seed=(seed if params.seed is None else params.seed) % SEED_RANGE,
+            num_prompt_tokens=num_prompt,
+            checker=checker,
+            logits_start=logits_start,
+            on_logits=on_logits,
+            eos_token_ids=self.eos_token_ids,
+        )
+        self.scheduler.add(request)
+        return request
+
+    def abort(self, request: Request) -> None:
+        """Ends a request at any moment of its life; its blocks are free at once, unless a branch keeps them."""
+        if not request.finished:
+            self._finish(request, "abort")
+
+    def release(self, sequence: Sequence) -> None:
+        """Gives back the blocks of a kept sequence that no request runs on."""
+        self.scheduler.release(sequence)
+
+    @property
+    def has_work(self) -> bool:
+        """True while some request is not finished."""
+        return self.scheduler.has_work
+
+    def step(self) -> list[Request]:
+        """Computes one batch.
+
+        Returns:
+            The requests that gained a token or finished; none when a chunk of a prompt was computed or nothing
+            was left to do.
+        """
+        step = self.scheduler.schedule()
+        for request in step.failed:
+            request.finish_reason = "error"
+        if not step.scheduled:
+            return step.failed
+        batch = build_batch(step, self.blocks, self.runner.model.device)
+        logits = self.runner.forward(batch)  # [rows, vocab]
+        self._count(step.scheduled)
+        for rows in batch.wanted:
+            request = rows.item.request
+            if request.on_logits is not None and request.logits_start is not None:
+                begin = rows.begin + max(0, request.logits_start - rows.first)
+                request.on_logits(rows.first + begin - rows.begin, logits[begin : rows.end])
+        drawn = self._sample(logits, batch.wanted)
+        # KV of a request whose logits are not finite must not reach the prefix cache.
+        failed = {request for request, one in drawn if one.failure is not None}
+        self.scheduler.commit([item for item in step.scheduled if item.request not in failed])
+        for request, one in drawn:
+            self._update(request, one)
+        prefilled = [i.request for i in step.scheduled if i.completes and i.request.checker is None]
+        for request in prefilled:
+            self._finish(request, "stop")
+        return [*step.failed, *(request for request, _ in drawn), *prefilled]
+
+    def stats(self) -> Stats:
+        """Counters since start and the state of the cache."""
+        blocks = self.blocks
+        return {
+            "num_steps": self._num_steps,
+            "num_prefilled_tokens": self._num_prefilled_tokens,
+            "num_decoded_tokens": self._num_decoded_tokens,
+            "num_cached_tokens": self.scheduler.num_cached_tokens,
+            "num_evicted_blocks": blocks.num_evicted_blocks,
+            "num_preemptions": self.scheduler.num_preemptions,
+            "num_blocks_total": blocks.num_blocks,
+            "num_blocks_used": blocks.num_used,
+            "num_blocks_cached": blocks.num_cached,
+            "num_blocks_free": blocks.num_free,
+            "block_size": blocks.block_size,
+            "kv_cache_bytes": blocks.num_blocks * self.block_bytes,
+        }
+
+    def _make_checker(self, params: SamplingParams, num_prompt: int) -> StopChecker:
+        room = self.max_model_len - num_prompt
+        if params.max_tokens is not None and params.max_tokens > room:
+            raise PromptError(
+                f"{num_prompt} prompt tokens and max_tokens {params.max_tokens} are more than max_model_len "
+                f"{self.max_model_len}; use max_tokens={max(room, 0)} or less, or None for what fits"
+            )
+        if room < 1:
+            raise PromptError(
+                f"a sequence of {num_prompt} tokens leaves no room for a new one in max_model_len "
+                f"{self.max_model_len}"
+            )
+        if params.max_tokens is None:
+            params = replace(params, max_tokens=room)
+        detokenizer = None
+        if self.tokenizer is not None and params.detokenize:
+            detokenizer = Detokenizer(self.tokenizer, params.skip_special_tokens)
+        return StopChecker(params, self.eos_token_ids, detokenizer)
+
+    def _sample(self, logits: Tensor, wanted: list[LogitsRows]) -> list[tuple[Request, Sampled]]:
+        """Draws the next token of every request whose last token has been computed."""
+        ends = [r for r in wanted if r.item.completes and r.item.request.checker is not None]
+        if not ends:
+            return []
+        if len(ends) < len(logits):
+            logits = logits[[rows.end - 1 for rows in ends]]  # [requests, vocab]
+        requests = [rows.item.request for rows in ends]
+        confidence = self.runner.model.backend.confidence
+        drawn = sample(logits, [self._sampling_row(r) for r in requests], confidence)
+        return list(zip(requests, drawn, strict=True))
+
+    def _sampling_row(self, request: Request) -> SamplingRow:
+        tokens = request.sequence.token_ids
+        below_minimum = len(request.output_token_ids) < request.params.min_tokens
+        forbidden = self.eos_token_ids.union(request.params.stop_token_ids) if below_minimum else NO_STOP
+        return SamplingRow(
+            params=request.params,
+            prompt_token_ids=tokens[: request.num_prompt_tokens],
+            output_token_ids=request.output_token_ids,
+            seed=request.seed,
+            path=request.sequence.path,
+            position=len(tokens),
+            forbidden_ids=forbidden,
+        )
+
+    def _update(self, request: Request, drawn: Sampled) -> None:
+        if drawn.failure is not None:
+            request.error = NumericalError(
+                f"request {request.request_id}: {drawn.failure} at position "
+                f"{len(request.sequence.token_ids)}; the checkpoint may be damaged, or its dtype too narrow "
+                "(try dtype='float32')"
+            )
+            self._finish(request, "error")
+            return
+        assert request.checker is not None
+        self._num_decoded_tokens += 1
+        request.sequence.token_ids.append(drawn.token_id)
+        request.output_token_ids.append(drawn.token_id)
+        request.logprobs.append(drawn.logprob)
+        request.top1_probabilities.append(drawn.top1_probability)
+        if drawn.top_logprobs is not None:
+            request.top_logprobs.append(drawn.top_logprobs)
+        request.text += request.checker.push(drawn.token_id)
+        if request.checker.finish_reason is not None:
+            request.text += request.checker.flush()
+            self._finish(request, request.checker.finish_reason)
+
+    def _finish(self, request: Request, reason: str) -> None:
+        request.finish_reason = reason
+        self.scheduler.finish(request)
+
+    def _count(self, scheduled: list[ScheduledRequest]) -> None:
+        self._num_steps += 1
+        for item in scheduled:
+            if not (item.num_tokens == 1 and item.completes and item.request.output_token_ids):
+                self._num_prefilled_tokens += item.num_tokens

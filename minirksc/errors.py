@@ -1,0 +1,49 @@
+"""Every error that minirksc raises on purpose.
+
+A message names the offending value, the limit it met and what to do about it. All of them derive from
+`MinirkscError`, so that a service can catch one type; those that reject an argument are `ValueError`s too.
+"""
+
+
+class MinirkscError(Exception):
+    """Base of all errors raised on purpose by minirksc."""
+
+
+class ConfigError(MinirkscError, ValueError):
+    """An option or a sampling value is unknown, contradictory or out of range."""
+
+
+class PromptError(MinirkscError, ValueError):
+    """A prompt is empty, too long, or holds a token id outside the vocabulary."""
+
+
+class CheckpointError(MinirkscError):
+    """A checkpoint folder cannot be read: files missing, damaged, or tensors that do not fit the model."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """config.json describes a model that minirksc does not implement."""
+
+
+class TokenizerError(MinirkscError):
+    """The checkpoint has no usable tokenizer, or text was given where only token ids can be used."""
+
+
+class ChatTemplateError(TokenizerError):
+    """The chat template is missing, raises, or runs for too long."""
+
+
+class CacheFullError(MinirkscError):
+    """The KV cache cannot hold what one request needs, however much is evicted."""
+
+
+class NumericalError(MinirkscError):
+    """The model produced NaN or infinite logits for one request."""
+
+
+class BranchError(MinirkscError):
+    """A branch was used after prune(), or on an engine that does not own it."""
+
+
+class EngineClosedError(MinirkscError):
+    """The engine was used after close()."""

@@ -1,0 +1,550 @@
+"""`LLM`: the engine as people use it. Prompts in, results out; branches; scores.
+
+Everything here is a loop over `Engine.step`; nothing is approximated.
+"""
+
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minirksc.branch import Branch
+from minirksc.config import EngineConfig, SamplingParams
+from minirksc.engine import Engine
+from minirksc.errors import BranchError, ConfigError, EngineClosedError, MinirkscError, TokenizerError
+from minirksc.loading import load
+from minirksc.models.spec import ArchSpec
+from minirksc.request import CompletionOutput, Request, RequestOutput, Stats, StreamChunk
+from minirksc.sampling import top_logprobs_of
+from minirksc.tokenizer import Tokenizer
+
+Prompt = str | SequenceOf[int] | Mapping[str, Any]
+"""Text, token ids, or {"prompt_token_ids": [...]} or {"prompt": "..."}."""
+
+
+@dataclass(slots=True)
+class _Job:
+    """One prompt on its way: its n requests, or the error that kept it from starting."""
+
+    prompt: str | None
+    token_ids: list[int]
+    params: SamplingParams
+    requests: list[Request]
+    prompt_logprobs: dict[int, dict[int, float]]
+    error: Exception | None = None
+
+
+class LLM:
+    """A model, its KV cache and its tokenizer.
+
+    Args:
+        model: a checkpoint folder or an alias such as "smollm2-135m".
+        options: fields of `EngineConfig`: dtype, device, kv_cache_bytes, block_size, max_batch_tokens,
+            max_model_len, threads, backend, eviction, seed and so on.
+
+    Attributes:
+        engine: the engine, for those who drive add_request, abort and step themselves.
+        tokenizer: None when the folder has none; token ids still work.
+        spec: the architecture.
+        config: options, with max_model_len resolved.
+        model_path: the folder that the weights came from.
+        sampling_defaults: what generation_config.json says about sampling.
+
+    Raises:
+        ConfigError: an option is unknown or out of range.
+        CheckpointError, UnsupportedModelError: the checkpoint cannot be read or run.
+        CacheFullError: the cache is smaller than one block.
+    """
+
+    def __init__(self, model: str | Path = "smollm2-135m", **options: Any) -> None:
+        config = EngineConfig.from_dict({"model": str(model), **options})
+        self._threads_before = torch.get_num_threads()
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        try:
+            loaded = load(config)
+        except BaseException:
+            torch.set_num_threads(self._threads_before)
+            raise
+        self._engine: Engine | None = loaded.engine
+        self.config = loaded.config
+        self.spec: ArchSpec = loaded.spec
+        self.model_path = loaded.model_path
+        self.tokenizer: Tokenizer | None = loaded.tokenizer
+        self.sampling_defaults = loaded.sampling_defaults
+        self._load_s = loaded.load_s
+        self._num_seeds = 0
+
+    @property
+    def engine(self) -> Engine:
+        """The engine below.
+
+        Raises:
+            EngineClosedError: after close().
+        """
+        if self._engine is None:
+            raise EngineClosedError(f"LLM({self.config.model!r}) was closed; make a new one")
+        return self._engine
+
+    def close(self) -> None:
+        """Frees model and cache; a second call does nothing."""
+        if self._engine is not None:
+            self._engine = None
+            if self.config.threads is not None:
+                torch.set_num_threads(self._threads_before)
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # Generation
+
+    def generate(
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        use_tqdm: bool = False,
+        return_errors: bool = False,
+    ) -> list[RequestOutput]:
+        """Completes prompts, all of them batched together; never approximates.
+
+        Args:
+            prompts: one or many, each text, token ids or {"prompt_token_ids": [...]}.
+            params: for all, or one a prompt; None: `SamplingParams()`.
+            use_tqdm: progress bar on stderr.
+            return_errors: put a prompt's error into its result instead of raising it.
+
+        Returns:
+            One result a prompt, in order.
+
+        Raises:
+            PromptError, CacheFullError, NumericalError, TokenizerError: unless return_errors.
+        """
+        items = _prompt_list(prompts)
+        jobs: list[_Job] = []
+        try:
+            for prompt, one in zip(items, _params_list(params, len(items)), strict=True):
+                jobs.append(self._start(prompt, one, return_errors))
+            requests = [request for job in jobs for request in job.requests]
+            with tqdm(total=len(requests), disable=not use_tqdm, unit="request") as bar:
+                for _ in self._run(requests):
+                    bar.update(sum(request.finished for request in requests) - bar.n)
+        finally:
+            self._abort(request for job in jobs for request in job.requests)
+        results = [self._result(job) for job in jobs]
+        for result in results:
+            if result.error is not None and not return_errors:
+                raise result.error
+        return results
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None
+    ) -> Generator[StreamChunk, None, RequestOutput]:
+        """Completes one prompt and yields text as it becomes final; the result is the return value.
+
+        Closing the generator early aborts the generation and frees its blocks.
+
+        Raises:
+            PromptError, CacheFullError, NumericalError, TokenizerError.
+        """
+        job = self._start(prompt, params or SamplingParams(), return_errors=False)
+        shown = [(0, 0)] * len(job.requests)  # characters and tokens of each sample so far
+        try:
+            for _ in self._run(job.requests):
+                for index, request in enumerate(job.requests):
+                    if request.error is not None:
+                        raise request.error
+                    num_chars, num_tokens = shown[index]
+                    shown[index] = (len(request.text), len(request.output_token_ids))
+                    if shown[index] != (num_chars, num_tokens):
+                        yield StreamChunk(
+                            index=index,
+                            text=request.text[num_chars:],
+                            token_ids=request.output_token_ids[num_tokens:],
+                            finish_reason=request.finish_reason,
+                        )
+        finally:
+            self._abort(job.requests)
+        return self._result(job)
+
+    def chat(
+        self,
+        conversations: SequenceOf[Any],
+        params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        use_tqdm: bool = False,
+        **template_kwargs: Any,
+    ) -> list[RequestOutput]:
+        """Answers conversations through the checkpoint's own chat template.
+
+        Args:
+            conversations: one list of {"role": ..., "content": ...}, or a list of such lists.
+            params, use_tqdm: as in `generate`.
+            template_kwargs: variables for the template, such as enable_thinking.
+
+        Raises:
+            ChatTemplateError: there is no template, or it fails.
+        """
+        if conversations and isinstance(conversations[0], Mapping):
+            conversations = [conversations]
+        tokenizer = self._need_tokenizer("chat()")
+        prompts = [tokenizer.encode_chat(list(c), **template_kwargs) for c in conversations]
+        return self.generate(prompts, params, use_tqdm=use_tqdm)
+
+    def logits(self, token_ids: SequenceOf[int]) -> Tensor:
+        """Next-token logits at every position: `[tokens, vocab]` float32 on the CPU.
+
+        Raises:
+            PromptError, CacheFullError.
+        """
+        out = torch.empty((len(token_ids), self.spec.vocab_size))
+        request = self.engine.add_request(
+            self.engine.new_sequence(token_ids, share=False),
+            self._resolve(SamplingParams()),
+            prefill_only=True,
+            logits_start=0,
+            on_logits=lambda first, rows: _store(out, first, rows),
+        )
+        self._run_all([request])
+        return out
+
+    # Branches
+
+    def branch(self, prompt: Prompt, *, share: bool = True, seed: int | None = None) -> Branch:
+        """A root branch, its prompt computed once.
+
+        Args:
+            prompt: text or token ids.
+            share: False keeps its blocks out of all sharing but that of its own forks.
+            seed: of its samples and its forks'; None: the next of this LLM's.
+
+        Raises:
+            PromptError, CacheFullError, TokenizerError.
+        """
+        _, token_ids = self._encode(prompt)
+        sequence = self.engine.new_sequence(
+            token_ids, share=share, seed=self._next_seed() if seed is None else seed
+        )
+        sequence.kept = True
+        params = self._resolve(SamplingParams())
+        self._run_all([self.engine.add_request(sequence, params, prefill_only=True)])
+        return Branch(self, sequence)
+
+    def extend(
+        self,
+        branches: SequenceOf[Branch],
+        params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+    ) -> None:
+        """Decodes branches together, each until its own stop; results are in the branches.
+
+        The random numbers of a branch depend on its seed, its path and the position alone: neither on its
+        siblings nor on what was pruned.
+
+        Args:
+            branches: distinct branches of this LLM.
+            params: for all, or one a branch; n must be 1.
+
+        Raises:
+            BranchError: one is pruned, foreign or given twice.
+            PromptError, CacheFullError, NumericalError: after the other branches have ended.
+        """
+        if len(set(map(id, branches))) < len(branches):
+            raise BranchError("a branch is given twice; extend() takes each branch once")
+        pairs = list(zip(branches, _params_list(params, len(branches)), strict=True))
+        for branch, one in pairs:
+            branch._check_owner(self)
+            if one.n != 1:
+                raise ConfigError(f"extend() takes n=1, not {one.n}; fork the branch instead")
+        requests: list[Request] = []
+        try:
+            for branch, one in pairs:
+                sequence = branch._sequence
+                requests.append(
+                    self.engine.add_request(sequence, self._resolve(one), seed=sequence.branch_seed)
+                )
+            self._run_all(requests)
+        finally:
+            self._abort(requests)
+            for branch, request in zip(branches, requests, strict=False):
+                branch._absorb(request)
+
+    def score(
+        self,
+        branches: SequenceOf[Branch],
+        question: str | SequenceOf[int],
+        choices: SequenceOf[str | SequenceOf[int]],
+    ) -> Tensor:
+        """How probable each choice is as the continuation of `question` after each branch.
+
+        One batched pass; the branches stay as they were.
+
+        Args:
+            branches: of this LLM.
+            question: text or token ids, appended to each branch for this pass only.
+            choices: at least two, text or token ids.
+
+        Returns:
+            `[branches, choices]` float32; each row sums to 1.
+
+        Raises:
+            BranchError, PromptError, CacheFullError, NumericalError.
+        """
+        for branch in branches:
+            branch._check_owner(self)
+        question_ids = self.encode_fragment(question)
+        choice_ids = [self.encode_fragment(choice) for choice in choices]
+        if len(choice_ids) < 2 or not all(choice_ids):
+            raise ConfigError(f"score() needs at least two choices of at least one token, got {choices!r}")
+        if all(len(ids) == 1 for ids in choice_ids):
+            # One pass gives them all: the logits after the question, at the choices' tokens.
+            columns = [ids[0] for ids in choice_ids]
+            tails: list[list[int]] = [[]]
+        else:
+            columns = []
+            tails = choice_ids
+        scores = torch.full((len(branches), len(choice_ids)), math.nan)
+        requests: list[Request] = []
+        try:
+            for row, branch in enumerate(branches):
+                for i, tail in enumerate(tails):
+                    if columns:
+                        store = _first_row_at(scores[row], columns)
+                    else:
+                        store = _sum_of_logprobs(scores[row], i, tail)
+                    requests.append(self._score_request(branch, question_ids, tail, store))
+            self._run_all(requests)
+        finally:
+            self._abort(requests)
+        return scores.softmax(-1)
+
+    # Housekeeping
+
+    def stats(self) -> Stats:
+        """Counters since start, and what the engine runs on; see the keys for units."""
+        model = self.engine.runner.model
+        return {
+            **self.engine.stats(),
+            "load_s": self._load_s,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": str(model.device),
+            "threads": torch.get_num_threads(),
+            "backend": model.backend.name,
+        }
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets every cached block that no sequence uses."""
+        self.engine.blocks.reset()
+
+    def encode_fragment(self, tokens: str | SequenceOf[int]) -> list[int]:
+        """Token ids of text that continues something: no BOS. Token ids pass through."""
+        if isinstance(tokens, str):
+            return self._need_tokenizer("text").encode(tokens, add_special_tokens=False)
+        return list(tokens)
+
+    def decode(self, token_ids: SequenceOf[int]) -> str:
+        """Text of token ids, special tokens left out; "" without a tokenizer."""
+        return "" if self.tokenizer is None else self.tokenizer.decode(token_ids)
+
+    # Inside
+
+    def _need_tokenizer(self, what: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise TokenizerError(
+                f"{self.model_path} has no tokenizer, so {what} cannot be used; give token ids"
+            )
+        return self.tokenizer
+
+    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """(text or None, token ids) of one prompt."""
+        if isinstance(prompt, Mapping):
+            if set(prompt) == {"prompt_token_ids"}:
+                return None, list(prompt["prompt_token_ids"])
+            if set(prompt) == {"prompt"} and isinstance(prompt["prompt"], str):
+                prompt = prompt["prompt"]
+            else:
+                raise ConfigError(
+                    f"a prompt with the keys {sorted(prompt)}; it takes prompt_token_ids or prompt"
+                )
+        if isinstance(prompt, str):
+            return prompt, self._need_tokenizer("text").encode(prompt)
+        return None, list(prompt)
+
+    def _resolve(self, params: SamplingParams) -> SamplingParams:
+        return params.resolved(self.sampling_defaults)
+
+    def _next_seed(self) -> int:
+        """Requests without a seed get the LLM's own, one after the other: a run can be repeated."""
+        self._num_seeds += 1
+        return self.config.seed + self._num_seeds - 1
+
+    def _start(self, prompt: Prompt, params: SamplingParams, return_errors: bool) -> _Job:
+        job = _Job(None, [], params, [], {})
+        try:
+            job.prompt, job.token_ids = self._encode(prompt)
+            job.params = params = self._resolve(params)
+            seed = self._next_seed() if params.seed is None else params.seed
+            for index in range(params.n):
+                wants_prompt = index == 0 and params.prompt_logprobs is not None
+                job.requests.append(
+                    self.engine.add_request(
+                        self.engine.new_sequence(job.token_ids),
+                        # Sample i is what a request of its own with seed + i would give.
+                        replace(params, n=1, seed=None),
+                        seed=seed + index,
+                        logits_start=0 if wants_prompt else None,
+                        on_logits=self._prompt_logprobs_into(job) if wants_prompt else None,
+                    )
+                )
+        except MinirkscError as error:
+            self._abort(job.requests)
+            if not return_errors:
+                raise
+            job.requests.clear()
+            job.error = error
+        return job
+
+    def _prompt_logprobs_into(self, job: _Job) -> Callable[[int, Tensor], None]:
+        def store(first: int, logits: Tensor) -> None:
+            # The logits at position p are those of the token at p + 1.
+            following = job.token_ids[first + 1 : first + 1 + len(logits)]
+            top = top_logprobs_of(logits[: len(following)], following, job.params.prompt_logprobs or 0)
+            job.prompt_logprobs.update(enumerate(top, start=first + 1))
+
+        return store
+
+    def _run(self, requests: SequenceOf[Request]) -> Iterator[None]:
+        """Steps the engine until all of these have finished; a pause after every step."""
+        while not all(request.finished for request in requests):
+            self.engine.step()
+            yield
+
+    def _run_all(self, requests: SequenceOf[Request]) -> None:
+        """Runs until all have finished; raises the first error among them."""
+        try:
+            for _ in self._run(requests):
+                pass
+        finally:
+            self._abort(requests)
+        for request in requests:
+            if request.error is not None:
+                raise request.error
+
+    def _abort(self, requests: Iterable[Request]) -> None:
+        """Whatever interrupted the caller, nothing stays behind in the engine."""
+        if self._engine is not None:
+            for request in requests:
+                self._engine.abort(request)
+
+    def _score_request(
+        self,
+        branch: Branch,
+        question: list[int],
+        tail: list[int],
+        store: Callable[[int, Tensor], None],
+    ) -> Request:
+        engine = self.engine
+        child = engine.fork_sequence(branch._sequence, index=0)
+        child.kept = False
+        try:
+            engine.check_token_ids([*question, *tail], num_before=len(child.token_ids))
+            child.token_ids += [*question, *tail]
+            return engine.add_request(
+                child,
+                self._resolve(SamplingParams()),
+                prefill_only=True,
+                logits_start=len(child.token_ids) - 1 - len(tail),
+                on_logits=store,
+            )
+        except MinirkscError:
+            engine.release(child)
+            raise
+
+    def _result(self, job: _Job) -> RequestOutput:
+        error = job.error or next((r.error for r in job.requests if r.error), None)
+        prompt_logprobs: list[dict[int, float] | None] | None = None
+        if job.params.prompt_logprobs is not None:
+            prompt_logprobs = [job.prompt_logprobs.get(p) for p in range(len(job.token_ids))]
+        return RequestOutput(
+            request_id=job.requests[0].request_id if job.requests else -1,
+            prompt=job.prompt,
+            prompt_token_ids=job.token_ids,
+            outputs=[_completion(i, r) for i, r in enumerate(job.requests) if r.error is None],
+            num_cached_tokens=(job.requests[0].num_cached_tokens or 0) if job.requests else 0,
+            prompt_logprobs=prompt_logprobs,
+            error=error,
+        )
+
+
+def _completion(index: int, request: Request) -> CompletionOutput:
+    checker = request.checker
+    assert checker is not None
+    return CompletionOutput(
+        index=index,
+        text=checker.text,
+        token_ids=request.output_token_ids,
+        cumulative_logprob=sum(request.logprobs),
+        logprobs=request.top_logprobs if request.params.logprobs is not None else None,
+        finish_reason=request.finish_reason,
+        stop_reason=checker.stop_reason,
+    )
+
+
+def _prompt_list(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
+    """One prompt or many; a list of ints is one prompt of token ids."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if prompts and all(isinstance(item, int) for item in prompts):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _params_list(
+    params: SamplingParams | SequenceOf[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise ConfigError(f"{len(params)} sampling parameters for {count} prompts; give one, or one each")
+    return list(params)
+
+
+def _store(out: Tensor, first: int, rows: Tensor) -> None:
+    out[first : first + len(rows)] = rows
+
+
+def _first_row_at(out: Tensor, columns: list[int]) -> Callable[[int, Tensor], None]:
+    """Stores the logits of the choices' tokens; their softmax is the distribution over the choices."""
+
+    def store(first: int, logits: Tensor) -> None:
+        out[:] = logits[0, columns]
+
+    return store
+
+
+def _sum_of_logprobs(out: Tensor, index: int, tail: list[int]) -> Callable[[int, Tensor], None]:
+    """Sums the log-probabilities of a choice of several tokens, whatever chunks its rows come in."""
+    start: list[int] = []
+    parts: dict[int, float] = {}
+
+    def store(first: int, logits: Tensor) -> None:
+        start[:] = start or [first]
+        for row, logprobs in enumerate(logits.log_softmax(-1)):
+            place = first + row - start[0]
+            if place < len(tail):
+                parts[place] = float(logprobs[tail[place]])
+        out[index] = sum(parts.values())
+
+    return store

@@ -1,0 +1,188 @@
+"""From a model name to a running engine: folder, spec, dtype, weights, cache size."""
+
+import json
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minirksc.checkpoints import resolve_model
+from minirksc.config import EngineConfig
+from minirksc.engine import Engine
+from minirksc.errors import CacheFullError, CheckpointError, ConfigError, TokenizerError
+from minirksc.kernels.backend import choose_backend
+from minirksc.models.decoder import Decoder
+from minirksc.models.families import load_config, spec_from_config
+from minirksc.models.spec import ArchSpec
+from minirksc.models.weights import iter_weights
+from minirksc.rsbcm import BlockManager
+from minirksc.runner import Runner, kv_block_bytes
+from minirksc.tokenizer import Tokenizer
+
+KV_SHARE_OF_FREE_MEMORY = 0.4
+MAX_DEFAULT_SEQUENCES = 32
+"""The default cache holds at most so many sequences of full length; more is asked for by kv_cache_bytes."""
+
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A running engine and where it came from."""
+
+    engine: Engine
+    config: EngineConfig
+    spec: ArchSpec
+    model_path: Path
+    tokenizer: Tokenizer | None
+    sampling_defaults: dict[str, float]
+    load_s: float
+
+
+def load(config: EngineConfig) -> Loaded:
+    """Loads the model and allocates its cache.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: the folder cannot be read or run.
+        ConfigError: an option does not fit this machine or model.
+        CacheFullError: kv_cache_bytes is smaller than one block.
+    """
+    start = time.perf_counter()
+    path = resolve_model(config.model)
+    raw = load_config(path)
+    spec = spec_from_config(raw)
+    device = _choose_device(config.device)
+    dtype = _choose_dtype(config.dtype, raw, device)
+    generation = _read_json(path / "generation_config.json")
+    max_model_len = _choose_max_model_len(config.max_model_len, spec)
+    config = replace(config, max_model_len=max_model_len)
+    backend = choose_backend(config.backend)
+    weights = ((name, tensor.to(device)) for name, tensor in iter_weights(path, spec, dtype))
+    model = Decoder(spec, weights, backend)
+    num_blocks = _num_blocks(config, spec, dtype, device)
+    try:
+        tokenizer = Tokenizer.from_folder(path)
+    except TokenizerError:
+        tokenizer = None  # token ids still work; whoever gives text is told
+    engine = Engine(
+        Runner(model, num_blocks, config.block_size),
+        BlockManager(num_blocks, config.block_size, config.eviction),
+        config,
+        max_model_len,
+        _eos_token_ids(spec, generation, tokenizer),
+        tokenizer,
+    )
+    return Loaded(
+        engine=engine,
+        config=config,
+        spec=spec,
+        model_path=path,
+        tokenizer=tokenizer,
+        sampling_defaults=_sampling_defaults(generation),
+        load_s=time.perf_counter() - start,
+    )
+
+
+def _choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r}: no CUDA device is visible; use device='cpu'")
+    return device
+
+
+def _choose_dtype(name: str, raw: dict[str, Any], device: torch.device) -> torch.dtype:
+    """The checkpoint's dtype where the device computes in it, else float32: emulated bf16 is far slower."""
+    if name == "auto":
+        name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+        native = device.type != "cpu" or (
+            name == "bfloat16" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        )
+        if not native or name not in ("bfloat16", "float16"):
+            name = "float32"
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _choose_max_model_len(asked: int | None, spec: ArchSpec) -> int:
+    if asked is not None and asked > spec.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len {asked} is more than the {spec.max_position_embeddings} positions that the model "
+            "was made for; lower max_model_len"
+        )
+    return asked or spec.max_position_embeddings
+
+
+def _num_blocks(
+    config: EngineConfig, spec: ArchSpec, dtype: torch.dtype, device: torch.device
+) -> int:
+    block_bytes = kv_block_bytes(spec, config.block_size, dtype)
+    if config.kv_cache_bytes is None:
+        per_sequence = -(-spec.max_position_embeddings // config.block_size) * block_bytes
+        budget = min(
+            int(_free_bytes(device) * KV_SHARE_OF_FREE_MEMORY), MAX_DEFAULT_SEQUENCES * per_sequence
+        )
+    else:
+        budget = int(config.kv_cache_bytes)
+    if budget < block_bytes:
+        raise CacheFullError(
+            f"kv_cache_bytes {budget} is less than one block: {config.block_size} tokens of this model take "
+            f"{block_bytes} bytes; raise kv_cache_bytes (--kv-cache-bytes) or lower block_size"
+        )
+    return budget // block_bytes
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return 4 << 30
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """An optional JSON object; {} when the file is not there."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+def _sampling_defaults(generation: dict[str, Any]) -> dict[str, float]:
+    defaults = {
+        name: generation[name]
+        for name in SAMPLING_DEFAULTS
+        if isinstance(generation.get(name), int | float)
+    }
+    if generation.get("do_sample") is False:
+        defaults["temperature"] = 0.0
+    return defaults
+
+
+def _eos_token_ids(
+    spec: ArchSpec, generation: dict[str, Any], tokenizer: Tokenizer | None
+) -> frozenset[int]:
+    """All that any of the checkpoint's files names: each of them may know one that the others do not."""
+    of_generation = generation.get("eos_token_id")
+    if not isinstance(of_generation, list):
+        of_generation = [of_generation]
+    ids = {*spec.eos_token_ids, *(i for i in of_generation if isinstance(i, int))}
+    if tokenizer is not None:
+        ids |= tokenizer.eos_token_ids
+    return frozenset(ids)

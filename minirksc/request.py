@@ -1,0 +1,168 @@
+"""What the engine works on: token sequences, requests that generate on them, and the results.
+
+A `Sequence` is tokens with (perhaps) KV blocks; it outlives a request when it belongs to a branch. A
+`Request` is one generation on a sequence. Knows neither torch nor how anything is computed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from minirksc.config import SamplingParams
+from minirksc.stopping import StopChecker
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LogitsCallback = Callable[[int, "Tensor"], None]
+"""Called with (position of the first row, logits `[rows, vocab]` float32), chunk by chunk."""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens that one block table holds, or will hold.
+
+    Attributes:
+        seq_id: key of the block table in the `BlockManager`.
+        token_ids: prompt, hints and generated tokens, in order. KV exists for a prefix of them.
+        salt: sequences with different salts never share a block.
+        path: place in the reasoning tree, () for a root; keys the random numbers.
+        depth: of its node in the reasoning tree.
+        kept: a branch owns it: its blocks stay when a request on it ends.
+        branch_seed: seed that its branch's samples use where the sampling parameters give none.
+    """
+
+    seq_id: int
+    token_ids: list[int]
+    salt: bytes = b""
+    path: tuple[int, ...] = ()
+    depth: int = 0
+    kept: bool = False
+    branch_seed: int = 0
+
+
+class RequestState(Enum):
+    """Where a request is in its life."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One generation: extend a sequence by up to params.max_tokens tokens.
+
+    Attributes:
+        request_id: unique in its engine.
+        sequence: what is extended.
+        params: resolved sampling parameters.
+        seed: of the random numbers.
+        num_prompt_tokens: length of the sequence when the request was made.
+        checker: decides when it ends and what text is final; None: it only computes the prompt's KV.
+        logits_start: logits of positions from here on go to on_logits; None: no logits wanted.
+        on_logits: see `LogitsCallback`; after a preemption positions may come twice.
+        eos_token_ids: end the generation unless params.ignore_eos.
+        num_cached_tokens: prompt tokens whose KV was found and not computed, at first admission.
+        text: generated text that is final so far: never half a character or the beginning of a stop string.
+        output_token_ids, logprobs, top1_probabilities: one entry a generated token.
+        finish_reason: "stop", "length", "abort" or "error" at the end.
+    """
+
+    request_id: int
+    sequence: Sequence
+    params: SamplingParams
+    seed: int
+    num_prompt_tokens: int
+    checker: StopChecker | None
+    logits_start: int | None = None
+    on_logits: LogitsCallback | None = None
+    eos_token_ids: frozenset[int] = frozenset()
+    state: RequestState = RequestState.WAITING
+    num_cached_tokens: int | None = None
+    text: str = ""
+    output_token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    top1_probabilities: list[float] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: Exception | None = None
+
+    @property
+    def finished(self) -> bool:
+        """True when nothing more will be computed for it."""
+        return self.state is RequestState.FINISHED
+
+    @property
+    def uses_cache(self) -> bool:
+        """Cached tokens have no logits, so a request that wants those of its prompt computes it whole."""
+        return self.logits_start is None or self.logits_start >= len(self.sequence.token_ids) - 1
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One generated sample.
+
+    Attributes:
+        index: which of the prompt's n samples.
+        text: without the stop string unless it was asked for.
+        token_ids: generated tokens, the one that ended it included.
+        cumulative_logprob: sum over token_ids, under the raw model distribution.
+        logprobs: per token {token id: logprob}, the chosen token and the top k; None unless asked for.
+        finish_reason: "stop", "length", "abort" or "error".
+        stop_reason: the stop string or token id that ended it; None for EOS and length.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float
+    logprobs: list[dict[int, float]] | None
+    finish_reason: str | None
+    stop_reason: str | int | None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """Everything that one prompt gave.
+
+    Attributes:
+        request_id: of the first sample.
+        prompt: the text, None when token ids were given.
+        prompt_token_ids: what the model saw.
+        outputs: one a sample.
+        finished: False only inside a stream.
+        num_cached_tokens: prompt tokens that the first sample took from the prefix cache.
+        prompt_logprobs: per prompt token {token id: logprob} (None for the first); None unless asked for.
+        error: why the prompt failed, when errors are returned instead of raised.
+    """
+
+    request_id: int
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = True
+    num_cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, float] | None] | None = None
+    error: Exception | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class StreamChunk:
+    """New text of one sample, safe to show.
+
+    Attributes:
+        index: which of the prompt's n samples.
+        text: new since the last chunk; never half a character or the beginning of a stop string.
+        token_ids: new since the last chunk.
+        finish_reason: None until the sample's last chunk.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+
+
+Stats = dict[str, Any]

@@ -1,0 +1,275 @@
+"""What runs in the next step: continuous batching, chunked prefill, preemption by recompute.
+
+Order of service: decodes first (one token each), then prefills under way, then new requests in order of
+arrival, up to max_batch_tokens. A request that finds no block for its next token takes the blocks of a kept,
+idle sequence, else of the request that came last; both are recomputed when they run again, so no token is
+ever dropped. Requests that begin alike while nothing is cached yet wait for the first of them: one prefill.
+
+Pure bookkeeping: knows blocks and tokens, neither torch nor the model.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from minirksc.errors import CacheFullError
+from minirksc.request import Request, RequestState, Sequence
+from minirksc.rsbcm import BlockCopy, BlockManager
+
+
+@dataclass(slots=True)
+class ScheduledRequest:
+    """Part of one step: `num_tokens` tokens of the request, from position `first` on."""
+
+    request: Request
+    first: int
+    num_tokens: int
+    copies: list[BlockCopy]
+
+    @property
+    def completes(self) -> bool:
+        """True when the sequence's last token is among them, so that the next one can be sampled."""
+        return self.first + self.num_tokens == len(self.request.sequence.token_ids)
+
+
+@dataclass(slots=True)
+class Schedule:
+    """One step. `failed` are requests that can never run; their error is set."""
+
+    scheduled: list[ScheduledRequest] = field(default_factory=list)
+    failed: list[Request] = field(default_factory=list)
+
+
+class Scheduler:
+    """Queues of requests over one `BlockManager`.
+
+    Args:
+        blocks: the block manager.
+        max_batch_tokens: tokens a step.
+        max_batch_requests: requests that run at once.
+        block_bytes: of one block's KV, for messages.
+        prefix_caching: False: no request adopts cached blocks.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        max_batch_tokens: int,
+        max_batch_requests: int,
+        block_bytes: int,
+        prefix_caching: bool = True,
+    ) -> None:
+        self.blocks = blocks
+        self.max_batch_tokens = max_batch_tokens
+        self.max_batch_requests = max_batch_requests
+        self.block_bytes = block_bytes
+        self.prefix_caching = prefix_caching
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.idle: dict[int, Sequence] = {}  # kept sequences that hold blocks; least recently used first
+        self.num_preemptions = 0
+        self.num_cached_tokens = 0  # a request counts once, what it finds again after a preemption does not
+
+    @property
+    def has_work(self) -> bool:
+        """True while some request is not finished."""
+        return bool(self.waiting or self.running)
+
+    def add(self, request: Request) -> None:
+        """Queues a request.
+
+        Raises:
+            CacheFullError: the pool is smaller than its prompt and one more token.
+        """
+        capacity = self.blocks.num_blocks * self.blocks.block_size
+        if len(request.sequence.token_ids) + 1 > capacity:
+            raise self._cache_full(request)
+        self.idle.pop(request.sequence.seq_id, None)
+        self.waiting.append(request)
+
+    def keep(self, sequence: Sequence) -> None:
+        """Registers an idle sequence that holds blocks and may lose them under pressure."""
+        self.idle.pop(sequence.seq_id, None)
+        self.idle[sequence.seq_id] = sequence
+
+    def finish(self, request: Request) -> None:
+        """Takes a request out at any moment of its life; its blocks are released unless they are kept."""
+        if request in self.running:
+            self.running.remove(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+        request.state = RequestState.FINISHED
+        sequence = request.sequence
+        if sequence.seq_id not in self.blocks:
+            return
+        if sequence.kept:
+            self.keep(sequence)
+        else:
+            self.blocks.free(sequence.seq_id)
+
+    def release(self, sequence: Sequence) -> None:
+        """Forgets a kept sequence and its blocks."""
+        self.idle.pop(sequence.seq_id, None)
+        if sequence.seq_id in self.blocks:
+            self.blocks.free(sequence.seq_id)
+
+    def schedule(self) -> Schedule:
+        """Chooses the next step and reserves its blocks."""
+        step = Schedule()
+        budget = self.max_batch_tokens
+        for request in sorted(self.running, key=lambda r: self._num_pending(r) > 1):
+            if request.state is not RequestState.RUNNING or budget == 0:
+                continue  # preempted by one before it, or for the next step
+            item = self._schedule_running(request, budget, step)
+            if item is not None:
+                budget -= item.num_tokens
+                step.scheduled.append(item)
+        budget = self.max_batch_tokens - sum(item.num_tokens for item in step.scheduled)
+        self._admit(budget, step)
+        return step
+
+    def commit(self, items: list[ScheduledRequest]) -> None:
+        """The KV of these has been written."""
+        for item in items:
+            sequence = item.request.sequence
+            end = item.first + item.num_tokens
+            self.blocks.commit(sequence.seq_id, sequence.token_ids[item.first : end])
+
+    def _num_pending(self, request: Request) -> int:
+        sequence = request.sequence
+        return len(sequence.token_ids) - self.blocks.num_tokens(sequence.seq_id)
+
+    def _schedule_running(
+        self, request: Request, budget: int, step: Schedule
+    ) -> ScheduledRequest | None:
+        seq_id = request.sequence.seq_id
+        first = self.blocks.num_tokens(seq_id)
+        num_tokens = min(self._num_pending(request), budget)
+        while not self.blocks.can_reserve(seq_id, first + num_tokens):
+            if self._reclaim():
+                continue
+            victim = self.running[-1]
+            if victim is request and len(self.running) == 1:
+                self._fail(request, step)
+                return None
+            self._preempt(victim, step)
+            if victim is request:
+                return None
+        copies = self.blocks.reserve(seq_id, first + num_tokens)
+        return ScheduledRequest(request, first, num_tokens, copies)
+
+    def _admit(self, budget: int, step: Schedule) -> None:
+        deferred: list[Request] = []
+        while self.waiting and budget > 0 and len(self.running) < self.max_batch_requests:
+            request = self.waiting.popleft()
+            if self._leader_is_computing(request):
+                deferred.append(request)
+                continue
+            item = self._try_admit(request, budget)
+            if item is None:
+                self.waiting.appendleft(request)
+                if self.running or step.failed:
+                    break
+                self.waiting.popleft()
+                self._fail(request, step)
+                continue
+            step.scheduled.append(item)
+            budget -= item.num_tokens
+        self.waiting.extendleft(reversed(deferred))
+
+    def _try_admit(self, request: Request, budget: int) -> ScheduledRequest | None:
+        """Opens the request's table and reserves its first chunk; None, nothing changed: no room now."""
+        sequence, blocks = request.sequence, self.blocks
+        seq_id = sequence.seq_id
+        is_new = seq_id not in blocks
+        copies: list[BlockCopy] = []
+        if is_new:
+            use_cache = self.prefix_caching and request.uses_cache
+            copies = blocks.add(
+                seq_id,
+                sequence.token_ids,
+                salt=sequence.salt,
+                depth=sequence.depth,
+                use_cache=use_cache,
+            )
+        elif blocks.num_tokens(seq_id) >= len(sequence.token_ids):
+            # Its KV is complete, but logits come only from computing: do the last token again.
+            blocks.rewind(seq_id, len(sequence.token_ids) - 1)
+        cached = blocks.num_tokens(seq_id)
+        # Room for the whole prompt is asked for at once: a chunk that starts and cannot end helps nobody.
+        while not blocks.can_reserve(seq_id, len(sequence.token_ids)):
+            if not self._reclaim():
+                if is_new:
+                    blocks.free(seq_id)
+                return None
+        num_tokens = min(len(sequence.token_ids) - cached, budget)
+        copies = copies + blocks.reserve(seq_id, cached + num_tokens)
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = cached if is_new else 0
+            self.num_cached_tokens += request.num_cached_tokens
+        request.state = RequestState.RUNNING
+        self.running.append(request)
+        return ScheduledRequest(request, cached, num_tokens, copies)
+
+    def _leader_is_computing(self, request: Request) -> bool:
+        """True when a running prefill will soon offer more of this prompt than the cache does now."""
+        sequence = request.sequence
+        if not self.prefix_caching or not request.uses_cache or sequence.seq_id in self.blocks:
+            return False
+        tokens = sequence.token_ids
+        leaders = [
+            r
+            for r in self.running
+            if r.sequence.salt == sequence.salt
+            and self._num_pending(r) > 1
+            and r.sequence.token_ids[: self.blocks.block_size] == tokens[: self.blocks.block_size]
+        ]
+        if not leaders:
+            return False
+        worth_waiting = self.blocks.match(tokens, sequence.salt) + self.blocks.block_size
+        prefix = tokens[:worth_waiting]
+        return worth_waiting < len(tokens) and any(
+            r.sequence.token_ids[:worth_waiting] == prefix for r in leaders
+        )
+
+    def _reclaim(self) -> bool:
+        """Takes the blocks of one sequence that is not running; False: none holds any.
+
+        Idle ones first, least recently used first; then those whose request came last.
+        """
+        idle = next(iter(self.idle), None)
+        if idle is None:
+            waiting = (r.sequence.seq_id for r in reversed(self.waiting))
+            victim = next((seq_id for seq_id in waiting if seq_id in self.blocks), None)
+            if victim is None:
+                return False
+            self.blocks.free(victim)
+        else:
+            del self.idle[idle]
+            self.blocks.free(idle)
+        self.num_preemptions += 1
+        return True
+
+    def _preempt(self, request: Request, step: Schedule) -> None:
+        self.running.remove(request)
+        # What it was given in this very step goes back too, copies into its blocks included.
+        step.scheduled = [item for item in step.scheduled if item.request is not request]
+        self.blocks.free(request.sequence.seq_id)
+        request.state = RequestState.WAITING
+        self.waiting.appendleft(request)
+        self.num_preemptions += 1
+
+    def _fail(self, request: Request, step: Schedule) -> None:
+        request.error = self._cache_full(request)
+        self.finish(request)
+        step.failed.append(request)
+
+    def _cache_full(self, request: Request) -> CacheFullError:
+        num_tokens = len(request.sequence.token_ids) + 1
+        needed = -(-num_tokens // self.blocks.block_size)
+        return CacheFullError(
+            f"request {request.request_id} needs the KV of {num_tokens} tokens, "
+            f"{needed * self.block_bytes} bytes; the cache has "
+            f"{self.blocks.num_blocks * self.block_bytes} bytes "
+            f"({self.blocks.num_blocks} blocks of {self.blocks.block_size} tokens); "
+            "raise kv_cache_bytes (--kv-cache-bytes), or shorten the prompt"
+        )
