@@ -33,9 +33,7 @@ class Backend:
 
 
 BACKENDS = {
-    "torch": Backend(
-        "torch", rms_norm, rope, gated_act, kv_store, paged_attention, confidence, prepack=True
-    ),
+    "torch": Backend("torch", rms_norm, rope, gated_act, kv_store, paged_attention, confidence, prepack=True),
     "reference": Backend(
         "reference",
         rms_norm_reference,

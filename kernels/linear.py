@@ -35,8 +35,6 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         """`[tokens, in_features]` -> `[tokens, out_features]`."""
         if self.packed:
-            out: Tensor = torch.ops.mkldnn._linear_pointwise(
-                x, self.weight, self.bias, "none", [], ""
-            )
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
             return out
         return F.linear(x, self.weight, self.bias)

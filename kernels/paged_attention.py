@@ -99,9 +99,7 @@ def paged_attention_reference(
     """
     out = torch.empty_like(q)
     group = q.shape[1] // layer_cache.shape[3]
-    for i, (context_len, table) in enumerate(
-        zip(batch.context_lens, batch.block_tables, strict=True)
-    ):
+    for i, (context_len, table) in enumerate(zip(batch.context_lens, batch.block_tables, strict=True)):
         begin, end = batch.cu_seqlens_q[i], batch.cu_seqlens_q[i + 1]
         own = layer_cache[list(table)].flatten(0, 1)[:context_len].float()
         keys, values = own.repeat_interleave(group, dim=2).unbind(1)  # [keys, num_heads, head_dim]
@@ -201,9 +199,7 @@ def _decode(q: Tensor, cache: Tensor, plan: AttentionPlan, scale: float) -> Tens
     return back
 
 
-def _decode_own(
-    q: Tensor, cache: Tensor, plan: AttentionPlan, scale: float
-) -> tuple[Tensor, Tensor]:
+def _decode_own(q: Tensor, cache: Tensor, plan: AttentionPlan, scale: float) -> tuple[Tensor, Tensor]:
     """Each decode row over the keys that it reads alone; one call, or one a row where keys are many."""
     if plan.own_slots is None:
         parts = [
@@ -279,9 +275,7 @@ def _runs(table: Sequence[int], begin: int, end: int, block_size: int) -> list[R
     return runs
 
 
-def _own_gather(
-    decode_rows: list[DecodeRow], device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
+def _own_gather(decode_rows: list[DecodeRow], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     """Slots and mask of the rows' own keys, padded to the longest row; (None, None): a call a row.
 
     Padding repeats a slot that the row owns: it holds finite numbers, so that a weight of zero hides it.

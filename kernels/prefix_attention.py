@@ -87,9 +87,7 @@ def shared_segments(
     return order, segments, own_begin
 
 
-def merge_partials_reference(
-    outs: Sequence[Tensor], lses: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
+def merge_partials_reference(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The specification: attention over the union of disjoint key sets.
 
     Args:

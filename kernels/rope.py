@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 
-def rope_tables(positions: Tensor, inv_freq: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    positions: Tensor, inv_freq: Tensor, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines of every position, made once a step and used by all layers.
 
     Args:

@@ -118,15 +118,11 @@ def _choose_max_model_len(asked: int | None, spec: ArchSpec) -> int:
     return asked or spec.max_position_embeddings
 
 
-def _num_blocks(
-    config: EngineConfig, spec: ArchSpec, dtype: torch.dtype, device: torch.device
-) -> int:
+def _num_blocks(config: EngineConfig, spec: ArchSpec, dtype: torch.dtype, device: torch.device) -> int:
     block_bytes = kv_block_bytes(spec, config.block_size, dtype)
     if config.kv_cache_bytes is None:
         per_sequence = -(-spec.max_position_embeddings // config.block_size) * block_bytes
-        budget = min(
-            int(_free_bytes(device) * KV_SHARE_OF_FREE_MEMORY), MAX_DEFAULT_SEQUENCES * per_sequence
-        )
+        budget = min(int(_free_bytes(device) * KV_SHARE_OF_FREE_MEMORY), MAX_DEFAULT_SEQUENCES * per_sequence)
     else:
         budget = int(config.kv_cache_bytes)
     if budget < block_bytes:
@@ -166,18 +162,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _sampling_defaults(generation: dict[str, Any]) -> dict[str, float]:
     defaults = {
-        name: generation[name]
-        for name in SAMPLING_DEFAULTS
-        if isinstance(generation.get(name), int | float)
+        name: generation[name] for name in SAMPLING_DEFAULTS if isinstance(generation.get(name), int | float)
     }
     if generation.get("do_sample") is False:
         defaults["temperature"] = 0.0
     return defaults
 
 
-def _eos_token_ids(
-    spec: ArchSpec, generation: dict[str, Any], tokenizer: Tokenizer | None
-) -> frozenset[int]:
+def _eos_token_ids(spec: ArchSpec, generation: dict[str, Any], tokenizer: Tokenizer | None) -> frozenset[int]:
     """All that any of the checkpoint's files names: each of them may know one that the others do not."""
     of_generation = generation.get("eos_token_id")
     if not isinstance(of_generation, list):

@@ -138,9 +138,7 @@ class Scheduler:
         sequence = request.sequence
         return len(sequence.token_ids) - self.blocks.num_tokens(sequence.seq_id)
 
-    def _schedule_running(
-        self, request: Request, budget: int, step: Schedule
-    ) -> ScheduledRequest | None:
+    def _schedule_running(self, request: Request, budget: int, step: Schedule) -> ScheduledRequest | None:
         seq_id = request.sequence.seq_id
         first = self.blocks.num_tokens(seq_id)
         num_tokens = min(self._num_pending(request), budget)

@@ -33,9 +33,7 @@ class Decoder:
         UnsupportedModelError: the spec asks for a formula that is not implemented.
     """
 
-    def __init__(
-        self, spec: ArchSpec, weights: Iterator[tuple[str, Tensor]], backend: Backend
-    ) -> None:
+    def __init__(self, spec: ArchSpec, weights: Iterator[tuple[str, Tensor]], backend: Backend) -> None:
         _check_supported(spec)
         self.spec = spec
         self.backend = backend

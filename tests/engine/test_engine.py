@@ -138,8 +138,9 @@ def test_stream_gives_the_tokens_of_generate_piece_by_piece(llm):
 
 
 def test_prompt_logprobs_and_logprobs_agree_with_the_logits(llm):
-    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, detokenize=False,
-                            logprobs=2, prompt_logprobs=3)
+    params = SamplingParams(
+        temperature=0, max_tokens=3, ignore_eos=True, detokenize=False, logprobs=2, prompt_logprobs=3
+    )
     prompt = PROMPTS[1]
     for _ in range(2):  # the second time the prompt is cached
         (out,) = llm.generate([prompt], params)
@@ -160,7 +161,9 @@ def test_what_the_pool_can_never_hold_is_refused_and_the_rest_goes_on(tiny_llama
     with LLM(tiny_llama(), block_size=8, kv_cache_bytes="1MiB") as llm:
         block_bytes = llm.stats()["kv_cache_bytes"] // llm.stats()["num_blocks_total"]
     with LLM(tiny_llama(), block_size=8, kv_cache_bytes=4 * block_bytes) as llm:
-        with pytest.raises(CacheFullError, match=rf"{5 * block_bytes} bytes.*{4 * block_bytes} bytes.*kv-cache"):
+        with pytest.raises(
+            CacheFullError, match=rf"{5 * block_bytes} bytes.*{4 * block_bytes} bytes.*kv-cache"
+        ):
             llm.generate([[5] * 32], PARAMS)
         results = llm.generate([[5] * 32, [6] * 10], PARAMS, return_errors=True)
         assert isinstance(results[0].error, CacheFullError)
@@ -175,8 +178,12 @@ def test_what_the_pool_can_never_hold_is_refused_and_the_rest_goes_on(tiny_llama
 
 
 def test_bad_prompts_and_options(llm, tiny_llama):
-    for prompt, message in (([], "empty"), ([-1], "outside the vocabulary"), ([10**9], "outside"),
-                            ([5] * 10**5, "max_model_len")):
+    for prompt, message in (
+        ([], "empty"),
+        ([-1], "outside the vocabulary"),
+        ([10**9], "outside"),
+        ([5] * 10**5, "max_model_len"),
+    ):
         with pytest.raises(PromptError, match=message):
             llm.generate([prompt], PARAMS)
     with pytest.raises(PromptError, match="max_tokens"):

@@ -31,8 +31,13 @@ def case(tiny_llama):
     for prompt in prompts:
         ids = torch.tensor([prompt])
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS, eos_token_id=None, pad_token_id=0,
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            eos_token_id=None,
+            pad_token_id=0,
         )
         expected.append(out[0, len(prompt) :].tolist())
     return folder, prompts, expected
@@ -109,8 +114,15 @@ def test_logits(case):
     "kwargs",
     [
         {"tie": False, "attention_bias": True, "mlp_bias": True},
-        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
-                          "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
+        {
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
         {"heads": 5, "kv_heads": 1, "head_dim": 24},
         {"dtype": "bfloat16", "shards": 3},

@@ -22,8 +22,16 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
 
 def make_case(
-    query_lens, context_lens, *, heads=(4, 2), head_dim=16, block_size=4, tables=None, seed=0,
-    dtype=torch.float32, consecutive=False,
+    query_lens,
+    context_lens,
+    *,
+    heads=(4, 2),
+    head_dim=16,
+    block_size=4,
+    tables=None,
+    seed=0,
+    dtype=torch.float32,
+    consecutive=False,
 ):
     """Random queries and a cache whose unused slots are NaN."""
     gen = torch.Generator().manual_seed(seed)
@@ -146,8 +154,10 @@ def test_merge_into_equals_attention_over_the_union():
     scores = torch.randn((3, 2, 10), generator=gen) * 5
     values = torch.randn((10, 4), generator=gen)
     whole = scores.softmax(-1) @ values
-    parts = [(scores[..., s].softmax(-1) @ values[s], scores[..., s].logsumexp(-1)) for s in
-             (slice(0, 3), slice(3, 9), slice(9, 10))]
+    parts = [
+        (scores[..., s].softmax(-1) @ values[s], scores[..., s].logsumexp(-1))
+        for s in (slice(0, 3), slice(3, 9), slice(9, 10))
+    ]
     merged, lse = merge_partials_reference([p[0] for p in parts], [p[1] for p in parts])
     torch.testing.assert_close(merged, whole)
     torch.testing.assert_close(lse, scores.logsumexp(-1))

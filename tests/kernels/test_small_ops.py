@@ -71,7 +71,9 @@ def test_linear_packed_equals_plain(tokens, with_bias, dtype):
     bias = randn(33, dtype=dtype, seed=2) if with_bias else None
     x = randn(tokens, 20, dtype=dtype, seed=3)
     plain = Linear(weight, bias, prepack=False)(x)
-    torch.testing.assert_close(Linear(weight, bias)(x), plain, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=2e-2)
+    torch.testing.assert_close(
+        Linear(weight, bias)(x), plain, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=2e-2
+    )
 
 
 def test_kv_store_writes_only_its_slots():

@@ -1,0 +1,257 @@
+"""Options of the engine and of a generation: plain values, checked when they are made."""
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+from minirksc.errors import ConfigError
+
+MAX_SAMPLES = 256
+MAX_LOGPROBS = 100
+"""More than a person reads, and few enough that a step's results stay small."""
+
+NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+"""Values that change nothing, for what neither the caller nor the checkpoint gives."""
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+BACKENDS = ("auto", "torch", "reference")
+EVICTIONS = ("rksc", "lru", "lfu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one prompt is completed. None in a sampling value means the checkpoint's default, else neutral.
+
+    Applied in this order: logit_bias, penalties, temperature, top_k, top_p, min_p.
+
+    Attributes:
+        n: samples of the prompt; sample i is what a request with seed + i gives.
+        temperature: 0 is greedy.
+        top_p: smallest set of tokens whose probabilities sum to at least this.
+        top_k: the k likeliest tokens; 0 or -1 for all.
+        min_p: tokens at least this fraction as likely as the likeliest.
+        repetition_penalty: divides (multiplies, if negative) the logits of tokens in prompt and output.
+        presence_penalty, frequency_penalty: subtracted once, or per occurrence, for tokens in the output.
+        max_tokens: None for as many as the model's length allows.
+        min_tokens: no end, by token or string, before so many.
+        stop: strings that end the text; they may span tokens.
+        stop_token_ids: tokens that end it, besides the checkpoint's own.
+        include_stop_str_in_output: keep the stop string in the text.
+        ignore_eos: go on after the checkpoint's end tokens.
+        seed: of the random numbers; None for the engine's next.
+        logprobs, prompt_logprobs: report the chosen token's and the top k's log-probabilities.
+        logit_bias: added to the logits of these token ids.
+        skip_special_tokens: leave special tokens out of the text.
+        detokenize: False gives token ids only.
+    """
+
+    n: int = 1
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    max_tokens: int | None = 256
+    min_tokens: int = 0
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: Mapping[int, float] | None = None
+    skip_special_tokens: bool = True
+    detokenize: bool = True
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        _check_int("n", self.n, 1, MAX_SAMPLES)
+        _check_float("temperature", self.temperature, 0)
+        _check_float("top_p", self.top_p, 0, 1, open_low=True)
+        _check_int("top_k", self.top_k, -1, None)
+        _check_float("min_p", self.min_p, 0, 1)
+        _check_float("repetition_penalty", self.repetition_penalty, 0, open_low=True)
+        _check_float("presence_penalty", self.presence_penalty, -2, 2)
+        _check_float("frequency_penalty", self.frequency_penalty, -2, 2)
+        _check_int("max_tokens", self.max_tokens, 1, None)
+        _check_int("min_tokens", self.min_tokens, 0, None)
+        _check_int("seed", self.seed, 0, 2**64 - 1)
+        _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        _check_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        for token_id in self.stop_token_ids:
+            _check_int("stop_token_ids", token_id, 0, None)
+        for string in stop:
+            if not isinstance(string, str) or not string:
+                raise ConfigError(f"stop holds {string!r}; it takes non-empty strings")
+        for token_id, bias in (self.logit_bias or {}).items():
+            _check_int("logit_bias key", token_id, 0, None)
+            _check_float(f"logit_bias[{token_id}]", bias, None)
+        self._check_contradictions()
+
+    def _check_contradictions(self) -> None:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ConfigError(
+                f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}; lower one"
+            )
+        if self.stop and not self.detokenize:
+            raise ConfigError("stop strings need text: leave detokenize on, or use stop_token_ids")
+        if self.n > 1 and self.temperature == 0:
+            raise ConfigError(
+                f"n={self.n} with temperature 0 gives {self.n} equal samples; raise temperature or use n=1"
+            )
+
+    def resolved(self, defaults: Mapping[str, float]) -> "SamplingParams":
+        """A copy without None in the sampling values: `defaults` first, then neutral values."""
+        missing = {
+            name: type(neutral)(defaults.get(name, neutral))
+            for name, neutral in NEUTRAL.items()
+            if getattr(self, name) is None
+        }
+        return replace(self, **missing) if missing else self
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """From names and values as they arrive in a file or a request; max_new_tokens is understood.
+
+        Raises:
+            ConfigError: a name is unknown (close ones are suggested) or a value is out of range.
+        """
+        values = dict(values)
+        if "max_new_tokens" in values:
+            if "max_tokens" in values:
+                raise ConfigError("max_tokens and max_new_tokens are the same option; give one")
+            values["max_tokens"] = values.pop("max_new_tokens")
+        if isinstance(values.get("logit_bias"), Mapping):  # JSON has string keys only
+            values["logit_bias"] = {_as_int(k): v for k, v in values["logit_bias"].items()}
+        _check_names(cls, values)
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What an engine is made from.
+
+    Attributes:
+        model: checkpoint folder or alias.
+        dtype: "auto" is the checkpoint's where the device computes in it, else float32.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        kv_cache_bytes: size of the KV cache, a number or a string such as "2GiB"; None: from free memory.
+        block_size: tokens a KV block.
+        max_batch_tokens: tokens computed in one step.
+        max_batch_requests: requests that run at once.
+        max_model_len: longest sequence; None: what the model was made for.
+        threads: of the CPU; None leaves torch's setting.
+        backend: "auto", "torch" or "reference".
+        eviction: which cached block goes first: "rksc", "lru" or "lfu".
+        prefix_caching: False computes every prompt anew.
+        seed: where requests without a seed take theirs from.
+    """
+
+    model: str
+    dtype: str = "auto"
+    device: str = "auto"
+    kv_cache_bytes: int | str | None = None
+    block_size: int = 16
+    max_batch_tokens: int = 2048
+    max_batch_requests: int = 256
+    max_model_len: int | None = None
+    threads: int | None = None
+    backend: str = "auto"
+    eviction: str = "rksc"
+    prefix_caching: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.kv_cache_bytes, str):
+            object.__setattr__(self, "kv_cache_bytes", parse_bytes(self.kv_cache_bytes))
+        _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("backend", self.backend, BACKENDS)
+        _check_choice("eviction", self.eviction, EVICTIONS)
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ConfigError(f"device {self.device!r} is unknown; use auto, cpu, cuda or cuda:N")
+        _check_int("kv_cache_bytes", self.kv_cache_bytes, 1, None)
+        _check_int("block_size", self.block_size, 1, 256)
+        _check_int("max_batch_tokens", self.max_batch_tokens, 1, None)
+        _check_int("max_batch_requests", self.max_batch_requests, 1, None)
+        _check_int("max_model_len", self.max_model_len, 1, None)
+        _check_int("threads", self.threads, 1, 1024)
+        _check_int("seed", self.seed, 0, 2**64 - 1)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """From names and values.
+
+        Raises:
+            ConfigError: a name is unknown (close ones are suggested) or a value is out of range.
+        """
+        _check_names(cls, values)
+        return cls(**values)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from "512MiB", "2GB", "1.5 GiB" or a plain number.
+
+    Raises:
+        ConfigError: it is not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?\s*", text, re.IGNORECASE)
+    if not match:
+        raise ConfigError(f"{text!r} is not a size; write bytes, or for example 512MiB or 2GB")
+    number, unit, binary = match.groups()
+    power = "KMGT".index(unit.upper()) + 1 if unit else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
+
+
+def _as_int(key: Any) -> Any:
+    return int(key) if isinstance(key, str) and key.isdecimal() else key
+
+
+def _check_names(cls: type, values: Mapping[str, Any]) -> None:
+    known = [field.name for field in fields(cls)]
+    for name in values:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=2)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+            raise ConfigError(f"unknown option {name!r}; {hint}")
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} {value!r} is unknown; choose one of {', '.join(choices)}")
+
+
+def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
+    """None passes: it means that the option was not given."""
+    if value is None:
+        return
+    allowed = f"at least {low}" if high is None else f"{low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name} {value!r} must be an integer, {allowed}")
+    if value < low or (high is not None and value > high):
+        raise ConfigError(f"{name} {value} is out of range; it must be {allowed}")
+
+
+def _check_float(
+    name: str, value: Any, low: float | None, high: float | None = None, open_low: bool = False
+) -> None:
+    """None passes: it means that the option was not given."""
+    if value is None:
+        return
+    allowed = "finite"
+    if low is not None:
+        allowed = f"{'above' if open_low else 'at least'} {low}" + (
+            "" if high is None else f", at most {high}"
+        )
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name} {value!r} must be a number, {allowed}")
+    too_low = low is not None and (value <= low if open_low else value < low)
+    if not math.isfinite(value) or too_low or (high is not None and value > high):
+        raise ConfigError(f"{name} {value} is out of range; it must be {allowed}")

@@ -1,0 +1,487 @@
+"""RSBCM's block manager: which block of the KV cache holds which tokens.
+
+The cache is a fixed pool of blocks of `block_size` tokens. A sequence's block table lists its blocks in order;
+token position p lies in slot `table[p // block_size] * block_size + p % block_size`. Blocks are shared by
+reference count; a shared block is copied just before one of its sharers writes into it (copy-on-write).
+
+The life of a block:
+
+    free --reserve--> referenced --commit, when full--> referenced and indexed
+     ^                    |                                 |          ^
+     |                  free()                            free()     add() finds it
+     |                    v                                 v          |
+     +--------------------+ <-------- evicted -------- cached ---------+
+
+The prefix index finds a full block by a chained SHA-256 over its tokens, all tokens before it, and a salt:
+equal digests mean an equal history, so nothing is ever shared across salts. Cached blocks stay until their
+room is needed; then leaves of the cached tree go first, in the order of an `EvictionPolicy`.
+
+Knows neither tensors nor requests: it hands out numbers, and says which blocks its caller must copy.
+Source of the name and of the default priority: RKSC, arXiv 2606.09937, section on RSBCM.
+"""
+
+import hashlib
+import heapq
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from minirksc.errors import CacheFullError, ConfigError
+from minirksc.eviction import POLICIES
+
+
+class BlockCopy(NamedTuple):
+    """The caller must copy this block's KV before anything is written in the same step."""
+
+    source: int
+    destination: int
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """What the manager knows of one block.
+
+    Attributes:
+        block_id: its number.
+        num_references: tables that hold it.
+        digest: key in the prefix index; None when it is not indexed.
+        parent: the indexed block before it; None for the first of a sequence.
+        children: indexed blocks right after it, by digest.
+        token_ids, salt: of an indexed block.
+        depth: of its node in the reasoning tree.
+        importance: attention mass that it receives; 1 until it is measured.
+        last_use, num_uses: clock and count of the times that a table took it.
+    """
+
+    block_id: int
+    num_references: int = 0
+    digest: bytes | None = None
+    parent: "Block | None" = None
+    children: dict[bytes, "Block"] = field(default_factory=dict)
+    token_ids: tuple[int, ...] = ()
+    salt: bytes = b""
+    depth: int = 0
+    importance: float = 1.0
+    last_use: int = 0
+    num_uses: int = 0
+
+
+@dataclass(slots=True)
+class Table:
+    """One sequence.
+
+    Attributes:
+        block_ids: in order of position; may reach beyond the tokens.
+        token_ids: whose KV has been written.
+        salt: root of its digests.
+        depth: of its node in the reasoning tree.
+        digests: of its full blocks, indexed or not.
+    """
+
+    block_ids: list[int]
+    token_ids: list[int]
+    salt: bytes
+    depth: int
+    digests: list[bytes]
+
+
+class BlockManager:
+    """A pool of blocks, the tables over it, and the prefix index.
+
+    Args:
+        num_blocks: size of the pool.
+        block_size: tokens a block.
+        policy: eviction policy, a key of `eviction.POLICIES`.
+
+    Raises:
+        ConfigError: a size below 1, or an unknown policy.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, policy: str = "rksc") -> None:
+        if num_blocks < 1 or block_size < 1:
+            raise ConfigError(
+                f"a pool of {num_blocks} blocks of {block_size} tokens is smaller than one block; "
+                "raise kv_cache_bytes"
+            )
+        if policy not in POLICIES:
+            raise ConfigError(f"eviction {policy!r} is unknown; choose one of {', '.join(POLICIES)}")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.num_evicted_blocks = 0
+        self._priority = POLICIES[policy]
+        self._blocks = [Block(i) for i in range(num_blocks)]
+        self._tables: dict[int, Table] = {}
+        # Lowest ids first, and the neighbour of a table's last block before all: runs become likely.
+        self._free_heap = list(range(num_blocks))
+        self._free = set(self._free_heap)
+        self._index: dict[bytes, Block] = {}
+        self._first: dict[bytes, dict[bytes, Block]] = {}  # salt: indexed first blocks
+        self._cached: set[int] = set()  # indexed and referenced by no table
+        # Candidates for eviction as (priority, block id); entries that are out of date are skipped.
+        self._victims: list[tuple[tuple[float, ...], int]] = []
+        self._clock = 0
+
+    # What there is
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that hold nothing."""
+        return len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks that no table references, kept for the next prompt that begins with them."""
+        return len(self._cached)
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that some table references."""
+        return self.num_blocks - self.num_free - self.num_cached
+
+    def __contains__(self, seq_id: int) -> bool:
+        return seq_id in self._tables
+
+    def block_table(self, seq_id: int) -> list[int]:
+        """Block ids in order of position; the manager's own list, read-only."""
+        return self._tables[seq_id].block_ids
+
+    def num_tokens(self, seq_id: int) -> int:
+        """Tokens of the sequence whose KV has been written."""
+        return len(self._tables[seq_id].token_ids)
+
+    def num_shared_tokens(self, seq_id: int) -> int:
+        """Tokens whose block another table holds too."""
+        table, size = self._tables[seq_id], self.block_size
+        num_tokens = len(table.token_ids)
+        return sum(
+            min(size, num_tokens - place * size)
+            for place, block_id in enumerate(table.block_ids[: -(-num_tokens // size)])
+            if self._blocks[block_id].num_references > 1
+        )
+
+    # Sequences
+
+    def add(
+        self,
+        seq_id: int,
+        token_ids: Sequence[int],
+        *,
+        salt: bytes = b"",
+        depth: int = 0,
+        use_cache: bool = True,
+    ) -> list[BlockCopy]:
+        """Opens a table and adopts the longest cached prefix of token_ids.
+
+        At least one token is left to compute, since cached KV gives no logits. Whole blocks are shared; of
+        the block after them, the tokens that agree are taken by a copy into an own block.
+
+        Args:
+            seq_id: not in use.
+            token_ids: of the prompt.
+            salt: sequences with different salts never share.
+            depth: of its node in the reasoning tree.
+            use_cache: False adopts nothing.
+
+        Returns:
+            At most one copy. `num_tokens` then tells how much was adopted.
+        """
+        assert seq_id not in self._tables
+        table = self._tables[seq_id] = Table([], [], salt, depth, [])
+        if not use_cache:
+            return []
+        chain, partial, num_partial = self._find(token_ids, salt)
+        for block in chain:
+            assert block.digest is not None
+            self._reference(block)
+            table.block_ids.append(block.block_id)
+            table.digests.append(block.digest)
+            table.token_ids += block.token_ids
+        if partial is None:
+            return []
+        copies: list[BlockCopy] = []
+        self._reference(partial)  # the source must survive the search for room
+        if self.num_free or self._cached:
+            table.token_ids += partial.token_ids[:num_partial]
+            copies.append(BlockCopy(partial.block_id, self._append_block(table)))
+        self._release(partial)
+        return copies
+
+    def match(self, token_ids: Sequence[int], salt: bytes = b"") -> int:
+        """How many tokens `add` would adopt, if it finds room for a partial block."""
+        chain, _, num_partial = self._find(token_ids, salt)
+        return len(chain) * self.block_size + num_partial
+
+    def fork(self, parent_id: int, child_id: int, depth: int | None = None) -> None:
+        """Opens a table that shares every block of another, the partial one included; copies nothing."""
+        assert child_id not in self._tables
+        parent = self._tables[parent_id]
+        # Blocks past the written tokens are the parent's alone.
+        held = parent.block_ids[: -(-len(parent.token_ids) // self.block_size)]
+        for block_id in held:
+            self._reference(self._blocks[block_id])
+        self._tables[child_id] = Table(
+            list(held),
+            list(parent.token_ids),
+            parent.salt,
+            parent.depth if depth is None else depth,
+            list(parent.digests),
+        )
+
+    def free(self, seq_id: int) -> None:
+        """Closes a table. Its indexed blocks stay cached, the others are free at once."""
+        # From the end, so that a cached leaf is older than its parent.
+        for block_id in reversed(self._tables.pop(seq_id).block_ids):
+            self._release(self._blocks[block_id])
+
+    # Writing
+
+    def blocks_needed(self, seq_id: int, num_tokens: int) -> int:
+        """Blocks that `reserve` would take, the copy of a shared one included."""
+        table = self._tables[seq_id]
+        more = max(0, -(-num_tokens // self.block_size) - len(table.block_ids))
+        return more + (num_tokens > len(table.token_ids) and self._must_copy(table))
+
+    def can_reserve(self, seq_id: int, num_tokens: int) -> bool:
+        """True when `reserve` would succeed."""
+        return self.blocks_needed(seq_id, num_tokens) <= self.num_free + self.num_cached
+
+    def reserve(self, seq_id: int, num_tokens: int) -> list[BlockCopy]:
+        """Makes the table cover positions [0, num_tokens), those not yet written being the table's own.
+
+        Returns:
+            At most one copy: of the block that holds the next position, when it is not the table's alone.
+
+        Raises:
+            CacheFullError: too few blocks are free or evictable; nothing has changed.
+        """
+        table, size = self._tables[seq_id], self.block_size
+        needed = self.blocks_needed(seq_id, num_tokens)
+        if needed > self.num_free + self.num_cached:
+            raise CacheFullError(
+                f"{needed} blocks are needed, {self.num_free} are free and {self.num_cached} evictable of "
+                f"{self.num_blocks}; raise kv_cache_bytes"
+            )
+        copies: list[BlockCopy] = []
+        place = len(table.token_ids) // size
+        if num_tokens > len(table.token_ids) and place < len(table.block_ids):
+            block = self._blocks[table.block_ids[place]]
+            if self._must_copy(table):
+                copies.append(BlockCopy(block.block_id, self._append_block(table)))
+                table.block_ids[place] = table.block_ids.pop()
+                self._release(block)
+            elif block.digest is not None:
+                self._unindex(block)  # its tokens are about to change, and nothing builds on them
+        while len(table.block_ids) * size < num_tokens:
+            self._append_block(table)
+        return copies
+
+    def commit(self, seq_id: int, token_ids: Sequence[int]) -> None:
+        """The KV of these tokens, from position `num_tokens` on, has been written; full blocks are indexed."""
+        table = self._tables[seq_id]
+        table.token_ids += token_ids
+        assert len(table.token_ids) <= len(table.block_ids) * self.block_size
+        while (len(table.digests) + 1) * self.block_size <= len(table.token_ids):
+            self._index_next(table)
+
+    def rewind(self, seq_id: int, num_tokens: int) -> None:
+        """Forgets the KV of positions from num_tokens on."""
+        table, size = self._tables[seq_id], self.block_size
+        assert num_tokens <= len(table.token_ids)
+        del table.token_ids[num_tokens:]
+        del table.digests[num_tokens // size :]
+        keep = -(-num_tokens // size)
+        for block_id in reversed(table.block_ids[keep:]):
+            self._release(self._blocks[block_id])
+        del table.block_ids[keep:]
+
+    def reset(self) -> None:
+        """Forgets every block that is merely cached."""
+        while self._cached:
+            self._evict()
+
+    # Inside: the index
+
+    def _find(self, token_ids: Sequence[int], salt: bytes) -> tuple[list[Block], Block | None, int]:
+        """(full blocks, the block to copy from, how many of its tokens agree)."""
+        size = self.block_size
+        usable = len(token_ids) - 1
+        chain: list[Block] = []
+        digest = b""
+        while (len(chain) + 1) * size <= usable:
+            begin = len(chain) * size
+            digest = _digest(digest, salt, token_ids[begin : begin + size])
+            block = self._index.get(digest)
+            if block is None:
+                break
+            chain.append(block)
+        begin = len(chain) * size
+        rest = tuple(token_ids[begin : min(begin + size, usable)])
+        following = chain[-1].children if chain else self._first.get(salt, {})
+        best, num_best = None, 0
+        for block in following.values():
+            num_equal = 0
+            while num_equal < len(rest) and block.token_ids[num_equal] == rest[num_equal]:
+                num_equal += 1
+            if num_equal > num_best:
+                best, num_best = block, num_equal
+        return chain, best, num_best
+
+    def _index_next(self, table: Table) -> None:
+        """Indexes the table's next full block, unless an equal one is there already.
+
+        Its parent must be the indexed block of this very table: then whoever holds a block holds the whole
+        chain before it, and every cached block can be evicted once those after it are.
+        """
+        place, size = len(table.digests), self.block_size
+        token_ids = tuple(table.token_ids[place * size : (place + 1) * size])
+        previous = table.digests[-1] if place else b""
+        digest = _digest(previous, table.salt, token_ids)
+        table.digests.append(digest)
+        block = self._blocks[table.block_ids[place]]
+        parent = self._blocks[table.block_ids[place - 1]] if place else None
+        if digest in self._index or (parent is not None and parent.digest != previous):
+            return
+        block.digest, block.parent = digest, parent
+        block.token_ids, block.salt = token_ids, table.salt
+        self._index[digest] = block
+        self._siblings(block)[digest] = block
+
+    def _unindex(self, block: Block) -> None:
+        assert block.digest is not None and not block.children
+        siblings, parent = self._siblings(block), block.parent
+        del siblings[block.digest], self._index[block.digest]
+        if parent is None and not siblings:
+            del self._first[block.salt]
+        block.digest, block.parent, block.token_ids, block.salt = None, None, (), b""
+        if parent is not None:
+            self._offer(parent)
+
+    def _siblings(self, block: Block) -> dict[bytes, Block]:
+        """Indexed blocks at the same place of the same history, this one included."""
+        if block.parent is not None:
+            return block.parent.children
+        return self._first.setdefault(block.salt, {})
+
+    # Inside: the pool
+
+    def _must_copy(self, table: Table) -> bool:
+        """True when the block of the next position holds what somebody else still needs."""
+        place = len(table.token_ids) // self.block_size
+        if place >= len(table.block_ids):
+            return False
+        block = self._blocks[table.block_ids[place]]
+        return block.num_references > 1 or bool(block.children)
+
+    def _append_block(self, table: Table) -> int:
+        """Adds an own block to the table; the caller knows that there is one."""
+        wanted = table.block_ids[-1] + 1 if table.block_ids else None
+        if not self._free:
+            self._evict()
+            self.num_evicted_blocks += 1
+        if wanted not in self._free:
+            while self._free_heap[0] not in self._free:
+                heapq.heappop(self._free_heap)  # taken out of turn, as somebody's neighbour
+            wanted = heapq.heappop(self._free_heap)
+        assert wanted is not None
+        self._free.remove(wanted)
+        block = self._blocks[wanted]
+        block.depth, block.importance, block.num_uses = table.depth, 1.0, 0
+        self._reference(block)
+        table.block_ids.append(wanted)
+        return wanted
+
+    def _reference(self, block: Block) -> None:
+        self._clock += 1
+        block.last_use = self._clock
+        block.num_uses += 1
+        block.num_references += 1
+        self._cached.discard(block.block_id)
+
+    def _release(self, block: Block) -> None:
+        block.num_references -= 1
+        if block.num_references:
+            return
+        if block.digest is None:
+            self._give_back(block)
+        else:
+            self._cached.add(block.block_id)
+            self._offer(block)
+
+    def _give_back(self, block: Block) -> None:
+        self._free.add(block.block_id)
+        heapq.heappush(self._free_heap, block.block_id)
+
+    def _offer(self, block: Block) -> None:
+        """Makes a cached leaf a candidate for eviction."""
+        if block.block_id in self._cached and not block.children:
+            heapq.heappush(self._victims, (self._priority(block), block.block_id))
+
+    def _evict(self) -> None:
+        """Frees the cached leaf of lowest priority. Each entry is pushed once and popped once: O(log n)."""
+        while True:
+            priority, block_id = heapq.heappop(self._victims)
+            block = self._blocks[block_id]
+            is_leaf = block_id in self._cached and not block.children
+            if is_leaf and priority == self._priority(block):  # else out of date
+                break
+        self._cached.remove(block_id)
+        self._unindex(block)
+        self._give_back(block)
+
+    def check_integrity(self) -> None:
+        """Verifies every invariant; for tests.
+
+        Raises:
+            AssertionError: names the block or table that is wrong.
+        """
+        references = [0] * self.num_blocks
+        for seq_id, table in self._tables.items():
+            size = self.block_size
+            assert len(table.block_ids) * size >= len(table.token_ids), f"table {seq_id} is too short"
+            assert len(table.digests) == len(table.token_ids) // size, f"digests of table {seq_id}"
+            assert len(set(table.block_ids)) == len(table.block_ids), f"table {seq_id} repeats a block"
+            digest = b""
+            for place, block_id in enumerate(table.block_ids):
+                references[block_id] += 1
+                if place < len(table.digests):
+                    tokens = table.token_ids[place * size : (place + 1) * size]
+                    digest = _digest(digest, table.salt, tokens)
+                    assert table.digests[place] == digest, f"digest {place} of table {seq_id}"
+                    block = self._blocks[block_id]
+                    assert block.digest in (None, digest), f"block {block_id} is indexed as another's"
+        for block in self._blocks:
+            name = f"block {block.block_id}"
+            assert block.num_references == references[block.block_id], f"{name}: wrong reference count"
+            states = (
+                block.block_id in self._free,
+                block.block_id in self._cached,
+                block.num_references > 0,
+            )
+            assert sum(states) == 1, f"{name} is not in exactly one state: {states}"
+            assert block.block_id not in self._free or block.digest is None, f"{name}: free but indexed"
+            assert block.block_id not in self._cached or block.digest, f"{name}: cached but not indexed"
+            if block.digest is not None:
+                self._check_indexed(block, name)
+        assert len(self._index) == sum(b.digest is not None for b in self._blocks), "stale index entry"
+
+    def _check_indexed(self, block: Block, name: str) -> None:
+        assert block.digest is not None
+        previous = b""
+        if block.parent is not None:
+            assert block.parent.digest is not None, f"{name}: its parent is not indexed"
+            previous = block.parent.digest
+            if block.num_references:
+                assert block.parent.num_references, f"{name} is held, its parent is not"
+        assert len(block.token_ids) == self.block_size, f"{name}: indexed but not full"
+        assert block.digest == _digest(previous, block.salt, block.token_ids), f"{name}: wrong digest"
+        assert self._index.get(block.digest) is block, f"{name}: the index has another block"
+        assert self._siblings(block).get(block.digest) is block, f"{name}: its parent does not know it"
+        for child in block.children.values():
+            assert child.parent is block, f"{name}: a child has another parent"
+
+
+def _digest(previous: bytes, salt: bytes, token_ids: Sequence[int]) -> bytes:
+    """Key of a full block: its tokens and, through `previous`, all tokens before it."""
+    start = previous or hashlib.sha256(salt).digest()
+    return hashlib.sha256(start + struct.pack(f"<{len(token_ids)}q", *token_ids)).digest()

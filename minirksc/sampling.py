@@ -1,0 +1,250 @@
+"""From logits to the next token of each row.
+
+Order: logit_bias, penalties, forbidden tokens, temperature, top_k, top_p, min_p, one draw. The draw is keyed:
+its only random number is a hash of (seed, branch path, position), so that a row's token depends neither on
+the batch, nor on which siblings live, nor on how its prompt was computed.
+
+Log-probabilities and confidence are those of the model's own distribution, before all of the above.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minirksc.config import SamplingParams
+from minirksc.kernels.confidence import Confidence
+
+NEG_INF = float("-inf")
+FIRST_WIDTH = 512
+
+
+@dataclass(slots=True, frozen=True)
+class SamplingRow:
+    """What one row of logits is drawn with.
+
+    Attributes:
+        params: resolved: no None in the sampling values.
+        prompt_token_ids, output_token_ids: for penalties.
+        seed, path, position: key of the random number; position is the new token's place in its sequence.
+        forbidden_ids: never drawn, such as end tokens before min_tokens.
+    """
+
+    params: SamplingParams
+    prompt_token_ids: Sequence[int]
+    output_token_ids: Sequence[int]
+    seed: int
+    path: tuple[int, ...]
+    position: int
+    forbidden_ids: frozenset[int] = frozenset()
+
+
+@dataclass(slots=True, frozen=True)
+class Sampled:
+    """One drawn token.
+
+    Attributes:
+        token_id: -1 when it failed.
+        logprob: under the model's distribution.
+        top_logprobs: the chosen token and the top k, likeliest first; None unless asked for.
+        top1_probability: of the likeliest token.
+        entropy: of the model's distribution, nats.
+        failure: what is wrong with the row's logits; None when nothing is.
+    """
+
+    token_id: int
+    logprob: float
+    top_logprobs: dict[int, float] | None
+    top1_probability: float
+    entropy: float
+    failure: str | None = None
+
+
+def uniform(seed: int, path: tuple[int, ...], position: int) -> float:
+    """The random number of that key, uniform in [0, 1) with 53 bits."""
+    key = ":".join(map(str, (seed, position, *path))).encode()
+    digest = hashlib.blake2b(key, digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
+
+
+def sample(
+    logits: Tensor, rows: Sequence[SamplingRow], confidence: Callable[[Tensor], Confidence]
+) -> list[Sampled]:
+    """Draws one token a row.
+
+    Args:
+        logits: `[rows, vocab]` float32; not changed.
+        rows: one a row.
+        confidence: `kernels.confidence`.
+    """
+    sure = confidence(logits)
+    token_ids = sure.argmax
+    changed = [i for i, row in enumerate(rows) if not _is_plain_greedy(row)]
+    if changed:
+        token_ids = token_ids.clone()
+        token_ids[changed] = _draw(logits[changed], [rows[i] for i in changed])
+    chosen = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1) - sure.logsumexp  # [rows]
+    k = max((row.params.logprobs or 0 for row in rows), default=0)
+    top_values, top_ids = logits.topk(min(k, logits.shape[-1])) if k else (None, None)
+    columns = (
+        token_ids.tolist(),
+        chosen.tolist(),
+        sure.top1_probability.tolist(),
+        sure.entropy.tolist(),
+        sure.logsumexp.tolist(),
+    )
+    drawn = []
+    for i, (token_id, logprob, top1, entropy, lse) in enumerate(zip(*columns, strict=True)):
+        if not abs(lse) < float("inf"):  # NaN, or an infinity
+            drawn.append(Sampled(-1, 0.0, None, top1, entropy, _describe(logits[i])))
+            continue
+        top = None
+        if rows[i].params.logprobs is not None:
+            top = {token_id: logprob}
+            if top_values is not None and top_ids is not None:
+                values = (top_values[i] - lse).tolist()
+                top = _ranked(token_id, logprob, top_ids[i].tolist(), values, rows[i].params.logprobs or 0)
+        drawn.append(Sampled(token_id, logprob, top, top1, entropy))
+    return drawn
+
+
+def top_logprobs_of(logits: Tensor, token_ids: Sequence[int], k: int) -> list[dict[int, float]]:
+    """Per row, the log-probabilities of a given token and of the top k.
+
+    Args:
+        logits: `[rows, vocab]` float32.
+        token_ids: one a row.
+        k: 0 for the given token alone.
+
+    Returns:
+        One {token id: logprob} a row, likeliest first.
+    """
+    logprobs = logits.log_softmax(-1)
+    values, ids = logprobs.topk(min(k, logits.shape[-1]))
+    given = logprobs.gather(-1, torch.tensor(list(token_ids), device=logits.device).view(-1, 1))
+    return [
+        _ranked(token_id, logprob, row_ids, row_values, k)
+        for token_id, logprob, row_ids, row_values in zip(
+            token_ids, given.flatten().tolist(), ids.tolist(), values.tolist(), strict=True
+        )
+    ]
+
+
+def _ranked(token_id: int, logprob: float, ids: list[int], values: list[float], k: int) -> dict[int, float]:
+    """The top k, and the given token after them if it is not among them."""
+    top = dict(zip(ids[:k], values[:k], strict=True))
+    top.setdefault(token_id, logprob)
+    return top
+
+
+def _is_plain_greedy(row: SamplingRow) -> bool:
+    return row.params.temperature == 0 and not _changes_logits(row)
+
+
+def _changes_logits(row: SamplingRow) -> bool:
+    params = row.params
+    return bool(
+        params.logit_bias
+        or row.forbidden_ids
+        or params.repetition_penalty != 1
+        or params.presence_penalty
+        or params.frequency_penalty
+    )
+
+
+def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Token ids `[rows]` of rows that are not plainly greedy; logits are the caller's to change."""
+    for scores, row in zip(logits, rows, strict=True):
+        if _changes_logits(row):
+            _penalise(scores, row)
+    token_ids = logits.argmax(-1)
+    sampled = [i for i, row in enumerate(rows) if row.params.temperature != 0]
+    if sampled:
+        token_ids[sampled] = _draw_sampled(logits[sampled], [rows[i] for i in sampled])
+    return token_ids
+
+
+def _penalise(scores: Tensor, row: SamplingRow) -> None:
+    """Bias, penalties and forbidden tokens of one row `[vocab]`, in place."""
+    params = row.params
+    if params.logit_bias:
+        ids = [i for i in params.logit_bias if i < len(scores)]
+        scores[ids] += torch.tensor([params.logit_bias[i] for i in ids], device=scores.device)
+    if params.repetition_penalty != 1:
+        seen = list({*row.prompt_token_ids, *row.output_token_ids})
+        values = scores[seen]
+        penalty = params.repetition_penalty
+        assert penalty is not None
+        scores[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    if (params.presence_penalty or params.frequency_penalty) and row.output_token_ids:
+        output = torch.tensor(list(row.output_token_ids), device=scores.device)
+        ids, counts = output.unique(return_counts=True)
+        scores[ids] -= params.presence_penalty + params.frequency_penalty * counts
+    if row.forbidden_ids:
+        scores[[i for i in row.forbidden_ids if i < len(scores)]] = NEG_INF
+
+
+def _draw_sampled(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Token ids `[rows]`, drawn with temperature and truncation."""
+
+    def column(name: str) -> Tensor:
+        values = [float(getattr(row.params, name)) for row in rows]
+        return torch.tensor(values, dtype=torch.float64, device=logits.device).unsqueeze(-1)
+
+    scores = logits.double() / column("temperature").clamp(min=1e-6)  # [rows, vocab]
+    ids = None
+    if any((row.params.top_k or 0) > 0 or row.params.top_p != 1 for row in rows):
+        scores, ids = _truncate(scores, rows, column("top_p"))  # [rows, candidates]
+    probs = scores.softmax(-1)
+    if any(row.params.min_p for row in rows):
+        probs[probs < column("min_p") * probs.amax(-1, keepdim=True)] = 0
+    cumulative = probs.cumsum(-1)
+    u = [uniform(row.seed, row.path, row.position) for row in rows]
+    target = torch.tensor(u, dtype=torch.float64, device=logits.device).unsqueeze(-1)
+    # The first token whose cumulative probability exceeds u * total; one of probability zero never does.
+    drawn = torch.searchsorted(cumulative, target * cumulative[:, -1:], right=True)  # [rows, 1]
+    last = (probs > 0).cumsum(-1).argmax(-1, keepdim=True)  # where rounding takes u ~ 1 past the end
+    drawn = torch.minimum(drawn, last)
+    return (drawn if ids is None else ids.gather(-1, drawn)).squeeze(-1)
+
+
+def _truncate(scores: Tensor, rows: Sequence[SamplingRow], top_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Top_k, then top_p.
+
+    Args:
+        scores: `[rows, vocab]` float64.
+        rows: for their top_k.
+        top_p: `[rows, 1]` float64.
+
+    Returns:
+        (scores, token ids), each `[rows, candidates]`, likeliest first; -inf for what is left out.
+    """
+    vocab_size = scores.shape[-1]
+    top_k = [k if 0 < (k := row.params.top_k or 0) < vocab_size else vocab_size for row in rows]
+    limit = torch.tensor(top_k, device=scores.device).unsqueeze(-1)  # [rows, 1]
+    # Sorting a whole vocabulary is slow and its tail is almost never needed: try few, then more.
+    width = max(top_k) if max(top_k) < vocab_size else min(FIRST_WIDTH, vocab_size)
+    while True:
+        ordered, ids = scores.topk(width)
+        ordered[torch.arange(width, device=scores.device) >= limit] = NEG_INF
+        all_of_them = (scores if width < vocab_size else ordered).logsumexp(-1, keepdim=True)
+        total = torch.where(limit <= width, ordered.logsumexp(-1, keepdim=True), all_of_them)
+        cumulative = (ordered - total).exp().cumsum(-1)
+        if width == vocab_size or bool(((limit <= width) | (cumulative[:, -1:] > top_p)).all()):
+            break
+        width = min(width * 16, vocab_size)
+    # A token stays while those before it do not reach top_p: at least one always does.
+    before = cumulative - (ordered - total).exp()
+    ordered[(before >= top_p) & (top_p < 1)] = NEG_INF
+    return ordered, ids
+
+
+def _describe(scores: Tensor) -> str:
+    """What is wrong with a row `[vocab]` that has no finite log-sum-exp."""
+    num_nan = int(scores.isnan().sum())
+    num_inf = int(scores.isposinf().sum())
+    if num_nan or num_inf:
+        return f"the logits hold {num_nan} NaN and {num_inf} infinite values of {len(scores)}"
+    return "the logits are -inf for every token"

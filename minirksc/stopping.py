@@ -1,0 +1,128 @@
+"""When a generation ends, and which of its text may be shown.
+
+Text that could be the beginning of a stop string is held back until the next token decides, and so is half a
+character (by the detokenizer), so that what was shown is never taken back.
+"""
+
+from typing import Protocol
+
+from minirksc.config import SamplingParams
+
+
+class TextSource(Protocol):
+    """What turns tokens into text; `tokenizer.Detokenizer` in use."""
+
+    def push(self, token_ids: list[int]) -> str:
+        """New text that is final."""
+        ...
+
+    def flush(self) -> str:
+        """The rest."""
+        ...
+
+
+class StopChecker:
+    """Follows one generation token by token.
+
+    Args:
+        params: with max_tokens set.
+        eos_token_ids: end it, unless params.ignore_eos.
+        detokenizer: None: token ids only, text stays empty.
+
+    Attributes:
+        finish_reason: "stop" or "length" once it has ended.
+        stop_reason: the stop string or the stop token id that ended it; None for EOS and length.
+        text: final text so far; whole once it has ended.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        eos_token_ids: frozenset[int],
+        detokenizer: TextSource | None,
+    ) -> None:
+        self.finish_reason: str | None = None
+        self.stop_reason: str | int | None = None
+        self._params = params
+        self._eos_token_ids = frozenset() if params.ignore_eos else eos_token_ids
+        self._detokenizer = detokenizer
+        self._stops = tuple(params.stop)
+        self._longest = max(map(len, self._stops), default=0)
+        self._num_tokens = 0
+        self._text = ""  # all final text of the detokenizer, held back or not
+        self._shown = 0  # characters of it that push() has given out
+        self._searched = 0  # a stop string cannot begin before here
+
+    @property
+    def text(self) -> str:
+        """Text that has been given out."""
+        return self._text[: self._shown]
+
+    def push(self, token_id: int) -> str:
+        """Takes the next token; returns the text that it makes safe to show."""
+        assert self.finish_reason is None
+        self._num_tokens += 1
+        may_stop = self._num_tokens > self._params.min_tokens
+        if may_stop and self._ends_at(token_id):
+            return self._end("stop")
+        if self._detokenizer is not None:
+            self._text += self._detokenizer.push([token_id])
+            if may_stop and self._find_stop():
+                self.finish_reason = "stop"
+                return self._show(len(self._text))
+        assert self._params.max_tokens is not None
+        if self._num_tokens >= self._params.max_tokens:
+            return self._end("length")
+        if not may_stop:
+            # Text from before min_tokens cannot stop anything, though a match may still begin in its tail.
+            self._searched = max(0, len(self._text) - self._longest + 1)
+        return self._show(len(self._text) - self._num_held())
+
+    def flush(self) -> str:
+        """The held-back text of a generation that is cut short from outside."""
+        if self._detokenizer is not None and self.finish_reason is None:
+            self._text += self._detokenizer.flush()
+        return self._show(len(self._text))
+
+    def _ends_at(self, token_id: int) -> bool:
+        if token_id in self._params.stop_token_ids:
+            self.stop_reason = token_id
+            return True
+        return token_id in self._eos_token_ids
+
+    def _end(self, reason: str) -> str:
+        """Ends it after the tokens so far; the last half character, if any, comes out as it is."""
+        if self._detokenizer is not None:
+            self._text += self._detokenizer.flush()
+            if self._num_tokens > self._params.min_tokens and self._find_stop():
+                reason = "stop"
+        self.finish_reason = reason
+        return self._show(len(self._text))
+
+    def _find_stop(self) -> bool:
+        """Cuts the text at the match that ends first (the longest of those that end there)."""
+        best: tuple[int, int] | None = None  # (end, begin)
+        for stop in self._stops:
+            begin = self._text.find(stop, self._searched)
+            if begin >= 0 and (best is None or (begin + len(stop), begin) < best):
+                best = (begin + len(stop), begin)
+                self.stop_reason = stop
+        if best is None:
+            self._searched = max(self._searched, len(self._text) - self._longest + 1, 0)
+            return False
+        end, begin = best
+        self._text = self._text[: end if self._params.include_stop_str_in_output else begin]
+        return True
+
+    def _num_held(self) -> int:
+        """Characters at the end that may be the beginning of a stop string."""
+        tail = self._text[-(self._longest - 1) :] if self._longest > 1 else ""
+        for start in range(len(tail)):
+            if any(stop.startswith(tail[start:]) for stop in self._stops):
+                return len(tail) - start
+        return 0
+
+    def _show(self, end: int) -> str:
+        new = self._text[self._shown : max(end, self._shown)]
+        self._shown += len(new)
+        return new

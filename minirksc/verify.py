@@ -1,0 +1,175 @@
+"""Verification: the model itself is asked whether an answer is correct; p(YES) is what it says.
+
+Two styles:
+
+- `append`: the question follows the branch's own tokens, so only the question is computed. In a
+  conversation it is the user's next turn.
+- `standalone` (the paper): a new prompt "Problem ... Proposed answer ... Is this answer correct?";
+  its problem part is computed once for all branches, the answers again.
+
+Everything goes by token ids: chat templates are rendered around placeholders and only the text
+between these is tokenised, never a branch. An end-of-sequence token that closed a plain text answer
+stays where it is.
+
+Source: Sekar 2026, arXiv 2606.09937 (question and standalone style).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from minirksc.errors import ChatTemplateError, ConfigError
+
+if TYPE_CHECKING:
+    from minirksc.branch import Branch
+    from minirksc.llm import LLM
+    from minirksc.tokenizer import Tokenizer
+
+QUESTION = "Is this answer correct? YES or NO."
+_PLAIN_CHOICES = (" YES", " NO")
+_CHAT_CHOICES = ("YES", "NO")
+# Letters and digits only: a template that strips or escapes leaves them alone.
+_PROBLEM, _ANSWER = "PROBLEM7f3a9c", "ANSWER7f3a9c"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An answer to verify.
+
+    Attributes:
+        branch: whose tokens end with the answer.
+        answer_ids: hint and generated tokens alone, without an end-of-sequence token.
+    """
+
+    branch: "Branch"
+    answer_ids: Sequence[int]
+
+
+class Verifier:
+    """Asks about answers in one style.
+
+    Args:
+        llm: with a tokenizer.
+        style: "append" or "standalone".
+        chat: ask in the checkpoint's chat format; plain text where it has none that can be used.
+        share: False: nothing is shared between branches.
+
+    Raises:
+        ConfigError: the checkpoint has no tokenizer.
+    """
+
+    def __init__(self, llm: "LLM", style: str, *, chat: bool, share: bool) -> None:
+        if llm.tokenizer is None:
+            raise ConfigError(
+                f"{llm.model_path} has no tokenizer, so nothing can be asked; use verify='never'"
+            )
+        self._llm = llm
+        self._tokenizer = llm.tokenizer
+        self._style = style
+        self._share = share
+        parts = _chat_parts(llm.tokenizer, style) if chat and llm.tokenizer.has_chat_template else None
+        self._choices = self._choice_ids(_PLAIN_CHOICES if parts is None else _CHAT_CHOICES)
+        before, between, after = parts or _plain_parts(style)
+        # Only a prompt starts with BOS; the other parts continue one.
+        self._before = llm.tokenizer.encode(before)
+        self._between = self._encode(between)
+        # An answer that stopped by itself has closed its turn; the others' turns are closed here.
+        self._closing, self._question = _split_after_eos(self._encode(after), llm.tokenizer)
+
+    def probabilities(self, problem: str | Sequence[int], candidates: Sequence[Candidate]) -> list[float]:
+        """p(YES) of each candidate; the branches stay as they were.
+
+        Args:
+            problem: for the standalone style: text or token ids.
+            candidates: distinct branches.
+
+        Raises:
+            PromptError, CacheFullError, NumericalError: as `LLM.score`.
+        """
+        if self._style == "append":
+            return self._append([candidate.branch for candidate in candidates])
+        return self._standalone(problem, candidates)
+
+    def _append(self, branches: Sequence["Branch"]) -> list[float]:
+        scores = [0.0] * len(branches)
+        for closed in (False, True):
+            rows = [i for i, branch in enumerate(branches) if self._is_closed(branch) is closed]
+            if rows:
+                question = self._question if closed else [*self._closing, *self._question]
+                asked = self._ask([branches[i] for i in rows], question)
+                for i, probability in zip(rows, asked, strict=True):
+                    scores[i] = probability
+        return scores
+
+    def _standalone(self, problem: str | Sequence[int], candidates: Sequence[Candidate]) -> list[float]:
+        prompt = [*self._before, *self._problem_ids(problem), *self._between]
+        open_branches: list[Branch] = []
+        try:
+            if self._share:
+                open_branches.append(self._llm.branch(prompt))
+                asked = open_branches[0].fork(len(candidates))
+                open_branches += asked
+            else:
+                for _ in candidates:
+                    open_branches.append(self._llm.branch(prompt, share=False))
+                asked = open_branches
+            for branch, candidate in zip(asked, candidates, strict=True):
+                branch.append(candidate.answer_ids)
+            return self._ask(asked, [*self._closing, *self._question])
+        finally:
+            for branch in open_branches:
+                branch.prune()
+
+    def _ask(self, branches: Sequence["Branch"], question: Sequence[int]) -> list[float]:
+        scores = self._llm.score(branches, question, choices=self._choices)  # [branches, 2]
+        return [float(row[0]) for row in scores]
+
+    def _choice_ids(self, choices: Sequence[str]) -> list[list[int]]:
+        """First tokens where they tell the choices apart ("Y" of "YES"): one pass scores them all."""
+        token_ids = [self._encode(choice) for choice in choices]
+        firsts = [ids[:1] for ids in token_ids]
+        return token_ids if firsts[0] == firsts[1] else firsts
+
+    def _is_closed(self, branch: "Branch") -> bool:
+        return branch.token_ids[-1] in self._tokenizer.eos_token_ids
+
+    def _problem_ids(self, problem: str | Sequence[int]) -> list[int]:
+        if isinstance(problem, str):
+            return self._encode(problem)
+        starts_with_bos = bool(problem) and problem[0] == self._tokenizer.bos_token_id
+        return list(problem[1:] if starts_with_bos else problem)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+def _plain_parts(style: str) -> tuple[str, str, str]:
+    """Text before the problem, between problem and answer, and after the answer."""
+    before, between = ("", "") if style == "append" else ("Problem:\n", "\n\nProposed answer:\n")
+    return before, between, f"\n\n{QUESTION}\nAnswer:"
+
+
+def _chat_parts(tokenizer: "Tokenizer", style: str) -> tuple[str, str, str] | None:
+    """The same in the checkpoint's chat format; None when its template cannot be taken apart."""
+    if style == "append":
+        turns = [("user", _PROBLEM), ("assistant", _ANSWER), ("user", QUESTION)]
+    else:
+        asked = f"Problem:\n{_PROBLEM}\n\nProposed answer:\n{_ANSWER}\n\n{QUESTION}"
+        turns = [("user", asked)]
+    try:
+        text = tokenizer.render_chat([{"role": role, "content": content} for role, content in turns])
+    except ChatTemplateError:
+        return None
+    before, found_problem, rest = text.partition(_PROBLEM)
+    between, found_answer, after = rest.partition(_ANSWER)
+    if not found_problem or not found_answer or _PROBLEM in rest or _ANSWER in after:
+        return None
+    return before, between, after
+
+
+def _split_after_eos(token_ids: list[int], tokenizer: "Tokenizer") -> tuple[list[int], list[int]]:
+    """Splits behind the first end-of-sequence token; where there is none, nothing needs closing."""
+    for index, token_id in enumerate(token_ids):
+        if token_id in tokenizer.eos_token_ids:
+            return token_ids[: index + 1], token_ids[index + 1 :]
+    return [], token_ids

@@ -1,0 +1,39 @@
+"""Fixtures for all tests."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# transformers looks for an installed top-level package named `kernels`; the repository's folder of that name
+# must not be taken for it.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+
+def _load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+write_tiny_llama = _load(ROOT / "tests" / "models" / "tiny.py").write_tiny_llama
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    """Factory of tiny random Llama checkpoints, one folder per set of arguments."""
+    made = {}
+
+    def make(**options):
+        key = json.dumps(options, sort_keys=True)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("tiny_llama")
+            write_tiny_llama(made[key], **options)
+        return made[key]
+
+    return make
