@@ -124,7 +124,7 @@ def test_logits(case):
             }
         },
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
-        {"heads": 5, "kv_heads": 1, "head_dim": 24},
+        {"hidden": 80, "heads": 5, "kv_heads": 1, "head_dim": 24},
         {"dtype": "bfloat16", "shards": 3},
     ],
     ids=["biases-untied", "llama3-rope", "linear-rope", "odd-heads", "bf16-shards"],

@@ -36,17 +36,17 @@ def write_tiny_llama(
 ):
     """Writes config.json and weights (and a byte-level tokenizer); returns the config.
 
-    Norm weights lie far from 1 and head_dim differs from hidden / heads, so that a model that ignores either
-    is caught.
+    Layers outweigh the embedding, so that greedy text varies instead of repeating one token. Norm weights lie
+    far from 1 and head_dim differs from hidden / heads, so that a model that ignores either is caught.
     """
     folder = Path(folder)
     gen = torch.Generator().manual_seed(seed)
     torch_dtype = getattr(torch, dtype)
 
-    def randn(*shape, std=0.1):
+    def randn(*shape, std=0.25):
         return (torch.randn(shape, generator=gen) * std).to(torch_dtype)
 
-    weights = {"model.embed_tokens.weight": randn(vocab, hidden, std=0.5)}
+    weights = {"model.embed_tokens.weight": randn(vocab, hidden, std=0.2)}
     for i in range(layers):
         prefix = f"model.layers.{i}."
         for name, rows, columns, bias in (
@@ -65,7 +65,7 @@ def write_tiny_llama(
             weights[f"{prefix}{name}.weight"] = 1 + randn(hidden, std=0.3)
     weights["model.norm.weight"] = 1 + randn(hidden, std=0.3)
     if not tie:
-        weights["lm_head.weight"] = randn(vocab, hidden, std=0.5)
+        weights["lm_head.weight"] = randn(vocab, hidden, std=0.2)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -107,7 +107,7 @@ def _save(folder, weights, shards):
         part = {name: weights[name] for name in names[i::shards]}
         save_file(part, folder / file)
         weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def _write_tokenizer(folder, chat):

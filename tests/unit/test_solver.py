@@ -9,6 +9,7 @@ import torch
 
 from minirksc.config import SamplingParams
 from minirksc.errors import ChatTemplateError, ConfigError
+from minirksc.llm import LLM
 from minirksc.solver import Solver, SolverConfig
 
 EOS, BOS = 1, 2
@@ -494,3 +495,33 @@ def test_without_tokenizer_token_ids_work_and_text_is_a_clear_error():
     assert json.loads(json.dumps(result.trace)) == result.trace
     with pytest.raises(ConfigError, match="as token ids"):
         solver.solve("text")
+
+
+def test_on_the_engine_sharing_changes_the_cost_alone(tiny_llama):
+    prompt = [(7 * i) % 89 + 5 for i in range(100)]
+    sampling = SamplingParams(temperature=1.0, ignore_eos=True, seed=3)
+    results = {}
+    with LLM(tiny_llama(), block_size=8, kv_cache_bytes="2MiB") as llm:
+        for sharing in ("none", "exact"):
+            config = SolverConfig(
+                branches=4,
+                depth=3,
+                tokens_per_step=6,
+                hints=[[10 + k] * 3 for k in range(4)],
+                sampling=sampling,
+                sharing=sharing,
+                verify="never",
+            )
+            results[sharing] = Solver(llm, config).solve(prompt)
+            llm.engine.blocks.check_integrity()
+            assert llm.stats()["num_blocks_used"] == 0
+    none, exact = results["none"], results["exact"]
+    assert [b.token_ids for b in none.branches] == [b.token_ids for b in exact.branches]
+    assert [b.path for b in none.branches] == [b.path for b in exact.branches]
+    confidences = [b.confidence for b in none.branches]
+    assert confidences == pytest.approx([b.confidence for b in exact.branches], abs=1e-4)
+    assert {b.num_shared_tokens for b in none.branches} == {0}
+    assert min(b.num_shared_tokens for b in exact.branches) >= 100
+    # 100 once, 3 hint tokens each, and the last token of each child's parent.
+    assert exact.stats["num_prefilled_tokens"] <= 100 + 4 * 3 + 2 * 4
+    assert none.stats["num_prefilled_tokens"] >= 3 * 4 * 100
