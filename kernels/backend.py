@@ -3,9 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from minirksc.errors import ConfigError
 from minirksc.kernels.confidence import Confidence, confidence, confidence_reference
 from minirksc.kernels.gated_act import gated_act, gated_act_reference
 from minirksc.kernels.kv_store import kv_store, kv_store_reference
@@ -16,6 +13,9 @@ from minirksc.kernels.paged_attention import (
 )
 from minirksc.kernels.rms_norm import rms_norm, rms_norm_reference
 from minirksc.kernels.rope import rope, rope_reference
+from torch import Tensor
+
+from minirksc.errors import ConfigError
 
 
 @dataclass(frozen=True)

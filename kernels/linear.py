@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 def can_prepack(dtype: torch.dtype, device: torch.device) -> bool:
     """True where oneDNN takes a prepacked weight of this dtype on this machine."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if device.type != "cpu" or not torch._C._has_mkldnn:
         return False
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

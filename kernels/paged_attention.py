@@ -18,9 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
-
 from minirksc.kernels.prefix_attention import Segment, merge_into, shared_segments
+from torch import Tensor
 
 MAX_GATHER_TOKENS = 4096
 """Padded tokens of the decode rows' own keys up to which one gather and one call beat a call a row."""
@@ -111,9 +110,7 @@ def paged_attention_reference(
     return out
 
 
-def paged_attention(
-    q: Tensor, kv: Tensor, layer_cache: Tensor, batch: AttentionBatch, scale: float
-) -> Tensor:
+def paged_attention(q: Tensor, kv: Tensor, layer_cache: Tensor, batch: AttentionBatch, scale: float) -> Tensor:
     """The same in few large calls; arguments and result as in `paged_attention_reference`."""
     plan = batch.plan()
     cache = layer_cache.flatten(0, 1)  # [slots, 2, num_kv_heads, head_dim]
@@ -203,8 +200,7 @@ def _decode_own(q: Tensor, cache: Tensor, plan: AttentionPlan, scale: float) -> 
     """Each decode row over the keys that it reads alone; one call, or one a row where keys are many."""
     if plan.own_slots is None:
         parts = [
-            _over_runs(q[place : place + 1], cache, row.own_runs, scale)
-            for place, row in enumerate(plan.decode_rows)
+            _over_runs(q[place : place + 1], cache, row.own_runs, scale) for place, row in enumerate(plan.decode_rows)
         ]
         return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
     num_rows, num_heads, head_dim = q.shape

@@ -112,8 +112,10 @@ def merge_into(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> No
     exp(b) / (exp(a) + exp(b)) = sigmoid(b - a), so two partials merge with one interpolation.
 
     Args:
-        out, other: `[rows, heads, head_dim]`.
-        lse, other_lse: `[rows, heads]` float32.
+        out: `[rows, heads, head_dim]`, overwritten.
+        lse: `[rows, heads]` float32, overwritten.
+        other: like out.
+        other_lse: like lse.
     """
     weight = torch.sigmoid(other_lse - lse).unsqueeze(-1)  # [rows, heads, 1]
     out.lerp_(other, weight.to(out.dtype))

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 
-def rope_tables(
-    positions: Tensor, inv_freq: Tensor, scale: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def rope_tables(positions: Tensor, inv_freq: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines of every position, made once a step and used by all layers.
 
     Args:
@@ -34,7 +32,8 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> None:
 
     Args:
         x: `[tokens, heads, head_dim]`; the first rotary_dim of head_dim are rotated, the rest stays.
-        cos, sin: `[tokens, 1, rotary_dim]` from `rope_tables`.
+        cos: `[tokens, 1, rotary_dim]`, from `rope_tables`.
+        sin: like cos.
     """
     half = cos.shape[-1] // 2
     a, b = x[..., : 2 * half].to(torch.float32, copy=True).chunk(2, dim=-1)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from minirksc.config import SamplingParams
     from minirksc.llm import LLM
     from minirksc.request import CompletionOutput, RequestOutput
-    from minirksc.solver import SolveResult, Solver, SolverConfig
+    from minirksc.solver import Solver, SolverConfig, SolveResult
 
 __version__ = "0.1.0"
 

@@ -19,9 +19,7 @@ _NUMBER = re.compile(
     r"(?P<sign>(?<![)\]])[-+])?[$€£]?(?P<sign2>[-+])?"
     r"(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
 )
-_MARKER = re.compile(
-    r"####|(?P<boxed>\\boxed\s*\{(?:\\text\s*\{)?)|\banswer(?:\s+is\b|\s*[:=])", re.IGNORECASE
-)
+_MARKER = re.compile(r"####|(?P<boxed>\\boxed\s*\{(?:\\text\s*\{)?)|\banswer(?:\s+is\b|\s*[:=])", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
 _BARE_CHOICE = re.compile(r"[\s*]*(?:option\s+|choice\s+)?(?:\(([A-Ja-j])\)|([A-J])(?![\w'’]))", re.I)
 _BRACKETED_CHOICE = re.compile(r"\(([A-Ja-j])\)")
@@ -57,9 +55,7 @@ def check_parser(kind: AnswerParser) -> None:
         ConfigError: unknown kind.
     """
     if not callable(kind) and kind not in _PARSERS:
-        raise ConfigError(
-            f"answer_parser={kind!r}; use one of {', '.join(_PARSERS)}, or a function of the text"
-        )
+        raise ConfigError(f"answer_parser={kind!r}; use one of {', '.join(_PARSERS)}, or a function of the text")
 
 
 def choose(answers: Sequence[str | None], scores: Sequence[float], rule: str) -> int:

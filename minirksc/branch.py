@@ -38,7 +38,7 @@ class Branch:
         self._top1: list[float] = list(parent._top1) if parent else []
 
     def fork(self, n: int) -> list["Branch"]:
-        """n children that continue from here; no token is computed and no block copied.
+        """Makes n children that continue from here; no token is computed and no block copied.
 
         Raises:
             BranchError: it was pruned.
@@ -51,8 +51,7 @@ class Branch:
         self._num_forks += n
         engine = self._llm.engine
         return [
-            Branch(self._llm, engine.fork_sequence(self._sequence, index), self)
-            for index in range(first, first + n)
+            Branch(self._llm, engine.fork_sequence(self._sequence, index), self) for index in range(first, first + n)
         ]
 
     def append(self, tokens: str | SequenceOf[int]) -> None:

@@ -40,9 +40,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         self._special_tokens = dict(special_tokens)
-        environment = _Sandbox(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-        )
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
         environment.filters["tojson"] = _tojson
         environment.filters["_bounded"] = _bounded
         environment.globals["raise_exception"] = _raise_exception
@@ -79,9 +77,7 @@ class ChatTemplate:
                 parts.append(part)
                 num_chars += len(part)
                 if num_chars > MAX_OUTPUT_CHARS:
-                    raise ChatTemplateError(
-                        f"the chat template wrote more than {MAX_OUTPUT_CHARS} characters"
-                    )
+                    raise ChatTemplateError(f"the chat template wrote more than {MAX_OUTPUT_CHARS} characters")
         except ChatTemplateError:
             raise
         except Exception as error:  # a template may fail in any way that Python can
@@ -141,9 +137,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             for text, times in ((left, right), (right, left)):
                 is_long = isinstance(text, str | list | tuple) and isinstance(times, int)
                 if is_long and len(text) * times > MAX_PRODUCT:
-                    raise ChatTemplateError(
-                        f"the chat template repeats text to more than {MAX_PRODUCT} characters"
-                    )
+                    raise ChatTemplateError(f"the chat template repeats text to more than {MAX_PRODUCT} characters")
         return super().call_binop(context, operator, left, right)
 
 
@@ -180,9 +174,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """JSON without the HTML escapes of jinja2's own filter."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> None:

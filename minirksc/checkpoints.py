@@ -59,13 +59,9 @@ def resolve_model(model: str) -> Path:
     folder = Path(model).expanduser()
     if folder.is_file():
         hint = f"; import it first: python -m minirksc.checkpoints import-gguf {model} FOLDER"
-        raise CheckpointError(
-            f"{model} is a file, a checkpoint is a folder{hint if folder.suffix == '.gguf' else ''}"
-        )
+        raise CheckpointError(f"{model} is a file, a checkpoint is a folder{hint if folder.suffix == '.gguf' else ''}")
     if not folder.is_dir():
-        raise CheckpointError(
-            f"there is no folder {model}; give a checkpoint folder or one of: {', '.join(ALIASES)}"
-        )
+        raise CheckpointError(f"there is no folder {model}; give a checkpoint folder or one of: {', '.join(ALIASES)}")
     return folder
 
 

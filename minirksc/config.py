@@ -98,9 +98,7 @@ class SamplingParams:
 
     def _check_contradictions(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ConfigError(
-                f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}; lower one"
-            )
+            raise ConfigError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}; lower one")
         if self.stop and not self.detokenize:
             raise ConfigError("stop strings need text: leave detokenize on, or use stop_token_ids")
         if self.n > 1 and self.temperature == 0:
@@ -110,7 +108,7 @@ class SamplingParams:
 
     def resolved(self, defaults: Mapping[str, float]) -> "SamplingParams":
         """A copy without None in the sampling values: `defaults` first, then neutral values."""
-        missing = {
+        missing: dict[str, Any] = {
             name: type(neutral)(defaults.get(name, neutral))
             for name, neutral in NEUTRAL.items()
             if getattr(self, name) is None
@@ -239,17 +237,13 @@ def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
         raise ConfigError(f"{name} {value} is out of range; it must be {allowed}")
 
 
-def _check_float(
-    name: str, value: Any, low: float | None, high: float | None = None, open_low: bool = False
-) -> None:
+def _check_float(name: str, value: Any, low: float | None, high: float | None = None, open_low: bool = False) -> None:
     """None passes: it means that the option was not given."""
     if value is None:
         return
     allowed = "finite"
     if low is not None:
-        allowed = f"{'above' if open_low else 'at least'} {low}" + (
-            "" if high is None else f", at most {high}"
-        )
+        allowed = f"{'above' if open_low else 'at least'} {low}" + ("" if high is None else f", at most {high}")
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{name} {value!r} must be a number, {allowed}")
     too_low = low is not None and (value <= low if open_low else value < low)

@@ -132,7 +132,8 @@ class Engine:
             params: resolved sampling parameters.
             seed: of the random numbers; params.seed wins.
             prefill_only: compute the KV of what is there and sample nothing.
-            logits_start, on_logits: see `Request`.
+            logits_start: see `Request`.
+            on_logits: see `Request`.
 
         Raises:
             PromptError: prompt and max_tokens do not fit into max_model_len.
@@ -226,8 +227,7 @@ class Engine:
             )
         if room < 1:
             raise PromptError(
-                f"a sequence of {num_prompt} tokens leaves no room for a new one in max_model_len "
-                f"{self.max_model_len}"
+                f"a sequence of {num_prompt} tokens leaves no room for a new one in max_model_len {self.max_model_len}"
             )
         if params.max_tokens is None:
             params = replace(params, max_tokens=room)

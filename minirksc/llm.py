@@ -192,7 +192,8 @@ class LLM:
 
         Args:
             conversations: one list of {"role": ..., "content": ...}, or a list of such lists.
-            params, use_tqdm: as in `generate`.
+            params: as in `generate`.
+            use_tqdm: as in `generate`.
             template_kwargs: variables for the template, such as enable_thinking.
 
         Raises:
@@ -235,9 +236,7 @@ class LLM:
             PromptError, CacheFullError, TokenizerError.
         """
         _, token_ids = self._encode(prompt)
-        sequence = self.engine.new_sequence(
-            token_ids, share=share, seed=self._next_seed() if seed is None else seed
-        )
+        sequence = self.engine.new_sequence(token_ids, share=share, seed=self._next_seed() if seed is None else seed)
         sequence.kept = True
         params = self._resolve(SamplingParams())
         self._run_all([self.engine.add_request(sequence, params, prefill_only=True)])
@@ -272,9 +271,7 @@ class LLM:
         try:
             for branch, one in pairs:
                 sequence = branch._sequence
-                requests.append(
-                    self.engine.add_request(sequence, self._resolve(one), seed=sequence.branch_seed)
-                )
+                requests.append(self.engine.add_request(sequence, self._resolve(one), seed=sequence.branch_seed))
             self._run_all(requests)
         finally:
             self._abort(requests)
@@ -320,10 +317,8 @@ class LLM:
         try:
             for row, branch in enumerate(branches):
                 for i, tail in enumerate(tails):
-                    if columns:
-                        store = _first_row_at(scores[row], columns)
-                    else:
-                        store = _sum_of_logprobs(scores[row], i, tail)
+                    out = scores[row]
+                    store = _first_row_at(out, columns) if columns else _sum_of_logprobs(out, i, tail)
                     requests.append(self._score_request(branch, question_ids, tail, store))
             self._run_all(requests)
         finally:
@@ -362,9 +357,7 @@ class LLM:
 
     def _need_tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:
-            raise TokenizerError(
-                f"{self.model_path} has no tokenizer, so {what} cannot be used; give token ids"
-            )
+            raise TokenizerError(f"{self.model_path} has no tokenizer, so {what} cannot be used; give token ids")
         return self.tokenizer
 
     def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
@@ -375,9 +368,7 @@ class LLM:
             if set(prompt) == {"prompt"} and isinstance(prompt["prompt"], str):
                 prompt = prompt["prompt"]
             else:
-                raise ConfigError(
-                    f"a prompt with the keys {sorted(prompt)}; it takes prompt_token_ids or prompt"
-                )
+                raise ConfigError(f"a prompt with the keys {sorted(prompt)}; it takes prompt_token_ids or prompt")
         if isinstance(prompt, str):
             return prompt, self._need_tokenizer("text").encode(prompt)
         return None, list(prompt)
@@ -511,9 +502,7 @@ def _prompt_list(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
     return list(prompts)  # type: ignore[arg-type]
 
 
-def _params_list(
-    params: SamplingParams | SequenceOf[SamplingParams] | None, count: int
-) -> list[SamplingParams]:
+def _params_list(params: SamplingParams | SequenceOf[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
     if len(params) != count:

@@ -99,9 +99,7 @@ def _choose_dtype(name: str, raw: dict[str, Any], device: torch.device) -> torch
     """The checkpoint's dtype where the device computes in it, else float32: emulated bf16 is far slower."""
     if name == "auto":
         name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
-        native = device.type != "cpu" or (
-            name == "bfloat16" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        )
+        native = device.type != "cpu" or (name == "bfloat16" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
         if not native or name not in ("bfloat16", "float16"):
             name = "float32"
     dtype = getattr(torch, name)
@@ -161,9 +159,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _sampling_defaults(generation: dict[str, Any]) -> dict[str, float]:
-    defaults = {
-        name: generation[name] for name in SAMPLING_DEFAULTS if isinstance(generation.get(name), int | float)
-    }
+    defaults = {name: generation[name] for name in SAMPLING_DEFAULTS if isinstance(generation.get(name), int | float)}
     if generation.get("do_sample") is False:
         defaults["temperature"] = 0.0
     return defaults

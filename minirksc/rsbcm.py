@@ -101,8 +101,7 @@ class BlockManager:
     def __init__(self, num_blocks: int, block_size: int, policy: str = "rksc") -> None:
         if num_blocks < 1 or block_size < 1:
             raise ConfigError(
-                f"a pool of {num_blocks} blocks of {block_size} tokens is smaller than one block; "
-                "raise kv_cache_bytes"
+                f"a pool of {num_blocks} blocks of {block_size} tokens is smaller than one block; raise kv_cache_bytes"
             )
         if policy not in POLICIES:
             raise ConfigError(f"eviction {policy!r} is unknown; choose one of {', '.join(POLICIES)}")

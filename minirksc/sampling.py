@@ -69,9 +69,7 @@ def uniform(seed: int, path: tuple[int, ...], position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
 
 
-def sample(
-    logits: Tensor, rows: Sequence[SamplingRow], confidence: Callable[[Tensor], Confidence]
-) -> list[Sampled]:
+def sample(logits: Tensor, rows: Sequence[SamplingRow], confidence: Callable[[Tensor], Confidence]) -> list[Sampled]:
     """Draws one token a row.
 
     Args:
@@ -180,7 +178,7 @@ def _penalise(scores: Tensor, row: SamplingRow) -> None:
         scores[seen] = torch.where(values > 0, values / penalty, values * penalty)
     if (params.presence_penalty or params.frequency_penalty) and row.output_token_ids:
         output = torch.tensor(list(row.output_token_ids), device=scores.device)
-        ids, counts = output.unique(return_counts=True)
+        ids, counts = torch.unique(output, return_counts=True)
         scores[ids] -= params.presence_penalty + params.frequency_penalty * counts
     if row.forbidden_ids:
         scores[[i for i in row.forbidden_ids if i < len(scores)]] = NEG_INF

@@ -225,9 +225,7 @@ class Scheduler:
             return False
         worth_waiting = self.blocks.match(tokens, sequence.salt) + self.blocks.block_size
         prefix = tokens[:worth_waiting]
-        return worth_waiting < len(tokens) and any(
-            r.sequence.token_ids[:worth_waiting] == prefix for r in leaders
-        )
+        return worth_waiting < len(tokens) and any(r.sequence.token_ids[:worth_waiting] == prefix for r in leaders)
 
     def _reclaim(self) -> bool:
         """Takes the blocks of one sequence that is not running; False: none holds any.

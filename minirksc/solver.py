@@ -317,9 +317,7 @@ class Solver:
             return list(wording)
         tokenizer = self.llm.tokenizer
         if tokenizer is None:
-            raise ConfigError(
-                f"{self.llm.model_path} has no tokenizer; give the problem as token ids, not text"
-            )
+            raise ConfigError(f"{self.llm.model_path} has no tokenizer; give the problem as token ids, not text")
         if self._is_chat(wording):
             return tokenizer.encode_chat([{"role": "user", "content": wording}])
         return tokenizer.encode(wording)

@@ -101,9 +101,7 @@ class Tree:
         stats: filled by `finish`.
     """
 
-    def __init__(
-        self, llm: "LLM", *, share: bool, on_event: Callable[[dict[str, Any]], None] | None = None
-    ) -> None:
+    def __init__(self, llm: "LLM", *, share: bool, on_event: Callable[[dict[str, Any]], None] | None = None) -> None:
         self.nodes: list[Node] = []
         self.events: list[dict[str, Any]] = []
         self.stats: dict[str, float] = dict.fromkeys(_SECONDS.values(), 0.0)
@@ -184,9 +182,7 @@ class Tree:
             for index, parent in enumerate(parents):
                 num_kids = num_slots // len(parents) + (index < num_slots % len(parents))
                 for branch in self._children(parent.branch, num_kids):
-                    kids.append(
-                        self._node(branch, parent, "", parent.num_prompt_tokens, parent.num_cached_tokens)
-                    )
+                    kids.append(self._node(branch, parent, "", parent.num_prompt_tokens, parent.num_cached_tokens))
             self._prune([parent.branch for parent in parents])
             self._measure_sharing(kids)
             event["survivors"] = [node.node_id for node in survivors]
@@ -232,9 +228,7 @@ class Tree:
             self._prune([ancestor])
         return child
 
-    def _node(
-        self, branch: "Branch", parent: Node | None, hint: str, num_prompt: int, num_cached: int
-    ) -> Node:
+    def _node(self, branch: "Branch", parent: Node | None, hint: str, num_prompt: int, num_cached: int) -> Node:
         node = Node(
             node_id=len(self.nodes),
             parent_id=None if parent is None else parent.node_id,

@@ -60,9 +60,7 @@ class Verifier:
 
     def __init__(self, llm: "LLM", style: str, *, chat: bool, share: bool) -> None:
         if llm.tokenizer is None:
-            raise ConfigError(
-                f"{llm.model_path} has no tokenizer, so nothing can be asked; use verify='never'"
-            )
+            raise ConfigError(f"{llm.model_path} has no tokenizer, so nothing can be asked; use verify='never'")
         self._llm = llm
         self._tokenizer = llm.tokenizer
         self._style = style

@@ -7,10 +7,6 @@ scheduling or who owns the cache.
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-from minirksc.errors import UnsupportedModelError
 from minirksc.kernels.backend import Backend
 from minirksc.kernels.linear import Linear
 from minirksc.kernels.paged_attention import AttentionBatch
@@ -18,6 +14,10 @@ from minirksc.kernels.rope import rope_tables
 from minirksc.models.layers import DecoderLayer
 from minirksc.models.rope import inv_freq
 from minirksc.models.spec import ArchSpec, RopeSpec
+from torch import Tensor
+from torch.nn import functional as F
+
+from minirksc.errors import UnsupportedModelError
 
 
 class Decoder:

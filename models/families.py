@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from minirksc.errors import CheckpointError, UnsupportedModelError
 from minirksc.models.rope import KINDS
 from minirksc.models.spec import ArchSpec, RopeSpec
+
+from minirksc.errors import CheckpointError, UnsupportedModelError
 
 MAX_CONFIG_BYTES = 10 << 20
 MAX_SIZE = 10**8
@@ -21,13 +22,15 @@ MAX_SIZE = 10**8
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu"}
 
 HARMLESS = frozenset(
-    """_name_or_path architectures attention_dropout attn_implementation auto_map bos_token_id cache_implementation
-    dtype eos_token_id for_llm_compressor hidden_dropout id2label initializer_range is_decoder is_llama_config
-    label2id max_length mlp_only_layers model_type output_attentions output_hidden_states pad_token_id
-    pretraining_tp problem_type resid_pdrop return_dict rope_interleaved rope_scaling rope_parameters rope_theta
-    tie_word_embeddings torch_dtype transformers.js_config transformers_version unk_token_id unsloth_fixed
-    unsloth_version use_cache use_bfloat16 vocab_size""".split()
-)
+    {
+        "_name_or_path", "architectures", "attention_dropout", "attn_implementation", "bos_token_id",
+        "cache_implementation", "dtype", "eos_token_id", "hidden_dropout", "id2label", "initializer_range",
+        "is_decoder", "label2id", "max_length", "model_type", "output_attentions", "output_hidden_states",
+        "pad_token_id", "pretraining_tp", "problem_type", "resid_pdrop", "return_dict", "rope_interleaved",
+        "rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings", "torch_dtype",
+        "transformers_version", "unk_token_id", "unsloth_fixed", "unsloth_version", "use_cache", "vocab_size",
+    }
+)  # fmt: skip
 """Fields that do not change the mathematics, or that every family reads."""
 
 ROPE_FIELDS = {

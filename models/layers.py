@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping
 
-from torch import Tensor
-
 from minirksc.kernels.backend import Backend
 from minirksc.kernels.linear import Linear
 from minirksc.kernels.paged_attention import AttentionBatch
 from minirksc.models.spec import ArchSpec
+from torch import Tensor
 
 
 class DecoderLayer:
@@ -58,7 +57,7 @@ class DecoderLayer:
         if rope_tables is not None:
             ops.rope(qkv[:, : spec.num_heads + spec.num_kv_heads], *rope_tables)
         q = qkv[:, : spec.num_heads]
-        kv = qkv[:, spec.num_heads :].unflatten(1, (2, spec.num_kv_heads))
+        kv = qkv[:, spec.num_heads :].view(len(hidden), 2, spec.num_kv_heads, spec.head_dim)
         ops.kv_store(kv, layer_cache, slots)
         attended = ops.paged_attention(q, kv, layer_cache, attention, spec.query_scale)
         hidden = hidden.add_(self.o(attended.flatten(1)))

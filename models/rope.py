@@ -10,10 +10,10 @@ card's reference code (llama3).
 import math
 
 import torch
+from minirksc.models.spec import RopeSpec
 from torch import Tensor
 
 from minirksc.errors import UnsupportedModelError
-from minirksc.models.spec import RopeSpec
 
 KINDS = ("default", "linear", "llama3")
 

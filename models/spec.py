@@ -89,9 +89,7 @@ class ArchSpec:
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
-            raise CheckpointError(
-                f"{self.num_heads} attention heads cannot share {self.num_kv_heads} KV heads evenly"
-            )
+            raise CheckpointError(f"{self.num_heads} attention heads cannot share {self.num_kv_heads} KV heads evenly")
         if not len(self.windows) == len(self.ropes) == self.num_layers:
             raise CheckpointError(
                 f"{self.num_layers} layers, but {len(self.windows)} windows and {len(self.ropes)} ropes"

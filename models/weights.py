@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from minirksc.models.spec import ArchSpec
 from torch import Tensor
 
 from minirksc.errors import CheckpointError
-from minirksc.models.spec import ArchSpec
 
 MAX_HEADER_BYTES = 100 << 20
 DTYPES = {
@@ -222,11 +222,7 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: the header is not a JSON object")
     start = 8 + length
-    entries = {
-        name: _entry(file, name, value, start, size)
-        for name, value in header.items()
-        if name != "__metadata__"
-    }
+    entries = {name: _entry(file, name, value, start, size) for name, value in header.items() if name != "__metadata__"}
     end = start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin < end:
@@ -249,9 +245,7 @@ def _entry(file: Path, name: str, value: Any, start: int, size: int) -> TensorEn
             f"{file}: tensor {name} of {dtype} {list(shape)} needs {num_bytes} bytes, its offsets give {end - begin}"
         )
     if start + end > size:
-        raise CheckpointError(
-            f"{file} is truncated: tensor {name} ends at byte {start + end}, the file has {size}"
-        )
+        raise CheckpointError(f"{file} is truncated: tensor {name} ends at byte {start + end}, the file has {size}")
     return TensorEntry(file, dtype, shape, start + begin, start + end)
 
 
@@ -264,9 +258,7 @@ def _check(entries: dict[str, TensorEntry], rules: list[WeightRule], spec: ArchS
         where = f"{name} in {entry.file.name}"
         if name in expected:
             if entry.shape != expected[name]:
-                problems.append(
-                    f"mis-shaped {where}: {list(entry.shape)}, the config asks for {list(expected[name])}"
-                )
+                problems.append(f"mis-shaped {where}: {list(entry.shape)}, the config asks for {list(expected[name])}")
             if entry.dtype not in DTYPES:
                 problems.append(f"unsupported dtype {entry.dtype} of {where}; known: {', '.join(DTYPES)}")
         elif name.endswith(SKIPPED_SUFFIXES) or (spec.tie_word_embeddings and name == "lm_head.weight"):
@@ -276,9 +268,7 @@ def _check(entries: dict[str, TensorEntry], rules: list[WeightRule], spec: ArchS
     if problems:
         files = ", ".join(sorted({str(entry.file) for entry in entries.values()}))
         listed = "\n  ".join(problems)
-        raise CheckpointError(
-            f"the tensors of {files} do not fit config.json ({len(problems)} problems):\n  {listed}"
-        )
+        raise CheckpointError(f"the tensors of {files} do not fit config.json ({len(problems)} problems):\n  {listed}")
     return skipped
 
 
@@ -304,7 +294,7 @@ def _read_into(entry: TensorEntry, out: Tensor) -> None:
         for begin in range(0, flat.numel(), step or 1):
             part = flat[begin : begin + step]
             target = part if source == out.dtype else torch.empty(part.shape, dtype=source)
-            buffer = target.view(torch.uint8).numpy()
+            buffer = target.view(torch.uint8).numpy().data
             if stream.readinto(buffer) != buffer.nbytes:
                 raise CheckpointError(f"{entry.file} was truncated while it was read")
             if target is not part:

@@ -62,9 +62,7 @@ def test_abort_at_any_moment_gives_every_block_back(llm):
     engine = llm.engine
     rng = random.Random(0)
     for _ in range(40):
-        live = [
-            engine.add_request(engine.new_sequence(p), PARAMS.resolved({})) for p in rng.sample(PROMPTS, 3)
-        ]
+        live = [engine.add_request(engine.new_sequence(p), PARAMS.resolved({})) for p in rng.sample(PROMPTS, 3)]
         for _ in range(rng.randrange(12)):
             engine.step()
             if live and rng.random() < 0.4:
@@ -161,9 +159,7 @@ def test_what_the_pool_can_never_hold_is_refused_and_the_rest_goes_on(tiny_llama
     with LLM(tiny_llama(), block_size=8, kv_cache_bytes="1MiB") as llm:
         block_bytes = llm.stats()["kv_cache_bytes"] // llm.stats()["num_blocks_total"]
     with LLM(tiny_llama(), block_size=8, kv_cache_bytes=4 * block_bytes) as llm:
-        with pytest.raises(
-            CacheFullError, match=rf"{5 * block_bytes} bytes.*{4 * block_bytes} bytes.*kv-cache"
-        ):
+        with pytest.raises(CacheFullError, match=rf"{5 * block_bytes} bytes.*{4 * block_bytes} bytes.*kv-cache"):
             llm.generate([[5] * 32], PARAMS)
         results = llm.generate([[5] * 32, [6] * 10], PARAMS, return_errors=True)
         assert isinstance(results[0].error, CacheFullError)

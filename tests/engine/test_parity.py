@@ -14,10 +14,7 @@ def make_prompts(vocab_size, seed=0):
     """Prompts of odd lengths; all begin alike, so that prefixes can be shared."""
     gen = torch.Generator().manual_seed(seed)
     shared = torch.randint(5, vocab_size, (21,), generator=gen).tolist()
-    return [
-        shared + torch.randint(5, vocab_size, (7 * i + 1,), generator=gen).tolist()
-        for i in range(NUM_PROMPTS)
-    ]
+    return [shared + torch.randint(5, vocab_size, (7 * i + 1,), generator=gen).tolist() for i in range(NUM_PROMPTS)]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from minirksc.kernels.paged_attention import (
     AttentionBatch,
     paged_attention,

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from minirksc.kernels.gated_act import ACTIVATIONS, gated_act, gated_act_reference
 from minirksc.kernels.kv_store import copy_blocks, kv_store, kv_store_reference
 from minirksc.kernels.linear import Linear

@@ -194,9 +194,7 @@ def test_policy_modules_reach_no_torch(module):
 def test_importing_loads_no_torch(modules):
     script = "import sys, importlib\nfor name in sys.argv[1:]: importlib.import_module(name)\n"
     script += "print(*{'torch', 'triton', 'transformers'} & set(sys.modules))"
-    done = subprocess.run(
-        [sys.executable, "-c", script, *modules], capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", script, *modules], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""
 

@@ -436,8 +436,7 @@ def test_sampling_is_taken_over():
     (params,) = llm.params
     assert (params.temperature, params.seed, params.max_tokens, params.stop) == (1.5, 4, 5, ("\n",))
     texts = [
-        [b.text for b in solve(FakeLLM(), branches=2, sampling=SamplingParams(seed=s)).branches]
-        for s in (None, 0, 1)
+        [b.text for b in solve(FakeLLM(), branches=2, sampling=SamplingParams(seed=s)).branches] for s in (None, 0, 1)
     ]
     assert texts[0] == texts[1] != texts[2]
 

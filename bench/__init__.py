@@ -1,0 +1,1 @@
+"""How fast it is: one script a question, run from the repository's root as `python -m bench.NAME`."""
