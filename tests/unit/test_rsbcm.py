@@ -1,0 +1,311 @@
+"""The block manager against a naive model that simulates the KV itself.
+
+The model keeps, for every block, the tokens physically written into it, applying the copies that the manager
+asks for. Whatever happens, every sequence must read back through its table exactly its own tokens.
+"""
+
+import random
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from minirksc.errors import CacheFullError, ConfigError
+from minirksc.eviction import POLICIES
+from minirksc.rsbcm import BlockManager
+
+SALTS = (b"", b"tenant")
+
+
+class Simulation:
+    """A block manager, the KV that its caller would hold, and what each sequence should contain."""
+
+    def __init__(self, num_blocks, block_size, policy):
+        self.blocks = BlockManager(num_blocks, block_size, policy)
+        self.size = block_size
+        # (salt, history) stands for the KV of a token: it depends on every token before it.
+        self.kv = {}
+        self.tokens = {}
+        self.salts = {}
+        self.next_id = 0
+
+    def add(self, token_ids, salt, use_cache=True):
+        seq_id, self.next_id = self.next_id, self.next_id + 1
+        expected = self.blocks.match(token_ids, salt) if use_cache else 0
+        free_before = self.blocks.num_free + self.blocks.num_cached
+        self.copy(self.blocks.add(seq_id, token_ids, salt=salt, use_cache=use_cache))
+        adopted = self.blocks.num_tokens(seq_id)
+        assert adopted < len(token_ids) or not token_ids
+        if adopted != expected:  # only the partial block may be left out, and only for want of room
+            assert adopted == expected // self.size * self.size and free_before <= expected // self.size + 1
+        self.tokens[seq_id], self.salts[seq_id] = list(token_ids[:adopted]), salt
+        return seq_id
+
+    def extend(self, seq_id, token_ids):
+        """Reserve, write, commit; False when there is no room."""
+        old = self.tokens[seq_id]
+        end = len(old) + len(token_ids)
+        if not self.blocks.can_reserve(seq_id, end):
+            table = list(self.blocks.block_table(seq_id))
+            with pytest.raises(CacheFullError):
+                self.blocks.reserve(seq_id, end)
+            assert self.blocks.block_table(seq_id) == table
+            return False
+        needed = self.blocks.blocks_needed(seq_id, end)
+        used = self.blocks.num_used
+        self.copy(self.blocks.reserve(seq_id, end))
+        assert self.blocks.num_used <= used + needed
+        table = self.blocks.block_table(seq_id)
+        new = [*old, *token_ids]
+        for position in range(len(old), end):
+            history = (self.salts[seq_id], tuple(new[: position + 1]))
+            self.kv[table[position // self.size], position % self.size] = history
+        self.blocks.commit(seq_id, token_ids)
+        self.tokens[seq_id] = new
+        return True
+
+    def fork(self, seq_id):
+        child, self.next_id = self.next_id, self.next_id + 1
+        used = self.blocks.num_used
+        self.blocks.fork(seq_id, child, depth=child % 5)
+        assert self.blocks.num_used == used
+        self.tokens[child], self.salts[child] = list(self.tokens[seq_id]), self.salts[seq_id]
+        return child
+
+    def rewind(self, seq_id, num_tokens):
+        self.blocks.rewind(seq_id, num_tokens)
+        del self.tokens[seq_id][num_tokens:]
+
+    def free(self, seq_id):
+        self.blocks.free(seq_id)
+        del self.tokens[seq_id], self.salts[seq_id]
+
+    def copy(self, copies):
+        read = {(c.destination, i): self.kv.get((c.source, i)) for c in copies for i in range(self.size)}
+        self.kv.update(read)
+
+    def check(self):
+        self.blocks.check_integrity()
+        assert self.blocks.num_free + self.blocks.num_cached + self.blocks.num_used == self.blocks.num_blocks
+        for seq_id, tokens in self.tokens.items():
+            table = self.blocks.block_table(seq_id)
+            assert self.blocks.num_tokens(seq_id) == len(tokens)
+            for position in range(len(tokens)):
+                held = self.kv[table[position // self.size], position % self.size]
+                assert held == (self.salts[seq_id], tuple(tokens[: position + 1]))
+
+
+def run_random_operations(num_operations, seed, num_blocks=24, block_size=4, policy="rksc", check_every=1):
+    """Random operations with every invariant checked; for long runs by hand."""
+    rng = random.Random(seed)
+    sim = Simulation(num_blocks, block_size, policy)
+    prompts = [[rng.randrange(3) for _ in range(40)] for _ in range(4)]
+    for step in range(num_operations):
+        live = list(sim.tokens)
+        action = rng.random()
+        if action < 0.2 or not live:
+            prompt = rng.choice(prompts)[: rng.randrange(1, 30)] + [rng.randrange(3)]
+            seq_id = sim.add(prompt, rng.choice(SALTS), rng.random() < 0.9)
+            sim.extend(seq_id, prompt[len(sim.tokens[seq_id]) :][: rng.randrange(1, 40)])
+        elif action < 0.6:
+            seq_id = rng.choice(live)
+            sim.extend(seq_id, [rng.randrange(3) for _ in range(rng.randrange(1, 7))])
+        elif action < 0.72 and len(live) < 12:
+            sim.fork(rng.choice(live))
+        elif action < 0.8:
+            seq_id = rng.choice(live)
+            sim.rewind(seq_id, rng.randrange(len(sim.tokens[seq_id]) + 1))
+        elif action < 0.99:
+            sim.free(rng.choice(live))
+        else:
+            sim.blocks.reset()
+            assert sim.blocks.num_cached == 0
+        if step % check_every == 0:
+            sim.check()
+    return sim
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_ten_thousand_random_operations(policy):
+    sim = run_random_operations(10_000 // len(POLICIES) + 1, seed=1, policy=policy)
+    assert sim.blocks.num_evicted_blocks > 100
+
+
+class BlockManagerMachine(RuleBasedStateMachine):
+    """The same, with hypothesis in the lead: it shrinks what fails."""
+
+    @initialize(
+        num_blocks=st.integers(1, 12), block_size=st.integers(1, 4), policy=st.sampled_from(sorted(POLICIES))
+    )
+    def start(self, num_blocks, block_size, policy):
+        self.sim = Simulation(num_blocks, block_size, policy)
+
+    @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=12), salt=st.sampled_from(SALTS), cache=st.booleans())
+    def add(self, prompt, salt, cache):
+        seq_id = self.sim.add(prompt, salt, cache)
+        self.sim.extend(seq_id, prompt[len(self.sim.tokens[seq_id]) :])
+
+    @precondition(lambda self: self.sim.tokens)
+    @rule(data=st.data(), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=6))
+    def extend(self, data, tokens):
+        self.sim.extend(self.pick(data), tokens)
+
+    @precondition(lambda self: self.sim.tokens)
+    @rule(data=st.data())
+    def fork(self, data):
+        self.sim.fork(self.pick(data))
+
+    @precondition(lambda self: self.sim.tokens)
+    @rule(data=st.data())
+    def rewind(self, data):
+        seq_id = self.pick(data)
+        self.sim.rewind(seq_id, data.draw(st.integers(0, len(self.sim.tokens[seq_id]))))
+
+    @precondition(lambda self: self.sim.tokens)
+    @rule(data=st.data())
+    def free(self, data):
+        self.sim.free(self.pick(data))
+
+    @rule()
+    def reset(self):
+        self.sim.blocks.reset()
+        assert self.sim.blocks.num_cached == 0
+
+    @invariant()
+    def intact(self):
+        if hasattr(self, "sim"):
+            self.sim.check()
+
+    def pick(self, data):
+        return data.draw(st.sampled_from(sorted(self.sim.tokens)))
+
+
+TestBlockManagerMachine = BlockManagerMachine.TestCase
+TestBlockManagerMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def filled(blocks, seq_id, tokens, **options):
+    """Adds a sequence and writes all of its tokens."""
+    blocks.add(seq_id, tokens, **options)
+    blocks.reserve(seq_id, len(tokens))
+    blocks.commit(seq_id, tokens[blocks.num_tokens(seq_id) :])
+
+
+def test_a_full_hit_leaves_one_token_to_compute():
+    blocks = BlockManager(8, 4)
+    filled(blocks, 0, list(range(8)))
+    copies = blocks.add(1, list(range(8)))
+    assert blocks.num_tokens(1) == 7  # one whole block and three tokens of the next, by copy
+    assert blocks.block_table(1)[0] == blocks.block_table(0)[0]
+    assert [c.source for c in copies] == [blocks.block_table(0)[1]]
+    assert blocks.add(2, [0]) == [] and blocks.num_tokens(2) == 0
+
+
+def test_salts_never_mix():
+    blocks = BlockManager(8, 2)
+    filled(blocks, 0, [1, 2, 3, 4, 5], salt=b"a")
+    assert blocks.match([1, 2, 3, 4, 5], b"b") == 0
+    assert blocks.match([1, 2, 3, 4, 5], b"a") == 4
+
+
+def test_an_evicted_block_is_not_found_under_its_old_tokens():
+    blocks = BlockManager(2, 2)
+    filled(blocks, 0, [1, 2, 3, 4])
+    blocks.free(0)
+    assert blocks.num_cached == 2
+    filled(blocks, 1, [7, 8, 9, 9])
+    assert blocks.num_evicted_blocks == 2
+    assert blocks.match([1, 2, 3, 4]) == 0
+    assert blocks.match([7, 8, 9, 9]) == 3
+
+
+def test_a_shared_partial_block_is_copied_at_the_first_write_and_not_before():
+    blocks = BlockManager(8, 4)
+    filled(blocks, 0, [1, 2, 3, 4, 5])
+    blocks.fork(0, 1)
+    assert blocks.num_used == 2 and blocks.num_shared_tokens(1) == 5
+    (copy,) = blocks.reserve(1, 6)
+    assert copy.source == blocks.block_table(0)[1] and copy.destination == blocks.block_table(1)[1]
+    assert blocks.reserve(0, 6) == []  # the parent is alone on it now
+    assert blocks.num_shared_tokens(1) == 4
+
+
+def test_the_parent_may_write_first():
+    blocks = BlockManager(8, 4)
+    filled(blocks, 0, [1, 2, 3, 4, 5])
+    blocks.reserve(0, 12)  # blocks that are reserved and not written stay the parent's
+    blocks.fork(0, 1)
+    reserved = blocks.block_table(0)[2]
+    (copy,) = blocks.reserve(0, 12)
+    assert copy.source == blocks.block_table(1)[1]
+    assert reserved in blocks.block_table(0) and len(blocks.block_table(0)) == 3
+    blocks.check_integrity()
+
+
+def test_rewinding_into_an_indexed_block_never_changes_what_others_find():
+    blocks = BlockManager(8, 2)
+    filled(blocks, 0, [1, 2, 3, 4])
+    blocks.fork(0, 1)
+    blocks.rewind(0, 3)
+    (copy,) = blocks.reserve(0, 4)
+    blocks.commit(0, [9])
+    assert copy.source == blocks.block_table(1)[1]
+    assert blocks.match([1, 2, 3, 4, 0]) == 4 and blocks.match([1, 2, 3, 9, 0]) == 4
+    blocks.check_integrity()
+
+
+def test_only_leaves_are_evicted_and_what_runs_is_pinned():
+    blocks = BlockManager(4, 1, "lru")
+    filled(blocks, 0, [1, 2, 3])
+    blocks.free(0)
+    filled(blocks, 1, [1, 9])  # touches the first block, shares it
+    assert blocks.num_used == 2
+    filled(blocks, 2, [5])  # takes the leaf [1, 2, 3]
+    assert blocks.match([1, 2, 3, 0]) == 2
+    filled(blocks, 3, [6])
+    assert blocks.match([1, 2, 3, 0]) == 1
+    blocks.add(4, [7])
+    assert not blocks.can_reserve(4, 1)
+    with pytest.raises(CacheFullError, match="evictable"):
+        blocks.reserve(4, 1)
+
+
+@pytest.mark.parametrize(("policy", "survivor"), [("lru", 1), ("lfu", 0), ("rksc", 0)])
+def test_policies_choose_differently(policy, survivor):
+    blocks = BlockManager(2, 1, policy)
+    filled(blocks, 0, [1], depth=0)
+    for seq_id in (10, 11, 12):  # often used, and before the other one
+        blocks.fork(0, seq_id)
+        blocks.free(seq_id)
+    filled(blocks, 1, [2], depth=3)
+    blocks.free(0)
+    blocks.free(1)
+    filled(blocks, 2, [3])
+    assert [blocks.match([1, 0]), blocks.match([2, 0])] == [int(survivor == 0), int(survivor == 1)]
+
+
+def test_a_partial_block_is_not_taken_from_the_only_evictable_source():
+    blocks = BlockManager(1, 4)
+    filled(blocks, 0, [1, 2, 3, 4])
+    blocks.free(0)
+    assert blocks.add(1, [1, 2, 9]) == []
+    assert blocks.num_tokens(1) == 0 and blocks.match([1, 2, 9]) == 2
+    blocks.check_integrity()
+
+
+def test_runs_of_blocks_are_consecutive_when_there_is_room():
+    blocks = BlockManager(32, 2)
+    filled(blocks, 0, list(range(12)))
+    filled(blocks, 1, list(range(50, 62)))
+    for seq_id in (0, 1):
+        table = blocks.block_table(seq_id)
+        assert table == list(range(table[0], table[0] + 6))
+
+
+def test_bad_sizes_and_policies():
+    for num_blocks, block_size in ((0, 4), (4, 0), (-1, 4)):
+        with pytest.raises(ConfigError, match="smaller than one block"):
+            BlockManager(num_blocks, block_size)
+    with pytest.raises(ConfigError, match="rksc, lru, lfu"):
+        BlockManager(4, 4, "random")
