@@ -159,9 +159,16 @@ def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
             _penalise(scores, row)
     token_ids = logits.argmax(-1)
     sampled = [i for i, row in enumerate(rows) if row.params.temperature != 0]
-    if sampled:
-        token_ids[sampled] = _draw_sampled(logits[sampled], [rows[i] for i in sampled])
+    # Truncation puts candidates in another order, and the order decides what a random number means: apart, so
+    # that no row's token depends on what its batch mates ask for.
+    for truncated in (False, True):
+        if group := [i for i in sampled if _is_truncated(rows[i]) is truncated]:
+            token_ids[group] = _draw_sampled(logits[group], [rows[i] for i in group], truncated)
     return token_ids
+
+
+def _is_truncated(row: SamplingRow) -> bool:
+    return (row.params.top_k or 0) > 0 or row.params.top_p != 1
 
 
 def _penalise(scores: Tensor, row: SamplingRow) -> None:
@@ -184,8 +191,8 @@ def _penalise(scores: Tensor, row: SamplingRow) -> None:
         scores[[i for i in row.forbidden_ids if i < len(scores)]] = NEG_INF
 
 
-def _draw_sampled(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Token ids `[rows]`, drawn with temperature and truncation."""
+def _draw_sampled(logits: Tensor, rows: Sequence[SamplingRow], truncated: bool) -> Tensor:
+    """Token ids `[rows]`, drawn with temperature and, if they are truncated, from fewer candidates."""
 
     def column(name: str) -> Tensor:
         values = [float(getattr(row.params, name)) for row in rows]
@@ -193,7 +200,7 @@ def _draw_sampled(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
     scores = logits.double() / column("temperature").clamp(min=1e-6)  # [rows, vocab]
     ids = None
-    if any((row.params.top_k or 0) > 0 or row.params.top_p != 1 for row in rows):
+    if truncated:
         scores, ids = _truncate(scores, rows, column("top_p"))  # [rows, candidates]
     probs = scores.softmax(-1)
     if any(row.params.min_p for row in rows):
@@ -223,9 +230,13 @@ def _truncate(scores: Tensor, rows: Sequence[SamplingRow], top_p: Tensor) -> tup
     top_k = [k if 0 < (k := row.params.top_k or 0) < vocab_size else vocab_size for row in rows]
     limit = torch.tensor(top_k, device=scores.device).unsqueeze(-1)  # [rows, 1]
     # Sorting a whole vocabulary is slow and its tail is almost never needed: try few, then more.
-    width = max(top_k) if max(top_k) < vocab_size else min(FIRST_WIDTH, vocab_size)
+    explicit = [k for k in top_k if k < vocab_size]
+    width = min(vocab_size, max([FIRST_WIDTH, *explicit]))
     while True:
-        ordered, ids = scores.topk(width)
+        ids = scores.topk(width).indices.sort(-1).values
+        # Equal scores are taken in order of token id, which topk does not promise.
+        ordered, order = scores.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+        ids = ids.gather(-1, order)
         ordered[torch.arange(width, device=scores.device) >= limit] = NEG_INF
         all_of_them = (scores if width < vocab_size else ordered).logsumexp(-1, keepdim=True)
         total = torch.where(limit <= width, ordered.logsumexp(-1, keepdim=True), all_of_them)

@@ -105,7 +105,7 @@ def run_random_operations(num_operations, seed, num_blocks=24, block_size=4, pol
         live = list(sim.tokens)
         action = rng.random()
         if action < 0.2 or not live:
-            prompt = rng.choice(prompts)[: rng.randrange(1, 30)] + [rng.randrange(3)]
+            prompt = [*rng.choice(prompts)[: rng.randrange(1, 30)], rng.randrange(3)]
             seq_id = sim.add(prompt, rng.choice(SALTS), rng.random() < 0.9)
             sim.extend(seq_id, prompt[len(sim.tokens[seq_id]) :][: rng.randrange(1, 40)])
         elif action < 0.6:
@@ -135,9 +135,7 @@ def test_ten_thousand_random_operations(policy):
 class BlockManagerMachine(RuleBasedStateMachine):
     """The same, with hypothesis in the lead: it shrinks what fails."""
 
-    @initialize(
-        num_blocks=st.integers(1, 12), block_size=st.integers(1, 4), policy=st.sampled_from(sorted(POLICIES))
-    )
+    @initialize(num_blocks=st.integers(1, 12), block_size=st.integers(1, 4), policy=st.sampled_from(sorted(POLICIES)))
     def start(self, num_blocks, block_size, policy):
         self.sim = Simulation(num_blocks, block_size, policy)
 
