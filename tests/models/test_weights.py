@@ -1,0 +1,247 @@
+"""Weights: every tensor in its place, and a clear error for every way in which a checkpoint can be damaged."""
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from minirksc.models.families import load_config, spec_from_config
+from minirksc.models.weights import checkpoint_report, iter_weights, weight_rules
+from safetensors.torch import load_file, save_file
+
+from minirksc import LLM
+from minirksc.errors import CheckpointError
+
+
+def spec_of(folder):
+    return spec_from_config(load_config(folder))
+
+
+def load(folder, dtype=torch.float32):
+    return dict(iter_weights(folder, spec_of(folder), dtype))
+
+
+@pytest.fixture()
+def copy(tiny_llama, tmp_path):
+    """A checkpoint that a test may damage."""
+
+    def make(**options):
+        folder = tmp_path / "checkpoint"
+        shutil.copytree(tiny_llama(**options), folder)
+        return folder
+
+    return make
+
+
+def rewrite(folder, change):
+    """Applies a change to the tensors of a single-file checkpoint."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"shards": 3}, {"dtype": "bfloat16"}, {"tie": False, "attention_bias": True, "mlp_bias": True}]
+)
+def test_every_parameter_is_its_parts_in_order(tiny_llama, options):
+    folder = tiny_llama(**options)
+    raw = {}
+    for file in folder.glob("*.safetensors"):
+        raw |= load_file(file)
+    weights = load(folder)
+    assert set(weights) == {rule.parameter for rule in weight_rules(spec_of(folder))}
+    attention = [raw[f"model.layers.1.self_attn.{p}_proj.weight"] for p in "qkv"]
+    assert torch.equal(weights["layers.1.qkv.weight"], torch.cat(attention).float())
+    mlp = [raw[f"model.layers.0.mlp.{p}_proj.weight"] for p in ("gate", "up")]
+    assert torch.equal(weights["layers.0.gate_up.weight"], torch.cat(mlp).float())
+    assert torch.equal(weights["embed.weight"], raw["model.embed_tokens.weight"].float())
+    assert ("lm_head.weight" in weights) is (options.get("tie") is False)
+    if options.get("attention_bias"):
+        biases = [raw[f"model.layers.1.self_attn.{p}_proj.bias"] for p in "qkv"]
+        assert torch.equal(weights["layers.1.qkv.bias"], torch.cat(biases))
+
+
+def test_dtypes_are_cast_and_the_report_counts(tiny_llama):
+    folder = tiny_llama(dtype="bfloat16")
+    assert {w.dtype for w in load(folder, torch.float16).values()} == {torch.float16}
+    report = checkpoint_report(folder, spec_of(folder))
+    assert report.num_bytes == 2 * report.num_parameters and report.num_tensors == 2 + 9 * 2
+
+
+def test_tensors_of_no_use_are_skipped_by_rule(copy):
+    folder = copy()
+
+    def add(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()  # tied: the embedding serves
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(12)
+
+    rewrite(folder, add)
+    assert "lm_head.weight" not in load(folder)
+    assert len(checkpoint_report(folder, spec_of(folder)).skipped) == 2
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_one_error_lists_exactly_what_is_wrong(tiny_llama, tmp_path_factory, data):
+    source = tiny_llama()
+    tensors = load_file(source / "model.safetensors")
+    names = sorted(tensors)
+    wrong = data.draw(
+        st.dictionaries(
+            st.sampled_from(names), st.sampled_from(["missing", "mis-shaped", "unexpected"]), min_size=1, max_size=6
+        )
+    )
+    expected = set()
+    for name, kind in wrong.items():
+        tensor = tensors.pop(name)
+        if kind == "mis-shaped":
+            tensors[name] = torch.cat((tensor, tensor))
+            expected.add(f"mis-shaped {name} in")
+        else:
+            expected.add(f"missing {name} ")
+        if kind == "unexpected":
+            tensors["x" + name] = tensor
+            expected.add(f"unexpected x{name} in model.safetensors")
+    folder = tmp_path_factory.mktemp("wrong")
+    shutil.copy(source / "config.json", folder)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError) as error:
+        load(folder)
+    lines = str(error.value).splitlines()
+    assert "model.safetensors" in lines[0] and f"({len(expected)} problems)" in lines[0]
+    assert len(lines) == 1 + len(expected)
+    assert all(any(e in line for line in lines[1:]) for e in expected)
+
+
+def damage(file, change):
+    raw = bytearray(file.read_bytes())
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + length])
+    result = change(raw, header, length)
+    if result is not None:
+        raw = result
+    file.write_bytes(raw)
+
+
+def with_header(raw, header, length):
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(raw[8 + length :])
+
+
+def overlap(raw, header, length):
+    names = [n for n in header if n != "__metadata__" and "norm" in n]
+    header[names[0]]["data_offsets"] = header[names[1]]["data_offsets"]
+    return with_header(raw, header, length)
+
+
+def out_of_range(raw, header, length):
+    name = next(n for n in header if "norm" in n)
+    size = len(raw)
+    begin, end = header[name]["data_offsets"]
+    header[name]["data_offsets"] = [begin + size, end + size]
+    return with_header(raw, header, length)
+
+
+def lying_shape(raw, header, length):
+    header["model.norm.weight"]["shape"] = [10**9, 10**9]
+    return with_header(raw, header, length)
+
+
+def negative(raw, header, length):
+    header["model.norm.weight"]["data_offsets"] = [-4, 252]
+    return with_header(raw, header, length)
+
+
+DAMAGES = {
+    "truncated data": (lambda raw, header, length: raw[:-5], "truncated"),
+    "truncated header": (lambda raw, header, length: raw[: 8 + length // 2], "truncated"),
+    "empty": (lambda raw, header, length: b"", "not a safetensors file"),
+    "wrong magic": (lambda raw, header, length: b"\x80\x02PK\x03\x04zip!" + bytes(raw), "not a safetensors file"),
+    "huge header": (lambda raw, header, length: struct.pack("<Q", 2**60) + bytes(raw[8:]), str(2**60)),
+    "header not JSON": (lambda raw, header, length: raw[:8] + b"{" * length + raw[8 + length :], "not JSON"),
+    "header not an object": (lambda raw, header, length: struct.pack("<Q", 2) + b"[]", "not a JSON object"),
+    "overlapping offsets": (overlap, "overlaps"),
+    "offsets out of range": (out_of_range, "ends at byte"),
+    "lying shape": (lying_shape, "needs"),
+    "negative offsets": (negative, "malformed"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_file_is_refused_by_name_and_reason(copy, name):
+    folder = copy()
+    change, message = DAMAGES[name]
+    damage(folder / "model.safetensors", change)
+    with pytest.raises(CheckpointError, match=message) as error:
+        LLM(folder, kv_cache_bytes="1MiB")
+    assert "model.safetensors" in str(error.value)
+
+
+def test_shards_that_are_missing_doubled_or_elsewhere(copy):
+    folder = copy(shards=3)
+    index = folder / "model.safetensors.index.json"
+    whole = index.read_text()
+    index.write_text(whole.replace("model-00002", "../model-00002"))
+    with pytest.raises(CheckpointError, match="not a file of its own folder"):
+        load(folder)
+    index.write_text("{}")
+    with pytest.raises(CheckpointError, match="not a readable index"):
+        load(folder)
+    index.unlink()
+    assert load(folder)  # shards without an index are read as they lie
+    shutil.copy(folder / "model-00002-of-00003.safetensors", folder / "more.safetensors")
+    with pytest.raises(CheckpointError, match="is in both"):
+        load(folder)
+    (folder / "more.safetensors").unlink()
+    index.write_text(whole)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="model-00002-of-00003"):
+        load(folder)
+
+
+def test_pickles_are_never_read(copy):
+    folder = copy()
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin.*run any code.*safetensors"):
+        LLM(folder)
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"no \.safetensors"):
+        LLM(folder)
+
+
+def test_integer_weights_are_refused(copy):
+    folder = copy()
+    rewrite(folder, lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int32)}))
+    with pytest.raises(CheckpointError, match=r"unsupported dtype I32 of model\.norm\.weight"):
+        load(folder)
+
+
+MEASURE = """
+import resource, sys, torch
+from pathlib import Path
+from minirksc.models.families import load_config, spec_from_config
+from minirksc.models.weights import iter_weights
+folder = Path(sys.argv[1])
+spec = spec_from_config(load_config(folder))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+kept = dict(iter_weights(folder, spec, getattr(torch, sys.argv[2])))
+print((peak() - before) / sum(t.numel() * t.itemsize for t in kept.values()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peak_memory_while_loading_is_little_more_than_the_weights(tiny_llama, dtype):
+    pytest.importorskip("resource")
+    sizes = {"layers": 6, "hidden": 1024, "heads": 16, "kv_heads": 8, "head_dim": 64, "intermediate": 2816}
+    folder = tiny_llama(**sizes, vocab=8000, dtype="bfloat16")
+    command = [sys.executable, "-c", MEASURE, str(folder), dtype]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(run.stdout) <= 1.2
