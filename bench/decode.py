@@ -127,7 +127,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     folder = resolve_model(options.model)
     prompts = make_prompts(Tokenizer.from_folder(folder), max(options.batch_sizes), options.prompt_tokens)
-    llms = [LLM(folder, dtype=dtype, threads=options.threads) for dtype in options.dtypes]
+    llms = [
+        LLM(folder, dtype=dtype, threads=options.threads, kv_cache_bytes=options.kv_cache_bytes)
+        for dtype in options.dtypes
+    ]
     models = [load_transformers(folder, dtype) for dtype in options.rival_dtypes]
     arms: list[Arm] = []
     for size in options.batch_sizes:

@@ -6,6 +6,7 @@ them. A ratio is taken within a repetition, and its spread is that of the repeti
 """
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import platform
@@ -94,7 +95,7 @@ def measure(arms: Sequence[Arm], repeats: int, warmup: int, seed: int = 0) -> No
 
 
 def ratio(arm: Arm, other: Arm, metric: str) -> Summary:
-    """Other / arm in seconds: how many times as fast `arm` is, repetition by repetition."""
+    """How many times as fast as `other` an arm is, repetition by repetition; the metric is in seconds."""
     pairs = zip(arm.values(metric), other.values(metric), strict=True)
     return summarise([theirs / ours for ours, theirs in pairs])
 
@@ -133,7 +134,7 @@ def check_work(arms: Sequence[Arm], num_sequences: int, num_tokens: int) -> None
 
 def environment(threads: int) -> dict[str, Any]:
     """Versions and machine."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
@@ -206,6 +207,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     """Options that every benchmark has."""
     parser.add_argument("--model", default="smollm2-135m", help="alias or checkpoint folder (%(default)s)")
     parser.add_argument("--threads", type=_positive, default=2, help="of the CPU (%(default)s)")
+    parser.add_argument("--kv-cache-bytes", default="2GiB", help="of each minirksc engine (%(default)s)")
     parser.add_argument("--repeats", type=_positive, default=5, help="measured runs of each arm (%(default)s)")
     parser.add_argument("--warmup", type=int, default=1, help="runs before those (%(default)s)")
     parser.add_argument("--dtypes", type=_names, default=["auto"], help="of minirksc, with commas (auto)")
@@ -215,7 +217,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         default=["bfloat16", "float32"],
         help="of transformers, with commas; '' leaves it out (bfloat16,float32)",
     )
-    parser.add_argument("--only", type=re.compile, default=None, help="regular expression: run these arms only")
+    parser.add_argument("--only", default="", help="regular expression: run these arms only")
     parser.add_argument(
         "--output",
         type=Path,
@@ -224,13 +226,16 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def keep_only(arms: list[Arm], pattern: "re.Pattern[str] | None") -> list[Arm]:
+def keep_only(arms: list[Arm], pattern: str) -> list[Arm]:
     """Arms whose name the pattern is found in.
 
     Raises:
-        SystemExit: none is left.
+        SystemExit: none is left, or the pattern is no regular expression.
     """
-    kept = [arm for arm in arms if pattern is None or pattern.search(arm.name)]
+    try:
+        kept = [arm for arm in arms if re.search(pattern, arm.name)]
+    except re.error as error:
+        sys.exit(f"--only {pattern!r} is no regular expression: {error}")
     if not kept:
         sys.exit("--only leaves no arm; there are:\n" + "\n".join(arm.name for arm in arms))
     return kept
@@ -245,13 +250,14 @@ def load_transformers(folder: Path, dtype: str) -> Any:
     # transformers looks for a package named `kernels`; the repository's folder must not be taken for it.
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
     try:
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
+        transformers: Any = importlib.import_module("transformers")
     except ImportError:
         sys.exit("transformers is not installed: pip install -e '.[bench]', or leave it out: --rival-dtypes ''")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa").eval()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+    ).eval()
     # As ignore_eos does here: no token ends a generation, and none is forbidden.
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0

@@ -218,7 +218,7 @@ def main() -> None:
     work = make_work(Tokenizer.from_folder(folder), options)
     arms: list[Arm] = []
     for dtype in options.dtypes:
-        llm = LLM(folder, dtype=dtype, threads=options.threads)
+        llm = LLM(folder, dtype=dtype, threads=options.threads, kv_cache_bytes=options.kv_cache_bytes)
         arms += [minirksc_arm(llm, work, sharing, s) for sharing in SHARING["minirksc"] for s in STYLES]
     for dtype in options.rival_dtypes:
         model = load_transformers(folder, dtype)

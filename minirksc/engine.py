@@ -6,6 +6,7 @@ loops over `step` from one thread, and two engines in one process know nothing o
 """
 
 import itertools
+import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 
@@ -66,6 +67,9 @@ class Engine:
         self._num_steps = 0
         self._num_prefilled_tokens = 0
         self._num_decoded_tokens = 0
+        self._prefill_s = 0.0
+        self._decode_s = 0.0
+        self._num_tokens_in_decode_s = 0
 
     def new_sequence(self, token_ids: SequenceOf[int], *, share: bool = True, seed: int = 0) -> Sequence:
         """A root sequence; nothing is computed or reserved yet.
@@ -181,9 +185,9 @@ class Engine:
             request.finish_reason = "error"
         if not step.scheduled:
             return step.failed
+        start = time.perf_counter()
         batch = build_batch(step, self.blocks, self.runner.model.device)
         logits = self.runner.forward(batch)  # [rows, vocab]
-        self._count(step.scheduled)
         for rows in batch.wanted:
             request = rows.item.request
             if request.on_logits is not None and request.logits_start is not None:
@@ -198,6 +202,7 @@ class Engine:
         prefilled = [i.request for i in step.scheduled if i.completes and i.request.checker is None]
         for request in prefilled:
             self._finish(request, "stop")
+        self._count(step.scheduled, time.perf_counter() - start)
         return [*step.failed, *(request for request, _ in drawn), *prefilled]
 
     def stats(self) -> Stats:
@@ -208,6 +213,9 @@ class Engine:
             "num_prefilled_tokens": self._num_prefilled_tokens,
             "num_decoded_tokens": self._num_decoded_tokens,
             "num_cached_tokens": self.scheduler.num_cached_tokens,
+            "prefill_s": self._prefill_s,
+            "decode_s": self._decode_s,
+            "decode_tokens_per_s": self._num_tokens_in_decode_s / self._decode_s if self._decode_s else 0.0,
             "num_evicted_blocks": blocks.num_evicted_blocks,
             "num_preemptions": self.scheduler.num_preemptions,
             "num_blocks_total": blocks.num_blocks,
@@ -288,8 +296,12 @@ class Engine:
         request.finish_reason = reason
         self.scheduler.finish(request)
 
-    def _count(self, scheduled: list[ScheduledRequest]) -> None:
+    def _count(self, scheduled: list[ScheduledRequest], seconds: float) -> None:
         self._num_steps += 1
-        for item in scheduled:
-            if not (item.num_tokens == 1 and item.completes and item.request.output_token_ids):
-                self._num_prefilled_tokens += item.num_tokens
+        num_prefilled = sum(item.num_tokens for item in scheduled if not item.is_decode)
+        self._num_prefilled_tokens += num_prefilled
+        if num_prefilled:
+            self._prefill_s += seconds
+        else:
+            self._decode_s += seconds
+            self._num_tokens_in_decode_s += len(scheduled)

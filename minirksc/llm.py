@@ -201,7 +201,7 @@ class LLM:
         """
         if conversations and isinstance(conversations[0], Mapping):
             conversations = [conversations]
-        tokenizer = self._need_tokenizer("chat()")
+        tokenizer = self.need_tokenizer("chat()")
         prompts = [tokenizer.encode_chat(list(c), **template_kwargs) for c in conversations]
         return self.generate(prompts, params, use_tqdm=use_tqdm)
 
@@ -346,7 +346,7 @@ class LLM:
     def encode_fragment(self, tokens: str | SequenceOf[int]) -> list[int]:
         """Token ids of text that continues something: no BOS. Token ids pass through."""
         if isinstance(tokens, str):
-            return self._need_tokenizer("text").encode(tokens, add_special_tokens=False)
+            return self.need_tokenizer("text").encode(tokens, add_special_tokens=False)
         return list(tokens)
 
     def decode(self, token_ids: SequenceOf[int]) -> str:
@@ -355,7 +355,12 @@ class LLM:
 
     # Inside
 
-    def _need_tokenizer(self, what: str) -> Tokenizer:
+    def need_tokenizer(self, what: str) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            TokenizerError: there is none, so `what` cannot be used.
+        """
         if self.tokenizer is None:
             raise TokenizerError(f"{self.model_path} has no tokenizer, so {what} cannot be used; give token ids")
         return self.tokenizer
@@ -370,7 +375,7 @@ class LLM:
             else:
                 raise ConfigError(f"a prompt with the keys {sorted(prompt)}; it takes prompt_token_ids or prompt")
         if isinstance(prompt, str):
-            return prompt, self._need_tokenizer("text").encode(prompt)
+            return prompt, self.need_tokenizer("text").encode(prompt)
         return None, list(prompt)
 
     def _resolve(self, params: SamplingParams) -> SamplingParams:

