@@ -365,7 +365,7 @@ class Job:
     def _read_prompt(self) -> str:
         prompt = self.options.prompt
         if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
-            prompt = sys.stdin.read()
+            prompt = _read_stdin()
         if prompt is None:
             raise UsageError("give a PROMPT, or - to read standard input")
         if not prompt.strip():
@@ -381,6 +381,14 @@ def _make_llm(model: str, **options: Any) -> "LLM":
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _read_stdin() -> str:
+    """All of standard input, as UTF-8 whatever the locale says."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input is not UTF-8 text: {error}") from error
 
 
 def _lines(path: str) -> list[str]:

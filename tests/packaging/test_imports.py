@@ -24,6 +24,8 @@ LAYERS = (
     ("llm",),
     ("verify", "tree"),
     ("solver",),
+    ("cli_output",),
+    ("cli_batch",),
     ("generate",),
 )
 # Stricter than their layer.
@@ -76,6 +78,7 @@ PROCESS_STATE = {
     "os.chdir": set(),
     "warnings.simplefilter": set(),
     "warnings.filterwarnings": set(),
+    "signal.signal": {"minirksc.generate"},
     "logging.basicConfig": {"minirksc.generate"},
 }
 
