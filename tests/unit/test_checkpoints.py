@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from minirksc import LLM, checkpoints
+from minirksc import LLM, SamplingParams, checkpoints
 from minirksc.checkpoints import ALIASES, PackagedModel, import_gguf, main, resolve_model
 from minirksc.errors import CheckpointError
 from minirksc.tokenizer import Tokenizer
@@ -43,12 +43,13 @@ def write_gguf(path, architecture="llama", pre="smollm", extra=(), missing=(), t
     rng = np.random.default_rng(0)
     shapes = {"token_embd.weight": (len(words), HIDDEN), "output_norm.weight": (HIDDEN,), **dict(tensors)}
     for i in range(LAYERS):
-        shapes |= {
-            f"blk.{i}.attn_q.weight": (HEADS * HEAD_DIM, HIDDEN), f"blk.{i}.attn_k.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
-            f"blk.{i}.attn_v.weight": (KV_HEADS * HEAD_DIM, HIDDEN), f"blk.{i}.attn_output.weight": (HIDDEN, HEADS * HEAD_DIM),
-            f"blk.{i}.ffn_gate.weight": (INNER, HIDDEN), f"blk.{i}.ffn_up.weight": (INNER, HIDDEN),
-            f"blk.{i}.ffn_down.weight": (HIDDEN, INNER), f"blk.{i}.attn_norm.weight": (HIDDEN,), f"blk.{i}.ffn_norm.weight": (HIDDEN,),
+        q, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+        layer = {
+            "attn_q": (q, HIDDEN), "attn_k": (kv, HIDDEN), "attn_v": (kv, HIDDEN), "attn_output": (HIDDEN, q),
+            "ffn_gate": (INNER, HIDDEN), "ffn_up": (INNER, HIDDEN), "ffn_down": (HIDDEN, INNER),
+            "attn_norm": (HIDDEN,), "ffn_norm": (HIDDEN,),
         }  # fmt: skip
+        shapes |= {f"blk.{i}.{name}.weight": shape for name, shape in layer.items()}
     written = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     for name, data in written.items():
         writer.add_tensor(name, data)
@@ -81,12 +82,11 @@ def test_an_import_is_a_checkpoint_that_runs(source, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     assert config["rms_norm_eps"] == 1e-5 and config["tie_word_embeddings"] is True and config["head_dim"] == HEAD_DIM
     tokenizer = Tokenizer.from_folder(folder)
-    assert (
-        tokenizer.encode("abc a1")[0] == len(ALPHABET) + 4 and tokenizer.decode(tokenizer.encode("abc a1")) == "abc a1"
-    )
+    ids = tokenizer.encode("abc a1")
+    assert ids[0] == len(ALPHABET) + 4 and tokenizer.decode(ids) == "abc a1"
     assert tokenizer.eos_token_ids == {0} and tokenizer.has_chat_template
     with LLM(folder, kv_cache_bytes="1MiB") as llm:
-        assert llm.generate("abc")[0].outputs[0].token_ids
+        assert llm.generate("abc", SamplingParams(max_tokens=5))[0].outputs[0].token_ids
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
@@ -223,7 +223,8 @@ def test_the_demo_model_is_what_transformers_makes_of_it(tmp_path, monkeypatch):
 
     folder = resolve_model("smollm2-135m")
     ours, theirs = Tokenizer.from_folder(folder), AutoTokenizer.from_pretrained(folder)
-    for text in (
+    texts = ["The capital of France is", "x = 3.14159\n\tif 12345: 'naïve' 日本 👩", "<|im_start|>user\nhi<|im_end|>"]
+    for text in texts:
         "The capital of France is",
         "x = 3.14159\n\tif 12345: 'naïve' 日本 👩‍👧",
         "<|im_start|>user\nhi<|im_end|>",
