@@ -225,10 +225,6 @@ def test_the_demo_model_is_what_transformers_makes_of_it(tmp_path, monkeypatch):
     ours, theirs = Tokenizer.from_folder(folder), AutoTokenizer.from_pretrained(folder)
     texts = ["The capital of France is", "x = 3.14159\n\tif 12345: 'naïve' 日本 👩", "<|im_start|>user\nhi<|im_end|>"]
     for text in texts:
-        "The capital of France is",
-        "x = 3.14159\n\tif 12345: 'naïve' 日本 👩‍👧",
-        "<|im_start|>user\nhi<|im_end|>",
-    ):
         assert ours.encode(text) == theirs.encode(text)
     chat = [{"role": "user", "content": "hi"}]
     assert ours.render_chat(chat) == theirs.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
