@@ -18,15 +18,21 @@ from tqdm import tqdm
 from minirksc.branch import Branch
 from minirksc.config import EngineConfig, SamplingParams
 from minirksc.engine import Engine
-from minirksc.errors import BranchError, ConfigError, EngineClosedError, MinirkscError, TokenizerError
+from minirksc.errors import (
+    BranchError,
+    ConfigError,
+    EngineClosedError,
+    MinirkscError,
+    NumericalError,
+    TokenizerError,
+)
 from minirksc.loading import load
 from minirksc.models.spec import ArchSpec
+from minirksc.prompts import Prompt, params_list, prompt_list, text_and_ids
 from minirksc.request import CompletionOutput, Request, RequestOutput, Stats, StreamChunk
 from minirksc.sampling import top_logprobs_of
+from minirksc.scoring import score_requests
 from minirksc.tokenizer import Tokenizer
-
-Prompt = str | SequenceOf[int] | Mapping[str, Any]
-"""Text, token ids, or {"prompt_token_ids": [...]} or {"prompt": "..."}."""
 
 
 @dataclass(slots=True)
@@ -134,10 +140,10 @@ class LLM:
         Raises:
             PromptError, CacheFullError, NumericalError, TokenizerError: unless return_errors.
         """
-        items = _prompt_list(prompts)
+        items = prompt_list(prompts)
         jobs: list[_Job] = []
         try:
-            for prompt, one in zip(items, _params_list(params, len(items)), strict=True):
+            for prompt, one in zip(items, params_list(params, len(items)), strict=True):
                 jobs.append(self._start(prompt, one, return_errors))
             requests = [request for job in jobs for request in job.requests]
             with tqdm(total=len(requests), disable=not use_tqdm, unit="request") as bar:
@@ -262,7 +268,7 @@ class LLM:
         """
         if len(set(map(id, branches))) < len(branches):
             raise BranchError("a branch is given twice; extend() takes each branch once")
-        pairs = list(zip(branches, _params_list(params, len(branches)), strict=True))
+        pairs = list(zip(branches, params_list(params, len(branches)), strict=True))
         for branch, one in pairs:
             branch._check_owner(self)
             if one.n != 1:
@@ -301,28 +307,28 @@ class LLM:
         """
         for branch in branches:
             branch._check_owner(self)
-        question_ids = self.encode_fragment(question)
         choice_ids = [self.encode_fragment(choice) for choice in choices]
         if len(choice_ids) < 2 or not all(choice_ids):
             raise ConfigError(f"score() needs at least two choices of at least one token, got {choices!r}")
-        if all(len(ids) == 1 for ids in choice_ids):
-            # One pass gives them all: the logits after the question, at the choices' tokens.
-            columns = [ids[0] for ids in choice_ids]
-            tails: list[list[int]] = [[]]
-        else:
-            columns = []
-            tails = choice_ids
         scores = torch.full((len(branches), len(choice_ids)), math.nan)
+        sequences = [branch._sequence for branch in branches]
         requests: list[Request] = []
         try:
-            for row, branch in enumerate(branches):
-                for i, tail in enumerate(tails):
-                    out = scores[row]
-                    store = _first_row_at(out, columns) if columns else _sum_of_logprobs(out, i, tail)
-                    requests.append(self._score_request(branch, question_ids, tail, store))
+            requests.extend(
+                score_requests(
+                    self.engine,
+                    sequences,
+                    self.encode_fragment(question),
+                    choice_ids,
+                    self._resolve(SamplingParams()),
+                    scores,
+                )
+            )
             self._run_all(requests)
         finally:
             self._abort(requests)
+        if not scores.isfinite().all():
+            raise NumericalError("the model gave NaN or infinite logits for a choice; try dtype='float32'")
         return scores.softmax(-1)
 
     # Housekeeping
@@ -367,16 +373,8 @@ class LLM:
 
     def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """(text or None, token ids) of one prompt."""
-        if isinstance(prompt, Mapping):
-            if set(prompt) == {"prompt_token_ids"}:
-                return None, list(prompt["prompt_token_ids"])
-            if set(prompt) == {"prompt"} and isinstance(prompt["prompt"], str):
-                prompt = prompt["prompt"]
-            else:
-                raise ConfigError(f"a prompt with the keys {sorted(prompt)}; it takes prompt_token_ids or prompt")
-        if isinstance(prompt, str):
-            return prompt, self.need_tokenizer("text").encode(prompt)
-        return None, list(prompt)
+        is_text = isinstance(prompt, str) or (isinstance(prompt, Mapping) and "prompt" in prompt)
+        return text_and_ids(prompt, self.need_tokenizer("text") if is_text else None)
 
     def _resolve(self, params: SamplingParams) -> SamplingParams:
         return params.resolved(self.sampling_defaults)
@@ -444,30 +442,6 @@ class LLM:
             for request in requests:
                 self._engine.abort(request)
 
-    def _score_request(
-        self,
-        branch: Branch,
-        question: list[int],
-        tail: list[int],
-        store: Callable[[int, Tensor], None],
-    ) -> Request:
-        engine = self.engine
-        child = engine.fork_sequence(branch._sequence, index=0)
-        child.kept = False
-        try:
-            engine.check_token_ids([*question, *tail], num_before=len(child.token_ids))
-            child.token_ids += [*question, *tail]
-            return engine.add_request(
-                child,
-                self._resolve(SamplingParams()),
-                prefill_only=True,
-                logits_start=len(child.token_ids) - 1 - len(tail),
-                on_logits=store,
-            )
-        except MinirkscError:
-            engine.release(child)
-            raise
-
     def _result(self, job: _Job) -> RequestOutput:
         error = job.error or next((r.error for r in job.requests if r.error), None)
         prompt_logprobs: list[dict[int, float] | None] | None = None
@@ -498,47 +472,5 @@ def _completion(index: int, request: Request) -> CompletionOutput:
     )
 
 
-def _prompt_list(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
-    """One prompt or many; a list of ints is one prompt of token ids."""
-    if isinstance(prompts, str | Mapping):
-        return [prompts]
-    if prompts and all(isinstance(item, int) for item in prompts):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _params_list(params: SamplingParams | SequenceOf[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise ConfigError(f"{len(params)} sampling parameters for {count} prompts; give one, or one each")
-    return list(params)
-
-
 def _store(out: Tensor, first: int, rows: Tensor) -> None:
     out[first : first + len(rows)] = rows
-
-
-def _first_row_at(out: Tensor, columns: list[int]) -> Callable[[int, Tensor], None]:
-    """Stores the logits of the choices' tokens; their softmax is the distribution over the choices."""
-
-    def store(first: int, logits: Tensor) -> None:
-        out[:] = logits[0, columns]
-
-    return store
-
-
-def _sum_of_logprobs(out: Tensor, index: int, tail: list[int]) -> Callable[[int, Tensor], None]:
-    """Sums the log-probabilities of a choice of several tokens, whatever chunks its rows come in."""
-    start: list[int] = []
-    parts: dict[int, float] = {}
-
-    def store(first: int, logits: Tensor) -> None:
-        start[:] = start or [first]
-        for row, logprobs in enumerate(logits.log_softmax(-1)):
-            place = first + row - start[0]
-            if place < len(tail):
-                parts[place] = float(logprobs[tail[place]])
-        out[index] = sum(parts.values())
-
-    return store
