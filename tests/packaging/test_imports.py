@@ -20,7 +20,7 @@ LAYERS = (
     ("batch",),
     ("runner",),
     ("engine",),
-    ("loading", "branch"),
+    ("loading", "branch", "prompts", "scoring"),
     ("llm",),
     ("verify", "tree"),
     ("solver",),
