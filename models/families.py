@@ -5,7 +5,7 @@ that nothing here reads is an error, so that no checkpoint runs silently wrong.
 """
 
 import json
-import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,38 @@ MAX_CONFIG_BYTES = 10 << 20
 MAX_SIZE = 10**8
 """No real model has a dimension as large; a config that says so is damaged or hostile."""
 
-ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu"}
+MAX_LAYERS = 10_000
+"""Less than MAX_SIZE: a spec and its weight rules have entries for every layer."""
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu": "gelu",
+}
 
 HARMLESS = frozenset(
     {
-        "_name_or_path", "architectures", "attention_dropout", "attn_implementation", "bos_token_id",
-        "cache_implementation", "dtype", "eos_token_id", "hidden_dropout", "id2label", "initializer_range",
-        "is_decoder", "label2id", "max_length", "model_type", "output_attentions", "output_hidden_states",
-        "pad_token_id", "pretraining_tp", "problem_type", "resid_pdrop", "return_dict", "rope_interleaved",
-        "rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings", "torch_dtype",
-        "transformers_version", "unk_token_id", "unsloth_fixed", "unsloth_version", "use_cache", "vocab_size",
+        # read by every family
+        "bos_token_id", "dtype", "eos_token_id", "model_type", "pretraining_tp", "rope_interleaved", "rope_parameters",
+        "rope_scaling", "rope_theta", "tie_word_embeddings", "torch_dtype", "vocab_size",
+        # where the file comes from, and how others run it
+        "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_flash_attn_2_enabled",
+        "_name_or_path", "architectures", "attn_implementation", "cache_implementation", "is_decoder",
+        "is_llama_config", "max_sequence_length", "output_attentions", "output_hidden_states", "return_dict",
+        "tokenizer_class", "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version",
+        "use_cache",
+        # training
+        "attention_dropout", "gradient_checkpointing", "hidden_dropout", "initializer_range", "neftune_noise_alpha",
+        "resid_pdrop",
+        # labels and other tokens
+        "cls_token_id", "decoder_start_token_id", "id2label", "label2id", "mask_token_id", "pad_token_id",
+        "problem_type", "sep_token_id", "unk_token_id",
+        # sampling defaults of old files; generation_config.json is where they are read from
+        "diversity_penalty", "do_sample", "early_stopping", "length_penalty", "max_length", "min_length",
+        "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "repetition_penalty",
+        "temperature", "top_k", "top_p", "typical_p",
     }
 )  # fmt: skip
 """Fields that do not change the mathematics, or that every family reads."""
@@ -92,10 +114,10 @@ def _llama(config: Config) -> ArchSpec:
         raise UnsupportedModelError(f"pretraining_tp {config['pretraining_tp']} is not supported; only 1 is")
     if config.get("rope_interleaved"):
         raise UnsupportedModelError("rope_interleaved is not supported")
-    num_layers = _size(config, "num_hidden_layers")
+    num_layers = _size(config, "num_hidden_layers", limit=MAX_LAYERS)
     num_heads = _size(config, "num_attention_heads")
     hidden_size = _size(config, "hidden_size")
-    head_dim = _size(config, "head_dim", hidden_size // num_heads or None)
+    head_dim = _head_dim(config, hidden_size, num_heads)
     attention_bias = _flag(config, "attention_bias")
     return ArchSpec(
         model_type=config["model_type"],
@@ -139,15 +161,24 @@ def _check_unread(config: Config, own: str) -> None:
         )
 
 
-def _size(config: Config, name: str, default: int | None = None) -> int:
+def _size(config: Config, name: str, default: int | None = None, limit: int = MAX_SIZE) -> int:
     value = config.get(name)
     if value is None:
         value = default
     if value is None:
         raise CheckpointError(f"config.json lacks {name}")
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_SIZE:
-        raise CheckpointError(f"config.json: {name} {value!r:.80} must be an integer from 1 to {MAX_SIZE}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
+        raise CheckpointError(f"config.json: {name} {value!r:.80} must be an integer from 1 to {limit}")
     return value
+
+
+def _head_dim(config: Config, hidden_size: int, num_heads: int) -> int:
+    if config.get("head_dim") is None and hidden_size % num_heads:
+        raise CheckpointError(
+            f"config.json: hidden_size {hidden_size} is no multiple of num_attention_heads {num_heads}, and there is "
+            "no head_dim"
+        )
+    return _size(config, "head_dim", hidden_size // num_heads)
 
 
 def _number(config: Config, name: str, default: float | None = None) -> float:
@@ -157,7 +188,8 @@ def _number(config: Config, name: str, default: float | None = None) -> float:
     if value is None:
         raise CheckpointError(f"config.json lacks {name}")
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value <= 0:
+    # Compared, not converted: an integer may be too large for a float. NaN compares false.
+    if not is_number or not 0 < value <= sys.float_info.max:
         raise CheckpointError(f"config.json: {name} {value!r:.80} must be a positive number")
     return float(value)
 
@@ -182,17 +214,31 @@ def _token_ids(config: Config, name: str) -> tuple[int, ...]:
     if value is None:
         return ()
     values = value if isinstance(value, list) else [value]
-    if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
-        raise CheckpointError(f"config.json: {name} {value!r:.80} must be an integer or a list of them")
+    if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values):
+        raise CheckpointError(f"config.json: {name} {value!r:.80} must be a token id or a list of them")
     return tuple(values)
 
 
 def _rope(config: Config, head_dim: int, default_theta: float) -> RopeSpec:
     """Reads both spellings: rope_parameters, or rope_theta with rope_scaling (`type` or `rope_type`)."""
-    raw = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    spellings = [config[name] for name in ("rope_parameters", "rope_scaling") if config.get(name)] or [{}]
+    ropes = [_rope_from(config, raw, head_dim, default_theta) for raw in spellings]
+    if ropes[0] != ropes[-1]:
+        raise CheckpointError(
+            f"config.json: rope_parameters {spellings[0]!r:.200} and rope_scaling {spellings[-1]!r:.200} contradict "
+            "each other; keep the right one"
+        )
+    return ropes[0]
+
+
+def _rope_from(config: Config, raw: Any, head_dim: int, default_theta: float) -> RopeSpec:
     if not isinstance(raw, Mapping):
         raise CheckpointError(f"config.json: rope parameters {raw!r:.80} must be an object")
-    merged = {"rope_theta": config.get("rope_theta"), **{k: v for k, v in raw.items() if v is not None}}
+    defaults = {
+        "rope_theta": config.get("rope_theta"),
+        "original_max_position_embeddings": config.get("max_position_embeddings"),
+    }
+    merged = defaults | {name: value for name, value in raw.items() if value is not None}
     kind = merged.get("rope_type") or merged.get("type") or "default"
     if kind not in KINDS:
         raise UnsupportedModelError(f"rope type {kind!r:.80} is not supported; known: {', '.join(KINDS)}")

@@ -41,4 +41,5 @@ def _llama3(base: Tensor, parameters: dict[str, float]) -> Tensor:
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
     wavelength = 2 * math.pi / base
     blend = ((original / wavelength - low) / (high - low)).clamp(0, 1)  # 0: long wave, 1: short wave
-    return base / factor * (1 - blend) + base * blend
+    # In this order, so that each result is to the bit what transformers computes.
+    return (1 - blend) * base / factor + blend * base

@@ -4,9 +4,12 @@ What differs between two families is a value here, read by the one decoder. `fam
 config.json; nothing in here knows a family by name.
 """
 
+import math
 from dataclasses import dataclass
 
 from minirksc.errors import CheckpointError
+
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,13 @@ class RopeSpec:
     def __post_init__(self) -> None:
         if self.rotary_dim < 2 or self.rotary_dim % 2:
             raise CheckpointError(f"rotary dimension {self.rotary_dim} must be even and positive")
-        if not self.theta > 0:
-            raise CheckpointError(f"rope_theta {self.theta} must be positive")
+        for name, value in (("rope_theta", self.theta), ("attention_factor", self.attention_factor)):
+            if not (value > 0 and math.isfinite(value)):
+                raise CheckpointError(f"{self.kind} rope: {name} {value} must be positive and finite")
+        bands = dict(self.parameters)
+        low, high = bands.get("low_freq_factor", 0.0), bands.get("high_freq_factor", 0.0)
+        if self.kind == "llama3" and not low < high:
+            raise CheckpointError(f"llama3 rope: low_freq_factor {low} must be less than high_freq_factor {high}")
 
 
 @dataclass(frozen=True)
@@ -88,12 +96,23 @@ class ArchSpec:
     final_softcap: float | None = None
 
     def __post_init__(self) -> None:
+        for name in (
+            *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"),
+            *("head_dim", "max_position_embeddings", "norm_eps"),
+        ):
+            if not getattr(self, name) > 0:
+                raise CheckpointError(f"{name} {getattr(self, name)} must be positive")
+        if self.activation not in ACTIVATIONS:
+            raise CheckpointError(f"activation {self.activation!r} is none of {', '.join(ACTIVATIONS)}")
         if self.num_heads % self.num_kv_heads:
             raise CheckpointError(f"{self.num_heads} attention heads cannot share {self.num_kv_heads} KV heads evenly")
         if not len(self.windows) == len(self.ropes) == self.num_layers:
             raise CheckpointError(
                 f"{self.num_layers} layers, but {len(self.windows)} windows and {len(self.ropes)} ropes"
             )
+        for rope in self.ropes:
+            if rope is not None and rope.rotary_dim > self.head_dim:
+                raise CheckpointError(f"rotary dimension {rope.rotary_dim} is more than head_dim {self.head_dim}")
 
     @property
     def q_size(self) -> int:

@@ -1,12 +1,14 @@
 """config.json to spec: every spelling is read, and what cannot be honoured is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from minirksc.models.decoder import _check_supported
 from minirksc.models.families import load_config, spec_from_config
 from minirksc.models.rope import inv_freq
+from minirksc.models.spec import RopeSpec
 
 from minirksc.errors import CheckpointError, UnsupportedModelError
 
@@ -15,6 +17,54 @@ BASE = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
 }  # fmt: skip
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+
+# The fields that published configs of these models are known to carry: (fields, head_dim, kinds of RoPE).
+# The names are the point; single values may differ from a given file's.
+PUBLISHED = {
+    "SmolLM2": (
+        {
+            "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+            "hidden_act": "silu", "hidden_size": 576, "initializer_range": 0.041666666666666664,
+            "intermediate_size": 1536, "is_llama_config": True, "max_position_embeddings": 8192, "mlp_bias": False,
+            "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3, "pad_token_id": 2,
+            "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None,
+            "rope_theta": 100000, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+            "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16", "q4f16": "float16"}},
+            "transformers_version": "4.42.3", "use_cache": True, "vocab_size": 49152,
+        },
+        64,
+        {"default"},
+    ),
+    "Llama 1 and 2": (
+        {
+            "_name_or_path": "somewhere/llama", "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+            "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 11008, "max_sequence_length": 2048,
+            "max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 32, "pad_token_id": -1,
+            "num_key_value_heads": 32, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None,
+            "tie_word_embeddings": False, "torch_dtype": "float16", "transformers_version": "4.31.0.dev0",
+            "use_cache": True, "vocab_size": 32000,
+        },
+        128,
+        {"default"},
+    ),
+    "Llama 3.2": (
+        {
+            "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
+            "eos_token_id": [128001, 128008, 128009], "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048,
+            "initializer_range": 0.02, "intermediate_size": 8192, "max_position_embeddings": 131072,
+            "mlp_bias": False, "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8,
+            "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192, "rope_type": "llama3",
+            },
+            "rope_theta": 500000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+            "transformers_version": "4.45.0.dev0", "use_cache": True, "vocab_size": 128256,
+        },
+        64,
+        {"llama3"},
+    ),
+}  # fmt: skip
 
 
 def spec(**fields):
@@ -47,7 +97,12 @@ def test_all_spellings_of_rope_give_the_same_spec():
 @pytest.mark.oracle
 @pytest.mark.parametrize(
     "parameters",
-    [{"rope_type": "default"}, {"rope_type": "linear", "factor": 4.0}, {"rope_type": "llama3", **LLAMA3}],
+    [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": 3.0},
+        {"rope_type": "llama3", **LLAMA3},
+        {"rope_type": "llama3", **LLAMA3, "factor": 2.7, "original_max_position_embeddings": 100},
+    ],
 )
 def test_frequencies_are_those_of_transformers(parameters):
     from transformers import LlamaConfig
@@ -55,7 +110,38 @@ def test_frequencies_are_those_of_transformers(parameters):
 
     fields = {**BASE, "rope_parameters": {"rope_theta": 5e5, **parameters}}
     expected = LlamaRotaryEmbedding(LlamaConfig(**{k: v for k, v in fields.items() if k != "model_type"})).inv_freq
-    torch.testing.assert_close(inv_freq(spec_from_config(fields).ropes[0]), expected, atol=0, rtol=1e-6)
+    torch.testing.assert_close(inv_freq(spec_from_config(fields).ropes[0]), expected, atol=0, rtol=0)
+
+
+def test_the_original_length_falls_back_to_the_models_own():
+    llama3 = {name: value for name, value in LLAMA3.items() if name != "original_max_position_embeddings"}
+    rope = spec(rope_scaling={"rope_type": "llama3", **llama3}).ropes[0]
+    assert dict(rope.parameters)["original_max_position_embeddings"] == BASE["max_position_embeddings"]
+
+
+def test_rope_kinds_that_are_not_implemented_are_refused():
+    with pytest.raises(UnsupportedModelError, match=r"'yarn'.*known: default"):
+        inv_freq(RopeSpec("yarn", 1e4, 16))
+
+
+@pytest.mark.parametrize("published", PUBLISHED)
+def test_published_configs_are_read(published):
+    fields, head_dim, kinds = PUBLISHED[published]
+    read = spec_from_config({"architectures": ["LlamaForCausalLM"], "model_type": "llama", **fields})
+    assert (read.head_dim, {rope.kind for rope in read.ropes}) == (head_dim, kinds)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("fields", [{}, {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0}}])
+def test_whatever_transformers_saves_is_read(tmp_path, fields):
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(**{k: v for k, v in BASE.items() if k != "model_type"}, **fields)
+    config.save_pretrained(tmp_path)
+    (tmp_path / "all.json").write_text(config.to_json_string(use_diff=False))
+    assert load_config(tmp_path) and spec_from_config(load_config(tmp_path)) == spec_from_config(
+        json.loads((tmp_path / "all.json").read_text())
+    )
 
 
 @pytest.mark.parametrize(
@@ -66,18 +152,31 @@ def test_frequencies_are_those_of_transformers(parameters):
         ({"hidden_size": None}, CheckpointError, "lacks hidden_size"),
         ({"hidden_size": "64"}, CheckpointError, "hidden_size '64'"),
         ({"hidden_size": 10**12}, CheckpointError, "hidden_size"),
+        ({"hidden_size": 66}, CheckpointError, "hidden_size 66 is no multiple of num_attention_heads 4"),
         ({"num_hidden_layers": -1}, CheckpointError, "num_hidden_layers -1"),
+        ({"num_hidden_layers": 10**7}, CheckpointError, "from 1 to 10000"),
+        ({"vocab_size": True}, CheckpointError, "vocab_size True"),
+        ({"vocab_size": 3.5}, CheckpointError, "vocab_size 3.5"),
         ({"num_key_value_heads": 3}, CheckpointError, "4 attention heads cannot share 3"),
         ({"rms_norm_eps": 0}, CheckpointError, "rms_norm_eps"),
         ({"rms_norm_eps": float("nan")}, CheckpointError, "rms_norm_eps"),
+        ({"rms_norm_eps": 10**400}, CheckpointError, "rms_norm_eps"),
         ({"attention_bias": "yes"}, CheckpointError, "attention_bias"),
         ({"head_dim": 7}, CheckpointError, "rotary dimension 7"),
         ({"hidden_act": "relu"}, UnsupportedModelError, "hidden_act 'relu'"),
+        ({"hidden_act": None}, UnsupportedModelError, "hidden_act None"),
         ({"eos_token_id": "x"}, CheckpointError, "eos_token_id"),
+        ({"eos_token_id": [2, -1]}, CheckpointError, "eos_token_id"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, UnsupportedModelError, "'yarn'"),
         ({"rope_scaling": {"type": "linear"}}, CheckpointError, "lacks factor"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, UnsupportedModelError, "beta"),
         ({"rope_scaling": [1]}, CheckpointError, "rope"),
+        ({"rope_scaling": {"type": "llama3", **LLAMA3, "low_freq_factor": 4.0}}, CheckpointError, "low_freq_factor 4"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
+            CheckpointError,
+            "contradict",
+        ),
         ({"rope_theta": -1.0}, CheckpointError, "rope_theta"),
         ({"pretraining_tp": 2}, UnsupportedModelError, "pretraining_tp 2"),
         ({"quantization_config": {"quant_method": "gptq"}}, UnsupportedModelError, "gptq"),
@@ -90,9 +189,38 @@ def test_what_cannot_be_honoured_is_refused(fields, error, message):
         spec(**fields)
 
 
-def test_the_decoder_refuses_what_it_does_not_implement():
-    from dataclasses import replace
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_kv_heads": 0}, "num_kv_heads 0"),
+        ({"head_dim": -1}, "head_dim -1"),
+        ({"norm_eps": 0.0}, "norm_eps"),
+        ({"activation": "tanh"}, "activation 'tanh'"),
+        ({"windows": (None,)}, "1 windows"),
+        ({"ropes": (RopeSpec("default", 1e4, 18), None)}, "rotary dimension 18 is more than head_dim 16"),
+    ],
+)
+def test_a_spec_that_contradicts_itself_is_refused(change, message):
+    with pytest.raises(CheckpointError, match=message):
+        replace(spec(), **change)
 
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("default", 1e4, 7), "rotary dimension 7"),
+        (("default", 1e4, 0), "rotary dimension 0"),
+        (("default", float("inf"), 16), "rope_theta inf"),
+        (("default", float("nan"), 16), "rope_theta nan"),
+        (("llama3", 1e4, 16), "low_freq_factor"),
+    ],
+)
+def test_an_impossible_rope_is_refused(arguments, message):
+    with pytest.raises(CheckpointError, match=message):
+        RopeSpec(*arguments)
+
+
+def test_the_decoder_refuses_what_it_does_not_implement():
     with pytest.raises(UnsupportedModelError, match="qk_norm, final_softcap"):
         _check_supported(replace(spec(), qk_norm=True, final_softcap=30.0))
 

@@ -55,7 +55,10 @@ def test_every_parameter_is_its_parts_in_order(tiny_llama, options):
     for file in folder.glob("*.safetensors"):
         raw |= load_file(file)
     weights = load(folder)
-    assert set(weights) == {rule.parameter for rule in weight_rules(spec_of(folder))}
+    assert list(weights) == [rule.parameter for rule in weight_rules(spec_of(folder))]
+    top, layers = ["embed.weight", "norm.weight", "lm_head.weight"], [name.split(".")[1] for name in weights][1:]
+    assert [name for name in weights if "layers" not in name] == top[: len(top) - (options.get("tie") is not False)]
+    assert sorted(set(layers), key=layers.index)[:2] == ["0", "1"]  # the decoder packs layer after layer
     attention = [raw[f"model.layers.1.self_attn.{p}_proj.weight"] for p in "qkv"]
     assert torch.equal(weights["layers.1.qkv.weight"], torch.cat(attention).float())
     mlp = [raw[f"model.layers.0.mlp.{p}_proj.weight"] for p in ("gate", "up")]
@@ -136,7 +139,7 @@ def with_header(raw, header, length):
 
 def overlap(raw, header, length):
     names = [n for n in header if n != "__metadata__" and "norm" in n]
-    header[names[0]]["data_offsets"] = header[names[1]]["data_offsets"]
+    header[names[1]]["data_offsets"] = header[names[0]]["data_offsets"]  # the gap that this leaves lies behind
     return with_header(raw, header, length)
 
 
@@ -158,18 +161,47 @@ def negative(raw, header, length):
     return with_header(raw, header, length)
 
 
+def entry(**fields):
+    def change(raw, header, length):
+        header["model.norm.weight"] |= fields
+        return with_header(raw, header, length)
+
+    return change
+
+
+def twice(raw, header, length):
+    text = json.dumps(header)[:-1] + f', "model.norm.weight": {json.dumps(header["model.norm.weight"])}}}'
+    return struct.pack("<Q", len(text)) + text.encode() + bytes(raw[8 + length :])
+
+
+def gap(raw, header, length):
+    for name, value in header.items():
+        if name != "__metadata__":
+            value["data_offsets"] = [offset + 64 for offset in value["data_offsets"]]
+    return with_header(raw, header, length) + b"x" * 64
+
+
 DAMAGES = {
     "truncated data": (lambda raw, header, length: raw[:-5], "truncated"),
     "truncated header": (lambda raw, header, length: raw[: 8 + length // 2], "truncated"),
     "empty": (lambda raw, header, length: b"", "not a safetensors file"),
     "wrong magic": (lambda raw, header, length: b"\x80\x02PK\x03\x04zip!" + bytes(raw), "not a safetensors file"),
     "huge header": (lambda raw, header, length: struct.pack("<Q", 2**60) + bytes(raw[8:]), str(2**60)),
-    "header not JSON": (lambda raw, header, length: raw[:8] + b"{" * length + raw[8 + length :], "not JSON"),
+    "header not JSON": (lambda raw, header, length: raw[:8] + b"{" * length + raw[8 + length :], "not valid JSON"),
     "header not an object": (lambda raw, header, length: struct.pack("<Q", 2) + b"[]", "not a JSON object"),
     "overlapping offsets": (overlap, "overlaps"),
     "offsets out of range": (out_of_range, "ends at byte"),
     "lying shape": (lying_shape, "needs"),
     "negative offsets": (negative, "malformed"),
+    "nested too deep": (lambda raw, header, length: struct.pack("<Q", 200_000) + b"[" * 200_000, "not valid JSON"),
+    "a tensor twice": (twice, "'model.norm.weight' is there twice"),
+    "a gap": (gap, "64 bytes before tensor .* belong to no tensor"),
+    "bytes after the last tensor": (lambda raw, header, length: bytes(raw) + b"x" * 50, "last 50 bytes"),
+    "sizes of thousands of digits": (entry(shape=[10**4000, 10**4000]), "malformed"),
+    "too many dimensions": (entry(shape=[1] * 1000 + [64]), "1001 dimensions"),
+    "unknown dtype": (entry(dtype="F4"), "dtype 'F4' is unknown"),
+    "dtype of another size": (entry(dtype="F16"), "needs 128 bytes, its offsets give 256"),
+    "an entry that is no object": (lambda r, h, n: with_header(r, {**h, "model.norm.weight": 7}, n), "malformed"),
 }
 
 
@@ -190,9 +222,14 @@ def test_shards_that_are_missing_doubled_or_elsewhere(copy):
     index.write_text(whole.replace("model-00002", "../model-00002"))
     with pytest.raises(CheckpointError, match="not a file of its own folder"):
         load(folder)
-    index.write_text("{}")
-    with pytest.raises(CheckpointError, match="not a readable index"):
-        load(folder)
+    for text in ("{}", "[]", "[" * 200_000, '{"weight_map": {"a": ["b"]}}'):
+        index.write_text(text)
+        with pytest.raises(CheckpointError, match="not a readable index"):
+            load(folder)
+    for text, message in (('{"weight_map": {}}', "names no file"), ('{"weight_map": {"a": "/etc/x"}}', "own folder")):
+        index.write_text(text)
+        with pytest.raises(CheckpointError, match=message):
+            load(folder)
     index.unlink()
     assert load(folder)  # shards without an index are read as they lie
     shutil.copy(folder / "model-00002-of-00003.safetensors", folder / "more.safetensors")
@@ -213,6 +250,41 @@ def test_pickles_are_never_read(copy):
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(CheckpointError, match=r"no \.safetensors"):
         LLM(folder)
+
+
+def test_a_link_is_followed_and_a_dangling_one_is_named(copy):
+    folder = copy()
+    target = folder.parent / "blob"
+    (folder / "model.safetensors").rename(target)
+    (folder / "model.safetensors").symlink_to(target)
+    assert load(folder)
+    target.unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
+        load(folder)
+    with pytest.raises(CheckpointError, match="not a folder"):
+        iter_weights(folder / "nowhere", spec_of(folder), torch.float32)
+
+
+def test_an_untied_head_must_be_there(copy):
+    folder = copy(tie=False)
+    rewrite(folder, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(CheckpointError, match=r"\(1 problems\).*\n.*missing lm_head\.weight \[300, 64\]"):
+        load(folder)
+
+
+def test_names_are_matched_whole(copy):
+    folder = copy()
+    rewrite(folder, lambda tensors: tensors.update({"model.norm.weight.fakerotary_emb.inv_freq": torch.ones(3)}))
+    with pytest.raises(CheckpointError, match=r"unexpected model\.norm\.weight\.fakerotary_emb\.inv_freq"):
+        load(folder)
+
+
+def test_nothing_is_read_before_everything_fits(copy, monkeypatch):
+    folder = copy(tie=False)
+    rewrite(folder, lambda tensors: tensors.pop("lm_head.weight"))
+    monkeypatch.setattr(torch, "empty", None)  # allocating would fail with another error
+    with pytest.raises(CheckpointError, match="missing lm_head"):
+        iter_weights(folder, spec_of(folder), torch.float32)
 
 
 def test_integer_weights_are_refused(copy):
