@@ -49,7 +49,9 @@ def confidence(logits: Tensor) -> Confidence:
     top, argmax = x.max(-1)
     weights = (x - top.unsqueeze(-1)).exp_()  # [rows, vocab], relative to the largest: no overflow
     total = weights.sum(-1)
-    # Finite stand-ins for -inf: their weight is zero, and 0 * -inf would be NaN.
-    mean = torch.linalg.vecdot(weights, x.clamp(min=torch.finfo(torch.float32).min)) / total
+    mean = torch.linalg.vecdot(weights, x) / total
+    if bool(mean.isnan().any()):
+        # A weight of zero on a logit of -inf gives NaN, and must add nothing.
+        mean = torch.linalg.vecdot(weights, x.clamp(min=torch.finfo(torch.float32).min)) / total
     lse = top + total.log()
     return Confidence(argmax, 1 / total, lse - mean, lse)
