@@ -5,23 +5,32 @@ file inside its package, into the user's cache folder. A conversion appears whol
 """
 
 import argparse
+import difflib
 import errno
 import importlib.util
 import os
+import platform
+import re
+import shlex
 import shutil
+import stat
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from minirksc.errors import CheckpointError, MinirkscError
-from minirksc.gguf_import import DTYPES, write_checkpoint
+from minirksc.gguf_import import DTYPES, FILES, GgufModel
 
 FORMAT_VERSION = 1
 """Part of a cached folder's name: a changed importer converts anew."""
 
 TEMP_PREFIX = ".importing-"
+MAX_TEMP_AGE_S = 24 * 3600
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True)
@@ -48,29 +57,28 @@ ALIASES = {
 }
 
 
-def resolve_model(model: str) -> Path:
+def resolve_model(model: str | Path) -> Path:
     """The checkpoint folder of a path or an alias; an alias is converted on first use.
 
     Raises:
-        CheckpointError: there is no such folder, or the alias's package is not installed; says what to type.
+        CheckpointError: there is no such folder, it holds pickle files only, or the alias's package is not
+            installed; says what to type.
     """
-    if model in ALIASES and not Path(model).is_dir():
-        return _packaged(model)
-    folder = Path(model).expanduser()
-    if folder.is_file():
-        hint = f"; import it first: python -m minirksc.checkpoints import-gguf {model} FOLDER"
-        raise CheckpointError(f"{model} is a file, a checkpoint is a folder{hint if folder.suffix == '.gguf' else ''}")
-    if not folder.is_dir():
-        raise CheckpointError(f"there is no folder {model}; give a checkpoint folder or one of: {', '.join(ALIASES)}")
+    folder = Path(model)
+    if str(model) in ALIASES and not _is_folder(folder):
+        return _packaged(str(model))
+    try:
+        folder = folder.expanduser()
+    except RuntimeError as error:
+        raise CheckpointError(f"{model}: {error}") from error
+    if not str(model) or not _is_folder(folder):
+        raise CheckpointError(_not_a_folder(str(model), folder))
+    _refuse_pickles(folder)
     return folder
 
 
 def import_gguf(
-    source: str | Path,
-    destination: str | Path,
-    *,
-    dtype: str = "bfloat16",
-    on_tensor: Callable[[int, int], None] = lambda done, total: None,
+    source: str | Path, destination: str | Path, *, dtype: str = "bfloat16", progress: bool = False
 ) -> Path:
     """Converts a GGUF file into a checkpoint folder, which appears whole or not at all.
 
@@ -80,7 +88,7 @@ def import_gguf(
         source: the GGUF file.
         destination: a folder that does not exist, or is empty.
         dtype: of the weights, "bfloat16" or "float32".
-        on_tensor: called with (tensors done, tensors in all).
+        progress: show a bar on stderr, if that is a terminal.
 
     Returns:
         The destination.
@@ -90,33 +98,31 @@ def import_gguf(
     """
     source, destination = Path(source), Path(destination)
     if not source.is_file():
-        raise CheckpointError(f"{source} is not a file")
+        raise CheckpointError(f"there is no file {source}")
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise CheckpointError(f"{destination} exists already; choose another folder or remove it")
-    needed = source.stat().st_size
+    model = GgufModel(source)
+    needed = model.num_bytes(dtype)
     temp: Path | None = None
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         _remove_dead(destination.parent)
-        prefix = f"{TEMP_PREFIX}{os.getpid()}-"
-        temp = Path(tempfile.mkdtemp(prefix=prefix, dir=destination.parent))
-        write_checkpoint(source, temp, dtype, on_tensor)
-        for file in temp.iterdir():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-        temp.chmod(0o755)  # mkdtemp is for its owner alone
-        _move(temp, destination)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise CheckpointError(f"{destination} cannot be written: {error}") from error
-        raise _disk_full(needed, destination) from error
+        if shutil.disk_usage(destination.parent).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        temp = Path(tempfile.mkdtemp(prefix=f"{_temp_prefix()}{os.getpid()}-", dir=destination.parent))
+        with _bar(progress) as on_tensor:
+            model.write(temp, dtype, on_tensor)
+        _publish(temp, destination)
     except Exception as error:
-        # safetensors reports a full disk as an error of its own, with the system's number in its text.
-        if f"os error {errno.ENOSPC}" not in str(error):
+        # safetensors reports the system's error as one of its own, with the number in its text.
+        number = getattr(error, "errno", None) or re.search(r"os error (\d+)", str(error))
+        if number is None:
             raise
-        raise _disk_full(needed, destination) from error
+        if temp is not None:
+            shutil.rmtree(temp, ignore_errors=True)  # before the free bytes are counted
+        raise _cannot_write(error, number, needed, destination) from error
     finally:
         if temp is not None:
             shutil.rmtree(temp, ignore_errors=True)
@@ -128,11 +134,11 @@ def cache_folder() -> Path:
     if own := os.environ.get("MINIRKSC_CACHE"):
         return Path(own).expanduser()
     if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+        base = Path(os.environ.get("LOCALAPPDATA") or _home() / "AppData" / "Local")
     elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
+        base = _home() / "Library" / "Caches"
     else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        base = Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache")
     return base / "minirksc"
 
 
@@ -151,25 +157,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "path":
             print(resolve_model(options.model))
         else:
-            print(_import_with_progress(options.source, options.destination, options.dtype))
+            print(import_gguf(options.source, options.destination, dtype=options.dtype, progress=True))
     except MinirkscError as error:
         print(f"minirksc: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
     return 0
-
-
-def _import_with_progress(source: Path, destination: Path, dtype: str) -> Path:
-    from tqdm import tqdm
-
-    with tqdm(desc="converting", unit="tensor", disable=not sys.stderr.isatty()) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        return import_gguf(source, destination, dtype=dtype, on_tensor=show)
 
 
 def _packaged(alias: str) -> Path:
@@ -179,34 +173,127 @@ def _packaged(alias: str) -> Path:
     source = next((Path(f) / model.file for f in folders if (Path(f) / model.file).is_file()), None)
     if source is None:
         raise CheckpointError(
-            f"model {alias!r} comes inside the package {model.package.replace('_', '-')}, which is not installed: "
-            f"{model.install}"
+            f"model {alias!r} comes inside the package {model.package.replace('_', '-')}, which is not installed; "
+            f"type: {model.install}"
         )
     folder = cache_folder() / f"{alias}-v{FORMAT_VERSION}-{source.stat().st_size}"
-    if not (folder / "config.json").is_file():
-        try:
-            _import_with_progress(source, folder, "bfloat16")
-        except CheckpointError:
-            if not (folder / "config.json").is_file():  # another process was faster
-                raise
+    if _is_complete(folder):
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)  # somebody has removed files from it
+    try:
+        return import_gguf(source, folder, progress=True)
+    except CheckpointError:
+        if not _is_complete(folder):  # another process was faster
+            raise
     return folder
 
 
-def _move(temp: Path, destination: Path) -> None:
-    """Puts the finished folder in place, unless another process has just done so."""
+def _publish(temp: Path, destination: Path) -> None:
+    """Puts the finished folder in place on disk, unless another process has just done so."""
+    temp.chmod(0o755)  # mkdtemp makes it for its owner alone, and safetensors its file
+    for file in temp.iterdir():
+        file.chmod(0o644)
+        _sync(file)
+    _sync(temp)
     try:
+        if destination.is_dir():
+            destination.rmdir()  # empty; Windows renames onto nothing else
         temp.rename(destination)
     except OSError:
-        if not (destination / "config.json").is_file():
+        if not _is_complete(destination):
             raise
+    _sync(destination.parent)
+
+
+def _sync(path: Path) -> None:
+    """Has the system write a file or a folder to the disk, where it can do so."""
+    if path.is_dir() and sys.platform == "win32":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems sync no folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _is_complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in FILES)
+
+
+def _is_folder(path: Path) -> bool:
+    return _is_kind(path, stat.S_ISDIR)
+
+
+def _is_kind(path: Path, kind: Callable[[int], bool]) -> bool:
+    try:
+        return kind(path.stat().st_mode)
+    except (OSError, ValueError):  # nothing there, or a name that nothing can have
+        return False
+
+
+def _not_a_folder(model: str, folder: Path) -> str:
+    if _is_kind(folder, stat.S_ISREG):
+        if folder.suffix != ".gguf":
+            return f"{model} is a file; a checkpoint is a folder with config.json and *.safetensors"
+        command = f"python -m minirksc.checkpoints import-gguf {shlex.quote(model)} FOLDER"
+        return f"{model} is a file; make a checkpoint folder of it first: {command}"
+    close = difflib.get_close_matches(model, ALIASES, n=1)
+    meant = f" (did you mean {close[0]}?)" if close else ""
+    return (
+        f"there is no folder {model!r:.300}{meant}. Give a folder with config.json and *.safetensors, such as "
+        f"--model ./my-model, or one of these names: {', '.join(ALIASES)}. Nothing is downloaded: fetch a model "
+        "first, for example with: hf download OWNER/NAME --local-dir my-model"
+    )
+
+
+def _refuse_pickles(folder: Path) -> None:
+    names = sorted(file.name for file in folder.iterdir())
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    if pickles and not any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+        raise CheckpointError(
+            f"{folder} holds its weights as pickle files only ({', '.join(pickles[:3])}). Reading a pickle can run "
+            "any code, so they are never read; convert the checkpoint to safetensors"
+        )
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError as error:
+        raise CheckpointError(f"no cache folder: {error}; name one in MINIRKSC_CACHE") from error
+
+
+@contextmanager
+def _bar(wanted: bool) -> Iterator[Callable[[int, int], None]]:
+    """Gives a function that takes (tensors done, tensors in all)."""
+    from tqdm import tqdm
+
+    with tqdm(desc="converting", unit="tensor", disable=not (wanted and sys.stderr.isatty())) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def _temp_prefix() -> str:
+    """Of the temporary folders of this machine: a process id means nothing on another."""
+    return f"{TEMP_PREFIX}{re.sub('[^A-Za-z0-9]', '_', platform.node())}-"
 
 
 def _remove_dead(folder: Path) -> None:
-    """Removes what killed conversions left behind."""
-    for leftover in folder.glob(f"{TEMP_PREFIX}*-*"):
-        pid = leftover.name.removeprefix(TEMP_PREFIX).split("-")[0]
-        if pid.isdecimal() and not _is_alive(int(pid)):
-            shutil.rmtree(leftover, ignore_errors=True)
+    """Removes what killed conversions left behind: of dead processes of this machine, and all after a day."""
+    for leftover in folder.glob(f"{TEMP_PREFIX}*"):
+        own = leftover.name.startswith(_temp_prefix())
+        pid = leftover.name.removeprefix(_temp_prefix()).split("-")[0]
+        is_dead = own and pid.isdecimal() and not _is_alive(int(pid))
+        with suppress(OSError):
+            if is_dead or time.time() - leftover.stat().st_mtime > MAX_TEMP_AGE_S:
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _is_alive(pid: int) -> bool:
@@ -214,19 +301,24 @@ def _is_alive(pid: int) -> bool:
         return True  # signal 0 would end the process there
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True
     return True
 
 
-def _disk_full(needed: int, destination: Path) -> CheckpointError:
+def _cannot_write(error: Exception, number: "int | re.Match[str]", needed: int, destination: Path) -> CheckpointError:
     folder = destination.parent
-    free = shutil.disk_usage(folder).free if folder.exists() else 0
+    number = number if isinstance(number, int) else int(number[1])
+    if number not in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):  # Windows has no EDQUOT
+        return CheckpointError(
+            f"{destination} cannot be written: {error}; choose another folder (MINIRKSC_CACHE for named models)"
+        )
+    free = shutil.disk_usage(folder).free
     return CheckpointError(
-        f"the disk is full: converting into {folder} needs up to {4 * needed} bytes, {free} are free; "
-        "make room, or choose another folder (MINIRKSC_CACHE)"
+        f"the disk is full: converting into {folder} needs about {needed} bytes, {free} are free there; "
+        "make room, or choose another folder (MINIRKSC_CACHE for named models)"
     )
 
 

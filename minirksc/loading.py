@@ -12,7 +12,7 @@ import torch
 from minirksc.checkpoints import resolve_model
 from minirksc.config import EngineConfig
 from minirksc.engine import Engine
-from minirksc.errors import CacheFullError, CheckpointError, ConfigError, TokenizerError
+from minirksc.errors import CacheFullError, CheckpointError, ConfigError
 from minirksc.kernels.backend import choose_backend
 from minirksc.models.decoder import Decoder
 from minirksc.models.families import load_config, spec_from_config
@@ -20,7 +20,7 @@ from minirksc.models.spec import ArchSpec
 from minirksc.models.weights import iter_weights
 from minirksc.rsbcm import BlockManager
 from minirksc.runner import Runner, kv_block_bytes
-from minirksc.tokenizer import Tokenizer
+from minirksc.tokenizer import TOKENIZER_FILES, Tokenizer
 
 KV_SHARE_OF_FREE_MEMORY = 0.4
 MAX_DEFAULT_SEQUENCES = 32
@@ -63,10 +63,9 @@ def load(config: EngineConfig) -> Loaded:
     weights = ((name, tensor.to(device)) for name, tensor in iter_weights(path, spec, dtype))
     model = Decoder(spec, weights, backend)
     num_blocks = _num_blocks(config, spec, dtype, device)
-    try:
-        tokenizer = Tokenizer.from_folder(path)
-    except TokenizerError:
-        tokenizer = None  # token ids still work; whoever gives text is told
+    # Without one token ids still work, and whoever gives text is told; a damaged one is an error.
+    has_tokenizer = any((path / name).is_file() for name in TOKENIZER_FILES)
+    tokenizer = Tokenizer.from_folder(path) if has_tokenizer else None
     engine = Engine(
         Runner(model, num_blocks, config.block_size),
         BlockManager(num_blocks, config.block_size, config.eviction),

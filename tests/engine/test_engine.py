@@ -1,6 +1,7 @@
 """The engine as an embedding service drives it: add, abort and step, and everything that can go wrong."""
 
 import random
+import shutil
 import subprocess
 import sys
 
@@ -231,3 +232,12 @@ def test_threads_are_left_as_found(tiny_llama):
 def test_import_is_light():
     code = "import minirksc, sys; assert not {'torch', 'triton', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_damaged_tokenizer_is_an_error_and_a_missing_one_is_not(tiny_llama, tmp_path):
+    shutil.copytree(tiny_llama(tokenizer=True), tmp_path / "damaged")
+    (tmp_path / "damaged" / "tokenizer.json").write_text("{")
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
+        LLM(tmp_path / "damaged", kv_cache_bytes="1MiB")
+    with LLM(tiny_llama(), kv_cache_bytes="1MiB") as llm:
+        assert llm.tokenizer is None

