@@ -1,17 +1,23 @@
 """Options of the engine and of a generation: plain values, checked when they are made."""
 
 import difflib
-import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import MISSING, dataclass, fields, replace
+from types import NoneType
+from typing import Any, Self, get_args
 
 from minirksc.errors import ConfigError
 
 MAX_SAMPLES = 256
+"""As many as run at once by default; for more, ask twice with different seeds."""
 MAX_LOGPROBS = 100
 """More than a person reads, and few enough that a step's results stay small."""
+MAX_STOPS = 64
+MAX_STOP_LEN = 256
+"""Characters. Every new token is held against each beginning of each stop string."""
+MAX_FLOAT = 1e30
+"""Logits are float32: with this bound no option can make one overflow."""
 
 NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 """Values that change nothing, for what neither the caller nor the checkpoint gives."""
@@ -70,9 +76,10 @@ class SamplingParams:
     detokenize: bool = True
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        _check_kinds(self)
+        stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop)
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids))
         _check_int("n", self.n, 1, MAX_SAMPLES)
         _check_float("temperature", self.temperature, 0)
         _check_float("top_p", self.top_p, 0, 1, open_low=True)
@@ -87,13 +94,15 @@ class SamplingParams:
         _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         _check_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         for token_id in self.stop_token_ids:
-            _check_int("stop_token_ids", token_id, 0, None)
-        for string in stop:
-            if not isinstance(string, str) or not string:
-                raise ConfigError(f"stop holds {string!r}; it takes non-empty strings")
+            _check_int("stop_token_ids", token_id, 0, None, optional=False)
+        _check_stops(stop)
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, Mapping):
+                raise ConfigError(f"logit_bias {self.logit_bias!r} must map token ids to numbers, as in {{50: -1.5}}")
+            object.__setattr__(self, "logit_bias", dict(self.logit_bias))  # the caller may change theirs
         for token_id, bias in (self.logit_bias or {}).items():
-            _check_int("logit_bias key", token_id, 0, None)
-            _check_float(f"logit_bias[{token_id}]", bias, None)
+            _check_int("logit_bias key", token_id, 0, None, optional=False)
+            _check_float(f"logit_bias[{token_id}]", bias, optional=False)
         self._check_contradictions()
 
     def _check_contradictions(self) -> None:
@@ -168,12 +177,15 @@ class EngineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model, str) or not self.model:
+            raise ConfigError(f"model {self.model!r} must be a checkpoint folder or an alias, as text")
+        _check_kinds(self)
         if isinstance(self.kv_cache_bytes, str):
             object.__setattr__(self, "kv_cache_bytes", parse_bytes(self.kv_cache_bytes))
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("backend", self.backend, BACKENDS)
         _check_choice("eviction", self.eviction, EVICTIONS)
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(self.device)):
             raise ConfigError(f"device {self.device!r} is unknown; use auto, cpu, cuda or cuda:N")
         _check_int("kv_cache_bytes", self.kv_cache_bytes, 1, None)
         _check_int("block_size", self.block_size, 1, 256)
@@ -200,7 +212,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         ConfigError: it is not a size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*(?:([KMGT])(i?)B?|B)?\s*", text, re.IGNORECASE)
     if not match:
         raise ConfigError(f"{text!r} is not a size; write bytes, or for example 512MiB or 2GB")
     number, unit, binary = match.groups()
@@ -212,13 +224,42 @@ def _as_int(key: Any) -> Any:
     return int(key) if isinstance(key, str) and key.isdecimal() else key
 
 
-def _check_names(cls: type, values: Mapping[str, Any]) -> None:
+def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, Sequence | Set):
+        raise ConfigError(f"{name} {value!r} must be a list; leave it out for none")
+    return tuple(value)
+
+
+def _check_stops(stop: Sequence[Any]) -> None:
+    if len(stop) > MAX_STOPS:
+        raise ConfigError(f"stop holds {len(stop)} strings, more than {MAX_STOPS}; keep those that matter")
+    for string in stop:
+        if not isinstance(string, str) or not string:
+            raise ConfigError(f"stop holds {string!r}; it takes non-empty strings")
+        if len(string) > MAX_STOP_LEN:
+            raise ConfigError(f"stop holds a string of {len(string)} characters; shorten it to {MAX_STOP_LEN} or less")
+
+
+def _check_kinds(options: Any) -> None:
+    """None only where the type allows it, and switches are True or False: "false" would switch on."""
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if value is None and NoneType not in get_args(field.type):
+            raise ConfigError(f"{field.name} None is not a value; leave it out for the default")
+        if isinstance(field.default, bool) and not isinstance(value, bool):
+            raise ConfigError(f"{field.name} {value!r} must be True or False")
+
+
+def _check_names(cls: Any, values: Mapping[str, Any]) -> None:
     known = [field.name for field in fields(cls)]
     for name in values:
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=2)
             hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
             raise ConfigError(f"unknown option {name!r}; {hint}")
+    for field in fields(cls):
+        if field.default is MISSING and field.name not in values:
+            raise ConfigError(f"option {field.name!r} is missing; it has no default")
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -226,9 +267,9 @@ def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ConfigError(f"{name} {value!r} is unknown; choose one of {', '.join(choices)}")
 
 
-def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
-    """None passes: it means that the option was not given."""
-    if value is None:
+def _check_int(name: str, value: Any, low: int, high: int | None, optional: bool = True) -> None:
+    """None, if optional, passes: it means that the option was not given."""
+    if value is None and optional:
         return
     allowed = f"at least {low}" if high is None else f"{low} to {high}"
     if isinstance(value, bool) or not isinstance(value, int):
@@ -237,15 +278,20 @@ def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
         raise ConfigError(f"{name} {value} is out of range; it must be {allowed}")
 
 
-def _check_float(name: str, value: Any, low: float | None, high: float | None = None, open_low: bool = False) -> None:
-    """None passes: it means that the option was not given."""
-    if value is None:
+def _check_float(
+    name: str,
+    value: Any,
+    low: float = -MAX_FLOAT,
+    high: float = MAX_FLOAT,
+    open_low: bool = False,
+    optional: bool = True,
+) -> None:
+    """None, if optional, passes: it means that the option was not given."""
+    if value is None and optional:
         return
-    allowed = "finite"
-    if low is not None:
-        allowed = f"{'above' if open_low else 'at least'} {low}" + ("" if high is None else f", at most {high}")
+    allowed = f"{'above' if open_low else 'at least'} {low:g}, at most {high:g}"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{name} {value!r} must be a number, {allowed}")
-    too_low = low is not None and (value <= low if open_low else value < low)
-    if not math.isfinite(value) or too_low or (high is not None and value > high):
+    # NaN compares false, and an int beyond all floats compares where math.isfinite would raise.
+    if not low <= value <= high or (open_low and value == low):
         raise ConfigError(f"{name} {value} is out of range; it must be {allowed}")

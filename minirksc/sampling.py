@@ -85,25 +85,23 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow], confidence: Callable[[Te
         token_ids[changed] = _draw(logits[changed], [rows[i] for i in changed])
     chosen = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1) - sure.logsumexp  # [rows]
     k = max((row.params.logprobs or 0 for row in rows), default=0)
-    top_values, top_ids = logits.topk(min(k, logits.shape[-1])) if k else (None, None)
+    top_values, top_ids = logits.topk(min(k, logits.shape[-1]))  # [rows, k]
     columns = (
         token_ids.tolist(),
         chosen.tolist(),
         sure.top1_probability.tolist(),
         sure.entropy.tolist(),
         sure.logsumexp.tolist(),
+        top_ids.tolist(),
+        (top_values - sure.logsumexp.unsqueeze(-1)).tolist(),
     )
     drawn = []
-    for i, (token_id, logprob, top1, entropy, lse) in enumerate(zip(*columns, strict=True)):
+    for i, (token_id, logprob, top1, entropy, lse, ids, values) in enumerate(zip(*columns, strict=True)):
         if not abs(lse) < float("inf"):  # NaN, or an infinity
             drawn.append(Sampled(-1, 0.0, None, top1, entropy, _describe(logits[i])))
             continue
-        top = None
-        if rows[i].params.logprobs is not None:
-            top = {token_id: logprob}
-            if top_values is not None and top_ids is not None:
-                values = (top_values[i] - lse).tolist()
-                top = _ranked(token_id, logprob, top_ids[i].tolist(), values, rows[i].params.logprobs or 0)
+        num_top = rows[i].params.logprobs
+        top = None if num_top is None else _ranked(token_id, logprob, ids, values, num_top)
         drawn.append(Sampled(token_id, logprob, top, top1, entropy))
     return drawn
 
@@ -182,7 +180,9 @@ def _penalise(scores: Tensor, row: SamplingRow) -> None:
         values = scores[seen]
         penalty = params.repetition_penalty
         assert penalty is not None
-        scores[seen] = torch.where(values > 0, values / penalty, values * penalty)
+        # A tiny penalty would make a logit infinite, and the row's probabilities NaN.
+        changed = torch.where(values > 0, values / penalty, values * penalty)
+        scores[seen] = changed.clamp(max=torch.finfo(scores.dtype).max)
     if (params.presence_penalty or params.frequency_penalty) and row.output_token_ids:
         output = torch.tensor(list(row.output_token_ids), device=scores.device)
         ids, counts = torch.unique(output, return_counts=True)
@@ -230,18 +230,23 @@ def _truncate(scores: Tensor, rows: Sequence[SamplingRow], top_p: Tensor) -> tup
     top_k = [k if 0 < (k := row.params.top_k or 0) < vocab_size else vocab_size for row in rows]
     limit = torch.tensor(top_k, device=scores.device).unsqueeze(-1)  # [rows, 1]
     # Sorting a whole vocabulary is slow and its tail is almost never needed: try few, then more.
-    explicit = [k for k in top_k if k < vocab_size]
+    explicit = [2 * k for k in top_k if k < vocab_size]
     width = min(vocab_size, max([FIRST_WIDTH, *explicit]))
     while True:
+        columns = torch.arange(width, device=scores.device)
         ids = scores.topk(width).indices.sort(-1).values
         # Equal scores are taken in order of token id, which topk does not promise.
         ordered, order = scores.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
         ids = ids.gather(-1, order)
-        ordered[torch.arange(width, device=scores.device) >= limit] = NEG_INF
+        # Of the tokens as likely as the last candidate, topk took any: only those before them are sure.
+        border = ordered[:, -1:].clone()
+        num_sure = (ordered > border).sum(-1, keepdim=True)  # [rows, 1]
+        ordered[columns >= limit] = NEG_INF
         all_of_them = (scores if width < vocab_size else ordered).logsumexp(-1, keepdim=True)
         total = torch.where(limit <= width, ordered.logsumexp(-1, keepdim=True), all_of_them)
         cumulative = (ordered - total).exp().cumsum(-1)
-        if width == vocab_size or bool(((limit <= width) | (cumulative[:, -1:] > top_p)).all()):
+        reached = ((cumulative > top_p) & (columns < num_sure)).any(-1, keepdim=True)
+        if width == vocab_size or bool(((limit <= num_sure) | reached | border.isneginf()).all()):
             break
         width = min(width * 16, vocab_size)
     # A token stays while those before it do not reach top_p: at least one always does.

@@ -49,14 +49,14 @@ class StopChecker:
         self._stops = tuple(params.stop)
         self._longest = max(map(len, self._stops), default=0)
         self._num_tokens = 0
-        self._text = ""  # all final text of the detokenizer, held back or not
-        self._shown = 0  # characters of it that push() has given out
-        self._searched = 0  # a stop string cannot begin before here
+        self._shown: list[str] = []  # what was given out
+        self._held = ""  # final text that was not: every stop string to come begins in it
+        self._num_decided = 0  # characters of the held text in which no stop string may end
 
     @property
     def text(self) -> str:
         """Text that has been given out."""
-        return self._text[: self._shown]
+        return "".join(self._shown)
 
     def push(self, token_id: int) -> str:
         """Takes the next token; returns the text that it makes safe to show."""
@@ -66,23 +66,23 @@ class StopChecker:
         if may_stop and self._ends_at(token_id):
             return self._end("stop")
         if self._detokenizer is not None:
-            self._text += self._detokenizer.push([token_id])
+            self._held += self._detokenizer.push([token_id])
             if may_stop and self._find_stop():
                 self.finish_reason = "stop"
-                return self._show(len(self._text))
+                return self._show()
         assert self._params.max_tokens is not None
         if self._num_tokens >= self._params.max_tokens:
             return self._end("length")
-        if not may_stop:
-            # Text from before min_tokens cannot stop anything, though a match may still begin in its tail.
-            self._searched = max(0, len(self._text) - self._longest + 1)
-        return self._show(len(self._text) - self._num_held())
+        new = self._show(self._num_to_hold())
+        # Searched, or from before min_tokens: nothing may end in it, though a stop string may begin there.
+        self._num_decided = len(self._held)
+        return new
 
     def flush(self) -> str:
         """The held-back text of a generation that is cut short from outside."""
         if self._detokenizer is not None and self.finish_reason is None:
-            self._text += self._detokenizer.flush()
-        return self._show(len(self._text))
+            self._held += self._detokenizer.flush()
+        return self._show()
 
     def _ends_at(self, token_id: int) -> bool:
         if token_id in self._params.stop_token_ids:
@@ -93,36 +93,38 @@ class StopChecker:
     def _end(self, reason: str) -> str:
         """Ends it after the tokens so far; the last half character, if any, comes out as it is."""
         if self._detokenizer is not None:
-            self._text += self._detokenizer.flush()
+            self._held += self._detokenizer.flush()
             if self._num_tokens > self._params.min_tokens and self._find_stop():
                 reason = "stop"
         self.finish_reason = reason
-        return self._show(len(self._text))
+        return self._show()
 
     def _find_stop(self) -> bool:
         """Cuts the text at the match that ends first (the longest of those that end there)."""
         best: tuple[int, int] | None = None  # (end, begin)
         for stop in self._stops:
-            begin = self._text.find(stop, self._searched)
+            begin = self._held.find(stop, max(0, self._num_decided - len(stop) + 1))
             if begin >= 0 and (best is None or (begin + len(stop), begin) < best):
                 best = (begin + len(stop), begin)
                 self.stop_reason = stop
         if best is None:
-            self._searched = max(self._searched, len(self._text) - self._longest + 1, 0)
             return False
         end, begin = best
-        self._text = self._text[: end if self._params.include_stop_str_in_output else begin]
+        self._held = self._held[: end if self._params.include_stop_str_in_output else begin]
         return True
 
-    def _num_held(self) -> int:
+    def _num_to_hold(self) -> int:
         """Characters at the end that may be the beginning of a stop string."""
-        tail = self._text[-(self._longest - 1) :] if self._longest > 1 else ""
+        tail = self._held[-(self._longest - 1) :] if self._longest > 1 else ""
         for start in range(len(tail)):
             if any(stop.startswith(tail[start:]) for stop in self._stops):
                 return len(tail) - start
         return 0
 
-    def _show(self, end: int) -> str:
-        new = self._text[self._shown : max(end, self._shown)]
-        self._shown += len(new)
+    def _show(self, num_to_hold: int = 0) -> str:
+        """Gives out the held text but for so many characters at its end."""
+        end = len(self._held) - num_to_hold
+        new, self._held = self._held[:end], self._held[end:]
+        if new:
+            self._shown.append(new)
         return new

@@ -17,13 +17,22 @@ BAD_SAMPLING = [
     ({"stop": "x", "detokenize": False}, "detokenize"), ({"stop_token_ids": [-1]}, "stop_token_ids"),
     ({"seed": -1}, "seed"), ({"logprobs": -1}, "logprobs"), ({"prompt_logprobs": 10**4}, "prompt_logprobs"),
     ({"logit_bias": {-1: 1.0}}, "logit_bias"), ({"logit_bias": {1: math.inf}}, "logit_bias"),
-    ({"n": 2, "temperature": 0}, "equal samples"),
+    ({"n": 2, "temperature": 0}, "equal samples"), ({"n": None}, "n None"), ({"min_tokens": None}, "min_tokens None"),
+    ({"presence_penalty": None}, "presence_penalty None"), ({"stop": None}, "stop None"), ({"stop": 5}, "a list"),
+    ({"stop": ["a"] * 65}, "more than 64"), ({"stop": "a" * 257}, "257 characters"), ({"stop_token_ids": 5}, "a list"),
+    ({"stop_token_ids": [None]}, "stop_token_ids None"), ({"logit_bias": [1]}, "map token ids"),
+    ({"logit_bias": {1: None}}, "logit_bias.1. None"), ({"logit_bias": {1: 1e300}}, r"at most 1e\+30"),
+    ({"temperature": 10**400}, "out of range"), ({"ignore_eos": "false"}, "True or False"),
+    ({"detokenize": 0}, "True or False"),
 ]  # fmt: skip
 BAD_ENGINE = [
     ({"dtype": "int4"}, "float32"), ({"device": "tpu"}, "cuda"), ({"backend": "cuda"}, "torch"),
     ({"eviction": "random"}, "lru"), ({"block_size": 0}, "block_size"), ({"block_size": 257}, "block_size"),
     ({"kv_cache_bytes": "lots"}, "size"), ({"kv_cache_bytes": 0}, "kv_cache_bytes"), ({"threads": 0}, "threads"),
     ({"max_batch_tokens": 0}, "max_batch_tokens"), ({"max_model_len": -5}, "max_model_len"), ({"seed": 1.5}, "seed"),
+    ({"block_size": None}, "block_size None"), ({"seed": None}, "seed None"), ({"device": None}, "device None"),
+    ({"prefix_caching": "no"}, "True or False"), ({"kv_cache_bytes": "9" * 400}, "size"), ({"model": ""}, "model ''"),
+    ({"model": None}, "model None must be"),
 ]  # fmt: skip
 
 
@@ -36,7 +45,7 @@ def test_bad_sampling_values(options, message):
 @pytest.mark.parametrize(("options", "message"), BAD_ENGINE)
 def test_bad_engine_values(options, message):
     with pytest.raises(ConfigError, match=message):
-        EngineConfig(model="m", **options)
+        EngineConfig(**{"model": "m", **options})
 
 
 def test_unknown_names_suggest_what_was_meant():
@@ -46,6 +55,21 @@ def test_unknown_names_suggest_what_was_meant():
         EngineConfig.from_dict({"model": "m", "kv_cache_byte": 5})
     with pytest.raises(ConfigError, match="known:"):
         EngineConfig.from_dict({"model": "m", "zzz": 5})
+    with pytest.raises(ConfigError, match="'model' is missing"):
+        EngineConfig.from_dict({"dtype": "auto"})
+
+
+def test_none_is_a_value_where_the_type_says_so():
+    params = SamplingParams(max_tokens=None, temperature=None, seed=None, logprobs=None, logit_bias=None)
+    assert params.max_tokens is None
+    assert EngineConfig(model="m", kv_cache_bytes=None, max_model_len=None, threads=None).threads is None
+
+
+def test_what_was_checked_stays_as_it_was():
+    bias = {1: 2.0}
+    params = SamplingParams(logit_bias=bias)
+    bias[1] = math.nan
+    assert params.logit_bias == {1: 2.0}
 
 
 def test_from_dict_takes_what_json_gives():

@@ -98,6 +98,26 @@ def test_a_token_does_not_depend_on_its_batch():
     assert together == alone
 
 
+def test_equal_logits_at_the_border_do_not_depend_on_the_batch():
+    # Few distinct values, as from a bfloat16 model, so that the k-th likeliest has many equals.
+    logits = torch.zeros(1, 3000)
+    logits[0, ::7] = 0.5
+    mate = make_row(temperature=1.0, top_k=700)
+    likeliest = set(logits[0].sort(descending=True, stable=True).indices[:600].tolist())
+    for position in range(60):
+        row = make_row(position=position, temperature=1.0, top_k=600)
+        (alone,) = sample(logits, [row], confidence)
+        together = sample(logits.expand(2, -1), [row, mate], confidence)[0]
+        assert alone.token_id == together.token_id and alone.token_id in likeliest
+
+
+def test_logits_of_minus_infinity_do_not_widen_the_search_or_get_drawn():
+    logits = torch.full((1, 5000), -math.inf)
+    logits[0, [7, 4000]] = torch.tensor([1.0, 0.5])
+    rows = [make_row(position=i, temperature=1.0, top_k=3, top_p=0.99) for i in range(50)]
+    assert {one.token_id for one in sample(logits.expand(50, -1), rows, confidence)} == {7, 4000}
+
+
 def test_greedy_takes_the_smallest_of_equals_and_leaves_logits_alone():
     logits = torch.tensor([[1.0, 2.0, 2.0], [1.0, 2.0, 2.0]])
     before = logits.clone()
@@ -115,6 +135,11 @@ def test_penalties_and_bans():
     assert draw([[1.5, 2.5]], row)[0].token_id == 0
     assert draw([[1.0, 9.0]], make_row(temperature=0, forbidden=[1, 99]))[0].token_id == 0
     assert draw([[0.0, 0.0]], make_row(temperature=1.0, logit_bias={0: -100.0, 77: 1.0}))[0].token_id == 1
+
+
+def test_a_tiny_repetition_penalty_does_not_make_logits_infinite():
+    row = make_row(temperature=1.0, repetition_penalty=1e-300, prompt=[2])
+    assert draw([[0.0, 1.0, 2.0, 3.0]], row)[0].token_id == 2
 
 
 @pytest.mark.oracle
@@ -143,6 +168,10 @@ def test_logprobs_are_of_the_models_own_distribution():
     assert plain.top_logprobs is None
     (chosen,) = draw([LOGITS], make_row(temperature=0, logprobs=0))
     assert list(chosen.top_logprobs) == [5]
+    # Rows that ask for different numbers of them, or none, get what each asked for.
+    mixed = draw([LOGITS] * 3, *(make_row(temperature=0, logprobs=k) for k in (None, 1, 99)))
+    assert [one.top_logprobs and len(one.top_logprobs) for one in mixed] == [None, 1, len(LOGITS)]
+    assert list(mixed[2].top_logprobs.values()) == pytest.approx(sorted(raw.tolist(), reverse=True), abs=1e-5)
     tops = top_logprobs_of(torch.tensor([LOGITS, LOGITS]), [2, 5], 1)
     assert [list(top) for top in tops] == [[5, 2], [5]]
     assert tops[0][2] == pytest.approx(float(raw[2]), abs=1e-5)
