@@ -1,7 +1,9 @@
 """Linear layer, y = x W^T + b, with its weight packed once for the processor that it runs on.
 
-On a CPU oneDNN reads a weight in its own blocked layout; packing at load instead of at every call makes a
-decode step about twice as fast. The packed weight is the only copy: the caller drops the plain one.
+On a CPU oneDNN reads a weight in its own blocked layout; packing at load instead of at every call makes a decode
+step about twice as fast. A 16-bit weight on a CPU that does not compute in that type is packed as float32, which
+holds it exactly: emulated 16-bit products are several times slower. The packed weight is the only copy: the
+caller drops the plain one.
 """
 
 import torch
@@ -9,13 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def can_prepack(dtype: torch.dtype, device: torch.device) -> bool:
-    """True where oneDNN takes a prepacked weight of this dtype on this machine."""
-    if device.type != "cpu" or not torch._C._has_mkldnn:
-        return False
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return dtype == torch.float32
+def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
+    """True where matrix products of this dtype run on the hardware, not in emulation."""
+    if device.type != "cpu" or dtype == torch.float32:
+        return True
+    return dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class Linear:
@@ -24,17 +24,20 @@ class Linear:
     Args:
         weight: `[out_features, in_features]`.
         bias: `[out_features]` or None.
-        prepack: pack for oneDNN where it can be done; False keeps the plain form (the reference).
+        prepack: pack for oneDNN on a CPU; False keeps the plain form (the reference).
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, prepack: bool = True) -> None:
+        self.packed = prepack and weight.device.type == "cpu" and torch._C._has_mkldnn
+        if self.packed and not computes_in(weight.dtype, weight.device):
+            weight, bias = weight.float(), None if bias is None else bias.float()
+        self.dtype = weight.dtype
         self.bias = bias
-        self.packed = prepack and can_prepack(weight.dtype, weight.device)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self.packed else weight
 
     def __call__(self, x: Tensor) -> Tensor:
-        """`[tokens, in_features]` -> `[tokens, out_features]`."""
+        """`[tokens, in_features]` -> `[tokens, out_features]`, dtype of x."""
         if self.packed:
-            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-            return out
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weight, self.bias, "none", [], "")
+            return out.to(x.dtype)
         return F.linear(x, self.weight, self.bias)

@@ -14,6 +14,7 @@ from minirksc.config import EngineConfig
 from minirksc.engine import Engine
 from minirksc.errors import CacheFullError, CheckpointError, ConfigError
 from minirksc.kernels.backend import choose_backend
+from minirksc.kernels.linear import computes_in
 from minirksc.models.decoder import Decoder
 from minirksc.models.families import load_config, spec_from_config
 from minirksc.models.spec import ArchSpec
@@ -98,8 +99,7 @@ def _choose_dtype(name: str, raw: dict[str, Any], device: torch.device) -> torch
     """The checkpoint's dtype where the device computes in it, else float32: emulated bf16 is far slower."""
     if name == "auto":
         name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
-        native = device.type != "cpu" or (name == "bfloat16" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
-        if not native or name not in ("bfloat16", "float16"):
+        if name not in ("bfloat16", "float16") or not computes_in(getattr(torch, name), device):
             name = "float32"
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
