@@ -13,8 +13,9 @@ FOLDERS = {"minirksc": "minirksc.", "kernels": "minirksc.kernels.", "models": "m
 # From the bottom up. A module imports from the layers below its own; a package, from itself too.
 LAYERS = (
     ("errors", "eviction"),
-    ("config", "answers", "chat_template", "gguf_import", "rsbcm", "kernels"),
-    ("stopping", "tokenizer", "sampling", "checkpoints", "models"),
+    ("config", "answers", "template_sandbox", "gguf_import", "rsbcm", "kernels"),
+    ("stopping", "chat_template"),
+    ("tokenizer", "sampling", "checkpoints", "models"),
     ("request",),
     ("scheduler",),
     ("batch",),
@@ -44,6 +45,7 @@ NO_TORCH = (
     "config",
     "answers",
     "chat_template",
+    "template_sandbox",
     "eviction",
     "rsbcm",
     "stopping",
