@@ -1,29 +1,64 @@
 """What the command line shows: text, tables, JSON, statistics and progress."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.status import Status
 from rich.table import Table
+from rich.text import Text
 
 from minirksc.config import NEUTRAL, SamplingParams
-from minirksc.errors import MinirkscError
+from minirksc.errors import ConfigError, MinirkscError
 
 if TYPE_CHECKING:
     from minirksc.llm import LLM
-    from minirksc.request import RequestOutput
+    from minirksc.request import RequestOutput, StreamChunk
     from minirksc.solver import SolveResult
 
 PLAIN_WIDTH = 120
 """Of tables that go into a file or a pipe."""
 
 PHASES = {"prefill": "computing the prompt", "extend": "decoding", "verify": "verifying", "fork": "forking"}
+
+
+def is_terminal(stream: IO[str] | None) -> bool:
+    """Whether a person is at the other end; a stream that was closed at the start is None."""
+    return stream is not None and stream.isatty()
+
+
+def note(message: str, begin: str = "") -> None:
+    """One line on stderr, however many the message has."""
+    if sys.stderr is not None:
+        lines = [line.strip() for line in message.splitlines()]
+        print(f"{begin}minirksc: {' '.join(filter(None, lines))}", file=sys.stderr, flush=True)
+
+
+def drop_stdout() -> None:
+    """After a failure: what a write left in the buffer must not fail again when the interpreter ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def check_writable(path: Path, option: str) -> None:
+    """That a file can be written later, without touching it now.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{option} {path} cannot be written; choose a file in a folder that exists and is yours")
 
 
 def generation_as_dict(result: "RequestOutput", stats: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -55,12 +90,19 @@ def solve_as_dict(result: "SolveResult") -> dict[str, Any]:
 
 def print_json(record: dict[str, Any]) -> None:
     """One line on stdout."""
-    print(to_json(record), flush=True)
+    text = to_json(record)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = to_json(record, ascii_only=True)
+    print(text, flush=True)
 
 
-def to_json(record: dict[str, Any]) -> str:
-    """JSON that any reader takes: no NaN, which a branch without tokens has for its confidence."""
-    return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False)
+def to_json(record: dict[str, Any], ascii_only: bool = False) -> str:
+    """JSON that any reader takes: no NaN, which a branch without tokens has for its confidence, and valid UTF-8."""
+    text = json.dumps(_finite(record), ensure_ascii=ascii_only, allow_nan=False)
+    # Half of a UTF-16 pair, which JSON may hold and UTF-8 may not.
+    return text if ascii_only or not any("\ud800" <= c <= "\udfff" for c in text) else to_json(record, ascii_only=True)
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
@@ -75,6 +117,17 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
         raise MinirkscError(f"{path} cannot be written: {error}") from error
 
 
+def print_stream(chunks: "Iterable[StreamChunk]") -> None:
+    """Text as it comes, and on stderr that it was cut, if it was."""
+    finish_reason, num_tokens = None, 0
+    for chunk in chunks:
+        print(chunk.text, end="", flush=True)
+        finish_reason, num_tokens = chunk.finish_reason, num_tokens + len(chunk.token_ids)
+    print(flush=True)
+    if finish_reason == "length":
+        note(f"cut at {num_tokens} tokens (--max-tokens)")
+
+
 def print_samples(result: "RequestOutput") -> None:
     """Several samples of one prompt, each under a heading."""
     for output in result.outputs:
@@ -82,8 +135,8 @@ def print_samples(result: "RequestOutput") -> None:
 
 
 def print_solve(result: "SolveResult") -> None:
-    """A table of the branches, and the answer."""
-    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+    """A table of the branches, and the answer; on stderr that it was cut, if it was."""
+    console = Console(width=None if is_terminal(sys.stdout) else PLAIN_WIDTH, highlight=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
     for name in ("#", "score", "P(YES)", "conf", "own", "shared", "end", "answer"):
         table.add_column(name, justify="left" if name in ("end", "answer") else "right", no_wrap=True)
@@ -97,8 +150,8 @@ def print_solve(result: "SolveResult") -> None:
             str(branch.num_own_tokens),
             str(branch.num_shared_tokens),
             branch.finish_reason or "-",
-            _literal(branch.parsed or "-")[:12],
-            _literal(" ".join(branch.text.split())),
+            _one_line(branch.parsed or "-")[:12],
+            _one_line(branch.text),
             style="bold" if index == result.best else None,
         )
     console.print(table)
@@ -109,6 +162,9 @@ def print_solve(result: "SolveResult") -> None:
         f"{stats['num_prefilled_tokens']} tokens prefilled, {stats['num_decoded_tokens']} decoded\n"
     )
     print(f"Branch {result.best + 1}: {result.answer.strip()}", flush=True)
+    best = result.branches[result.best]
+    if best.finish_reason == "length":
+        note(f"the answer was cut at {len(best.token_ids)} tokens (--tokens-per-step)")
 
 
 def print_defaults(llm: "LLM", params: SamplingParams) -> None:
@@ -164,9 +220,9 @@ class Progress:
             self._status.update(f"{done}: {event['seconds']:.2f} s; going on ...")
 
 
-def _literal(text: str) -> str:
-    """Text that rich must not read as markup."""
-    return text.replace("[", "\\[")
+def _one_line(text: str) -> Text:
+    """Text for a table's cell: not rich's markup, and nothing that moves the cursor."""
+    return Text("".join(c if c.isprintable() else " " for c in " ".join(text.split())))
 
 
 def _finite(value: Any) -> Any:

@@ -9,55 +9,84 @@ import difflib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from minirksc import __version__, cli_batch, cli_output
+from minirksc.answers import SELECT_RULES
+from minirksc.cli_output import drop_stdout, is_terminal, note
 from minirksc.config import BACKENDS, DTYPES, EVICTIONS, EngineConfig, SamplingParams
 from minirksc.errors import ConfigError, MinirkscError
-from minirksc.solver import Solver, SolverConfig
+from minirksc.solver import DEFAULT_SAMPLING, MAX_BRANCHES, Solver, SolverConfig
 
 if TYPE_CHECKING:
     from minirksc.llm import LLM
 
+DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_MAX_TOKENS = 512
-DEFAULT_TOKENS_PER_STEP = 128
-"""More than `SolverConfig`'s: a person wants whole answers, and a short one ends by itself."""
+DEFAULT_TOKENS_PER_STEP = 160
+"""More than `SolverConfig`'s: an answer that is cut off is of no use to a person, and a short one ends by itself."""
 
-SAMPLING_FLAGS = {
-    "temperature": float,
-    "top_p": float,
-    "top_k": int,
-    "min_p": float,
-    "repetition_penalty": float,
-    "presence_penalty": float,
-    "frequency_penalty": float,
-    "seed": int,
-    "min_tokens": int,
+Options = dict[str, tuple[type | tuple[str, ...], str]]
+"""Name of a field of a config -> (its type or its choices, help)."""
+
+SAMPLING: Options = {
+    "max_tokens": (int, f"most new tokens (default: {DEFAULT_MAX_TOKENS}, or what the model's length leaves)"),
+    "temperature": (float, "how freely to choose; 0 takes the likeliest token"),
+    "top_p": (float, "of the likeliest tokens, as many as sum up to this probability"),
+    "top_k": (int, "of the N likeliest tokens; 0: of all"),
+    "min_p": (float, "of tokens at least this fraction as likely as the likeliest"),
+    "repetition_penalty": (float, "above 1: against tokens of the prompt and the text"),
+    "presence_penalty": (float, "-2 to 2, against tokens that the text has"),
+    "frequency_penalty": (float, "-2 to 2, against them, for each time"),
+    "seed": (int, "of the random numbers (default: 0)"),
+    "min_tokens": (int, "no end before so many tokens"),
+    "n": (int, "samples of the prompt (default: 1)"),
+    "logprobs": (int, "report the N likeliest tokens of each position; with --json or --input"),
 }
-ENGINE_FLAGS: dict[str, dict[str, Any]] = {
-    "dtype": {"choices": DTYPES},
-    "device": {"metavar": "auto|cpu|cuda[:N]"},
-    "backend": {"choices": BACKENDS},
-    "threads": {"type": int},
-    "kv_cache_bytes": {"metavar": "SIZE", "help": "bytes, or for example 2GiB (default: from free memory)"},
-    "block_size": {"type": int, "help": "tokens a KV block (default: 16)"},
-    "max_model_len": {"type": int, "help": "longest sequence (default: the model's)"},
-    "max_batch_tokens": {"type": int, "help": "tokens computed in one step (default: 2048)"},
-    "eviction": {"choices": EVICTIONS, "help": "which cached block goes first (default: rksc)"},
+SOLVER: Options = {
+    "branches": (int, "solve with N branches decoded together from one shared prompt"),
+    "depth": (int, "rounds; the best branches are forked again (default: 1)"),
+    "beam": (int, "branches that go on into the next round (default: 2)"),
+    "tokens_per_step": (
+        int,
+        f"most tokens of a branch in a round (default: {DEFAULT_TOKENS_PER_STEP}); x --depth in all",
+    ),
+    "sharing": (("exact", "none"), "exact: the prompt is computed once (default); none: by every branch"),
+    "verify": (("always", "never"), "ask the model about each answer (default: always)"),
+    "verify_style": (("append", "standalone"), "after the branch (default), or as a prompt of its own"),
+    "select": (SELECT_RULES, "which branch is the answer (default: score)"),
 }
-SOLVER_RULES = ("depth", "beam", "sharing", "verify", "verify_style", "select")
-SOLVER_ONLY = (*SOLVER_RULES, "tokens_per_step", "phrasings", "hints", "trace")
-WITHOUT_SOLVER = ("n", "logprobs", "max_tokens")
+ENGINE: Options = {
+    "dtype": (DTYPES, "numbers to compute in (default: auto)"),
+    "device": (str, "auto, cpu, cuda or cuda:N (default: auto)"),
+    "backend": (BACKENDS, "which kernels (default: auto)"),
+    "threads": (int, "of the CPU (default: torch's choice)"),
+    "kv_cache_bytes": (str, "bytes, or for example 2GiB (default: from free memory)"),
+    "block_size": (int, "tokens a KV block (default: 16)"),
+    "max_model_len": (int, "longest sequence (default: the model's)"),
+    "max_batch_tokens": (int, "tokens computed in one step (default: 2048)"),
+    "eviction": (EVICTIONS, "which cached block goes first (default: rksc)"),
+}
+SWITCHES = ("chat", "json", "stats", "ignore_eos")
+SOLVER_FILES = ("hints", "phrasings", "trace")
+WITHOUT_SOLVER = {
+    "n": "--branches says how many",
+    "logprobs": "leave one out",
+    "max_tokens": "use --tokens-per-step",
+    "system": "put it into the problem",
+}
 
 EPILOG = """examples:
   python -m minirksc.generate "Name three rivers."
   python -m minirksc.generate --branches 8 "A train covers 120 km in 2 hours. How far does it get in 5?"
   python -m minirksc.generate --input prompts.jsonl --output answers.jsonl --temperature 0
 
-Every flag can be given in the environment too, as MINIRKSC_TOP_P for --top-p; the command line wins.
+Every flag can be given in the environment too, as MINIRKSC_TOP_P for --top-p (1 or 0 for flags without a value).
+The command line wins; an empty variable counts as not set.
 """
 
 
@@ -73,106 +102,82 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
     def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
-        """Options from the command line and the environment.
+        """Options from the command line and the environment; `variables` has the names of the latter.
 
         Raises:
             UsageError: an option is unknown or its value is not allowed.
         """
         options, unknown = self.parse_known_args(arguments)
+        names = [name for name in vars(options) if name != "prompt"]
         if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=2)
-            raise UsageError(
-                f"unknown option {unknown[0]!r}" + (f"; did you mean {' or '.join(close)}?" if close else "")
-            )
-        self._read_environment(options)
+            flag = unknown[0].split("=")[0]
+            if not flag.startswith("-"):
+                raise UsageError(f"unexpected argument {flag!r}; put the prompt into quotes")
+            close = difflib.get_close_matches(flag, ["--no-chat", *map(_flag, names)], n=2)
+            raise UsageError(f"unknown option {flag!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
+        missing = [name for name in names if getattr(options, name) is None]
+        options.variables = [name for name in missing if self._read_variable(options, name)]
         return options
 
-    def _read_environment(self, options: argparse.Namespace) -> None:
-        """MINIRKSC_<FLAG> for what the command line leaves open."""
-        for action in self._actions:
-            variable = "MINIRKSC_" + action.dest.upper()
-            if variable not in os.environ or getattr(options, action.dest, None) is not None:
-                continue
-            value = os.environ[variable]
-            if isinstance(action, argparse.BooleanOptionalAction) or action.nargs == 0:
-                if value.lower() not in ("0", "1", "true", "false", "yes", "no"):
-                    raise UsageError(f"{variable}={value!r} must be 1 or 0")
-                setattr(options, action.dest, value.lower() in ("1", "true", "yes"))
-                continue
+    def _read_variable(self, options: argparse.Namespace, name: str) -> bool:
+        """Sets an option from its variable; False if there is none."""
+        text = os.environ.get(_variable(name))
+        if not text:
+            return False
+        value: Any = text.lower() in ("1", "true", "yes")
+        if name not in SWITCHES:
             try:
-                parsed = self._get_value(action, value)
-                self._check_value(action, parsed)
-            except argparse.ArgumentError as error:
-                raise UsageError(f"{variable}: {error}") from error
-            setattr(options, action.dest, [parsed] if action.nargs == "append" else parsed)
+                value = getattr(self.parse_known_args([f"{_flag(name)}={text}"])[0], name)
+            except UsageError as error:
+                raise UsageError(f"{_variable(name)}={text!r}: {error}") from error
+        elif not value and text.lower() not in ("0", "false", "no"):
+            raise UsageError(f"{_variable(name)}={text!r} must be 1 or 0")
+        elif not value and name != "chat":  # only --chat has an opposite
+            return False
+        setattr(options, name, value)
+        return True
 
 
 def build_parser() -> Parser:
     """All options; those that were not given are None."""
     parser = Parser(
         prog="python -m minirksc.generate",
+        usage="%(prog)s [options] [PROMPT | -]",
         description="Generates text, or solves a problem with many branches, on a local model.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("prompt", nargs="?", metavar="PROMPT", help="text; - or nothing reads standard input")
+    add("prompt", nargs="?", metavar="PROMPT", help="text; - or nothing: standard input without its last line break")
     add("--version", action="version", version=f"minirksc {__version__}")
-    add("--model", help="checkpoint folder or alias (default: smollm2-135m)")
+    add("--model", help=f"checkpoint folder or alias (default: {DEFAULT_MODEL})")
     add("--chat", action=argparse.BooleanOptionalAction, help="use the chat template (default: if there is one)")
-    add("--system", metavar="TEXT", help="system message, with the chat template")
+    add("--system", metavar="TEXT", help="system message, for conversations that have none of their own")
     add("--json", action="store_true", default=None, help="print one JSON object a prompt")
     add("--stats", action="store_true", default=None, help="print what was done and how fast, to stderr")
 
     group = parser.add_argument_group("sampling (defaults: the checkpoint's generation_config.json)")
+    # The other value here is one that no value of an option contradicts: each is checked alone.
+    sampling = partial(SamplingParams, max_tokens=None)
+    _add_options(group, SAMPLING, sampling)
     add = group.add_argument
-    add(
-        "--max-tokens",
-        type=int,
-        help=f"most new tokens (default: {DEFAULT_MAX_TOKENS}, or what the model's length leaves)",
-    )
-    for name, kind in SAMPLING_FLAGS.items():
-        add(_flag(name), type=kind)
-    add("--stop", action="append", metavar="TEXT", help="end the text here; may be repeated")
+    stop = _checked("stop", str, sampling)
+    add("--stop", action="append", type=stop, metavar="TEXT", help="end here; may be repeated")
     add("--ignore-eos", action="store_true", default=None, help="go on after the end token")
-    add("--n", type=int, help="samples of the prompt")
-    add("--logprobs", type=int, metavar="K", help="report the K likeliest tokens; with --json")
 
-    group = parser.add_argument_group("solver")
+    group = parser.add_argument_group("solver (these need --branches; default sampling: temperature 0.8, top-p 0.95)")
+    _add_options(group, SOLVER, partial(SolverConfig, branches=MAX_BRANCHES))
     add = group.add_argument
-    add("--branches", type=int, metavar="B", help="solve with B branches decoded together from one shared prompt")
-    add("--depth", type=int, metavar="D", help="rounds; the best branches are forked again (default: 1)")
-    add("--beam", type=int, help="branches that go on into the next round (default: 2)")
-    add(
-        "--tokens-per-step",
-        type=int,
-        metavar="T",
-        help=f"tokens a branch and round (default: {DEFAULT_TOKENS_PER_STEP})",
-    )
-    add("--hints", metavar="FILE", help="how each branch begins, one a line (default: Approach #k:)")
+    add("--hints", metavar="FILE", help="how each branch begins, one a line (default: Approach #1: and so on)")
     add("--phrasings", metavar="FILE", help="one wording of the problem a branch, one a line")
-    add(
-        "--sharing",
-        choices=("none", "exact"),
-        help="exact: the prompt is computed once (default); none: by every branch",
-    )
-    add("--verify", choices=("always", "never"), help="ask the model about each answer (default: always)")
-    add(
-        "--verify-style", choices=("append", "standalone"), help="after the branch (default), or as a prompt of its own"
-    )
-    add("--select", choices=("score", "vote", "weighted_vote"), help="which branch is the answer (default: score)")
     add("--trace", metavar="FILE.json", help="write the tree and every decision")
 
-    group = parser.add_argument_group("batch")
-    add = group.add_argument
+    add = parser.add_argument_group("batch").add_argument
     add("--input", metavar="FILE.jsonl", help="one prompt a line: text, {prompt}, {messages} or {prompt_token_ids}")
     add("--output", metavar="FILE.jsonl", help="one result a line; an interrupted run goes on where it was")
 
-    group = parser.add_argument_group("engine")
-    for name, settings in ENGINE_FLAGS.items():
-        group.add_argument(_flag(name), **settings)
+    _add_options(parser.add_argument_group("engine"), ENGINE, partial(EngineConfig, model=DEFAULT_MODEL))
     return parser
 
 
@@ -186,28 +191,24 @@ def main(arguments: Sequence[str] | None = None, make_llm: Callable[..., "LLM"] 
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # text must not die on a narrow terminal encoding
     try:
-        job = Job(build_parser().parse(arguments))
-    except (UsageError, ConfigError) as error:
-        print(f"minirksc: error: {error}\n(--help lists the options)", file=sys.stderr)
+        return _run(arguments, make_llm or _make_llm)
+    except UsageError as error:
+        note(f"error: {error} (--help lists the options)")
         return 2
-    except MinirkscError as error:
-        print(f"minirksc: error: {error}", file=sys.stderr)
-        return 1
-    except SystemExit as end:  # --help and --version
-        return int(end.code or 0)
-    try:
-        return job.run(make_llm or _make_llm)
     except KeyboardInterrupt:
-        print("minirksc: interrupted", file=sys.stderr)
+        note("interrupted", begin="\n" if is_terminal(sys.stderr) else "")
         return 130
-    except BrokenPipeError:
-        # Whoever read our output has had enough; the interpreter must not complain when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read our output has had enough
+        drop_stdout()
         return 0
-    except (MinirkscError, OSError) as error:
+    except Exception as error:
         if os.environ.get("MINIRKSC_DEBUG"):
             traceback.print_exc()
-        print(f"minirksc: error: {error}", file=sys.stderr)
+        if isinstance(error, MinirkscError | OSError):
+            note(f"error: {error}")
+        else:
+            note(f"error: unexpected {type(error).__name__}: {error}; MINIRKSC_DEBUG=1 shows where")
+        drop_stdout()
         return 1
 
 
@@ -223,181 +224,175 @@ class Job:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.engine_options = {
-            name: getattr(options, name) for name in ENGINE_FLAGS if getattr(options, name) is not None
-        }
-        EngineConfig(model=options.model or "smollm2-135m", **self.engine_options)
         self.is_solving = options.branches is not None
         self._check_combinations()
+        self.engine_options = self._given(("model", *ENGINE))
+        self.tokens_per_step = options.tokens_per_step or DEFAULT_TOKENS_PER_STEP
         self.params = self._sampling_params()
         self.solver_config = self._solver_config() if self.is_solving else None
-        self.phrasings = _lines(options.phrasings) if options.phrasings else None
-        if self.phrasings is not None and len(self.phrasings) != options.branches:
-            raise UsageError(
-                f"--phrasings has {len(self.phrasings)} lines for {options.branches} branches; give one a branch"
-            )
-        self.batch = None
-        if options.input is not None:
-            self.batch = cli_batch.Batch(Path(options.input), Path(options.output))
-            self.prompt = ""
-        else:
-            self.prompt = self._read_prompt()
+        self.phrasings = self._lines_for_branches("phrasings")
+        if options.trace is not None:
+            cli_output.check_writable(Path(options.trace), "--trace")
+        self.batch = None if options.input is None else cli_batch.Batch(Path(options.input), Path(options.output))
+        self.prompt = "" if self.batch else self._read_prompt()
 
     def run(self, make_llm: Callable[..., "LLM"]) -> int:
         """Loads the model and does the work; returns the exit code."""
-        options = self.options
-        with make_llm(options.model or "smollm2-135m", **self.engine_options) as llm:
-            if options.stats:
+        if self.batch is not None and not self.batch.todo:
+            return self.batch.report()
+        with make_llm(**self.engine_options) as llm:
+            default = None if self.is_solving or self.options.max_tokens is not None else self.params.max_tokens
+            prepare = cli_batch.Preparer(llm, self.options.chat, self.options.system, self.is_solving, default)
+            if self.options.stats:
                 cli_output.print_defaults(llm, self.params)
             if self.batch is not None:
-                code = self.batch.run(llm, self.params, self._preparer(llm), self._solve if self.is_solving else None)
+                self.batch.run(llm, self.params, prepare, self._solve if self.is_solving else None)
             elif self.is_solving:
-                code = self._run_solver(llm)
+                self._run_solver(llm, prepare)
             else:
-                code = self._run_generate(llm)
-            if options.stats:
+                self._run_generate(llm, prepare)
+            if self.options.stats:
                 cli_output.print_stats(llm.stats())
-        return code
+        return 0 if self.batch is None else self.batch.report()
 
-    def _run_generate(self, llm: "LLM") -> int:
-        prompt, params = self._preparer(llm)(self.prompt, self.params)
-        if self.options.json or params.n > 1:
-            (result,) = llm.generate([prompt], params)
-            if self.options.json:
-                cli_output.print_json(cli_output.generation_as_dict(result, llm.stats()))
-            else:
-                cli_output.print_samples(result)
-            return 0
-        finish_reason = None
-        for chunk in llm.stream(prompt, params):
-            print(chunk.text, end="", flush=True)
-            finish_reason = chunk.finish_reason
-        print(flush=True)
-        if finish_reason == "length":
-            print(f"minirksc: cut at {params.max_tokens} tokens (--max-tokens)", file=sys.stderr)
-        return 0
+    def _run_generate(self, llm: "LLM", prepare: cli_batch.Preparer) -> None:
+        prompt, params = prepare("prompt", self.prompt, self.params)
+        if not self.options.json and params.n == 1:
+            cli_output.print_stream(llm.stream(prompt, params))
+            return
+        (result,) = llm.generate([prompt], params, use_tqdm=params.n > 1 and is_terminal(sys.stderr))
+        if self.options.json:
+            cli_output.print_json(cli_output.generation_as_dict(result, llm.stats()))
+        else:
+            cli_output.print_samples(result)
 
-    def _run_solver(self, llm: "LLM") -> int:
-        result = self._solve(llm, self.prompt)
-        if self.options.trace:
-            cli_output.write_json(Path(self.options.trace), result.trace)
+    def _run_solver(self, llm: "LLM", prepare: cli_batch.Preparer) -> None:
+        problem, _ = prepare("prompt", self.prompt, self.params)
+        result = self._solve(llm, problem)
         if self.options.json:
             cli_output.print_json(cli_output.solve_as_dict(result))
         else:
             cli_output.print_solve(result)
-        return 0
+        if self.options.trace is not None:
+            cli_output.write_json(Path(self.options.trace), result.trace)
 
     def _solve(self, llm: "LLM", problem: Any) -> Any:
-        show = cli_output.Progress(enabled=self.batch is None and sys.stderr.isatty())
-        with show:
-            return Solver(llm, self.solver_config).solve(problem, self.phrasings, on_event=show.on_event)
-
-    def _preparer(self, llm: "LLM") -> cli_batch.Prepare:
-        """What turns a prompt into what the LLM or the solver takes."""
-        has_template = llm.tokenizer is not None and llm.tokenizer.has_chat_template
-        wants_chat = has_template if self.options.chat is None else self.options.chat
-        if self.options.system and not wants_chat:
-            raise ConfigError("--system needs a chat template; the checkpoint has none, or --no-chat was given")
-        system = [{"role": "system", "content": self.options.system}] if self.options.system else []
-
-        def prepare(prompt: Any, params: SamplingParams) -> tuple[Any, SamplingParams]:
-            if isinstance(prompt, str):
-                if self.is_solving:
-                    return prompt, params  # the solver has its own use for the chat template
-                tokenizer = llm.need_tokenizer("text")
-                if wants_chat:
-                    prompt = tokenizer.encode_chat([*system, {"role": "user", "content": prompt}])
-                else:
-                    prompt = tokenizer.encode(prompt)
-            elif prompt and isinstance(prompt[0], dict):
-                prompt = llm.need_tokenizer("a conversation").encode_chat(prompt)
-            if self.options.max_tokens is None and params.max_tokens == self.params.max_tokens:
-                # Nobody asked for so many: as many as fit will do.
-                room = (llm.config.max_model_len or DEFAULT_MAX_TOKENS) - len(prompt)
-                params = replace(params, max_tokens=max(1, params.min_tokens, min(DEFAULT_MAX_TOKENS, room)))
-            return prompt, params
-
-        return prepare
+        with cli_output.Progress(enabled=self.batch is None and is_terminal(sys.stderr)) as progress:
+            return Solver(llm, self.solver_config).solve(problem, self.phrasings, on_event=progress.on_event)
 
     def _check_combinations(self) -> None:
         options = self.options
-        given = [name for name in SOLVER_ONLY if getattr(options, name) is not None]
-        if given and not self.is_solving:
-            raise UsageError(f"{_flag(given[0])} needs --branches")
-        clash = [name for name in WITHOUT_SOLVER if getattr(options, name) is not None]
-        if self.is_solving and clash:
-            remedy = "use --tokens-per-step" if clash[0] == "max_tokens" else "leave one out"
-            raise UsageError(f"{_flag(clash[0])} does not go with --branches; {remedy}")
-        if self.is_solving and options.system:
-            raise UsageError("--system does not go with --branches; put it into the problem")
+        for name in self._given([*SOLVER, *SOLVER_FILES]) if not self.is_solving else ():
+            raise UsageError(f"{self._label(name)} needs --branches")
+        for name in self._given(WITHOUT_SOLVER) if self.is_solving else ():
+            raise UsageError(f"{self._label(name)} does not go with --branches; {WITHOUT_SOLVER[name]}")
+        if options.beam is not None and (options.depth or 1) == 1:
+            raise UsageError(f"{self._label('beam')} needs --depth 2 or more: nothing is forked again")
+        if options.verify_style is not None and options.verify == "never":
+            raise UsageError(f"{self._label('verify_style')} does not go with {self._label('verify')} never")
+        if options.system and options.chat is False:
+            raise UsageError(f"{self._label('system')} does not go with {self._label('chat', '--no-chat')}")
         if options.logprobs is not None and not (options.json or options.input):
-            raise UsageError("--logprobs needs --json")
+            raise UsageError(f"{self._label('logprobs')} needs --json")
         if (options.input is None) != (options.output is None):
             raise UsageError("--input and --output go together")
-        if options.input is not None and (options.prompt or options.trace or options.phrasings):
-            raise UsageError("--input does not go with PROMPT, --trace or --phrasings")
+        for name in self._given(("prompt", "trace", "phrasings")) if options.input is not None else ():
+            raise UsageError(f"--input does not go with {'PROMPT' if name == 'prompt' else self._label(name)}")
 
     def _sampling_params(self) -> SamplingParams:
-        options = self.options
-        values: dict[str, Any] = {
-            name: getattr(options, name)
-            for name in (*SAMPLING_FLAGS, "stop", "ignore_eos", "n", "logprobs")
-            if getattr(options, name) is not None
-        }
+        values = self._given([*SAMPLING, "stop", "ignore_eos"])
+        min_tokens = values.get("min_tokens", 0)
         if not self.is_solving:
-            default = max(DEFAULT_MAX_TOKENS, values.get("min_tokens", 0))
-            values["max_tokens"] = default if options.max_tokens is None else options.max_tokens
-        return SamplingParams(**values)
+            return SamplingParams(**{"max_tokens": max(DEFAULT_MAX_TOKENS, min_tokens), **values})
+        if min_tokens > self.tokens_per_step:
+            limit = f"--tokens-per-step {self.tokens_per_step}"
+            raise UsageError(f"{self._label('min_tokens')} {min_tokens} is more than {limit}")
+        # On top of the solver's own: naming a seed must not change the temperature.
+        return replace(DEFAULT_SAMPLING, max_tokens=self.tokens_per_step, **values)
 
     def _solver_config(self) -> SolverConfig:
-        options = self.options
-        values = {name: getattr(options, name) for name in SOLVER_RULES if getattr(options, name) is not None}
-        given = any(getattr(options, name) is not None for name in (*SAMPLING_FLAGS, "stop", "ignore_eos"))
-        return SolverConfig(
-            branches=options.branches,
-            tokens_per_step=options.tokens_per_step or DEFAULT_TOKENS_PER_STEP,
-            hints=_lines(options.hints) if options.hints else None,
-            sampling=self.params if given else None,
-            chat=options.chat is not False,
-            **values,
-        )
+        values = {**self._given(SOLVER), "tokens_per_step": self.tokens_per_step}
+        hints = self._lines_for_branches("hints")
+        return SolverConfig(sampling=self.params, hints=hints, chat=self.options.chat is not False, **values)
+
+    def _lines_for_branches(self, name: str) -> list[str] | None:
+        """The non-empty lines of the file that an option names, one a branch; None if it was not given."""
+        path = getattr(self.options, name)
+        if path is None:
+            return None
+        lines = cli_batch.read_lines(Path(path))
+        if len(lines) != self.options.branches:
+            counts = f"{len(lines)} lines for {self.options.branches} branches"
+            raise UsageError(f"{self._label(name)} has {counts}; give one a branch")
+        return lines
 
     def _read_prompt(self) -> str:
         prompt = self.options.prompt
-        if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
-            prompt = _read_stdin()
+        if prompt == "-" or (prompt is None and not is_terminal(sys.stdin)):
+            prompt = cli_batch.read_stdin()
         if prompt is None:
             raise UsageError("give a PROMPT, or - to read standard input")
         if not prompt.strip():
             raise UsageError("the prompt is empty")
         return str(prompt)
 
+    def _given(self, names: Iterable[str]) -> dict[str, Any]:
+        return {name: value for name in names if (value := getattr(self.options, name)) is not None}
 
-def _make_llm(model: str, **options: Any) -> "LLM":
+    def _label(self, name: str, flag: str = "") -> str:
+        """An option as the user gave it: flag or variable."""
+        return _variable(name) if name in self.options.variables else flag or _flag(name)
+
+
+def _run(arguments: Sequence[str] | None, make_llm: Callable[..., "LLM"]) -> int:
+    try:
+        options = build_parser().parse(arguments)
+    except SystemExit as end:  # --help and --version
+        sys.stdout.flush()
+        return int(end.code or 0)
+    try:
+        job = Job(options)
+    except ConfigError as error:
+        raise UsageError(str(error)) from error
+    return job.run(make_llm)
+
+
+def _make_llm(**options: Any) -> "LLM":
     from minirksc.llm import LLM  # torch is imported here, after everything that can be checked without it
 
-    return LLM(model, **options)
+    return LLM(**options)
 
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _read_stdin() -> str:
-    """All of standard input, as UTF-8 whatever the locale says."""
-    try:
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"standard input is not UTF-8 text: {error}") from error
+def _variable(name: str) -> str:
+    return "MINIRKSC_" + name.upper()
 
 
-def _lines(path: str) -> list[str]:
-    """The non-empty lines of a text file."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
-    return [line for line in text.splitlines() if line.strip()]
+def _checked(name: str, kind: type, config: Callable[..., object]) -> Callable[[str], Any]:
+    """A type for argparse that makes a config of the one value, to check its range."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        try:
+            config(**{name: value})
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return value
+
+    parse.__name__ = kind.__name__  # what argparse calls it in its messages
+    return parse
+
+
+def _add_options(group: Any, table: Options, config: Callable[..., object]) -> None:
+    for name, (kind, text) in table.items():
+        if isinstance(kind, tuple):
+            group.add_argument(_flag(name), choices=kind, help=text)
+        else:
+            metavar = {int: "N", float: "X"}.get(kind, "TEXT")
+            group.add_argument(_flag(name), type=_checked(name, kind, config), metavar=metavar, help=text)
 
 
 if __name__ == "__main__":
