@@ -154,7 +154,6 @@ class Engine:
             checker=checker,
             logits_start=logits_start,
             on_logits=on_logits,
-            eos_token_ids=self.eos_token_ids,
         )
         self.scheduler.add(request)
         return request

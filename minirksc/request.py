@@ -63,7 +63,6 @@ class Request:
         checker: decides when it ends and what text is final; None: it only computes the prompt's KV.
         logits_start: logits of positions from here on go to on_logits; None: no logits wanted.
         on_logits: see `LogitsCallback`; after a preemption positions may come twice.
-        eos_token_ids: end the generation unless params.ignore_eos.
         num_cached_tokens: prompt tokens whose KV was found and not computed, at first admission.
         text: generated text that is final so far: never half a character or the beginning of a stop string.
         output_token_ids, logprobs, top1_probabilities: one entry a generated token.
@@ -78,7 +77,6 @@ class Request:
     checker: StopChecker | None
     logits_start: int | None = None
     on_logits: LogitsCallback | None = None
-    eos_token_ids: frozenset[int] = frozenset()
     state: RequestState = RequestState.WAITING
     num_cached_tokens: int | None = None
     text: str = ""
