@@ -14,7 +14,7 @@ The life of a block:
 
 The prefix index finds a full block by a chained SHA-256 over its tokens, all tokens before it, and a salt:
 equal digests mean an equal history, so nothing is ever shared across salts. Cached blocks stay until their
-room is needed; then leaves of the cached tree go first, in the order of an `EvictionPolicy`.
+room is needed; then leaves of the cached tree go first, in the order of an eviction policy.
 
 Knows neither tensors nor requests: it hands out numbers, and says which blocks its caller must copy.
 Source of the name and of the default priority: RKSC, arXiv 2606.09937, section on RSBCM.
@@ -32,7 +32,11 @@ from minirksc.eviction import POLICIES
 
 
 class BlockCopy(NamedTuple):
-    """The caller must copy this block's KV before anything is written in the same step."""
+    """The caller must copy this block's KV before anything is written in the same step.
+
+    A step's copies keep their order, or are all read before the first is stored: a source may be evicted and
+    become the destination of a later copy.
+    """
 
     source: int
     destination: int
@@ -286,7 +290,7 @@ class BlockManager:
     def rewind(self, seq_id: int, num_tokens: int) -> None:
         """Forgets the KV of positions from num_tokens on."""
         table, size = self._tables[seq_id], self.block_size
-        assert num_tokens <= len(table.token_ids)
+        assert 0 <= num_tokens <= len(table.token_ids)
         del table.token_ids[num_tokens:]
         del table.digests[num_tokens // size :]
         keep = -(-num_tokens // size)
@@ -410,11 +414,18 @@ class BlockManager:
     def _give_back(self, block: Block) -> None:
         self._free.add(block.block_id)
         heapq.heappush(self._free_heap, block.block_id)
+        if len(self._free_heap) > 2 * self.num_blocks:  # mostly blocks that were taken out of turn
+            self._free_heap = sorted(self._free)
 
     def _offer(self, block: Block) -> None:
         """Makes a cached leaf a candidate for eviction."""
-        if block.block_id in self._cached and not block.children:
-            heapq.heappush(self._victims, (self._priority(block), block.block_id))
+        if block.block_id not in self._cached or block.children:
+            return
+        heapq.heappush(self._victims, (self._priority(block), block.block_id))
+        if len(self._victims) > 2 * self.num_blocks:  # mostly out of date: hits without pressure never pop
+            leaves = (b for b in map(self._blocks.__getitem__, self._cached) if not b.children)
+            self._victims = [(self._priority(b), b.block_id) for b in leaves]
+            heapq.heapify(self._victims)
 
     def _evict(self) -> None:
         """Frees the cached leaf of lowest priority. Each entry is pushed once and popped once: O(log n)."""
@@ -449,6 +460,7 @@ class BlockManager:
                     assert table.digests[place] == digest, f"digest {place} of table {seq_id}"
                     block = self._blocks[block_id]
                     assert block.digest in (None, digest), f"block {block_id} is indexed as another's"
+                    assert block.digest is None or block.salt == table.salt, f"block {block_id}: another salt's"
         for block in self._blocks:
             name = f"block {block.block_id}"
             assert block.num_references == references[block.block_id], f"{name}: wrong reference count"
@@ -463,6 +475,11 @@ class BlockManager:
             if block.digest is not None:
                 self._check_indexed(block, name)
         assert len(self._index) == sum(b.digest is not None for b in self._blocks), "stale index entry"
+        assert len(self._free_heap) <= 2 * self.num_blocks, "the heap of free blocks grows"
+        assert len(self._victims) <= 2 * self.num_blocks, "the heap of victims grows"
+        assert self._free.issubset(self._free_heap), "a free block cannot be found"
+        leaves = {(self._priority(b), i) for i in self._cached if not (b := self._blocks[i]).children}
+        assert leaves.issubset(self._victims), "a cached leaf cannot be found"
 
     def _check_indexed(self, block: Block, name: str) -> None:
         assert block.digest is not None
@@ -482,5 +499,6 @@ class BlockManager:
 
 def _digest(previous: bytes, salt: bytes, token_ids: Sequence[int]) -> bytes:
     """Key of a full block: its tokens and, through `previous`, all tokens before it."""
-    start = previous or hashlib.sha256(salt).digest()
-    return hashlib.sha256(start + struct.pack(f"<{len(token_ids)}q", *token_ids)).digest()
+    # The tags keep salts and blocks apart: else a salt spelt like a block's input would continue its history.
+    start = previous or hashlib.sha256(b"salt:" + salt).digest()
+    return hashlib.sha256(b"block:" + start + struct.pack(f"<{len(token_ids)}q", *token_ids)).digest()

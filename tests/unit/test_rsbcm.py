@@ -4,7 +4,9 @@ The model keeps, for every block, the tokens physically written into it, applyin
 asks for. Whatever happens, every sequence must read back through its table exactly its own tokens.
 """
 
+import hashlib
 import random
+import struct
 
 import pytest
 from hypothesis import settings
@@ -209,6 +211,29 @@ def test_salts_never_mix():
     assert blocks.match([1, 2, 3, 4, 5], b"a") == 4
 
 
+@pytest.mark.parametrize("root_tag", [b"", b"salt:", b"block:"])
+@pytest.mark.parametrize("block_tag", [b"", b"block:"])
+def test_no_salt_can_be_spelt_to_continue_anothers_history(root_tag, block_tag):
+    blocks = BlockManager(8, 2)
+    filled(blocks, 0, [1, 2, 3, 4, 5])
+    root = hashlib.sha256(root_tag).digest()
+    salt = block_tag + root + struct.pack("<2q", 1, 2)  # what the key of [1, 2] could be the hash of
+    assert blocks.match([3, 4, 5], salt) == 0
+    blocks.add(1, [3, 4, 5], salt=salt)
+    assert blocks.num_tokens(1) == 0
+    blocks.check_integrity()
+
+
+def test_bookkeeping_does_not_grow_with_the_number_of_sequences():
+    blocks = BlockManager(64, 4)
+    for seq_id in range(300):  # a hit each time, and never any pressure
+        filled(blocks, seq_id, list(range(9)))
+        blocks.reserve(seq_id, 40)
+        blocks.free(seq_id)
+        blocks.check_integrity()
+    assert blocks.num_evicted_blocks == 0
+
+
 def test_an_evicted_block_is_not_found_under_its_old_tokens():
     blocks = BlockManager(2, 2)
     filled(blocks, 0, [1, 2, 3, 4])
@@ -237,6 +262,7 @@ def test_the_parent_may_write_first():
     blocks.reserve(0, 12)  # blocks that are reserved and not written stay the parent's
     blocks.fork(0, 1)
     reserved = blocks.block_table(0)[2]
+    assert blocks.block_table(1) == blocks.block_table(0)[:2]
     (copy,) = blocks.reserve(0, 12)
     assert copy.source == blocks.block_table(1)[1]
     assert reserved in blocks.block_table(0) and len(blocks.block_table(0)) == 3
@@ -301,6 +327,16 @@ def test_runs_of_blocks_are_consecutive_when_there_is_room():
     for seq_id in (0, 1):
         table = blocks.block_table(seq_id)
         assert table == list(range(table[0], table[0] + 6))
+
+
+def test_a_table_grows_into_its_neighbour_rather_than_into_a_lower_hole():
+    blocks = BlockManager(8, 2)
+    filled(blocks, 0, [1, 2, 3, 4])
+    filled(blocks, 1, [5, 6, 7, 8])
+    blocks.free(0)
+    blocks.reset()
+    blocks.reserve(1, 8)
+    assert blocks.block_table(1) == [2, 3, 4, 5]
 
 
 def test_bad_sizes_and_policies():
