@@ -179,6 +179,14 @@ class Engine:
             The requests that gained a token or finished; none when a chunk of a prompt was computed or nothing
             was left to do.
         """
+        try:
+            return self._step()
+        except BaseException:
+            # A table may already point at a copy that was never made: what ran is computed again.
+            self.scheduler.preempt_all()
+            raise
+
+    def _step(self) -> list[Request]:
         step = self.scheduler.schedule()
         for request in step.failed:
             request.finish_reason = "error"

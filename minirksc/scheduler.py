@@ -138,6 +138,11 @@ class Scheduler:
             end = item.first + item.num_tokens
             self.blocks.commit(sequence.seq_id, sequence.token_ids[item.first : end])
 
+    def preempt_all(self) -> None:
+        """Gives up the blocks of all that runs; for a step that was interrupted before its KV was written."""
+        while self.running:
+            self._preempt(self.running[-1], Schedule())
+
     def _num_pending(self, request: Request) -> int:
         sequence = request.sequence
         return len(sequence.token_ids) - self.blocks.num_tokens(sequence.seq_id)
@@ -205,12 +210,12 @@ class Scheduler:
                     blocks.free(seq_id)
                 return None
         num_tokens = min(len(sequence.token_ids) - cached, budget)
-        copies = copies + blocks.reserve(seq_id, cached + num_tokens)
         if request.num_cached_tokens is None:
             request.num_cached_tokens = cached if is_new else 0
             self.num_cached_tokens += request.num_cached_tokens
         request.state = RequestState.RUNNING
-        self.running.append(request)
+        self.running.append(request)  # before its blocks change, so that `preempt_all` knows of them
+        copies = copies + blocks.reserve(seq_id, cached + num_tokens)
         return ScheduledRequest(request, cached, num_tokens, copies, is_decode=False)
 
     def _leader_is_computing(self, request: Request) -> bool:
@@ -254,7 +259,8 @@ class Scheduler:
         self.running.remove(request)
         # What it was given in this very step goes back too, copies into its blocks included.
         step.scheduled = [item for item in step.scheduled if item.request is not request]
-        self.blocks.free(request.sequence.seq_id)
+        if request.sequence.seq_id in self.blocks:
+            self.blocks.free(request.sequence.seq_id)
         request.state = RequestState.WAITING
         self.waiting.appendleft(request)
         self.num_preemptions += 1

@@ -143,6 +143,34 @@ def test_a_branch_survives_losing_its_blocks(llm):
     assert [kid.token_ids[: len(e)] for kid, e in zip(kids, expected, strict=True)] == expected
 
 
+def test_a_branch_survives_an_interruption_before_its_copies_are_made(llm, monkeypatch):
+    def run(interrupt):
+        root = llm.branch(PROMPT, seed=11)  # 100 = 12 * 8 + 4: every fork's first step copies the partial block
+        kids = root.fork(3)
+        if interrupt:
+            with monkeypatch.context() as patch:
+                patch.setattr(llm.engine.runner, "forward", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    llm.extend(kids, SAMPLED)
+            llm.engine.blocks.check_integrity()
+            assert not llm.engine.has_work
+            root.prune()
+            llm.reset_prefix_cache()
+            llm.engine.runner.cache.fill_(float("nan"))  # nothing may rest on what was never written
+        llm.extend(kids, SAMPLED)
+        tokens = [kid.output_token_ids for kid in kids]
+        for branch in (*kids, root):
+            branch.prune()
+        return tokens
+
+    def interrupted(batch):
+        assert batch.copies
+        raise KeyboardInterrupt
+
+    expected = run(interrupt=False)
+    assert run(interrupt=True) == expected
+
+
 def test_unshared_branches_share_with_their_forks_alone(llm):
     llm.branch(PROMPT)
     private = llm.branch(PROMPT, share=False)
