@@ -160,8 +160,11 @@ class Engine:
 
     def abort(self, request: Request) -> None:
         """Ends a request at any moment of its life; its blocks are free at once, unless a branch keeps them."""
-        if not request.finished:
-            self._finish(request, "abort")
+        if request.finished:
+            return
+        if request.checker is not None:
+            request.checker.flush()
+        self._finish(request, "abort")
 
     def release(self, sequence: Sequence) -> None:
         """Gives back the blocks of a kept sequence that no request runs on."""
@@ -269,7 +272,7 @@ class Engine:
         forbidden = self.eos_token_ids.union(request.params.stop_token_ids) if below_minimum else NO_STOP
         return SamplingRow(
             params=request.params,
-            prompt_token_ids=tokens[: request.num_prompt_tokens],
+            token_ids=tokens,
             output_token_ids=request.output_token_ids,
             seed=request.seed,
             path=request.sequence.path,
@@ -294,9 +297,8 @@ class Engine:
         request.top1_probabilities.append(drawn.top1_probability)
         if drawn.top_logprobs is not None:
             request.top_logprobs.append(drawn.top_logprobs)
-        request.text += request.checker.push(drawn.token_id)
+        request.checker.push(drawn.token_id)
         if request.checker.finish_reason is not None:
-            request.text += request.checker.flush()
             self._finish(request, request.checker.finish_reason)
 
     def _finish(self, request: Request, reason: str) -> None:

@@ -245,7 +245,11 @@ class LLM:
         sequence = self.engine.new_sequence(token_ids, share=share, seed=self._next_seed() if seed is None else seed)
         sequence.kept = True
         params = self._resolve(SamplingParams())
-        self._run_all([self.engine.add_request(sequence, params, prefill_only=True)])
+        try:
+            self._run_all([self.engine.add_request(sequence, params, prefill_only=True)])
+        except BaseException:
+            self.engine.release(sequence)  # nobody has a handle on it
+            raise
         return Branch(self, sequence)
 
     def extend(
@@ -260,7 +264,7 @@ class LLM:
 
         Args:
             branches: distinct branches of this LLM.
-            params: for all, or one a branch; n must be 1.
+            params: for all, or one a branch; without n and the logprobs options.
 
         Raises:
             BranchError: one is pruned, foreign or given twice.
@@ -273,6 +277,8 @@ class LLM:
             branch._check_owner(self)
             if one.n != 1:
                 raise ConfigError(f"extend() takes n=1, not {one.n}; fork the branch instead")
+            if one.logprobs is not None or one.prompt_logprobs is not None:
+                raise ConfigError("extend() reports Branch.logprobs, of chosen tokens; leave logprobs options out")
         requests: list[Request] = []
         try:
             for branch, one in pairs:
@@ -463,7 +469,7 @@ def _completion(index: int, request: Request) -> CompletionOutput:
     assert checker is not None
     return CompletionOutput(
         index=index,
-        text=checker.text,
+        text=request.text,
         token_ids=request.output_token_ids,
         cumulative_logprob=sum(request.logprobs),
         logprobs=request.top_logprobs if request.params.logprobs is not None else None,

@@ -1,6 +1,5 @@
 """From a model name to a running engine: folder, spec, dtype, weights, cache size."""
 
-import json
 import os
 import time
 from dataclasses import dataclass, replace
@@ -12,7 +11,8 @@ import torch
 from minirksc.checkpoints import resolve_model
 from minirksc.config import EngineConfig
 from minirksc.engine import Engine
-from minirksc.errors import CacheFullError, CheckpointError, ConfigError
+from minirksc.errors import CacheFullError, ConfigError
+from minirksc.json_file import read_json_object
 from minirksc.kernels.backend import choose_backend
 from minirksc.kernels.linear import computes_in
 from minirksc.models.decoder import Decoder
@@ -57,7 +57,7 @@ def load(config: EngineConfig) -> Loaded:
     spec = spec_from_config(raw)
     device = _choose_device(config.device)
     dtype = _choose_dtype(config.dtype, raw, device)
-    generation = _read_json(path / "generation_config.json")
+    generation = read_json_object(path / "generation_config.json")
     max_model_len = _choose_max_model_len(config.max_model_len, spec)
     config = replace(config, max_model_len=max_model_len)
     backend = choose_backend(config.backend)
@@ -142,19 +142,6 @@ def _free_bytes(device: torch.device) -> int:
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return 4 << 30
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """An optional JSON object; {} when the file is not there."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(content).__name__}")
-    return content
 
 
 def _sampling_defaults(generation: dict[str, Any]) -> dict[str, float]:

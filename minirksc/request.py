@@ -64,7 +64,6 @@ class Request:
         logits_start: logits of positions from here on go to on_logits; None: no logits wanted.
         on_logits: see `LogitsCallback`; after a preemption positions may come twice.
         num_cached_tokens: prompt tokens whose KV was found and not computed, at first admission.
-        text: generated text that is final so far: never half a character or the beginning of a stop string.
         output_token_ids, logprobs, top1_probabilities: one entry a generated token.
         finish_reason: "stop", "length", "abort" or "error" at the end.
     """
@@ -79,7 +78,6 @@ class Request:
     on_logits: LogitsCallback | None = None
     state: RequestState = RequestState.WAITING
     num_cached_tokens: int | None = None
-    text: str = ""
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
@@ -91,6 +89,11 @@ class Request:
     def finished(self) -> bool:
         """True when nothing more will be computed for it."""
         return self.state is RequestState.FINISHED
+
+    @property
+    def text(self) -> str:
+        """Generated text that is final so far: never half a character or the beginning of a stop string."""
+        return "" if self.checker is None else self.checker.text
 
     @property
     def uses_cache(self) -> bool:
@@ -130,7 +133,6 @@ class RequestOutput:
         prompt: the text, None when token ids were given.
         prompt_token_ids: what the model saw.
         outputs: one a sample.
-        finished: False only inside a stream.
         num_cached_tokens: prompt tokens that the first sample took from the prefix cache.
         prompt_logprobs: per prompt token {token id: logprob} (None for the first); None unless asked for.
         error: why the prompt failed, when errors are returned instead of raised.
@@ -140,7 +142,6 @@ class RequestOutput:
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
-    finished: bool = True
     num_cached_tokens: int = 0
     prompt_logprobs: list[dict[int, float] | None] | None = None
     error: Exception | None = None

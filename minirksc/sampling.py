@@ -27,13 +27,14 @@ class SamplingRow:
 
     Attributes:
         params: resolved: no None in the sampling values.
-        prompt_token_ids, output_token_ids: for penalties.
+        token_ids: the whole sequence so far, for repetition_penalty.
+        output_token_ids: what this request generated, for presence and frequency penalties.
         seed, path, position: key of the random number; position is the new token's place in its sequence.
         forbidden_ids: never drawn, such as end tokens before min_tokens.
     """
 
     params: SamplingParams
-    prompt_token_ids: Sequence[int]
+    token_ids: Sequence[int]
     output_token_ids: Sequence[int]
     seed: int
     path: tuple[int, ...]
@@ -176,7 +177,7 @@ def _penalise(scores: Tensor, row: SamplingRow) -> None:
         ids = [i for i in params.logit_bias if i < len(scores)]
         scores[ids] += torch.tensor([params.logit_bias[i] for i in ids], device=scores.device)
     if params.repetition_penalty != 1:
-        seen = list({*row.prompt_token_ids, *row.output_token_ids})
+        seen = list(set(row.token_ids))
         values = scores[seen]
         penalty = params.repetition_penalty
         assert penalty is not None

@@ -4,7 +4,6 @@ tokenizer.json is read by the `tokenizers` library, a SentencePiece tokenizer.mo
 comes exactly once: not before text that begins with it already, and not before what a chat template wrote.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 
 from minirksc.chat_template import ChatTemplate, load_chat_templates
 from minirksc.errors import ChatTemplateError, PromptError, TokenizerError
+from minirksc.json_file import read_json_object
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 """What `Tokenizer.from_folder` reads, the first of them that is there."""
@@ -91,10 +91,13 @@ class Tokenizer:
             TokenizerError: there is none, or it cannot be read.
         """
         folder = Path(folder)
-        settings = _read_json(folder / "tokenizer_config.json")
+        settings = read_json_object(folder / "tokenizer_config.json", TokenizerError)
         codec = _load_codec(folder, settings)
         eos = {_special_id(codec, settings.get("eos_token"))}
-        for file in (settings, *(_read_json(folder / f) for f in ("config.json", "generation_config.json"))):
+        for file in (
+            settings,
+            *(read_json_object(folder / f, TokenizerError) for f in ("config.json", "generation_config.json")),
+        ):
             ids = file.get("eos_token_id")
             eos |= {i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
         templates: Mapping[str, ChatTemplate] | ChatTemplateError
@@ -376,7 +379,9 @@ def _load_codec(folder: Path, settings: Mapping[str, Any]) -> Codec:
 
 def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[int, tuple[str, bool]]:
     """Tokens that a SentencePiece checkpoint has beside its model file: id -> (text, whether special)."""
-    added = {i: (text, False) for text, i in _read_json(folder / "added_tokens.json").items() if isinstance(i, int)}
+    added = {
+        i: (text, False) for text, i in read_json_object(folder / "added_tokens.json").items() if isinstance(i, int)
+    }
     declared = settings.get("added_tokens_decoder")
     for token_id, token in declared.items() if isinstance(declared, Mapping) else ():
         if str(token_id).isdecimal() and isinstance(token, Mapping) and isinstance(token.get("content"), str):
@@ -389,16 +394,3 @@ def _special_id(codec: Codec, token: Any) -> int | None:
     if isinstance(token, Mapping):
         token = token.get("content")
     return codec.token_id(token) if isinstance(token, str) else None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """An optional JSON object; {} when the file is not there."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise TokenizerError(f"{file} is not readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{file} must hold a JSON object, not {type(content).__name__}")
-    return content

@@ -171,6 +171,21 @@ def test_a_branch_survives_an_interruption_before_its_copies_are_made(llm, monke
     assert run(interrupt=True) == expected
 
 
+def test_a_root_that_could_not_be_computed_leaves_nothing_behind(llm, monkeypatch):
+    step, steps = llm.engine.step, []
+
+    def interrupted():
+        if steps:
+            raise KeyboardInterrupt
+        steps.append(step())
+
+    llm.engine.scheduler.max_batch_tokens = 40  # the prompt takes three steps
+    monkeypatch.setattr(llm.engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.branch(PROMPT)
+    assert llm.stats()["num_blocks_used"] == 0 and not llm.engine.scheduler.idle
+
+
 def test_unshared_branches_share_with_their_forks_alone(llm):
     llm.branch(PROMPT)
     private = llm.branch(PROMPT, share=False)
@@ -200,6 +215,9 @@ def test_misuse_is_a_clear_error(llm, tiny_llama):
         llm.extend([root, root])
     with LLM(tiny_llama(), kv_cache_bytes="1MiB") as other, pytest.raises(BranchError, match="another LLM"):
         other.extend([root])
+    for options in ({"n": 2}, {"logprobs": 3}, {"prompt_logprobs": 0}):
+        with pytest.raises(ConfigError, match="extend"):
+            llm.extend([root], SamplingParams(**options))
     with pytest.raises(PromptError, match="outside the vocabulary"):
         root.append([10**6])
     with pytest.raises(ConfigError, match="at least two"):

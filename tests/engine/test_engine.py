@@ -11,6 +11,7 @@ import torch
 from minirksc import LLM, SamplingParams
 from minirksc.errors import (
     CacheFullError,
+    CheckpointError,
     ConfigError,
     NumericalError,
     PromptError,
@@ -241,3 +242,23 @@ def test_a_damaged_tokenizer_is_an_error_and_a_missing_one_is_not(tiny_llama, tm
         LLM(tmp_path / "damaged", kv_cache_bytes="1MiB")
     with LLM(tiny_llama(), kv_cache_bytes="1MiB") as llm:
         assert llm.tokenizer is None
+
+
+def test_an_aborted_request_shows_the_text_that_was_held_back(tiny_llama):
+    with LLM(tiny_llama(tokenizer=True), kv_cache_bytes="1MiB") as llm:
+        free = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+        whole = llm.generate([PROMPTS[0]], free)[0].outputs[0].text
+        stop = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, stop=[whole + "never"])
+        request = llm.engine.add_request(llm.engine.new_sequence(PROMPTS[0]), stop.resolved({}))
+        for _ in range(6):
+            llm.engine.step()
+        assert request.text == ""
+        llm.engine.abort(request)
+        assert request.text == whole
+
+
+def test_deeply_nested_json_is_an_error_and_not_a_crash(tiny_llama, tmp_path):
+    shutil.copytree(tiny_llama(), tmp_path / "nested")
+    (tmp_path / "nested" / "generation_config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="generation_config"):
+        LLM(tmp_path / "nested", kv_cache_bytes="1MiB")

@@ -13,7 +13,7 @@ FOLDERS = {"minirksc": "minirksc.", "kernels": "minirksc.kernels.", "models": "m
 # From the bottom up. A module imports from the layers below its own; a package, from itself too.
 LAYERS = (
     ("errors", "eviction"),
-    ("config", "answers", "template_sandbox", "gguf_import", "rsbcm", "kernels"),
+    ("config", "answers", "json_file", "template_sandbox", "gguf_import", "rsbcm", "kernels"),
     ("stopping", "chat_template"),
     ("tokenizer", "sampling", "checkpoints", "models"),
     ("request",),

@@ -14,7 +14,7 @@ from minirksc.sampling import SamplingRow, sample, top_logprobs_of, uniform
 
 def make_row(seed=0, path=(), position=0, prompt=(), output=(), forbidden=(), **options):
     params = SamplingParams(**options).resolved({})
-    return SamplingRow(params, prompt, output, seed, path, position, frozenset(forbidden))
+    return SamplingRow(params, [*prompt, *output], output, seed, path, position, frozenset(forbidden))
 
 
 def draw(logits, *rows):
