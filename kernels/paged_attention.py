@@ -31,28 +31,27 @@ Run = tuple[int, int]
 """(first slot, number of tokens) of keys that lie consecutively in the cache."""
 
 
-@dataclass(slots=True)
-class DecodeRow:
-    """A sequence with one query token: its row in the batch and the keys that it reads alone."""
-
-    row: int
-    own_runs: list[Run]
+Keys = list[Run] | Tensor
+"""Where keys are: few runs, or `[keys]` int64 slots."""
 
 
 @dataclass(slots=True)
 class AttentionPlan:
     """What the torch form does in each layer; made once a step.
 
-    decode_rows are in the order in which sharers are neighbours; shared segments speak of places in it.
+    Sequences with one query token stand in an order, that of their places, in which sharers are neighbours.
     """
 
-    prefills: list[tuple[int, int, list[Run]]]  # (first row, number of query tokens, past runs)
-    decode_rows: list[DecodeRow]
-    rows: Tensor | None  # [decode rows] int64: batch row of each place; None: place i is row i
-    shared: list[tuple[Segment, list[Run]]]
-    own_slots: Tensor | None  # [decode rows * longest] int64; None: a call a row
-    own_mask: Tensor | None  # [decode rows, 1, 1, longest] float32, 0 or -inf; None: nothing to mask
-    own_kv: Tensor | None = None  # [decode rows * longest, 2, num_kv_heads, head_dim], for all layers
+    prefills: list[tuple[int, int, Keys]]  # (first row, number of query tokens, past)
+    num_decode: int
+    rows: (
+        Tensor | None
+    )  # [num_decode] int64: batch row of each place; None: place i is row i, and there are no prefills
+    shared: list[tuple[Segment, Keys]]
+    own: list[Keys]  # per place, what it reads alone; empty where own_slots has it
+    own_slots: Tensor | None  # [num_decode * longest] int64
+    own_mask: Tensor | None  # [num_decode, 1, 1, longest] float32, 0 or -inf; None: nothing to mask
+    own_kv: Tensor | None = None  # [num_decode * longest, 2, num_kv_heads, head_dim], for all layers
 
 
 @dataclass(slots=True)
@@ -114,15 +113,14 @@ def paged_attention(q: Tensor, kv: Tensor, layer_cache: Tensor, batch: Attention
     """The same in few large calls; arguments and result as in `paged_attention_reference`."""
     plan = batch.plan()
     cache = layer_cache.flatten(0, 1)  # [slots, 2, num_kv_heads, head_dim]
-    if plan.decode_rows and not plan.prefills:
+    if plan.rows is None:
         return _decode(q, cache, plan, scale)
     out = torch.empty_like(q)
     for begin, num_queries, past in plan.prefills:
         rows = slice(begin, begin + num_queries)
         out[rows] = _prefill(q[rows], kv[rows], cache, past, scale)
-    if plan.decode_rows:
-        assert plan.rows is not None
-        out[plan.rows] = _decode(q, cache, plan, scale)
+    if plan.num_decode:
+        out[plan.rows] = _decode(q[plan.rows], cache, plan, scale)
     return out
 
 
@@ -153,55 +151,43 @@ def _flash(
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
-def _over_runs(q: Tensor, cache: Tensor, runs: list[Run], scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of q `[queries, num_heads, head_dim]`, all of which see all keys of the runs.
+def _over_keys(q: Tensor, cache: Tensor, keys: Keys, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of q `[queries, num_heads, head_dim]`, all of which see all of the keys.
 
     Returns:
         (out `[queries, num_heads, head_dim]`, lse `[queries, num_heads]`).
     """
-    if len(runs) > MAX_RUNS:
-        slots = torch.cat([torch.arange(begin, begin + n) for begin, n in runs]).to(cache.device)
-        parts = [cache.index_select(0, slots)]
-    else:
-        parts = [cache[begin : begin + n] for begin, n in runs]
-    out, lse = _flash(q[None], parts[0][None], scale)
-    for part in parts[1:]:
-        merge_into(out, lse, *_flash(q[None], part[None], scale))
+    if isinstance(keys, Tensor):
+        out, lse = _flash(q[None], cache.index_select(0, keys)[None], scale)
+        return out[0], lse[0]
+    first, *others = (cache[begin : begin + n][None] for begin, n in keys)
+    out, lse = _flash(q[None], first, scale)
+    for other in others:
+        merge_into(out, lse, *_flash(q[None], other, scale))
     return out[0], lse[0]
 
 
-def _prefill(q: Tensor, kv: Tensor, cache: Tensor, past: list[Run], scale: float) -> Tensor:
+def _prefill(q: Tensor, kv: Tensor, cache: Tensor, past: Keys, scale: float) -> Tensor:
     """New tokens of one sequence: causal among themselves, all of the past visible."""
     out, lse = _flash(q[None], kv[None], scale, causal=True)
-    if past:
-        past_out, past_lse = _over_runs(q, cache, past, scale)
-        merge_into(out[0], lse[0], past_out, past_lse)
+    if len(past):
+        merge_into(out[0], lse[0], *_over_keys(q, cache, past, scale))
     return out[0]
 
 
 def _decode(q: Tensor, cache: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
-    """All rows with one query token: `[decode rows, num_heads, head_dim]` in the plan's order.
-
-    Returns them in that order too, or in batch order when the batch has no other rows.
-    """
-    places = q if plan.rows is None else q[plan.rows]
-    out, lse = _decode_own(places, cache, plan, scale)
-    for segment, runs in plan.shared:
-        rows = slice(segment.row_begin, segment.row_end)
-        merge_into(out[rows], lse[rows], *_over_runs(places[rows], cache, runs, scale))
-    if plan.prefills or plan.rows is None:
-        return out
-    back = torch.empty_like(out)
-    back[plan.rows] = out
-    return back
+    """Queries of all places, `[num_decode, num_heads, head_dim]`: what each reads alone, then what it shares."""
+    out, lse = _decode_own(q, cache, plan, scale)
+    for segment, keys in plan.shared:
+        places = slice(segment.row_begin, segment.row_end)
+        merge_into(out[places], lse[places], *_over_keys(q[places], cache, keys, scale))
+    return out
 
 
 def _decode_own(q: Tensor, cache: Tensor, plan: AttentionPlan, scale: float) -> tuple[Tensor, Tensor]:
-    """Each decode row over the keys that it reads alone; one call, or one a row where keys are many."""
+    """Each place over the keys that it reads alone; one call, or one a place where keys are many."""
     if plan.own_slots is None:
-        parts = [
-            _over_runs(q[place : place + 1], cache, row.own_runs, scale) for place, row in enumerate(plan.decode_rows)
-        ]
+        parts = [_over_keys(q[i : i + 1], cache, keys, scale) for i, keys in enumerate(plan.own)]
         return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads = cache.shape[2]
@@ -219,43 +205,49 @@ def _decode_own(q: Tensor, cache: Tensor, plan: AttentionPlan, scale: float) -> 
 
 
 def _make_plan(batch: AttentionBatch) -> AttentionPlan:
-    size = batch.block_size
-    prefills, decode = [], []
+    size, device = batch.block_size, batch.device
+    prefills: list[tuple[int, int, Keys]] = []
+    decode = []
     for i, context_len in enumerate(batch.context_lens):
         begin, end = batch.cu_seqlens_q[i], batch.cu_seqlens_q[i + 1]
         if end - begin == 1:
             decode.append(i)
         else:
             past = _runs(batch.block_tables[i], 0, context_len - (end - begin), size)
-            prefills.append((begin, end - begin, past))
+            prefills.append((begin, end - begin, _keys(past, device)))
     # The block that holds the newest key stays a row's own, so that every row has keys of its own.
     order, segments, own_begin = shared_segments(
         [batch.block_tables[i] for i in decode],
         [(batch.context_lens[i] - 1) // size for i in decode],
     )
     decode = [decode[place] for place in order]
-    decode_rows = [
-        DecodeRow(
-            batch.cu_seqlens_q[i],
-            _runs(batch.block_tables[i], first * size, batch.context_lens[i], size),
-        )
+    own = [
+        _runs(batch.block_tables[i], first * size, batch.context_lens[i], size)
         for i, first in zip(decode, own_begin, strict=True)
     ]
     shared = [
         (s, _runs(batch.block_tables[decode[s.row_begin]], s.block_begin * size, s.block_end * size, size))
         for s in segments
     ]
-    rows = [row.row for row in decode_rows]
+    rows = [batch.cu_seqlens_q[i] for i in decode]
     in_order = not prefills and rows == list(range(len(rows)))
-    own_slots, own_mask = _own_gather(decode_rows, batch.device)
+    own_slots, own_mask = _own_gather(own, device)
     return AttentionPlan(
         prefills=prefills,
-        decode_rows=decode_rows,
-        rows=None if in_order else torch.tensor(rows, device=batch.device),
-        shared=shared,
+        num_decode=len(decode),
+        rows=None if in_order else torch.tensor(rows, dtype=torch.int64, device=device),
+        shared=[(segment, _keys(runs, device)) for segment, runs in shared],
+        own=[] if own_slots is not None else [_keys(runs, device) for runs in own],
         own_slots=own_slots,
         own_mask=own_mask,
     )
+
+
+def _keys(runs: list[Run], device: torch.device) -> Keys:
+    """The runs themselves, or their slots where they are too many to be attended one by one."""
+    if len(runs) <= MAX_RUNS:
+        return runs
+    return torch.tensor([slot for begin, n in runs for slot in range(begin, begin + n)], device=device)
 
 
 def _runs(table: Sequence[int], begin: int, end: int, block_size: int) -> list[Run]:
@@ -271,19 +263,19 @@ def _runs(table: Sequence[int], begin: int, end: int, block_size: int) -> list[R
     return runs
 
 
-def _own_gather(decode_rows: list[DecodeRow], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+def _own_gather(own: list[list[Run]], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     """Slots and mask of the rows' own keys, padded to the longest row; (None, None): a call a row.
 
     Padding repeats a slot that the row owns: it holds finite numbers, so that a weight of zero hides it.
     """
-    lens = [sum(n for _, n in row.own_runs) for row in decode_rows]
+    lens = [sum(n for _, n in runs) for runs in own]
     longest = max(lens, default=0)
     if len(lens) < 2 or longest * len(lens) > MAX_GATHER_TOKENS:
         return None, None
     slots, mask = [], []
-    for row, length in zip(decode_rows, lens, strict=True):
-        own = [slot for begin, n in row.own_runs for slot in range(begin, begin + n)]
-        slots += own + own[:1] * (longest - length)
+    for runs, length in zip(own, lens, strict=True):
+        slots += [slot for begin, n in runs for slot in range(begin, begin + n)]
+        slots += [runs[0][0]] * (longest - length)
         mask += [0.0] * length + [float("-inf")] * (longest - length)
     own_slots = torch.tensor(slots, device=device)
     if min(lens) == longest:

@@ -94,10 +94,8 @@ class Tokenizer:
         settings = read_json_object(folder / "tokenizer_config.json", TokenizerError)
         codec = _load_codec(folder, settings)
         eos = {_special_id(codec, settings.get("eos_token"))}
-        for file in (
-            settings,
-            *(read_json_object(folder / f, TokenizerError) for f in ("config.json", "generation_config.json")),
-        ):
+        others = (read_json_object(folder / name, TokenizerError) for name in ("config.json", "generation_config.json"))
+        for file in (settings, *others):
             ids = file.get("eos_token_id")
             eos |= {i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
         templates: Mapping[str, ChatTemplate] | ChatTemplateError
