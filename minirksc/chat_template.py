@@ -15,7 +15,11 @@ from minirksc.errors import ChatTemplateError
 from minirksc.template_sandbox import GUARD, MAX_CHARS, Guard, Sandbox
 
 MAX_SOURCE_CHARS = 1_000_000
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+"""What messages call the text before an answer; the first that is there goes by the first two names."""
+
+ARGUMENTS = ("messages", "add_generation_prompt", "tools")
+"""Variables with an argument of their own in `ChatTemplate.render`."""
 
 
 class ChatTemplate:
@@ -37,6 +41,7 @@ class ChatTemplate:
         try:
             tree = environment.parse(source)
             self._takes_parts = _loops_over_content(tree)
+            self._names = {node.name for node in tree.find_all(nodes.Name) if node.ctx == "load"} - {GUARD}
             self._template = environment.from_string(tree)
         except (TemplateError, RecursionError, SyntaxError, ValueError) as error:
             line = getattr(error, "lineno", None)
@@ -46,23 +51,36 @@ class ChatTemplate:
             ) from error
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The conversation as text.
 
         Keys of a message whose value is None count as absent. A content given as text parts is joined by line ends
         for a template that knows content as text only.
 
+        Args:
+            messages: each {"role": ..., "content": ...}.
+            add_generation_prompt: end with the beginning of the assistant's turn.
+            tools: functions that the model may call, each described by a JSON schema.
+            variables: others that the template knows, such as enable_thinking.
+
         Raises:
-            ChatTemplateError: the messages are malformed; the template raises, or exceeds its limits.
+            ChatTemplateError: the messages are malformed, or the template does not know a variable or tools; it
+                raises, or exceeds its limits.
         """
+        variables = variables or {}
+        self._check_variables(variables, bool(tools))
         check_messages(messages)
         try:
             context: dict[str, Any] = {
                 **self._special_tokens,
-                "tools": None,
                 "documents": None,
                 **_plain(variables),
+                "tools": _plain(tools),
                 "messages": [self._message(message) for message in messages],
                 "add_generation_prompt": add_generation_prompt,
                 GUARD: Guard(),
@@ -76,8 +94,20 @@ class ChatTemplate:
                 "check the messages, or use the plain prompt (--no-chat)"
             ) from error
 
+    def _check_variables(self, variables: Mapping[str, Any], has_tools: bool) -> None:
+        if not isinstance(variables, Mapping):
+            raise ChatTemplateError(f"variables of a chat template are names with values, not {_short(variables)}")
+        if taken := [name for name in ARGUMENTS if name in variables]:
+            raise ChatTemplateError(f"{taken[0]} is an argument of its own, not one of the chat template's variables")
+        for name in [*variables, *["tools"] * has_tools]:
+            if name not in self._names:
+                raise ChatTemplateError(f"the chat template makes no use of {name!r}; leave it out")
+
     def _message(self, message: Mapping[str, Any]) -> dict[str, Any]:
         plain = {key: _plain(value) for key, value in message.items() if value is not None}
+        reasoning = next((plain[key] for key in REASONING_FIELDS if key in plain), None)
+        if reasoning is not None:
+            plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
         if isinstance(plain.get("content"), list) and not self._takes_parts:
             plain["content"] = "\n".join(part["text"] for part in plain["content"])
         return plain
@@ -96,7 +126,8 @@ class ChatTemplate:
 def load_chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, ChatTemplate]:
     """The templates of a checkpoint folder by name; one without a name is "default", none at all gives {}.
 
-    Read from chat_template.jinja, else chat_template.json, else tokenizer_config.json.
+    Read from chat_template.jinja and additional_chat_templates/NAME.jinja, else chat_template.json, else
+    tokenizer_config.json.
 
     Args:
         folder: the checkpoint.
@@ -107,8 +138,11 @@ def load_chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, 
     """
     source: Any = settings.get("chat_template")
     try:
+        files = {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
         if (folder / "chat_template.jinja").is_file():
-            source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+            files = {"default": folder / "chat_template.jinja", **files}
+        if files:
+            source = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
         elif (folder / "chat_template.json").is_file():
             source = json.loads((folder / "chat_template.json").read_text(encoding="utf-8"))["chat_template"]
         if isinstance(source, list):
@@ -118,10 +152,9 @@ def load_chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, 
     if source is None:
         return {}
     special = {}
-    for name in SPECIAL_TOKENS:
-        token = settings.get(name)
+    for name, token in settings.items():
         token = token.get("content") if isinstance(token, Mapping) else token
-        if isinstance(token, str):
+        if name.endswith("_token") and isinstance(token, str):
             special[name] = token
     sources = source if isinstance(source, dict) else {"default": source}
     for name, text in sources.items():

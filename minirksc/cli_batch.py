@@ -6,13 +6,14 @@ interrupted goes on where it was, and a changed input is not mistaken for the ol
 the input.
 """
 
+import argparse
 import contextlib
 import hashlib
 import json
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -49,16 +50,24 @@ class Preparer:
         system: message for conversations that do not begin with one.
         keep_text: leave text as it is: the solver has its own use for the template.
         default_max_tokens: nobody asked for so many, so as many as fit will do; None: somebody did.
+        template_kwargs: variables for the chat template; `tools` among them.
 
     Raises:
         MinirkscError: the checkpoint lacks the chat template that the options need.
     """
 
     def __init__(
-        self, llm: "LLM", chat: bool | None, system: str | None, keep_text: bool, default_max_tokens: int | None
+        self,
+        llm: "LLM",
+        chat: bool | None,
+        system: str | None,
+        keep_text: bool,
+        default_max_tokens: int | None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         has_template = llm.tokenizer is not None and llm.tokenizer.has_chat_template
         needed_by = "--chat" if chat else "--system" if system else None
+        needed_by = needed_by or ("--chat-template-kwargs" if template_kwargs else None)
         if needed_by and not has_template:
             raise ConfigError(f"{needed_by} needs a chat template, and {llm.model_path} has none; use --no-chat")
         self._llm = llm
@@ -67,6 +76,8 @@ class Preparer:
         self._system = [{"role": "system", "content": system}] if system else []
         self._keep_text = keep_text
         self._default_max_tokens = default_max_tokens
+        self._template_kwargs = dict(template_kwargs or {})
+        self._tools = self._template_kwargs.pop("tools", None)
 
     def __call__(self, kind: str, prompt: Any, params: SamplingParams) -> tuple[Any, SamplingParams]:
         """(text or token ids, sampling parameters) for a prompt of one of `KINDS`.
@@ -93,7 +104,11 @@ class Preparer:
             raise ConfigError("messages need the chat template; leave out --no-chat")
         messages = [{"role": "user", "content": prompt}] if kind == "prompt" else prompt
         own_system = messages[0].get("role") == "system"
-        return tokenizer.encode_chat([*(() if own_system else self._system), *messages])
+        return tokenizer.encode_chat(
+            [*(() if own_system else self._system), *messages],
+            tools=self._tools,
+            chat_template_kwargs=self._template_kwargs,
+        )
 
 
 class Batch:
@@ -278,6 +293,21 @@ def read_lines(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     return [line for line in text.split("\n") if line.strip()]
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The object that a text is in JSON; the type of an option for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object, such as {{"enable_thinking": false}}')
+    return content
 
 
 def read_stdin() -> str:

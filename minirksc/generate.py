@@ -78,6 +78,7 @@ WITHOUT_SOLVER = {
     "logprobs": "leave one out",
     "max_tokens": "use --tokens-per-step",
     "system": "put it into the problem",
+    "chat_template_kwargs": "the solver uses the template as it is",
 }
 
 EPILOG = """examples:
@@ -154,6 +155,8 @@ def build_parser() -> Parser:
     add("--model", help=f"checkpoint folder or alias (default: {DEFAULT_MODEL})")
     add("--chat", action=argparse.BooleanOptionalAction, help="use the chat template (default: if there is one)")
     add("--system", metavar="TEXT", help="system message, for conversations that have none of their own")
+    kwargs_help = 'variables for the chat template, such as {"enable_thinking": false} or {"tools": [...]}'
+    add("--chat-template-kwargs", type=cli_batch.json_object, metavar="JSON", help=kwargs_help)
     add("--json", action="store_true", default=None, help="print one JSON object a prompt")
     add("--stats", action="store_true", default=None, help="print what was done and how fast, to stderr")
 
@@ -242,7 +245,10 @@ class Job:
             return self.batch.report()
         with make_llm(**self.engine_options) as llm:
             default = None if self.is_solving or self.options.max_tokens is not None else self.params.max_tokens
-            prepare = cli_batch.Preparer(llm, self.options.chat, self.options.system, self.is_solving, default)
+            options = self.options
+            prepare = cli_batch.Preparer(
+                llm, options.chat, options.system, self.is_solving, default, options.chat_template_kwargs
+            )
             if self.options.stats:
                 cli_output.print_defaults(llm, self.params)
             if self.batch is not None:
@@ -290,8 +296,9 @@ class Job:
             raise UsageError(f"{self._label('beam')} needs --depth 2 or more: nothing is forked again")
         if options.verify_style is not None and options.verify == "never":
             raise UsageError(f"{self._label('verify_style')} does not go with {self._label('verify')} never")
-        if options.system and options.chat is False:
-            raise UsageError(f"{self._label('system')} does not go with {self._label('chat', '--no-chat')}")
+        for name in ("system", "chat_template_kwargs"):
+            if getattr(options, name) and options.chat is False:
+                raise UsageError(f"{self._label(name)} does not go with {self._label('chat', '--no-chat')}")
         if options.logprobs is not None and not (options.json or options.input):
             raise UsageError(f"{self._label('logprobs')} needs --json")
         if (options.input is None) != (options.output is None):

@@ -192,7 +192,10 @@ class LLM:
         conversations: SequenceOf[Any],
         params: SamplingParams | SequenceOf[SamplingParams] | None = None,
         use_tqdm: bool = False,
-        **template_kwargs: Any,
+        *,
+        add_generation_prompt: bool = True,
+        tools: SequenceOf[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answers conversations through the checkpoint's own chat template.
 
@@ -200,15 +203,19 @@ class LLM:
             conversations: one list of {"role": ..., "content": ...}, or a list of such lists.
             params: as in `generate`.
             use_tqdm: as in `generate`.
-            template_kwargs: variables for the template, such as enable_thinking.
+            add_generation_prompt: end each conversation with the beginning of the assistant's turn.
+            tools: functions that the model may call, each described by a JSON schema.
+            chat_template_kwargs: other variables that the template knows, such as {"enable_thinking": False}.
 
         Raises:
-            ChatTemplateError: there is no template, or it fails.
+            ChatTemplateError: there is no template, it fails, or it does not know a variable.
         """
         if conversations and isinstance(conversations[0], Mapping):
             conversations = [conversations]
         tokenizer = self.need_tokenizer("chat()")
-        prompts = [tokenizer.encode_chat(list(c), **template_kwargs) for c in conversations]
+        prompts = [
+            tokenizer.encode_chat(list(c), add_generation_prompt, tools, chat_template_kwargs) for c in conversations
+        ]
         return self.generate(prompts, params, use_tqdm=use_tqdm)
 
     def logits(self, token_ids: SequenceOf[int]) -> Tensor:

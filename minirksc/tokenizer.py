@@ -1,53 +1,20 @@
-"""Text to token ids and back, for the checkpoint's own tokenizer files.
+"""Text to token ids and back, for the checkpoint's own tokenizer files, whatever their kind (see `codecs`).
 
-tokenizer.json is read by the `tokenizers` library, a SentencePiece tokenizer.model by `sentencepiece`. BOS
-comes exactly once: not before text that begins with it already, and not before what a chat template wrote.
+BOS comes exactly once: not before text that begins with it already, and not before what a chat template wrote.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from minirksc.chat_template import ChatTemplate, load_chat_templates
+from minirksc.codecs import Codec, load_codec, token_id_of
 from minirksc.errors import ChatTemplateError, PromptError, TokenizerError
 from minirksc.json_file import read_json_object
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-"""What `Tokenizer.from_folder` reads, the first of them that is there."""
-
 REPLACEMENT = "\ufffd"
 """What an incomplete UTF-8 sequence decodes to."""
-
-
-class Codec(Protocol):
-    """One kind of tokenizer file.
-
-    Attributes:
-        vocab_size: number of tokens.
-        prefix_ids: what the file asks for in front of a prompt: BOS, as a rule.
-        special_ids: tokens that stand for no text.
-    """
-
-    vocab_size: int
-    prefix_ids: list[int]
-    special_ids: frozenset[int]
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids without any that the text does not name."""
-        ...
-
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
-        """Text of token ids; unknown ids are skipped."""
-        ...
-
-    def token_id(self, token: str) -> int | None:
-        """Id of one token; None when there is no such token."""
-        ...
-
-    def token(self, token_id: int) -> str:
-        """The vocabulary's own spelling of a token; "" for an unknown id."""
-        ...
 
 
 class Tokenizer:
@@ -91,9 +58,10 @@ class Tokenizer:
             TokenizerError: there is none, or it cannot be read.
         """
         folder = Path(folder)
-        settings = read_json_object(folder / "tokenizer_config.json", TokenizerError)
-        codec = _load_codec(folder, settings)
-        eos = {_special_id(codec, settings.get("eos_token"))}
+        settings = _read_settings(folder)
+        codec = load_codec(folder, settings)
+        settings = {**codec.named_tokens, **settings}
+        eos = {token_id_of(codec, settings.get("eos_token"))}
         others = (read_json_object(folder / name, TokenizerError) for name in ("config.json", "generation_config.json"))
         for file in (settings, *others):
             ids = file.get("eos_token_id")
@@ -132,6 +100,25 @@ class Tokenizer:
         """Text of token ids; ids that the tokenizer does not know are skipped."""
         return self._codec.decode(token_ids, skip_special_tokens)
 
+    def check_fits(self, vocab_size: int) -> None:
+        """Refuses a tokenizer that belongs to another model.
+
+        Special and added tokens may lie beyond the model's vocabulary, as the image token of a text-only Gemma 3
+        does: text has their ids only when it names them, and a request with such an id is refused.
+
+        Args:
+            vocab_size: tokens that the model has embeddings for.
+
+        Raises:
+            TokenizerError: ordinary text can have an id that the model does not know.
+        """
+        largest = self._codec.max_text_id()
+        if largest >= vocab_size:
+            raise TokenizerError(
+                f"the tokenizer in {self._folder} gives ids up to {largest}, but the model's vocabulary ends at "
+                f"{vocab_size - 1}; put the model's own tokenizer files into the folder"
+            )
+
     def token(self, token_id: int) -> str:
         """The vocabulary's own spelling of a token; "" for an unknown id."""
         return self._codec.token(token_id)
@@ -140,7 +127,8 @@ class Tokenizer:
         self,
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
-        **template_kwargs: Any,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """A conversation as the model expects it.
 
@@ -149,10 +137,12 @@ class Tokenizer:
         Args:
             messages: each {"role": ..., "content": ...}.
             add_generation_prompt: end with the beginning of the assistant's turn.
-            template_kwargs: variables for the template.
+            tools: functions that the model may call, each described by a JSON schema.
+            chat_template_kwargs: other variables that the template knows, such as enable_thinking.
 
         Raises:
-            ChatTemplateError: there is no template, the messages are malformed, or it fails.
+            ChatTemplateError: there is no template, the messages are malformed, or it fails or does not know a
+                variable.
         """
         templates = self._chat_templates
         if isinstance(templates, ChatTemplateError):
@@ -160,17 +150,24 @@ class Tokenizer:
         remedy = "use the plain prompt (--no-chat), or put a chat_template.jinja into the folder"
         if not templates:
             raise ChatTemplateError(f"{self._folder} has no chat template; {remedy}")
-        has_tools = template_kwargs.get("tools") is not None and "tool_use" in templates
+        has_tools = tools is not None and "tool_use" in templates
         name = "tool_use" if has_tools else "default"
         if name not in templates:
             raise ChatTemplateError(
                 f"{self._folder} has no default chat template, only {', '.join(templates)}; {remedy}"
             )
-        return templates[name].render(messages, add_generation_prompt, **template_kwargs)
+        return templates[name].render(messages, add_generation_prompt, tools, chat_template_kwargs)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **template_kwargs: Any) -> list[int]:
-        """Token ids of a rendered conversation; all special tokens, BOS too, are the template's own."""
-        return self.encode(self.render_chat(messages, **template_kwargs), add_special_tokens=False)
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of what `render_chat` gives; all special tokens, BOS too, are the template's own."""
+        text = self.render_chat(messages, add_generation_prompt, tools, chat_template_kwargs)
+        return self.encode(text, add_special_tokens=False)
 
 
 class Detokenizer:
@@ -239,126 +236,6 @@ class Detokenizer:
         return self._tokenizer.decode([*self._anchor, *self._window], self._skip)[self._num_anchor_chars :]
 
 
-class _JsonCodec:
-    """tokenizer.json through the `tokenizers` library."""
-
-    MAX_ID = 2**31  # the library takes no larger and no negative one
-
-    def __init__(self, file: Path) -> None:
-        from tokenizers import Tokenizer as Backend
-
-        try:
-            self._backend = Backend.from_file(str(file))
-        except Exception as error:  # the library raises plain Exception
-            raise TokenizerError(f"{file} cannot be read: {error}") from error
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self.vocab_size: int = self._backend.get_vocab_size()
-        added = self._backend.get_added_tokens_decoder()
-        self.special_ids = frozenset(i for i, token in added.items() if token.special)
-        # The file's own post-processor knows what comes in front; tokenizer_config.json has no say in it.
-        plain = self.encode("a")
-        full: list[int] = self._backend.encode("a", add_special_tokens=True).ids
-        begins = (n for n in range(len(full)) if full[n : n + len(plain)] == plain)
-        self.prefix_ids = full[: next(begins, 0)]
-
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        return ids
-
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
-        valid = [i for i in token_ids if 0 <= i < self.MAX_ID]
-        text: str = self._backend.decode(valid, skip_special_tokens=skip_special_tokens)
-        return text
-
-    def token_id(self, token: str) -> int | None:
-        found: int | None = self._backend.token_to_id(token)
-        return found
-
-    def token(self, token_id: int) -> str:
-        return (self._backend.id_to_token(token_id) or "") if 0 <= token_id < self.MAX_ID else ""
-
-
-class _SentencePieceCodec:
-    """tokenizer.model through the `sentencepiece` library.
-
-    That library knows neither control tokens in text nor tokens that were added later: text is cut at both, and
-    the pieces between them are its own work.
-
-    Args:
-        file: tokenizer.model.
-        settings: content of tokenizer_config.json.
-        added: tokens that were added later, by id: (text, whether special).
-    """
-
-    def __init__(self, file: Path, settings: Mapping[str, Any], added: Mapping[int, tuple[str, bool]]) -> None:
-        from sentencepiece import SentencePieceProcessor
-
-        try:
-            self._backend = SentencePieceProcessor(model_file=str(file))
-        except (RuntimeError, OSError, ValueError) as error:
-            raise TokenizerError(f"{file} cannot be read: {error}") from error
-        self._num_pieces: int = self._backend.vocab_size()
-        self.vocab_size: int = max(self._num_pieces, *(i + 1 for i in added), 0)
-        special = {i for i in range(self._num_pieces) if self._backend.is_control(i) or self._backend.is_unknown(i)}
-        self._verbatim = {i: str(self._backend.id_to_piece(i)) for i in special}
-        self._verbatim |= {i: text for i, (text, _) in added.items()}
-        self._ids = {text: i for i, text in self._verbatim.items()}
-        self._cut = re.compile("|".join(re.escape(t) for t in sorted(self._ids, key=len, reverse=True)))
-        self.special_ids = frozenset(special | {i for i, (_, is_special) in added.items() if is_special})
-        self._has_legacy_spaces = bool(settings.get("legacy", True))
-        bos = _special_id(self, settings.get("bos_token"))
-        bos = self._backend.bos_id() if bos is None else bos
-        self.prefix_ids = [bos] if bos >= 0 and settings.get("add_bos_token", True) else []
-
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = []
-        start = 0
-        for cut in self._cut.finditer(text):
-            ids += [*self._encode_between(text, start, cut.start()), self._ids[cut.group()]]
-            start = cut.end()
-        return ids + self._encode_between(text, start, len(text))
-
-    def _encode_between(self, text: str, start: int, end: int) -> list[int]:
-        part = text[start:end]
-        if not part or start == 0 or self._has_legacy_spaces:
-            return list(self._backend.encode(part)) if part else []
-        # The library begins every text with a space. Newer checkpoints want none after a special token, so
-        # other text takes it and goes away again.
-        lead = "<unk>"
-        return list(self._backend.encode(lead + part))[len(self._backend.encode(lead)) :]
-
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
-        text = ""
-        run: list[int] = []
-        for i in token_ids:
-            if skip_special_tokens and i in self.special_ids:
-                continue
-            if i in self._verbatim:
-                text += self._decode_run(run, bool(text)) + self._verbatim[i]
-                run = []
-            elif 0 <= i < self._num_pieces:
-                run.append(i)
-        return text + self._decode_run(run, bool(text))
-
-    def _decode_run(self, run: list[int], is_inside: bool) -> str:
-        if not is_inside:
-            return str(self._backend.decode(run))
-        lead = list(self._backend.encode("a"))  # the space before a text's first piece would be lost
-        return str(self._backend.decode(lead + run))[len(str(self._backend.decode(lead))) :]
-
-    def token_id(self, token: str) -> int | None:
-        if token in self._ids:
-            return self._ids[token]
-        found = int(self._backend.piece_to_id(token))
-        return found if self._backend.id_to_piece(found) == token else None
-
-    def token(self, token_id: int) -> str:
-        if token_id in self._verbatim:
-            return self._verbatim[token_id]
-        return str(self._backend.id_to_piece(token_id)) if 0 <= token_id < self._num_pieces else ""
-
-
 def _num_final(text: str) -> int:
     """Characters that no further token can change."""
     held = 0
@@ -367,28 +244,9 @@ def _num_final(text: str) -> int:
     return len(text) - held
 
 
-def _load_codec(folder: Path, settings: Mapping[str, Any]) -> Codec:
-    if (folder / "tokenizer.json").is_file():
-        return _JsonCodec(folder / "tokenizer.json")
-    if (folder / "tokenizer.model").is_file():
-        return _SentencePieceCodec(folder / "tokenizer.model", settings, _added_tokens(folder, settings))
-    raise TokenizerError(f"{folder} has neither tokenizer.json nor tokenizer.model; give token ids instead")
-
-
-def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[int, tuple[str, bool]]:
-    """Tokens that a SentencePiece checkpoint has beside its model file: id -> (text, whether special)."""
-    added = {
-        i: (text, False) for text, i in read_json_object(folder / "added_tokens.json").items() if isinstance(i, int)
-    }
-    declared = settings.get("added_tokens_decoder")
-    for token_id, token in declared.items() if isinstance(declared, Mapping) else ():
-        if str(token_id).isdecimal() and isinstance(token, Mapping) and isinstance(token.get("content"), str):
-            added[int(token_id)] = (token["content"], bool(token.get("special")))
-    return added
-
-
-def _special_id(codec: Codec, token: Any) -> int | None:
-    """Id of a special token as tokenizer_config.json names it: a string, or an object with its content."""
-    if isinstance(token, Mapping):
-        token = token.get("content")
-    return codec.token_id(token) if isinstance(token, str) else None
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json; special_tokens_map.json beside it counts where that knows no added tokens yet."""
+    settings = read_json_object(folder / "tokenizer_config.json", TokenizerError)
+    if "added_tokens_decoder" not in settings:
+        settings |= read_json_object(folder / "special_tokens_map.json", TokenizerError)
+    return settings

@@ -38,8 +38,9 @@ TEMPLATES = [
 ]
 
 
-def render(source, messages=tuple(CHAT), **variables):
-    return ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"}).render(list(messages), **variables)
+def render(source, messages=tuple(CHAT), add_generation_prompt=True, tools=None, **variables):
+    template = ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"})
+    return template.render(list(messages), add_generation_prompt, tools, variables)
 
 
 @pytest.mark.oracle
@@ -48,10 +49,11 @@ def render(source, messages=tuple(CHAT), **variables):
 def test_renders_what_transformers_renders(source, prompted):
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    extra = {"extra": "x"} if "extra" in source else {}
     expected, _ = render_jinja_template(
-        [CHAT], chat_template=source, add_generation_prompt=prompted, bos_token="<s>", eos_token="</s>", extra="x"
+        [CHAT], chat_template=source, add_generation_prompt=prompted, bos_token="<s>", eos_token="</s>", **extra
     )
-    assert render(source, add_generation_prompt=prompted, extra="x") == expected[0]
+    assert render(source, add_generation_prompt=prompted, **extra) == expected[0]
 
 
 def test_helpers():

@@ -291,3 +291,42 @@ def test_named_chat_templates(rewrite):
     assert tokenizer.render_chat(CHAT, tools=[{}, {}]) == "with 2 tools"
     with pytest.raises(ChatTemplateError, match="no default chat template, only rag"):
         rewrite(chat_template=[{"name": "rag", "template": "x"}]).render_chat(CHAT)
+
+
+def test_a_tokenizer_must_fit_the_model_but_added_tokens_may_lie_beyond(any_tokenizer, tmp_path):
+    largest = any_tokenizer._codec.max_text_id()
+    any_tokenizer.check_fits(largest + 1)
+    with pytest.raises(TokenizerError, match=rf"ids up to {largest}, but.*ends at {largest - 1}; put the model's own"):
+        any_tokenizer.check_fits(largest)
+
+
+def test_the_image_token_of_a_text_only_model_is_no_misfit(byte_fallback, tmp_path):
+    backend = byte_fallback._codec._backend
+    vocab_size = backend.get_vocab_size()
+    backend.add_special_tokens(["<image_soft_token>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    tokenizer.check_fits(vocab_size)
+    assert tokenizer.vocab_size == vocab_size + 1 and tokenizer.encode("<image_soft_token>") == [vocab_size]
+
+
+def test_special_tokens_from_the_file_and_from_special_tokens_map(make_sentencepiece, tmp_path):
+    folder = make_sentencepiece()._folder
+    (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_ids) == (1, {2})
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "[INST]"}}')
+    assert Tokenizer.from_folder(tmp_path).eos_token_ids == set(tokenizer.encode("[INST]")[1:])
+
+
+def test_an_added_token_takes_the_blanks_that_it_says(make_sentencepiece):
+    added = {"400": {"content": "<|end|>", "special": True, "rstrip": True}}
+    added["401"] = {"content": "<x>", "lstrip": True}
+    added["402"] = {"content": "\n\n"}
+    tokenizer = make_sentencepiece(added_tokens_decoder=added, legacy=False)
+
+    def decoded(text):
+        return tokenizer.decode(tokenizer.encode(text, add_special_tokens=False), skip_special_tokens=False)
+
+    assert decoded("the<|end|> \n fox <x> the\n\n") == "the<|end|>fox<x> the\n\n"
+    assert tokenizer.encode("\n\n")[-1] == 402
