@@ -23,11 +23,11 @@ class Backend:
     """One form of every op. The signatures are those of the references, which specify them."""
 
     name: str
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    rms_norm: Callable[[Tensor, Tensor | None, float], Tensor]
     rope: Callable[[Tensor, Tensor, Tensor], None]
     gated_act: Callable[[Tensor, str], Tensor]
     kv_store: Callable[[Tensor, Tensor, Tensor], None]
-    paged_attention: Callable[[Tensor, Tensor, Tensor, AttentionBatch, float], Tensor]
+    paged_attention: Callable[[Tensor, Tensor, Tensor, AttentionBatch, float, float | None], Tensor]
     confidence: Callable[[Tensor], Confidence]
     prepack: bool
 

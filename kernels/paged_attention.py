@@ -1,15 +1,17 @@
 """Attention of a mixed batch (prefills, chunks of prefills, decode rows) over the paged KV cache.
 
-Formula, per query token i of a sequence with `context_len` keys: softmax(q_i k_j * scale) v_j over all j that
-are not after i; query heads read KV head `head // (num_heads / num_kv_heads)`. Softmax in float32.
+Formula, per query token i of a sequence with `context_len` keys: softmax(s(q_i k_j * scale)) v_j over all j that are
+not after i and, with a window W, not before i - W + 1; query heads read KV head `head // (num_heads /
+num_kv_heads)`. With a soft cap c, s(x) = c tanh(x / c), else s(x) = x. Softmax in float32.
 
 The torch form turns the batch into few large calls of the CPU flash kernel, which also returns the
 log-sum-exp of its scores, and merges partials by it:
 - the prefix that several decode rows share is read once for all of them (`prefix_attention`);
 - a run of consecutive block ids is a view of the cache, never a copy;
 - what short decode rows do not share is gathered into one small reused buffer, so that they make one call;
-- a prefill attends to its past as to a shared prefix, and to its own new keys causally.
-Slots that no sequence owns are never read, whatever they hold.
+- a prefill attends to its past as to a shared prefix, and to its own new keys causally;
+- a prefill that the window or a soft cap touches goes in tiles of queries, each over the keys it can see.
+Slots that no sequence owns, or that have left the window, are never read, whatever they hold.
 
 Does not know requests or models; the batch arrives as an `AttentionBatch`.
 """
@@ -18,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from minirksc.kernels.prefix_attention import Segment, merge_into, shared_segments
+from minirksc.kernels.prefix_attention import MIN_SHARED_BLOCKS, Segment, merge_into, shared_segments
 from torch import Tensor
 
 MAX_GATHER_TOKENS = 4096
@@ -26,6 +28,9 @@ MAX_GATHER_TOKENS = 4096
 
 MAX_RUNS = 8
 """Above so many runs a sequence's keys are gathered instead of attended run by run."""
+
+TILE = 256
+"""Queries of a tile; a window's mask wastes at most so many keys a query."""
 
 Run = tuple[int, int]
 """(first slot, number of tokens) of keys that lie consecutively in the cache."""
@@ -36,13 +41,31 @@ Keys = list[Run] | Tensor
 
 
 @dataclass(slots=True)
+class Prefill:
+    """New tokens of one sequence.
+
+    Attributes:
+        begin, num_queries: its rows.
+        past: keys before the new ones, as far back as the first query sees.
+        num_past: how many.
+        is_cut: the window hides some of these keys from some of the queries.
+    """
+
+    begin: int
+    num_queries: int
+    past: Keys
+    num_past: int
+    is_cut: bool
+
+
+@dataclass(slots=True)
 class AttentionPlan:
     """What the torch form does in each layer; made once a step.
 
     Sequences with one query token stand in an order, that of their places, in which sharers are neighbours.
     """
 
-    prefills: list[tuple[int, int, Keys]]  # (first row, number of query tokens, past)
+    prefills: list[Prefill]
     num_decode: int
     rows: (
         Tensor | None
@@ -52,25 +75,32 @@ class AttentionPlan:
     own_slots: Tensor | None  # [num_decode * longest] int64
     own_mask: Tensor | None  # [num_decode, 1, 1, longest] float32, 0 or -inf; None: nothing to mask
     own_kv: Tensor | None = None  # [num_decode * longest, 2, num_kv_heads, head_dim], for all layers
+    masks: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)  # of tiles, for all layers
 
 
 @dataclass(slots=True)
 class AttentionBatch:
-    """Where each sequence's queries and keys are. All lists have one entry a sequence.
+    """Where each sequence's queries and keys are, for layers of one window. All lists have one entry a sequence.
 
     Attributes:
         cu_seqlens_q: `[sequences + 1]`, first query row of each sequence.
         context_lens: keys of each sequence, the new ones included (their KV is already stored).
-        block_tables: block ids of each sequence.
+        block_tables: block ids of each sequence: equal ids mean equal keys.
+        kv_tables: where in these layers' cache each of those blocks is; what has left the window may be -1.
+        slots: `[tokens]` int64, kv_table entry * block_size + offset of each new token.
         block_size: tokens a block.
         device: of the cache.
+        window: how many latest keys a query sees, its own included; None for all.
     """
 
     cu_seqlens_q: Sequence[int]
     context_lens: Sequence[int]
     block_tables: Sequence[Sequence[int]]
+    kv_tables: Sequence[Sequence[int]]
+    slots: Tensor
     block_size: int
     device: torch.device
+    window: int | None = None
     _plan: AttentionPlan | None = field(default=None, repr=False)
 
     def plan(self) -> AttentionPlan:
@@ -79,9 +109,13 @@ class AttentionBatch:
             self._plan = _make_plan(self)
         return self._plan
 
+    def first_visible(self, position: int) -> int:
+        """Position of the first key that the query at a position sees."""
+        return 0 if self.window is None else max(0, position - self.window + 1)
+
 
 def paged_attention_reference(
-    q: Tensor, kv: Tensor, layer_cache: Tensor, batch: AttentionBatch, scale: float
+    q: Tensor, kv: Tensor, layer_cache: Tensor, batch: AttentionBatch, scale: float, softcap: float | None
 ) -> Tensor:
     """The specification, sequence by sequence in float32.
 
@@ -91,113 +125,187 @@ def paged_attention_reference(
         layer_cache: `[num_blocks, block_size, 2, num_kv_heads, head_dim]`.
         batch: where queries and keys are.
         scale: multiplied to the scores.
+        softcap: c of c * tanh(score / c); None for none.
 
     Returns:
         `[tokens, num_heads, head_dim]`, dtype of q.
     """
     out = torch.empty_like(q)
-    group = q.shape[1] // layer_cache.shape[3]
-    for i, (context_len, table) in enumerate(zip(batch.context_lens, batch.block_tables, strict=True)):
+    group, size = q.shape[1] // layer_cache.shape[3], batch.block_size
+    for i, (context_len, table) in enumerate(zip(batch.context_lens, batch.kv_tables, strict=True)):
         begin, end = batch.cu_seqlens_q[i], batch.cu_seqlens_q[i + 1]
-        own = layer_cache[list(table)].flatten(0, 1)[:context_len].float()
+        first_query = context_len - (end - begin)
+        first_key = batch.first_visible(first_query)
+        slots = [table[p // size] * size + p % size for p in range(first_key, context_len)]
+        own = layer_cache.flatten(0, 1)[slots].float()  # [keys, 2, num_kv_heads, head_dim]
         keys, values = own.repeat_interleave(group, dim=2).unbind(1)  # [keys, num_heads, head_dim]
         scores = torch.einsum("qhd,khd->hqk", q[begin:end].float(), keys) * scale
-        query_at = torch.arange(context_len - (end - begin), context_len, device=q.device)
-        visible = torch.arange(context_len, device=q.device) <= query_at[:, None]  # [queries, keys]
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        query_at = torch.arange(first_query, context_len, device=q.device)[:, None]
+        key_at = torch.arange(first_key, context_len, device=q.device)
+        visible = key_at <= query_at  # [queries, keys]
+        if batch.window is not None:
+            visible &= key_at > query_at - batch.window
         weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)  # [num_heads, queries, keys]
         out[begin:end] = torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
     return out
 
 
-def paged_attention(q: Tensor, kv: Tensor, layer_cache: Tensor, batch: AttentionBatch, scale: float) -> Tensor:
+def paged_attention(
+    q: Tensor, kv: Tensor, layer_cache: Tensor, batch: AttentionBatch, scale: float, softcap: float | None
+) -> Tensor:
     """The same in few large calls; arguments and result as in `paged_attention_reference`."""
     plan = batch.plan()
+    attend = _Attend(scale, softcap)
     cache = layer_cache.flatten(0, 1)  # [slots, 2, num_kv_heads, head_dim]
     if plan.rows is None:
-        return _decode(q, cache, plan, scale)
+        return _decode(q, cache, plan, attend)
     out = torch.empty_like(q)
-    for begin, num_queries, past in plan.prefills:
-        rows = slice(begin, begin + num_queries)
-        out[rows] = _prefill(q[rows], kv[rows], cache, past, scale)
+    for prefill in plan.prefills:
+        rows = slice(prefill.begin, prefill.begin + prefill.num_queries)
+        if prefill.is_cut or softcap is not None:
+            out[rows] = _prefill_in_tiles(q[rows], kv[rows], cache, prefill, plan, batch.window, attend)
+        else:
+            out[rows] = _prefill(q[rows], kv[rows], cache, prefill, attend)
     if plan.num_decode:
-        out[plan.rows] = _decode(q[plan.rows], cache, plan, scale)
+        out[plan.rows] = _decode(q[plan.rows], cache, plan, attend)
     return out
 
 
-def _flash(
-    q: Tensor, kv: Tensor, scale: float, causal: bool = False, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """One call of torch's CPU flash kernel.
+@dataclass(frozen=True, slots=True)
+class _Attend:
+    """Attention over keys that are given, with the log-sum-exp of the scores."""
 
-    Args:
-        q: `[batch, queries, num_heads, head_dim]`.
-        kv: `[batch, keys, 2, num_kv_heads, head_dim]`.
-        scale: multiplied to the scores.
-        causal: query i sees keys 0..i.
-        mask: added to the scores, broadcast to `[batch, num_heads, queries, keys]`.
+    scale: float
+    softcap: float | None
 
-    Returns:
-        (out `[batch, queries, num_heads, head_dim]`, lse `[batch, queries, num_heads]` float32).
-    """
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q.transpose(1, 2),
-        kv[:, :, 0].transpose(1, 2),
-        kv[:, :, 1].transpose(1, 2),
-        0.0,
-        causal,
-        attn_mask=mask,
-        scale=scale,
-    )
-    return out.transpose(1, 2), lse.transpose(1, 2)
+    def __call__(
+        self, q: Tensor, kv: Tensor, causal: bool = False, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Computes it.
+
+        Args:
+            q: `[batch, queries, num_heads, head_dim]`.
+            kv: `[batch, keys, 2, num_kv_heads, head_dim]`.
+            causal: query i sees keys 0..i; not with a soft cap.
+            mask: added to the scores, broadcast to `[batch, num_heads, queries, keys]`.
+
+        Returns:
+            (out `[batch, queries, num_heads, head_dim]`, lse `[batch, queries, num_heads]` float32).
+        """
+        if self.softcap is not None:
+            assert not causal
+            return _softcapped(q, kv, self.scale, self.softcap, mask)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q.transpose(1, 2),
+            kv[:, :, 0].transpose(1, 2),
+            kv[:, :, 1].transpose(1, 2),
+            0.0,
+            causal,
+            attn_mask=mask,
+            scale=self.scale,
+        )
+        return out.transpose(1, 2), lse.transpose(1, 2)
 
 
-def _over_keys(q: Tensor, cache: Tensor, keys: Keys, scale: float) -> tuple[Tensor, Tensor]:
+def _softcapped(q: Tensor, kv: Tensor, scale: float, softcap: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `_Attend`, by plain matrix products: the flash kernel has no place for the cap."""
+    batch, num_queries, num_heads, _ = q.shape
+    num_kv_heads = kv.shape[3]
+    grouped = q.reshape(batch, num_queries, num_kv_heads, -1, q.shape[-1]).permute(0, 2, 3, 1, 4)
+    keys, values = kv.permute(2, 0, 3, 1, 4).unsqueeze(3)  # [batch, num_kv_heads, 1, keys, head_dim] each
+    scores = torch.matmul(grouped, keys.transpose(-1, -2)).float()  # [batch, num_kv_heads, group, queries, keys]
+    scores.mul_(scale / softcap).tanh_().mul_(softcap)
+    if mask is not None:
+        scores.add_(mask.unsqueeze(-3))
+    lse = torch.logsumexp(scores, dim=-1)  # [batch, num_kv_heads, group, queries]
+    weights = scores.sub_(lse.unsqueeze(-1)).exp_().to(q.dtype)
+    out = torch.matmul(weights, values).permute(0, 3, 1, 2, 4)  # [batch, queries, num_kv_heads, group, head_dim]
+    return out.flatten(2, 3), lse.permute(0, 3, 1, 2).reshape(batch, num_queries, num_heads)
+
+
+def _over_keys(q: Tensor, cache: Tensor, keys: Keys, attend: _Attend) -> tuple[Tensor, Tensor]:
     """Attention of q `[queries, num_heads, head_dim]`, all of which see all of the keys.
 
     Returns:
         (out `[queries, num_heads, head_dim]`, lse `[queries, num_heads]`).
     """
     if isinstance(keys, Tensor):
-        out, lse = _flash(q[None], cache.index_select(0, keys)[None], scale)
+        out, lse = attend(q[None], cache.index_select(0, keys)[None])
         return out[0], lse[0]
     first, *others = (cache[begin : begin + n][None] for begin, n in keys)
-    out, lse = _flash(q[None], first, scale)
+    out, lse = attend(q[None], first)
     for other in others:
-        merge_into(out, lse, *_flash(q[None], other, scale))
+        merge_into(out, lse, *attend(q[None], other))
     return out[0], lse[0]
 
 
-def _prefill(q: Tensor, kv: Tensor, cache: Tensor, past: Keys, scale: float) -> Tensor:
+def _prefill(q: Tensor, kv: Tensor, cache: Tensor, prefill: Prefill, attend: _Attend) -> Tensor:
     """New tokens of one sequence: causal among themselves, all of the past visible."""
-    out, lse = _flash(q[None], kv[None], scale, causal=True)
-    if len(past):
-        merge_into(out[0], lse[0], *_over_keys(q, cache, past, scale))
+    out, lse = attend(q[None], kv[None], causal=True)
+    if prefill.num_past:
+        merge_into(out[0], lse[0], *_over_keys(q, cache, prefill.past, attend))
     return out[0]
 
 
-def _decode(q: Tensor, cache: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
-    """Queries of all places, `[num_decode, num_heads, head_dim]`: what each reads alone, then what it shares."""
-    out, lse = _decode_own(q, cache, plan, scale)
-    for segment, keys in plan.shared:
-        places = slice(segment.row_begin, segment.row_end)
-        merge_into(out[places], lse[places], *_over_keys(q[places], cache, keys, scale))
+def _prefill_in_tiles(
+    q: Tensor,
+    kv: Tensor,
+    cache: Tensor,
+    prefill: Prefill,
+    plan: AttentionPlan,
+    window: int | None,
+    attend: _Attend,
+) -> Tensor:
+    """The same with a window or a soft cap: each tile of queries over the keys that some of them see."""
+    past = prefill.past
+    parts = [cache.index_select(0, past)] if isinstance(past, Tensor) else [cache[b : b + n] for b, n in past]
+    keys = torch.cat([*parts, kv]) if prefill.num_past else kv  # [num_past + queries, 2, num_kv_heads, head_dim]
+    out = torch.empty_like(q)
+    for begin in range(0, len(q), TILE):
+        end = min(begin + TILE, len(q))
+        first = 0 if window is None else max(0, prefill.num_past + begin - window + 1)
+        shape = (end - begin, prefill.num_past + end - first, window or 0)
+        if shape not in plan.masks:
+            plan.masks[shape] = _tile_mask(*shape, device=q.device)
+        tile, _ = attend(q[None, begin:end], keys[None, first : prefill.num_past + end], mask=plan.masks[shape])
+        out[begin:end] = tile[0]
     return out
 
 
-def _decode_own(q: Tensor, cache: Tensor, plan: AttentionPlan, scale: float) -> tuple[Tensor, Tensor]:
+def _tile_mask(num_queries: int, num_keys: int, window: int, device: torch.device) -> Tensor:
+    """`[1, 1, queries, keys]` of 0 and -inf: the last query is at the last key."""
+    key_at = torch.arange(num_keys, device=device)
+    query_at = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    visible = (key_at <= query_at) & (key_at > query_at - (window or num_keys))
+    return torch.zeros(visible.shape, device=device).masked_fill_(~visible, float("-inf"))[None, None]
+
+
+def _decode(q: Tensor, cache: Tensor, plan: AttentionPlan, attend: _Attend) -> Tensor:
+    """Queries of all places, `[num_decode, num_heads, head_dim]`: what each reads alone, then what it shares."""
+    out, lse = _decode_own(q, cache, plan, attend)
+    for segment, keys in plan.shared:
+        places = slice(segment.row_begin, segment.row_end)
+        merge_into(out[places], lse[places], *_over_keys(q[places], cache, keys, attend))
+    return out
+
+
+def _decode_own(q: Tensor, cache: Tensor, plan: AttentionPlan, attend: _Attend) -> tuple[Tensor, Tensor]:
     """Each place over the keys that it reads alone; one call, or one a place where keys are many."""
     if plan.own_slots is None:
-        parts = [_over_keys(q[i : i + 1], cache, keys, scale) for i, keys in enumerate(plan.own)]
+        parts = [_over_keys(q[i : i + 1], cache, keys, attend) for i, keys in enumerate(plan.own)]
         return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads = cache.shape[2]
-    if plan.own_kv is None:  # one buffer for all layers: a fresh one each would cost its page faults
+    if plan.own_kv is None or plan.own_kv.shape[1:] != cache.shape[1:]:
+        # One buffer for all layers of a shape: a fresh one each would cost its page faults.
         plan.own_kv = cache.new_empty(len(plan.own_slots), *cache.shape[1:])
     torch.index_select(cache, 0, plan.own_slots, out=plan.own_kv)
     kv = plan.own_kv.view(num_rows, -1, *cache.shape[1:])  # [rows, longest, 2, num_kv_heads, head_dim]
     # The heads of a group become queries of their KV head: their keys are then read once.
     packed = q.view(num_rows, num_kv_heads, -1, head_dim).transpose(1, 2)
-    out, lse = _flash(packed, kv, scale, mask=plan.own_mask)  # [rows, group, num_kv_heads, head_dim]
+    out, lse = attend(packed, kv, mask=plan.own_mask)  # [rows, group, num_kv_heads, head_dim]
     return (
         out.transpose(1, 2).reshape(num_rows, num_heads, head_dim),
         lse.transpose(1, 2).reshape(num_rows, num_heads),
@@ -206,27 +314,36 @@ def _decode_own(q: Tensor, cache: Tensor, plan: AttentionPlan, scale: float) -> 
 
 def _make_plan(batch: AttentionBatch) -> AttentionPlan:
     size, device = batch.block_size, batch.device
-    prefills: list[tuple[int, int, Keys]] = []
+    prefills: list[Prefill] = []
     decode = []
     for i, context_len in enumerate(batch.context_lens):
         begin, end = batch.cu_seqlens_q[i], batch.cu_seqlens_q[i + 1]
         if end - begin == 1:
             decode.append(i)
         else:
-            past = _runs(batch.block_tables[i], 0, context_len - (end - begin), size)
-            prefills.append((begin, end - begin, _keys(past, device)))
+            first_query = context_len - (end - begin)
+            first_key = batch.first_visible(first_query)
+            past = _keys(_runs(batch.kv_tables[i], first_key, first_query, size), device)
+            is_cut = batch.first_visible(context_len - 1) > first_key
+            prefills.append(Prefill(begin, end - begin, past, first_query - first_key, is_cut))
     # The block that holds the newest key stays a row's own, so that every row has keys of its own.
-    order, segments, own_begin = shared_segments(
+    order, segments = shared_segments(
         [batch.block_tables[i] for i in decode],
         [(batch.context_lens[i] - 1) // size for i in decode],
     )
     decode = [decode[place] for place in order]
+    first_keys = [batch.first_visible(batch.context_lens[i] - 1) for i in decode]
+    segments = _in_view(segments, first_keys, size)
     own = [
-        _runs(batch.block_tables[i], first * size, batch.context_lens[i], size)
-        for i, first in zip(decode, own_begin, strict=True)
+        [
+            run
+            for begin, end in own_ranges(place, first_keys[place], batch.context_lens[i], segments, size)
+            for run in _runs(batch.kv_tables[i], begin, end, size)
+        ]
+        for place, i in enumerate(decode)
     ]
     shared = [
-        (s, _runs(batch.block_tables[decode[s.row_begin]], s.block_begin * size, s.block_end * size, size))
+        (s, _runs(batch.kv_tables[decode[s.row_begin]], s.block_begin * size, s.block_end * size, size))
         for s in segments
     ]
     rows = [batch.cu_seqlens_q[i] for i in decode]
@@ -243,6 +360,31 @@ def _make_plan(batch: AttentionBatch) -> AttentionPlan:
     )
 
 
+def _in_view(segments: list[Segment], first_keys: Sequence[int], block_size: int) -> list[Segment]:
+    """Segments without the blocks that are not wholly visible to each of their places, if enough is left of them."""
+    clipped = []
+    for segment in segments:
+        first_key = max(first_keys[segment.row_begin : segment.row_end])
+        block_begin = max(segment.block_begin, -(-first_key // block_size))
+        if block_begin == segment.block_begin or segment.block_end - block_begin >= MIN_SHARED_BLOCKS:
+            clipped.append(segment._replace(block_begin=block_begin))
+    return clipped
+
+
+def own_ranges(
+    place: int, first_key: int, context_len: int, segments: Sequence[Segment], block_size: int
+) -> list[tuple[int, int]]:
+    """Positions [begin, end) that a place reads alone: what it sees and no segment of its covers."""
+    ranges = []
+    begin = first_key
+    for segment in segments:
+        if segment.row_begin <= place < segment.row_end:  # outer segments come before those nested in them
+            if begin < segment.block_begin * block_size:
+                ranges.append((begin, segment.block_begin * block_size))
+            begin = segment.block_end * block_size
+    return [*ranges, (begin, context_len)]
+
+
 def _keys(runs: list[Run], device: torch.device) -> Keys:
     """The runs themselves, or their slots where they are too many to be attended one by one."""
     if len(runs) <= MAX_RUNS:
@@ -251,15 +393,18 @@ def _keys(runs: list[Run], device: torch.device) -> Keys:
 
 
 def _runs(table: Sequence[int], begin: int, end: int, block_size: int) -> list[Run]:
-    """Slots of positions [begin, end) as runs; begin is a multiple of block_size."""
+    """Slots of positions [begin, end) as runs."""
     runs: list[Run] = []
-    for index in range(begin // block_size, -(-end // block_size)):
-        slot = table[index] * block_size
-        n = min(block_size, end - index * block_size)
+    position = begin
+    while position < end:
+        index, offset = divmod(position, block_size)
+        slot = table[index] * block_size + offset
+        n = min(block_size - offset, end - position)
         if runs and runs[-1][0] + runs[-1][1] == slot:
             runs[-1] = (runs[-1][0], runs[-1][1] + n)
         else:
             runs.append((slot, n))
+        position += n
     return runs
 
 

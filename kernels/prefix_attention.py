@@ -43,7 +43,7 @@ def common_prefix_len(a: Sequence[int], b: Sequence[int]) -> int:
 
 def shared_segments(
     block_tables: Sequence[Sequence[int]], num_full_blocks: Sequence[int]
-) -> tuple[list[int], list[Segment], list[int]]:
+) -> tuple[list[int], list[Segment]]:
     """Orders rows so that sharers are neighbours, and lists what they share.
 
     Args:
@@ -52,13 +52,12 @@ def shared_segments(
             every query of the row may see).
 
     Returns:
-        (order, segments, own_begin): order[i] is the row at place i; segments speak of places; own_begin[i]
-        is the block-table column from which the row at place i attends alone.
+        (order, segments): order[i] is the row at place i; segments speak of places, outer ones come before those
+        nested in them.
     """
     tables = [list(table[:n]) for table, n in zip(block_tables, num_full_blocks, strict=True)]
     order = sorted(range(len(tables)), key=lambda row: tables[row])
     segments: list[Segment] = []
-    own_begin = [0] * len(order)
 
     def descend(begin: int, end: int, column: int) -> None:
         """Places [begin, end) are known to agree before `column`."""
@@ -77,14 +76,12 @@ def shared_segments(
                 if depth - column >= MIN_SHARED_BLOCKS:
                     segments.append(Segment(start, stop, column, depth))
                     shared_from = depth
-                    for place in range(start, stop):
-                        own_begin[place] = depth
                 if shared_from == depth:
                     descend(start, stop, depth)
             start = stop
 
     descend(0, len(order), 0)
-    return order, segments, own_begin
+    return order, segments
 
 
 def merge_partials_reference(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

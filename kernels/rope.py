@@ -13,7 +13,7 @@ def rope_tables(positions: Tensor, inv_freq: Tensor, scale: float, dtype: torch.
 
     Args:
         positions: `[tokens]` int64.
-        inv_freq: `[rotary_dim / 2]` float32.
+        inv_freq: `[rotary_dim / 2]` or, where each token has its own, `[tokens, rotary_dim / 2]`; float32.
         scale: attention factor, multiplied into both tables.
         dtype: of the result.
 
@@ -21,7 +21,7 @@ def rope_tables(positions: Tensor, inv_freq: Tensor, scale: float, dtype: torch.
         (cos, sin), each `[tokens, 1, rotary_dim]`. The first half of sin is negated, so that
         `x * cos + roll(x, rotary_dim / 2) * sin` rotates.
     """
-    angles = torch.outer(positions.float(), inv_freq)  # [tokens, rotary_dim / 2]
+    angles = positions.float()[:, None] * inv_freq  # [tokens, rotary_dim / 2]
     cos, sin = angles.cos().mul_(scale), angles.sin().mul_(scale)
     cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
     return cos.to(dtype).unsqueeze(1), sin.to(dtype).unsqueeze(1)

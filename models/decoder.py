@@ -4,20 +4,17 @@ Explicit from end to end: whatever a forward pass needs is an argument. Knows no
 scheduling or who owns the cache.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from minirksc.kernels.backend import Backend
 from minirksc.kernels.linear import Linear
 from minirksc.kernels.paged_attention import AttentionBatch
-from minirksc.kernels.rope import rope_tables
-from minirksc.models.layers import DecoderLayer
-from minirksc.models.rope import inv_freq
-from minirksc.models.spec import ArchSpec, RopeSpec
+from minirksc.models.layers import DecoderLayer, norm_weight
+from minirksc.models.rope import Rotary
+from minirksc.models.spec import ArchSpec
 from torch import Tensor
 from torch.nn import functional as F
-
-from minirksc.errors import UnsupportedModelError
 
 
 class Decoder:
@@ -28,13 +25,9 @@ class Decoder:
         weights: (name, tensor) pairs in the order of `models.weights.iter_weights`: embedding, layer after
             layer, final norm, head. Each tensor is packed as soon as it arrives and then dropped.
         backend: the form of every op.
-
-    Raises:
-        UnsupportedModelError: the spec asks for a formula that is not implemented.
     """
 
     def __init__(self, spec: ArchSpec, weights: Iterator[tuple[str, Tensor]], backend: Backend) -> None:
-        _check_supported(spec)
         self.spec = spec
         self.backend = backend
         self.layers: list[DecoderLayer] = []
@@ -46,17 +39,20 @@ class Decoder:
                 continue
             _, index, rest = name.split(".", 2)
             if int(index) > len(self.layers):  # the layer before is complete: pack it, free its tensors
-                self.layers.append(DecoderLayer(spec, of_layer, backend))
+                self._add_layer(of_layer)
                 of_layer = {}
             of_layer[rest] = tensor
-        self.layers.append(DecoderLayer(spec, of_layer, backend))
+        self._add_layer(of_layer)
         self.embed = top["embed.weight"]  # [vocab, hidden]
-        self.norm = top["norm.weight"]
+        self.norm = norm_weight(spec, top["norm.weight"])
         self.head = Linear(top.get("lm_head.weight", self.embed), prepack=backend.prepack)
         # Layers that rotate alike share one table a step.
-        self._inv_freq: dict[RopeSpec, Tensor] = {
-            rope: inv_freq(rope).to(self.device) for rope in spec.ropes if rope is not None
-        }
+        self._rotaries = {rope: Rotary(rope, self.device) for rope in {layer.rope for layer in spec.layers} if rope}
+        self._kv_sources = {layer.kv_layer for layer in spec.layers}
+        self._embed_scale = torch.tensor(spec.embed_scale, dtype=self.dtype, device=self.device)
+
+    def _add_layer(self, weights: Mapping[str, Tensor]) -> None:
+        self.layers.append(DecoderLayer(self.spec, self.spec.layers[len(self.layers)], weights, self.backend))
 
     @property
     def device(self) -> torch.device:
@@ -72,9 +68,9 @@ class Decoder:
         self,
         token_ids: Tensor,
         positions: Tensor,
-        slots: Tensor,
-        attention: AttentionBatch,
-        cache: Tensor,
+        sequence_lens: Tensor,
+        attention: Mapping[int | None, AttentionBatch],
+        cache: Sequence[Tensor],
         logits_rows: Tensor | None,
     ) -> Tensor:
         """Runs a flattened batch through all layers.
@@ -82,42 +78,40 @@ class Decoder:
         Args:
             token_ids: `[tokens]` int64.
             positions: `[tokens]` int64.
-            slots: `[tokens]` int64, where each token's KV goes.
-            attention: where queries and keys are.
-            cache: `[num_layers, num_blocks, block_size, 2, num_kv_heads, head_dim]`, written at `slots`.
+            sequence_lens: `[tokens]` int64, known length of each token's sequence.
+            attention: where queries and keys are, for layers of each window.
+            cache: of each layer `[num_blocks, block_size, 2, num_kv_heads, head_dim]`, written at the batch's slots.
             logits_rows: `[rows]` int64, tokens whose logits are wanted; None: all.
 
         Returns:
             Logits `[rows, vocab]` float32.
         """
         hidden = F.embedding(token_ids, self.embed)  # [tokens, hidden]
-        tables = {
-            rope: rope_tables(positions, freq, rope.attention_factor, self.dtype)
-            for rope, freq in self._inv_freq.items()
-        }
-        for layer, rope, layer_cache in zip(self.layers, self.spec.ropes, cache, strict=True):
-            table = tables[rope] if rope is not None else None
-            hidden = layer(hidden, table, layer_cache, slots, attention)
+        if self.spec.embed_scale != 1:
+            hidden = hidden.mul_(self._embed_scale)
+        tables = {rope: rotary.tables(positions, sequence_lens, self.dtype) for rope, rotary in self._rotaries.items()}
+        growth = self._query_growth(positions)
+        shared_kv: dict[int, Tensor] = {}  # by the layer that made it
+        for index, (layer, layer_cache) in enumerate(zip(self.layers, cache, strict=True)):
+            own = layer.layer
+            table = None if own.rope is None else tables[own.rope]
+            shared = None if own.kv_layer is None else shared_kv[own.kv_layer]
+            hidden, kv = layer(hidden, table, growth, layer_cache, attention[own.window], shared)
+            if index in self._kv_sources:
+                shared_kv[index] = kv
         if logits_rows is not None:
             if len(logits_rows) == 0:
                 return hidden.new_empty((0, self.spec.vocab_size), dtype=torch.float32)
             hidden = hidden[logits_rows]
-        return self.head(self.backend.rms_norm(hidden, self.norm, self.spec.norm_eps)).float()
+        logits = self.head(self.backend.rms_norm(hidden, self.norm, self.spec.norm_eps))
+        if self.spec.final_softcap is not None:
+            logits = logits.div_(self.spec.final_softcap).tanh_().mul_(self.spec.final_softcap)
+        return logits.float()
 
-
-def _check_supported(spec: ArchSpec) -> None:
-    """The spec can say more than the decoder can do; what it cannot do must never be skipped silently."""
-    unsupported = {
-        "norm_offset": spec.norm_offset != 0,
-        "qk_norm": spec.qk_norm,
-        "v_norm": spec.v_norm,
-        "sandwich_norms": spec.sandwich_norms,
-        "embed_scale": spec.embed_scale != 1,
-        "attn_softcap": spec.attn_softcap is not None,
-        "final_softcap": spec.final_softcap is not None,
-        "windows": any(window is not None for window in spec.windows),
-    }
-    if names := [name for name, present in unsupported.items() if present]:
-        raise UnsupportedModelError(
-            f"model_type {spec.model_type!r} needs {', '.join(names)}, which the decoder does not implement"
-        )
+    def _query_growth(self, positions: Tensor) -> Tensor | None:
+        """`[tokens, 1, 1]`, what queries at these positions are multiplied by."""
+        if self.spec.query_growth is None:
+            return None
+        beta, length = self.spec.query_growth
+        growth = 1 + beta * torch.log1p(torch.floor(positions / length))
+        return growth.to(self.dtype)[:, None, None]

@@ -1,26 +1,24 @@
-"""From config.json to `ArchSpec`: one small pure function a family.
+"""From config.json to `ArchSpec`: one small function a family, each saying how it departs from Llama.
 
-No module but this one knows a family by name. A field of config.json that would change the mathematics and
-that nothing here reads is an error, so that no checkpoint runs silently wrong.
+No module but this one knows a family by name. A field of config.json that would change the mathematics and that
+nothing reads is an error, so that no checkpoint runs silently wrong. Defaults are those that a published file leaves
+out, as transformers' configuration classes have them.
 """
 
-import json
-import sys
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from minirksc.models.rope import KINDS
-from minirksc.models.spec import ArchSpec, RopeSpec
+from minirksc.models.fields import Fields, load_config, positive
+from minirksc.models.rope_config import read_rope
+from minirksc.models.spec import ArchSpec, LayerSpec, RopeSpec, WeightLayout
 
 from minirksc.errors import CheckpointError, UnsupportedModelError
 
-MAX_CONFIG_BYTES = 10 << 20
-MAX_SIZE = 10**8
-"""No real model has a dimension as large; a config that says so is damaged or hostile."""
+__all__ = ["FAMILIES", "load_config", "spec_from_config"]
 
 MAX_LAYERS = 10_000
-"""Less than MAX_SIZE: a spec and its weight rules have entries for every layer."""
+"""Less than any other size: a spec and its weight rules have entries for every layer."""
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -29,58 +27,11 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu": "gelu",
 }
+GEMMA_ACTIVATIONS = ACTIVATIONS | {"gelu": "gelu_tanh"}
+"""Gemma's first files say "gelu" and mean its tanh form."""
 
-HARMLESS = frozenset(
-    {
-        # read by every family
-        "bos_token_id", "dtype", "eos_token_id", "model_type", "pretraining_tp", "rope_interleaved", "rope_parameters",
-        "rope_scaling", "rope_theta", "tie_word_embeddings", "torch_dtype", "vocab_size",
-        # where the file comes from, and how others run it
-        "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_flash_attn_2_enabled",
-        "_name_or_path", "architectures", "attn_implementation", "cache_implementation", "is_decoder",
-        "is_llama_config", "max_sequence_length", "output_attentions", "output_hidden_states", "return_dict",
-        "tokenizer_class", "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version",
-        "use_cache",
-        # training
-        "attention_dropout", "gradient_checkpointing", "hidden_dropout", "initializer_range", "neftune_noise_alpha",
-        "resid_pdrop",
-        # labels and other tokens
-        "cls_token_id", "decoder_start_token_id", "id2label", "label2id", "mask_token_id", "pad_token_id",
-        "problem_type", "sep_token_id", "unk_token_id",
-        # sampling defaults of old files; generation_config.json is where they are read from
-        "diversity_penalty", "do_sample", "early_stopping", "length_penalty", "max_length", "min_length",
-        "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "repetition_penalty",
-        "temperature", "top_k", "top_p", "typical_p",
-    }
-)  # fmt: skip
-"""Fields that do not change the mathematics, or that every family reads."""
-
-ROPE_FIELDS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+SLIDING, FULL = "sliding_attention", "full_attention"
 Config = Mapping[str, Any]
-
-
-def load_config(folder: Path) -> dict[str, Any]:
-    """Reads config.json.
-
-    Raises:
-        CheckpointError: it is absent, too large, not JSON or not an object.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; a checkpoint folder needs a config.json")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, more than {MAX_CONFIG_BYTES}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(config).__name__}")
-    return config
 
 
 def spec_from_config(config: Config) -> ArchSpec:
@@ -90,165 +41,395 @@ def spec_from_config(config: Config) -> ArchSpec:
         UnsupportedModelError: its family, or something that it asks for, is not implemented.
         CheckpointError: a field is missing or impossible.
     """
+    _refuse_quantised(config)
     model_type = config.get("model_type")
+    if model_type in WRAPPERS:
+        return _unwrapped(config, WRAPPERS[model_type])
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise UnsupportedModelError(f"model_type {model_type!r} is not supported; known: {known}")
-    if config.get("quantization_config"):
-        method = config["quantization_config"]
+        why = f": it has {REFUSED[model_type]}" if model_type in REFUSED else ""
+        known = ", ".join(sorted(FAMILIES | WRAPPERS))
+        raise UnsupportedModelError(f"model_type {model_type!r} is not supported{why}; known: {known}")
+    fields = Fields(config)
+    spec = FAMILIES[model_type](fields)
+    fields.check_all_read()
+    return spec
+
+
+def _unwrapped(config: Config, text_type: str) -> ArchSpec:
+    """The text model inside a multimodal one."""
+    text = config.get("text_config")
+    if not isinstance(text, Mapping):
+        raise CheckpointError(f"config.json of model_type {config['model_type']!r} lacks the object text_config")
+    outer = {name: config[name] for name in ("eos_token_id", "bos_token_id") if config.get(name) is not None}
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", True))
+    spec = spec_from_config({"model_type": text_type, **text, **outer, "tie_word_embeddings": tied})
+    return replace(spec, layout=replace(spec.layout, is_wrapped=True))
+
+
+def _refuse_quantised(config: Config) -> None:
+    if method := config.get("quantization_config"):
         name = method.get("quant_method", method) if isinstance(method, Mapping) else method
         raise UnsupportedModelError(
-            f"the checkpoint is quantised ({name}); only float32, float16 and bfloat16 weights are read"
+            f"the checkpoint is quantised ({name!s:.80}); only float32, float16 and bfloat16 weights are read"
         )
-    return FAMILIES[model_type](config)
 
 
-def _llama(config: Config) -> ArchSpec:
-    """Llama 1 to 3.3, SmolLM2, Falcon3 and others that say `llama`."""
-    own = (
-        "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-        "max_position_embeddings hidden_act rms_norm_eps attention_bias mlp_bias"
-    )
-    _check_unread(config, own)
-    if config.get("pretraining_tp", 1) != 1:
-        raise UnsupportedModelError(f"pretraining_tp {config['pretraining_tp']} is not supported; only 1 is")
-    if config.get("rope_interleaved"):
-        raise UnsupportedModelError("rope_interleaved is not supported")
-    num_layers = _size(config, "num_hidden_layers", limit=MAX_LAYERS)
-    num_heads = _size(config, "num_attention_heads")
-    hidden_size = _size(config, "hidden_size")
-    head_dim = _head_dim(config, hidden_size, num_heads)
-    attention_bias = _flag(config, "attention_bias")
-    return ArchSpec(
-        model_type=config["model_type"],
-        vocab_size=_size(config, "vocab_size"),
-        hidden_size=hidden_size,
-        intermediate_size=_size(config, "intermediate_size"),
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=_size(config, "num_key_value_heads", num_heads),
-        head_dim=head_dim,
-        max_position_embeddings=_size(config, "max_position_embeddings", 2048),
-        activation=_activation(config, "hidden_act"),
-        norm_eps=_number(config, "rms_norm_eps", 1e-6),
-        windows=(None,) * num_layers,
-        ropes=(_rope(config, head_dim, default_theta=10000.0),) * num_layers,
-        tie_word_embeddings=_flag(config, "tie_word_embeddings"),
-        eos_token_ids=_token_ids(config, "eos_token_id"),
-        bos_token_id=next(iter(_token_ids(config, "bos_token_id")), None),
-        query_scale=head_dim**-0.5,
-        qkv_bias=attention_bias,
-        o_bias=attention_bias,
-        mlp_bias=_flag(config, "mlp_bias"),
+# The families
+
+
+def _llama(f: Fields) -> ArchSpec:
+    """Llama 1 to 3.3, SmolLM2, Falcon3 and others that say so: what all others depart from."""
+    f.only("pretraining_tp", 1)
+    f.only("rope_interleaved")
+    return _plain(f, qkv_bias=f.flag("attention_bias"), o_bias=f.flag("attention_bias"), mlp_bias=f.flag("mlp_bias"))
+
+
+def _seed_oss(f: Fields) -> ArchSpec:
+    """Seed-OSS: biases on q, k and v, and a switch of its own for o's."""
+    f.default(head_dim=128, num_key_value_heads=8, max_position_embeddings=524288, attention_bias=True)
+    f.only("pretraining_tp", 1)
+    o_bias, mlp_bias = f.flag("attention_out_bias"), f.flag("mlp_bias")
+    return _plain(f, qkv_bias=f.flag("attention_bias"), o_bias=o_bias, mlp_bias=mlp_bias)
+
+
+def _smollm3(f: Fields) -> ArchSpec:
+    """SmolLM3: every fourth layer has no positions."""
+    f.default(rope_theta=2e6, num_key_value_heads=4, max_position_embeddings=32768, tie_word_embeddings=True)
+    spec = _llama(f)
+    interval = f.size("no_rope_layer_interval", 4)
+    turns = f.per_layer("no_rope_layers", spec.num_layers, (0, 1)) or [
+        int((i + 1) % interval != 0) for i in range(spec.num_layers)
+    ]
+    spec = _with_windows(f, spec, [FULL if turning else SLIDING for turning in turns], f.flag("use_sliding_window"))
+    return _with_ropes(
+        spec, [layer.rope if turning else None for layer, turning in zip(spec.layers, turns, strict=True)]
     )
 
 
-FAMILIES: dict[str, Callable[[Config], ArchSpec]] = {"llama": _llama}
+def _cwm(f: Fields) -> ArchSpec:
+    """Code World Model: three layers with a window to each full one."""
+    f.default(num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-5, sliding_window=8192, rope_theta=1e6)
+    f.default(max_position_embeddings=131072, eos_token_id=[128001, 128008, 128009], bos_token_id=128000)
+    bands = {"factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
+    _default_rope(f, rope_type="llama3", **bands)
+    f.only("pretraining_tp", 1)
+    spec = _plain(f, mlp_bias=f.flag("mlp_bias"))
+    return _with_windows(f, spec, [FULL if i % 4 == 0 else SLIDING for i in range(spec.num_layers)])
 
 
-def _check_unread(config: Config, own: str) -> None:
-    read = HARMLESS | set(own.split())
-    unread = {
-        name: value
-        for name, value in config.items()
-        if name not in read and value not in (None, False, [], {}) and name != "quantization_config"
-    }
-    if unread:
-        listed = ", ".join(f"{name}={value!r:.60}" for name, value in unread.items())
+def _qwen2(f: Fields) -> ArchSpec:
+    """Qwen 2 and 2.5: biases on q, k and v; a window only where a switch asks for it."""
+    f.default(num_key_value_heads=32, max_position_embeddings=32768)
+    return _with_qwen_windows(f, _plain(f, qkv_bias=True))
+
+
+def _qwen3(f: Fields) -> ArchSpec:
+    """Qwen 3: a norm on each head's query and key, no biases, head_dim of its own."""
+    f.default(num_key_value_heads=32, max_position_embeddings=32768, head_dim=128)
+    bias = f.flag("attention_bias")
+    return _with_qwen_windows(f, _plain(f, qkv_bias=bias, o_bias=bias, qk_norm=True))
+
+
+def _mistral(f: Fields, **changes: Any) -> ArchSpec:
+    """Mistral 7B, Nemo, Small: a window in all layers, unless the file says null. Absent it is 4096."""
+    spec = _ministral(f, **changes)
+    if len({layer.window for layer in spec.layers}) > 1:
         raise UnsupportedModelError(
-            f"config.json of model_type {config['model_type']!r} has fields that nothing reads: {listed}; "
-            "they may change what the model computes"
+            f"{f.where}: layer_types mixes windows, which model_type {spec.model_type!r} does not do elsewhere; if the "
+            "model does, its model_type is 'ministral'"
         )
+    return spec
 
 
-def _size(config: Config, name: str, default: int | None = None, limit: int = MAX_SIZE) -> int:
-    value = config.get(name)
-    if value is None:
-        value = default
-    if value is None:
-        raise CheckpointError(f"config.json lacks {name}")
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
-        raise CheckpointError(f"config.json: {name} {value!r:.80} must be an integer from 1 to {limit}")
-    return value
+def _ministral(f: Fields, **changes: Any) -> ArchSpec:
+    """Ministral 8B: Mistral with full layers between those with a window."""
+    f.default(num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)
+    f.default(eos_token_id=2, bos_token_id=1)
+    spec = _plain(f, **changes)
+    return _with_windows(f, spec, [SLIDING] * spec.num_layers)
 
 
-def _head_dim(config: Config, hidden_size: int, num_heads: int) -> int:
-    if config.get("head_dim") is None and hidden_size % num_heads:
+def _ministral3(f: Fields) -> ArchSpec:
+    """Ministral 3: Mistral with YaRN, and queries that grow with the position."""
+    f.default(sliding_window=None, head_dim=128, max_position_embeddings=262144, rms_norm_eps=1e-5)
+    yarn = {"factor": 16.0, "original_max_position_embeddings": 16384, "mscale": 1.0, "mscale_all_dim": 1.0}
+    _default_rope(f, rope_type="yarn", **yarn, rope_theta=1e6, llama_4_scaling_beta=0.1)
+    rope = f.get("rope_parameters") or f.get("rope_scaling")
+    spec = _mistral(f, others=("llama_4_scaling_beta", "max_position_embeddings"))
+    if not isinstance(rope, Mapping) or not rope.get("llama_4_scaling_beta"):
+        return spec
+    beta = positive(rope["llama_4_scaling_beta"], f"{f.where}: llama_4_scaling_beta")
+    length = rope.get("original_max_position_embeddings", spec.max_position_embeddings)
+    return replace(spec, query_growth=(beta, positive(length, f"{f.where}: original_max_position_embeddings")))
+
+
+def _phi3(f: Fields) -> ArchSpec:
+    """Phi-3 and Phi-4-mini: fused projections; only part of each head turns; a factor a pair on long sequences."""
+    f.default(max_position_embeddings=4096, rms_norm_eps=1e-5, eos_token_id=32000, bos_token_id=1)
+    f.default(original_max_position_embeddings=4096)
+    spec = _plain(f, is_partial=True, layout=WeightLayout(fused_qkv=True, fused_gate_up=True))
+    return _with_windows(f, spec, [SLIDING] * spec.num_layers)
+
+
+def _gemma(f: Fields) -> ArchSpec:
+    """Gemma 1: norms by 1 + w, scaled embeddings, tanh-GELU, head_dim of its own."""
+    f.default(num_key_value_heads=16, max_position_embeddings=8192)
+    return _plain_gemma(f)
+
+
+def _gemma2(f: Fields) -> ArchSpec:
+    """Gemma 2: soft caps, a window in every other layer, norms after the branches too."""
+    return replace(_vaultgemma(f), sandwich_norms=True)
+
+
+def _vaultgemma(f: Fields) -> ArchSpec:
+    """VaultGemma: Gemma 2 without the norms after the branches."""
+    f.default(num_key_value_heads=4, max_position_embeddings=8192, sliding_window=4096, query_pre_attn_scalar=256)
+    f.default(attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
+    f.only("sliding_window_size", f.get("sliding_window"))  # said twice in Gemma 2's files
+    spec = _plain_gemma(
+        f,
+        query_scale=f.number("query_pre_attn_scalar") ** -0.5,
+        attn_softcap=f.optional_number("attn_logit_softcapping"),
+        final_softcap=f.optional_number("final_logit_softcapping"),
+        layout=WeightLayout(mlp_norm="pre_feedforward_layernorm"),
+    )
+    return _with_windows(f, spec, [FULL if i % 2 else SLIDING for i in range(spec.num_layers)])
+
+
+def _gemma3(f: Fields) -> ArchSpec:
+    """Gemma 3: norms on queries and keys; five layers with a window, which turn faster, to each full one."""
+    f.default(vocab_size=262208, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26)
+    f.default(num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=131072)
+    f.default(query_pre_attn_scalar=256, sliding_window=4096, rope_theta=1e6, rope_local_base_freq=1e4)
+    f.only("attn_logit_softcapping")  # named in the files, never applied
+    pattern = f.size("sliding_window_pattern", f.size("_sliding_window_pattern", 6))
+    nested = f.get("rope_parameters") or {}
+    spec = _plain_gemma(
+        f,
+        layer_type=FULL,
+        query_scale=f.number("query_pre_attn_scalar") ** -0.5,
+        final_softcap=f.optional_number("final_logit_softcapping"),
+        qk_norm=True,
+        sandwich_norms=True,
+        layout=WeightLayout(mlp_norm="pre_feedforward_layernorm"),
+    )
+    spec = _with_windows(f, spec, [SLIDING if (i + 1) % pattern else FULL for i in range(spec.num_layers)])
+    local = {"rope_theta": f.get("rope_local_base_freq"), **(nested.get(SLIDING) or {})}
+    inner = Fields({"rope_parameters": local}, f"{f.where}: rope_parameters")
+    inner.default(max_position_embeddings=spec.max_position_embeddings)
+    slow, fast = spec.layers[0].rope, read_rope(inner, spec.layers[0].head_dim)
+    return _with_ropes(spec, [slow if layer.window is None else fast for layer in spec.layers])
+
+
+def _gemma4(f: Fields) -> ArchSpec:
+    """Gemma 4, dense, without embeddings a layer: full layers of another shape, plain norms, a number a layer."""
+    f.default(vocab_size=262144, hidden_size=2304, intermediate_size=9216, num_hidden_layers=30)
+    f.default(num_attention_heads=8, num_key_value_heads=4, sliding_window=512, max_position_embeddings=131072)
+    f.default(global_head_dim=512, hidden_size_per_layer_input=256, num_kv_shared_layers=0)
+    for name in ("hidden_size_per_layer_input", "enable_moe_block"):
+        f.only(name, 0)
+    for name in ("vocab_size_per_layer_input", "num_experts", "top_k_experts", "moe_intermediate_size"):
+        f.get(name)  # of parts that are not there
+    nested = f.get("rope_parameters") or {
+        SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+        FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+    }
+    f.default(rope_parameters=nested)
+    spec = _plain_gemma(
+        f,
+        layer_type=SLIDING,
+        query_scale=1.0,
+        final_softcap=f.optional_number("final_logit_softcapping"),
+        norm_offset=0.0,
+        qk_norm=True,
+        v_norm=True,
+        sandwich_norms=True,
+        layer_scale=True,
+        layout=WeightLayout(mlp_norm="pre_feedforward_layernorm"),
+    )
+    spec = _with_windows(f, spec, [SLIDING if (i + 1) % 6 else FULL for i in range(spec.num_layers)])
+    layers = [
+        layer if layer.window is not None else _gemma4_full(f, layer, str(i)) for i, layer in enumerate(spec.layers)
+    ]
+    if layers[-1].window is not None:
+        layers[-1] = _gemma4_full(f, replace(layers[-1], window=None), str(len(layers) - 1))
+    num_own = spec.num_layers - (f.size("num_kv_shared_layers") if f.get("num_kv_shared_layers") else 0)
+    width = 2 if f.flag("use_double_wide_mlp") else 1
+    for i in range(max(num_own, 0), spec.num_layers):
+        source = next((j for j in reversed(range(num_own)) if layers[j].window == layers[i].window), -1)
+        layers[i] = replace(layers[i], kv_layer=source, intermediate_size=width * layers[i].intermediate_size)
+    return replace(spec, layers=tuple(layers))
+
+
+def _gemma4_full(f: Fields, layer: LayerSpec, index: str) -> LayerSpec:
+    """A layer without a window: its head_dim, KV heads and rotation are its own."""
+    value_is_key = f.flag("attention_k_eq_v")
+    own = {"head_dim": f.get("global_head_dim")}
+    if value_is_key:
+        own["num_key_value_heads"] = f.get("num_global_key_value_heads")
+    if "per_layer_config" in f:  # the newer spelling, complete where it is there
+        own = (f.get("per_layer_config") or {}).get(index, {})
+    if not isinstance(own, Mapping) or own.keys() - {"head_dim", "num_key_value_heads"}:
+        raise UnsupportedModelError(f"{f.where}: per_layer_config {own!r:.80} is not supported")
+    shape = Fields(own, f.where)
+    shape.default(head_dim=layer.head_dim, num_key_value_heads=layer.num_kv_heads)
+    head_dim = shape.size("head_dim")
+    return replace(
+        layer,
+        head_dim=head_dim,
+        num_kv_heads=shape.size("num_key_value_heads"),
+        rope=read_rope(f, head_dim, FULL),
+        value_is_key=value_is_key,
+    )
+
+
+def _gemma4_unified(f: Fields) -> ArchSpec:
+    """Gemma 4 without a tower for images and sound: its text model never has embeddings a layer."""
+    f.default(sliding_window=1024, max_position_embeddings=262144, hidden_size_per_layer_input=0)
+    return _gemma4(f)
+
+
+WRAPPERS = {
+    "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "gemma4_unified": "gemma4_unified_text",
+    "mistral3": "mistral",
+}
+"""Multimodal types, and what their text model is where it does not say."""
+
+FAMILIES: dict[str, Callable[[Fields], ArchSpec]] = {
+    "llama": _llama,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "mistral": _mistral,
+    "ministral": _ministral,
+    "ministral3": _ministral3,
+    "gemma": _gemma,
+    "gemma2": _gemma2,
+    "gemma3_text": _gemma3,
+    "gemma4_text": _gemma4,
+    "gemma4_unified_text": _gemma4_unified,
+    "vaultgemma": _vaultgemma,
+    "phi3": _phi3,
+    "smollm3": _smollm3,
+    "cwm": _cwm,
+    "seed_oss": _seed_oss,
+}
+
+EXPERTS, RECURRENT = "a mixture of experts", "recurrent layers"
+REFUSED = {
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "phimoe", "gpt_oss"), EXPERTS),
+    **dict.fromkeys(("llama4", "llama4_text", "ernie4_5_moe", "glm4_moe", "mistral_large4"), EXPERTS),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "mistral4"), f"latent attention and {EXPERTS}"),
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "xlstm"), RECURRENT),
+    **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe"), f"{RECURRENT} (Gated DeltaNet)"),
+    **dict.fromkeys(("jamba", "bamba", "zamba2", "falcon_h1", "nemotron_h", "granitemoehybrid"), RECURRENT),
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), "alternating updates and sparse activations"),
+    **dict.fromkeys(("phi", "starcoder2", "gpt2", "gpt_neox", "opt", "falcon"), "LayerNorm with biases"),
+    "lfm2": "convolutions",
+}
+"""Types that people bring, and which of their properties is not implemented."""
+
+# What they are made of
+
+
+def _plain(
+    f: Fields, *, layer_type: str | None = None, is_partial: bool = False, others: tuple[str, ...] = (), **changes: Any
+) -> ArchSpec:
+    """A Llama of the file's sizes, with the family's values in place of its own.
+
+    Args:
+        f: the file.
+        layer_type: see `read_rope`, as for the next two.
+        is_partial: see there.
+        others: see there.
+        changes: fields of `ArchSpec`.
+    """
+    f.default(hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1e4, max_position_embeddings=2048)
+    num_heads, hidden_size = f.size("num_attention_heads"), f.size("hidden_size")
+    head_dim = _head_dim(f, hidden_size, num_heads)
+    layer = LayerSpec(
+        num_kv_heads=f.size("num_key_value_heads", num_heads),
+        head_dim=head_dim,
+        intermediate_size=f.size("intermediate_size"),
+        rope=read_rope(f, head_dim, layer_type, is_partial=is_partial, others=others),
+    )
+    values: dict[str, Any] = {
+        "model_type": f.get("model_type"),
+        "vocab_size": f.size("vocab_size"),
+        "hidden_size": hidden_size,
+        "num_heads": num_heads,
+        "layers": (layer,) * f.size("num_hidden_layers", limit=MAX_LAYERS),
+        "max_position_embeddings": _max_len(f.size("max_position_embeddings"), layer.rope),
+        "norm_eps": f.number("rms_norm_eps"),
+        "tie_word_embeddings": f.flag("tie_word_embeddings"),
+        "eos_token_ids": f.token_ids("eos_token_id"),
+        "bos_token_id": next(iter(f.token_ids("bos_token_id")), None),
+        "query_scale": head_dim**-0.5,
+        **changes,
+    }
+    if "activation" not in values:
+        values["activation"] = f.choice("hidden_act", ACTIVATIONS)
+    return ArchSpec(**values)
+
+
+def _plain_gemma(f: Fields, **changes: Any) -> ArchSpec:
+    """What all Gemmas have in common."""
+    f.default(head_dim=256, tie_word_embeddings=True, eos_token_id=1, bos_token_id=2)
+    f.default(hidden_act="gelu_pytorch_tanh", hidden_activation=f.get("hidden_act"))
+    f.only("use_bidirectional_attention", "vision")
+    bias = f.flag("attention_bias")
+    values = {
+        "activation": f.choice("hidden_activation" if f.get("hidden_activation") else "hidden_act", GEMMA_ACTIVATIONS),
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "norm_offset": 1.0,
+        "norm_in_float32": True,
+        "embed_scale": f.size("hidden_size") ** 0.5,
+    }
+    return _plain(f, **(values | changes))
+
+
+def _max_len(of_file: int, rope: RopeSpec | None) -> int:
+    """Longest sequence: two kinds of rotation reach beyond the length that the file gives."""
+    if rope is None or rope.kind not in ("dynamic", "yarn"):
+        return of_file
+    return max(of_file, int(rope.number("factor") * rope.number("original_max_position_embeddings")))
+
+
+def _default_rope(f: Fields, **parameters: Any) -> None:
+    if not (f.get("rope_parameters") or f.get("rope_scaling")):
+        f.default(rope_parameters=parameters)
+
+
+def _head_dim(f: Fields, hidden_size: int, num_heads: int) -> int:
+    if f.get("head_dim") is None and hidden_size % num_heads:
         raise CheckpointError(
-            f"config.json: hidden_size {hidden_size} is no multiple of num_attention_heads {num_heads}, and there is "
+            f"{f.where}: hidden_size {hidden_size} is no multiple of num_attention_heads {num_heads}, and there is "
             "no head_dim"
         )
-    return _size(config, "head_dim", hidden_size // num_heads)
+    return f.size("head_dim", hidden_size // num_heads)
 
 
-def _number(config: Config, name: str, default: float | None = None) -> float:
-    value = config.get(name)
-    if value is None:
-        value = default
-    if value is None:
-        raise CheckpointError(f"config.json lacks {name}")
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    # Compared, not converted: an integer may be too large for a float. NaN compares false.
-    if not is_number or not 0 < value <= sys.float_info.max:
-        raise CheckpointError(f"config.json: {name} {value!r:.80} must be a positive number")
-    return float(value)
+def _with_windows(f: Fields, spec: ArchSpec, kinds: Sequence[str], is_on: bool = True) -> ArchSpec:
+    """Gives a window to the layers that slide: those that the file's layer_types name, else those of `kinds`."""
+    window = None if f.get("sliding_window") is None or not is_on else f.size("sliding_window")
+    kinds = f.per_layer("layer_types", spec.num_layers, (FULL, SLIDING)) or kinds
+    layers = [
+        replace(layer, window=window if kind == SLIDING else None)
+        for layer, kind in zip(spec.layers, kinds, strict=True)
+    ]
+    return replace(spec, layers=tuple(layers))
 
 
-def _flag(config: Config, name: str) -> bool:
-    value = config.get(name) or False
-    if not isinstance(value, bool):
-        raise CheckpointError(f"config.json: {name} {value!r:.80} must be true or false")
-    return value
+def _with_qwen_windows(f: Fields, spec: ArchSpec) -> ArchSpec:
+    f.default(sliding_window=4096)
+    first = f.get("max_window_layers", 28)
+    kinds = [SLIDING if i >= first else FULL for i in range(spec.num_layers)]
+    return _with_windows(f, spec, kinds, f.flag("use_sliding_window"))
 
 
-def _activation(config: Config, name: str) -> str:
-    value = config.get(name, "silu")
-    if not isinstance(value, str) or value not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise UnsupportedModelError(f"{name} {value!r:.80} is not supported; known: {known}")
-    return ACTIVATIONS[value]
-
-
-def _token_ids(config: Config, name: str) -> tuple[int, ...]:
-    value = config.get(name)
-    if value is None:
-        return ()
-    values = value if isinstance(value, list) else [value]
-    if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values):
-        raise CheckpointError(f"config.json: {name} {value!r:.80} must be a token id or a list of them")
-    return tuple(values)
-
-
-def _rope(config: Config, head_dim: int, default_theta: float) -> RopeSpec:
-    """Reads both spellings: rope_parameters, or rope_theta with rope_scaling (`type` or `rope_type`)."""
-    spellings = [config[name] for name in ("rope_parameters", "rope_scaling") if config.get(name)] or [{}]
-    ropes = [_rope_from(config, raw, head_dim, default_theta) for raw in spellings]
-    if ropes[0] != ropes[-1]:
-        raise CheckpointError(
-            f"config.json: rope_parameters {spellings[0]!r:.200} and rope_scaling {spellings[-1]!r:.200} contradict "
-            "each other; keep the right one"
-        )
-    return ropes[0]
-
-
-def _rope_from(config: Config, raw: Any, head_dim: int, default_theta: float) -> RopeSpec:
-    if not isinstance(raw, Mapping):
-        raise CheckpointError(f"config.json: rope parameters {raw!r:.80} must be an object")
-    defaults = {
-        "rope_theta": config.get("rope_theta"),
-        "original_max_position_embeddings": config.get("max_position_embeddings"),
-    }
-    merged = defaults | {name: value for name, value in raw.items() if value is not None}
-    kind = merged.get("rope_type") or merged.get("type") or "default"
-    if kind not in KINDS:
-        raise UnsupportedModelError(f"rope type {kind!r:.80} is not supported; known: {', '.join(KINDS)}")
-    needed = ROPE_FIELDS[kind]
-    unread = set(merged) - set(needed) - {"rope_theta", "rope_type", "type"}
-    if unread := unread - {"original_max_position_embeddings"}:
-        raise UnsupportedModelError(f"rope type {kind!r} has parameters that nothing reads: {sorted(unread)}")
-    return RopeSpec(
-        kind=kind,
-        theta=_number(merged, "rope_theta", default_theta),
-        rotary_dim=head_dim,
-        parameters=tuple((name, _number(merged, name)) for name in needed),
-    )
+def _with_ropes(spec: ArchSpec, ropes: Sequence[RopeSpec | None]) -> ArchSpec:
+    layers = [replace(layer, rope=rope) for layer, rope in zip(spec.layers, ropes, strict=True)]
+    return replace(spec, layers=tuple(layers))

@@ -1,45 +1,144 @@
-"""Inverse wavelengths of rotary embeddings, by kind.
+"""Rotary embeddings by kind: how fast each pair of elements turns with the position.
 
-default: theta^(-2i/d). linear: that, divided by `factor` (positions are squeezed). llama3: long wavelengths
-are divided by `factor`, short ones kept, and those between interpolated.
+With d = rotary_dim and i = 0 .. d/2 - 1, pair i turns by theta^(-2i/d) radians a position. What the kinds change:
 
-Source: Su et al. 2021, arXiv 2104.09864; Chen et al. 2023, arXiv 2306.15595 (linear); the Llama 3.1 model
-card's reference code (llama3).
+- linear: divided by `factor`; positions are squeezed.
+- dynamic: beyond the original length L, theta grows with the position p of a token:
+  theta * (f (p + 1) / L - (f - 1))^(d / (d - 2)). Made from the token's own position, keys never change once they
+  are written; a model that is given a long prompt at once elsewhere turns all of them by the prompt's last position.
+- yarn: pairs that turn often within L are kept, slow ones divided by `factor`, those between interpolated.
+- llama3: the same idea with bands of wavelengths.
+- longrope: a factor a pair, from one list up to L and from another for all positions of a longer sequence.
+- proportional: only the first pairs turn, as if all d did; the others stand still.
+
+Source: Su et al. 2021, arXiv 2104.09864; Chen et al. 2023, arXiv 2306.15595 (linear); Peng et al. 2023, arXiv
+2309.00071 (dynamic, yarn); the Llama 3.1 model card's reference code (llama3); Ding et al. 2024, arXiv 2402.13753
+(longrope); transformers' modeling_rope_utils.py (proportional, and the spelling of every parameter).
 """
 
 import math
+from collections.abc import Callable
 
 import torch
+from minirksc.kernels.rope import rope_tables
 from minirksc.models.spec import RopeSpec
 from torch import Tensor
 
 from minirksc.errors import UnsupportedModelError
 
-KINDS = ("default", "linear", "llama3")
 
+class Rotary:
+    """Cosines and sines of one `RopeSpec`.
 
-def inv_freq(rope: RopeSpec) -> Tensor:
-    """Radians per position of each rotated pair: `[rotary_dim / 2]` float32.
+    Args:
+        rope: the spec.
+        device: where tables are made.
 
     Raises:
         UnsupportedModelError: the kind is not implemented.
     """
-    exponents = torch.arange(0, rope.rotary_dim, 2, dtype=torch.int64).float() / rope.rotary_dim
-    base = 1.0 / (rope.theta**exponents)  # [rotary_dim / 2]
-    parameters = dict(rope.parameters)
-    if rope.kind == "default":
-        return base
-    if rope.kind == "linear":
-        return base / parameters["factor"]
-    if rope.kind == "llama3":
-        return _llama3(base, parameters)
-    raise UnsupportedModelError(f"rope type {rope.kind!r} is not implemented; known: {', '.join(KINDS)}")
+
+    def __init__(self, rope: RopeSpec, device: torch.device) -> None:
+        self._rope = rope
+        self._freq = inv_freq(rope).to(device)  # [rotary_dim / 2]
+        self._long_freq = inv_freq(rope, is_long=True).to(device) if rope.kind == "longrope" else None
+
+    def tables(self, positions: Tensor, sequence_lens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Tables for `kernels.rope`.
+
+        Args:
+            positions: `[tokens]` int64.
+            sequence_lens: `[tokens]` int64, known length of each token's sequence.
+            dtype: of the result.
+
+        Returns:
+            (cos, sin), each `[tokens, 1, rotary_dim]`.
+        """
+        freq = self._freq
+        if self._rope.kind == "dynamic":
+            freq = _dynamic(self._rope, positions)  # [tokens, rotary_dim / 2]
+        elif self._long_freq is not None:
+            is_long = sequence_lens > self._rope.number("original_max_position_embeddings")
+            freq = torch.where(is_long[:, None], self._long_freq, freq)  # [tokens, rotary_dim / 2]
+        return rope_tables(positions, freq, self._rope.attention_factor, dtype)
 
 
-def _llama3(base: Tensor, parameters: dict[str, float]) -> Tensor:
-    factor, original = parameters["factor"], parameters["original_max_position_embeddings"]
-    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+def inv_freq(rope: RopeSpec, is_long: bool = False) -> Tensor:
+    """Radians per position of each rotated pair: `[rotary_dim / 2]` float32.
+
+    Args:
+        rope: the spec.
+        is_long: of a sequence beyond the original length, where the kind makes a difference.
+
+    Raises:
+        UnsupportedModelError: the kind is not implemented.
+    """
+    if rope.kind not in KINDS:
+        raise UnsupportedModelError(f"rope type {rope.kind!r} is not implemented; known: {', '.join(KINDS)}")
+    if rope.kind == "longrope":
+        factors = torch.tensor(rope.numbers("long_factor" if is_long else "short_factor"))
+        return 1.0 / (factors * rope.theta ** _exponents(rope))
+    return KINDS[rope.kind](rope, 1.0 / (rope.theta ** _exponents(rope)))
+
+
+def _exponents(rope: RopeSpec) -> Tensor:
+    return torch.arange(0, rope.rotary_dim, 2, dtype=torch.int64).float() / rope.rotary_dim
+
+
+def _plain(rope: RopeSpec, base: Tensor) -> Tensor:
+    return base
+
+
+def _linear(rope: RopeSpec, base: Tensor) -> Tensor:
+    return base / rope.number("factor")
+
+
+def _dynamic(rope: RopeSpec, positions: Tensor) -> Tensor:
+    """`[tokens, rotary_dim / 2]`: each token's own."""
+    factor, original, dim = rope.number("factor"), rope.number("original_max_position_embeddings"), rope.rotary_dim
+    length = (positions + 1).clamp(min=int(original)).float()
+    theta = rope.theta * (factor * length / original - (factor - 1)) ** (dim / (dim - 2))  # [tokens]
+    return 1.0 / (theta[:, None] ** _exponents(rope).to(positions.device))
+
+
+def _yarn(rope: RopeSpec, base: Tensor) -> Tensor:
+    dim, original = rope.rotary_dim, rope.number("original_max_position_embeddings")
+
+    def pair_that_turns(times: float) -> float:
+        """Index, as a fraction, of the pair that turns so often within the original length."""
+        return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = pair_that_turns(rope.number("beta_fast")), pair_that_turns(rope.number("beta_slow"))
+    if rope.number("truncate"):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    high += 0.001 if low == high else 0.0
+    slow = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)  # 0: fast, 1: slow
+    return base / rope.number("factor") * slow + base * (1 - slow)
+
+
+def _llama3(rope: RopeSpec, base: Tensor) -> Tensor:
+    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
     wavelength = 2 * math.pi / base
+    original = rope.number("original_max_position_embeddings")
     blend = ((original / wavelength - low) / (high - low)).clamp(0, 1)  # 0: long wave, 1: short wave
     # In this order, so that each result is to the bit what transformers computes.
-    return (1 - blend) * base / factor + blend * base
+    return (1 - blend) * base / rope.number("factor") + blend * base
+
+
+def _proportional(rope: RopeSpec, base: Tensor) -> Tensor:
+    num_turning = int(rope.number("partial_rotary_factor") * rope.rotary_dim // 2)
+    still = torch.zeros(rope.rotary_dim // 2 - num_turning)
+    return torch.cat((base[:num_turning], still)) / rope.number("factor")
+
+
+KINDS: dict[str, Callable[[RopeSpec, Tensor], Tensor]] = {
+    "default": _plain,
+    "linear": _linear,
+    "dynamic": _plain,
+    "yarn": _yarn,
+    "llama3": _llama3,
+    "longrope": _plain,
+    "proportional": _proportional,
+}
+"""From the plain radians a position to the kind's own. Dynamic and longrope depend on more: see `Rotary`."""

@@ -5,7 +5,7 @@ config.json; nothing in here knows a family by name.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from minirksc.errors import CheckpointError
 
@@ -17,7 +17,7 @@ class RopeSpec:
     """How a layer turns positions into rotations; see `rope.py` for the formulas.
 
     Attributes:
-        kind: "default", "linear" or "llama3"; other kinds arrive with the families that use them.
+        kind: a key of `rope.KINDS`.
         theta: base of the wavelengths.
         rotary_dim: leading elements of each head that are rotated.
         parameters: what the kind needs, as (name, value) pairs, so that equal specs are equal keys.
@@ -27,7 +27,7 @@ class RopeSpec:
     kind: str
     theta: float
     rotary_dim: int
-    parameters: tuple[tuple[str, float], ...] = ()
+    parameters: tuple[tuple[str, float | tuple[float, ...]], ...] = ()
     attention_factor: float = 1.0
 
     def __post_init__(self) -> None:
@@ -36,10 +36,73 @@ class RopeSpec:
         for name, value in (("rope_theta", self.theta), ("attention_factor", self.attention_factor)):
             if not (value > 0 and math.isfinite(value)):
                 raise CheckpointError(f"{self.kind} rope: {name} {value} must be positive and finite")
-        bands = dict(self.parameters)
-        low, high = bands.get("low_freq_factor", 0.0), bands.get("high_freq_factor", 0.0)
-        if self.kind == "llama3" and not low < high:
+        if self.kind == "llama3" and not self.number("low_freq_factor", 0) < self.number("high_freq_factor", 0):
+            low, high = self.number("low_freq_factor", 0), self.number("high_freq_factor", 0)
             raise CheckpointError(f"llama3 rope: low_freq_factor {low} must be less than high_freq_factor {high}")
+        if self.kind == "longrope":
+            for name in ("short_factor", "long_factor"):
+                if len(self.numbers(name)) != self.rotary_dim // 2:
+                    raise CheckpointError(
+                        f"longrope: {name} has {len(self.numbers(name))} entries, {self.rotary_dim // 2} pairs rotate"
+                    )
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A parameter that is one number."""
+        value = dict(self.parameters).get(name, default)
+        assert isinstance(value, int | float), name
+        return value
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """A parameter that is a list of numbers; () when it is absent."""
+        value = dict(self.parameters).get(name, ())
+        assert isinstance(value, tuple), name
+        return value
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What may differ from layer to layer.
+
+    Attributes:
+        num_kv_heads, head_dim: of its keys and values.
+        intermediate_size: width of its MLP.
+        rope: None for a layer without positions.
+        window: how many latest keys a query sees, its own included; None for all.
+        value_is_key: the value is the key before its norm and rotation; there is no projection for it.
+        kv_layer: index of the earlier layer whose keys and values it reads; None: it has its own.
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rope: RopeSpec | None
+    window: int | None = None
+    value_is_key: bool = False
+    kv_layer: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_kv_heads", "head_dim", "intermediate_size", "window"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise CheckpointError(f"{name} {getattr(self, name)} must be positive")
+        if self.rope is not None and self.rope.rotary_dim > self.head_dim:
+            raise CheckpointError(f"rotary dimension {self.rope.rotary_dim} is more than head_dim {self.head_dim}")
+
+
+@dataclass(frozen=True)
+class WeightLayout:
+    """How a checkpoint names and cuts the tensors of a model.
+
+    Attributes:
+        fused_qkv: q, k and v are one tensor, `qkv_proj`.
+        fused_gate_up: gate and up are one tensor, `gate_up_proj`.
+        mlp_norm: name of the norm before the MLP.
+        is_wrapped: the text model is part of a larger one, whose other tensors are skipped.
+    """
+
+    fused_qkv: bool = False
+    fused_gate_up: bool = False
+    mlp_norm: str = "post_attention_layernorm"
+    is_wrapped: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,78 +111,103 @@ class ArchSpec:
 
     Attributes:
         model_type: config.json's name for the family, for messages only.
-        vocab_size, hidden_size, intermediate_size, num_layers: sizes.
-        num_heads, num_kv_heads, head_dim: attention; num_heads / num_kv_heads queries share a KV head.
+        vocab_size, hidden_size: sizes.
+        num_heads: query heads of every layer; num_heads / num_kv_heads of them share a KV head.
+        layers: one entry a layer.
         max_position_embeddings: longest sequence that the model was made for.
         activation: "silu", "gelu_tanh" or "gelu".
         norm_eps: added to the mean square.
-        windows: per layer, how many latest keys a query sees; None for all.
-        ropes: per layer; None for a layer without positions.
         tie_word_embeddings: the head is the embedding.
         eos_token_ids: end a generation.
         bos_token_id: begins a prompt; None when the model has none.
         query_scale: multiplied to attention scores.
+        query_growth: (beta, length): queries at position p are multiplied by 1 + beta * ln(1 + floor(p / length)).
         norm_offset: added to every norm weight (Gemma's 1 + w).
+        norm_in_float32: norm weights are applied before the cast to the model's dtype, not after it.
         qkv_bias, o_bias, mlp_bias: which projections have one.
-        qk_norm, v_norm: norms on each head's query and key, or value.
+        qk_norm, v_norm: norms on each head's query and key, or value; the value's has no weight.
         sandwich_norms: a second norm on each branch's output, before it is added.
-        embed_scale: multiplied to embeddings.
+        layer_scale: each layer's output is multiplied by a number of its own.
+        embed_scale: multiplied to embeddings, rounded to the model's dtype.
         attn_softcap, final_softcap: c * tanh(x / c) on scores or logits; None for none.
+        layout: of the checkpoint; changes nothing that is computed.
     """
 
     model_type: str
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
-    num_layers: int
     num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    layers: tuple[LayerSpec, ...]
     max_position_embeddings: int
     activation: str
     norm_eps: float
-    windows: tuple[int | None, ...]
-    ropes: tuple[RopeSpec | None, ...]
     tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     query_scale: float
+    query_growth: tuple[float, float] | None = None
     norm_offset: float = 0.0
+    norm_in_float32: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
     v_norm: bool = False
     sandwich_norms: bool = False
+    layer_scale: bool = False
     embed_scale: float = 1.0
     attn_softcap: float | None = None
     final_softcap: float | None = None
+    layout: WeightLayout = field(default_factory=WeightLayout)
 
     def __post_init__(self) -> None:
         for name in (
-            *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"),
-            *("head_dim", "max_position_embeddings", "norm_eps"),
+            *("vocab_size", "hidden_size", "num_layers", "num_heads", "max_position_embeddings"),
+            *("norm_eps", "query_scale", "embed_scale"),
         ):
             if not getattr(self, name) > 0:
                 raise CheckpointError(f"{name} {getattr(self, name)} must be positive")
+        for name in ("attn_softcap", "final_softcap"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise CheckpointError(f"{name} {getattr(self, name)} must be positive")
         if self.activation not in ACTIVATIONS:
             raise CheckpointError(f"activation {self.activation!r} is none of {', '.join(ACTIVATIONS)}")
-        if self.num_heads % self.num_kv_heads:
-            raise CheckpointError(f"{self.num_heads} attention heads cannot share {self.num_kv_heads} KV heads evenly")
-        if not len(self.windows) == len(self.ropes) == self.num_layers:
+        for index, layer in enumerate(self.layers):
+            if self.num_heads % layer.num_kv_heads:
+                raise CheckpointError(
+                    f"{self.num_heads} attention heads cannot share {layer.num_kv_heads} KV heads evenly"
+                )
+            if layer.kv_layer is not None:
+                self._check_shared(index, layer, layer.kv_layer)
+
+    def _check_shared(self, index: int, layer: LayerSpec, source: int) -> None:
+        if not 0 <= source < index or self.layers[source].kv_layer is not None:
+            raise CheckpointError(f"layer {index} cannot read the keys and values of layer {source}")
+        other = self.layers[source]
+        if (layer.num_kv_heads, layer.head_dim, layer.window) != (other.num_kv_heads, other.head_dim, other.window):
             raise CheckpointError(
-                f"{self.num_layers} layers, but {len(self.windows)} windows and {len(self.ropes)} ropes"
+                f"layer {index} reads the keys and values of layer {source}, which is of another kind"
             )
-        for rope in self.ropes:
-            if rope is not None and rope.rotary_dim > self.head_dim:
-                raise CheckpointError(f"rotary dimension {rope.rotary_dim} is more than head_dim {self.head_dim}")
 
     @property
-    def q_size(self) -> int:
-        """Width of all query heads together."""
-        return self.num_heads * self.head_dim
+    def num_layers(self) -> int:
+        """How many layers."""
+        return len(self.layers)
 
     @property
-    def kv_size(self) -> int:
-        """Width of all key heads together, and of all value heads."""
-        return self.num_kv_heads * self.head_dim
+    def switch_len(self) -> int | None:
+        """Longest sequence of the short rotations; all positions of a longer one rotate otherwise. None: all alike."""
+        lengths = {
+            int(layer.rope.number("original_max_position_embeddings"))
+            for layer in self.layers
+            if layer.rope is not None and layer.rope.kind == "longrope"
+        }
+        return min(lengths, default=None)
+
+    @property
+    def retained_window(self) -> int | None:
+        """Tokens that the layers with a window keep, where others keep all; None: every layer keeps all."""
+        windows = {layer.window for layer in self.layers}
+        if None not in windows or len(windows) == 1:
+            return None
+        return max(window for window in windows if window is not None)

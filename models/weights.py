@@ -6,18 +6,29 @@ in layer order, each read straight into its place in a merged tensor.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from minirksc.models.safetensors_file import DTYPES, TensorEntry, read_entries, read_into
-from minirksc.models.spec import ArchSpec
+from minirksc.models.spec import ArchSpec, LayerSpec
 from torch import Tensor
 
 from minirksc.errors import CheckpointError
 
+HEAD = "lm_head.weight"
 SKIPPED_SUFFIXES = (".rotary_emb.inv_freq",)
 """Tensors that old checkpoints carry and that follow from the config."""
+
+WRAPPED = {
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "model.language_model.": "model.",
+    "lm_head.": "lm_head.",
+}
+"""Where a multimodal checkpoint keeps its text model, and what the model's tensors are called alone."""
+
+COMPARED_NUMBERS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -55,47 +66,68 @@ class CheckpointReport:
     skipped: tuple[str, ...]
 
 
-def weight_rules(spec: ArchSpec) -> list[WeightRule]:
-    """The rules of a spec, in the order in which the decoder takes its parameters."""
-    hidden = spec.hidden_size
-    embed = (spec.vocab_size, hidden)
-    rules = [WeightRule("embed.weight", (("model.embed_tokens.weight", embed),))]
-    for layer in range(spec.num_layers):
-        rules += _layer_rules(spec, f"layers.{layer}.", f"model.layers.{layer}.")
-    rules.append(WeightRule("norm.weight", (("model.norm.weight", (hidden,)),)))
-    if not spec.tie_word_embeddings:
-        rules.append(WeightRule("lm_head.weight", (("lm_head.weight", embed),)))
+def weight_rules(spec: ArchSpec, has_own_head: bool = False) -> list[WeightRule]:
+    """The rules of a spec, in the order in which the decoder takes its parameters.
+
+    Args:
+        spec: the architecture.
+        has_own_head: the checkpoint has a head although its config ties it to the embedding.
+    """
+    embed = (spec.vocab_size, spec.hidden_size)
+    rules = [_rule("embed.weight", ("model.embed_tokens.weight", embed))]
+    for index, layer in enumerate(spec.layers):
+        rules += _layer_rules(spec, layer, f"layers.{index}.", f"model.layers.{index}.")
+    rules.append(_rule("norm.weight", ("model.norm.weight", (spec.hidden_size,))))
+    if has_own_head or not spec.tie_word_embeddings:
+        rules.append(_rule("lm_head.weight", (HEAD, embed)))
     return rules
 
 
-def _layer_rules(spec: ArchSpec, to: str, source: str) -> list[WeightRule]:
-    hidden, inner = spec.hidden_size, spec.intermediate_size
-    # parameter: (has a bias, parts of (checkpoint name, rows), columns)
-    linears: list[tuple[str, bool, list[tuple[str, int]], int]] = [
-        (
-            "qkv",
-            spec.qkv_bias,
-            [
-                ("self_attn.q_proj", spec.q_size),
-                ("self_attn.k_proj", spec.kv_size),
-                ("self_attn.v_proj", spec.kv_size),
-            ],
-            hidden,
-        ),
-        ("o", spec.o_bias, [("self_attn.o_proj", hidden)], spec.q_size),
-        ("gate_up", spec.mlp_bias, [("mlp.gate_proj", inner), ("mlp.up_proj", inner)], hidden),
-        ("down", spec.mlp_bias, [("mlp.down_proj", hidden)], inner),
-    ]
-    rules = [
-        WeightRule(f"{to}attn_norm.weight", ((f"{source}input_layernorm.weight", (hidden,)),)),
-        WeightRule(f"{to}mlp_norm.weight", ((f"{source}post_attention_layernorm.weight", (hidden,)),)),
-    ]
-    for name, has_bias, parts, columns in linears:
-        weight = tuple((f"{source}{part}.weight", (rows, columns)) for part, rows in parts)
-        rules.append(WeightRule(f"{to}{name}.weight", weight))
+def _rule(parameter: str, *sources: tuple[str, tuple[int, ...]]) -> WeightRule:
+    return WeightRule(parameter, sources)
+
+
+def _layer_rules(spec: ArchSpec, layer: LayerSpec, to: str, source: str) -> list[WeightRule]:
+    hidden, inner, layout = spec.hidden_size, layer.intermediate_size, spec.layout
+    q_size, kv_size = spec.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
+    kv_parts = [("k_proj", kv_size), ("v_proj", kv_size)]
+    if layer.kv_layer is not None:
+        kv_parts = []
+    elif layer.value_is_key:
+        kv_parts = kv_parts[:1]
+    qkv, gate_up = [("q_proj", q_size), *kv_parts], [("gate_proj", inner), ("up_proj", inner)]
+    if layout.fused_qkv:
+        qkv = [("qkv_proj", sum(rows for _, rows in qkv))]
+    if layout.fused_gate_up:
+        gate_up = [("gate_up_proj", 2 * inner)]
+
+    def norm(name: str, of: str, size: int = hidden) -> WeightRule:
+        return _rule(f"{to}{name}.weight", (f"{source}{of}.weight", (size,)))
+
+    rules = [norm("attn_norm", "input_layernorm"), norm("mlp_norm", layout.mlp_norm)]
+    if spec.sandwich_norms:
+        rules.append(norm("attn_post_norm", "post_attention_layernorm"))
+        rules.append(norm("mlp_post_norm", "post_feedforward_layernorm"))
+    if spec.qk_norm:
+        rules.append(norm("q_norm", "self_attn.q_norm", layer.head_dim))
+        if layer.kv_layer is None:
+            rules.append(norm("k_norm", "self_attn.k_norm", layer.head_dim))
+    if spec.layer_scale:
+        rules.append(_rule(f"{to}scale", (f"{source}layer_scalar", (1,))))
+    # parameter: (module that it is in, parts of (name, rows), columns, whether it has a bias)
+    linears = {
+        "qkv": ("self_attn", qkv, hidden, spec.qkv_bias),
+        "o": ("self_attn", [("o_proj", hidden)], q_size, spec.o_bias),
+        "gate_up": ("mlp", gate_up, hidden, spec.mlp_bias),
+        "down": ("mlp", [("down_proj", hidden)], inner, spec.mlp_bias),
+    }
+    for name, (module, parts, columns, has_bias) in linears.items():
+        weights = [(f"{source}{module}.{part}.weight", (rows, columns)) for part, rows in parts]
+        rules.append(_rule(f"{to}{name}.weight", *weights))
         if has_bias:
-            bias = tuple((f"{source}{part}.bias", (rows,)) for part, rows in parts)
-            rules.append(WeightRule(f"{to}{name}.bias", bias))
+            rules.append(
+                _rule(f"{to}{name}.bias", *((f"{source}{module}.{part}.bias", (rows,)) for part, rows in parts))
+            )
     return rules
 
 
@@ -105,33 +137,80 @@ def iter_weights(folder: Path, spec: ArchSpec, dtype: torch.dtype) -> Iterator[t
     Raises:
         CheckpointError: files are damaged or absent, or tensors do not fit the spec; lists all of them.
     """
-    entries = read_entries(folder)
-    rules = weight_rules(spec)
+    entries, _ = _entries(folder, spec)
+    rules = weight_rules(spec, _has_own_head(entries, spec))
     _check(entries, rules, spec)
     return _stream(entries, rules, dtype)
 
 
 def checkpoint_report(folder: Path, spec: ArchSpec) -> CheckpointReport:
-    """What the decoder would use and skip; reads headers only.
+    """What the decoder would use and skip; reads headers, and both heads where there are two.
 
     Raises:
         CheckpointError: as `iter_weights`.
     """
-    entries = read_entries(folder)
-    rules = weight_rules(spec)
+    entries, foreign = _entries(folder, spec)
+    rules = weight_rules(spec, _has_own_head(entries, spec))
     skipped = _check(entries, rules, spec)
     used = [entries[name] for rule in rules for name, _ in rule.sources]
     return CheckpointReport(
         num_tensors=len(used),
         num_parameters=sum(math.prod(entry.shape) for entry in used),
         num_bytes=sum(entry.end - entry.begin for entry in used),
-        skipped=tuple(skipped),
+        skipped=(*skipped, *foreign),
     )
+
+
+def _entries(folder: Path, spec: ArchSpec) -> tuple[dict[str, TensorEntry], list[str]]:
+    """(tensors of the text model by the names that it has alone, names of all others)."""
+    entries = read_entries(folder)
+    if not spec.layout.is_wrapped:
+        return entries, []
+    own: dict[str, TensorEntry] = {}
+    foreign = []
+    for name, entry in entries.items():
+        inner = next((to + name.removeprefix(begin) for begin, to in WRAPPED.items() if name.startswith(begin)), None)
+        if inner is None:
+            foreign.append(name)
+        else:
+            own[inner] = entry
+    return own, foreign
+
+
+def _has_own_head(entries: dict[str, TensorEntry], spec: ArchSpec) -> bool:
+    """Whether a checkpoint that ties its head by its config has another one all the same.
+
+    Some files keep a copy of the embedding under the head's name; where the two differ the config is wrong.
+    """
+    head, embed = entries.get(HEAD), entries.get("model.embed_tokens.weight")
+    if not spec.tie_word_embeddings or head is None or embed is None or head.shape != embed.shape:
+        return False
+    rows = max(1, COMPARED_NUMBERS // embed.shape[1])
+    return any(
+        not torch.equal(_rows(head, begin, rows), _rows(embed, begin, rows)) for begin in range(0, embed.shape[0], rows)
+    )
+
+
+def _rows(entry: TensorEntry, begin: int, num_rows: int) -> Tensor:
+    """`[at most num_rows, columns]` of a matrix, as stored."""
+    columns = entry.shape[1]
+    end = min(begin + num_rows, entry.shape[0])
+    row_bytes = (entry.end - entry.begin) // max(entry.shape[0], 1)
+    part = replace(
+        entry,
+        shape=(end - begin, columns),
+        begin=entry.begin + begin * row_bytes,
+        end=entry.begin + end * row_bytes,
+    )
+    out = torch.empty(part.shape, dtype=DTYPES.get(entry.dtype, torch.float32))
+    read_into(part, out)
+    return out
 
 
 def _check(entries: dict[str, TensorEntry], rules: list[WeightRule], spec: ArchSpec) -> list[str]:
     """Raises one error with everything that does not fit; returns the names that are skipped by rule."""
     expected = {name: shape for rule in rules for name, shape in rule.sources}
+    unused = _unused(spec)
     problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in entries]
     skipped = []
     for name, entry in entries.items():
@@ -141,7 +220,7 @@ def _check(entries: dict[str, TensorEntry], rules: list[WeightRule], spec: ArchS
                 problems.append(f"mis-shaped {where}: {list(entry.shape)}, the config asks for {list(expected[name])}")
             if entry.dtype not in DTYPES:
                 problems.append(f"unsupported dtype {entry.dtype} of {where}; known: {', '.join(DTYPES)}")
-        elif name.endswith(SKIPPED_SUFFIXES) or (spec.tie_word_embeddings and name == "lm_head.weight"):
+        elif name.endswith(SKIPPED_SUFFIXES) or name in unused:
             skipped.append(name)
         else:
             problems.append(f"unexpected {where}")
@@ -150,6 +229,16 @@ def _check(entries: dict[str, TensorEntry], rules: list[WeightRule], spec: ArchS
         listed = "\n  ".join(problems)
         raise CheckpointError(f"the tensors of {files} do not fit config.json ({len(problems)} problems):\n  {listed}")
     return skipped
+
+
+def _unused(spec: ArchSpec) -> set[str]:
+    """Tensors that some checkpoints carry and the spec has no use for."""
+    unused = {HEAD} if spec.tie_word_embeddings else set()
+    for index, layer in enumerate(spec.layers):
+        if layer.kv_layer is not None:
+            names = ("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias", "k_norm.weight")
+            unused |= {f"model.layers.{index}.self_attn.{name}" for name in names}
+    return unused
 
 
 def _stream(

@@ -1,0 +1,149 @@
+"""Greedy tokens are the same in every situation that must not change them, for every kind of window and rotation."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+from minirksc import LLM, SamplingParams
+
+pytest.importorskip("transformers")
+sys.path.append(str(Path(__file__).parent))  # in importlib mode pytest does not add it
+zoo, rows = importlib.import_module("zoo"), importlib.import_module("zoo_rows")
+
+pytestmark = pytest.mark.oracle
+NEW_TOKENS = 24
+GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
+ROOT = zoo.make_prompt(21)  # beyond every window, within every original length
+TAILS = [zoo.make_prompt(length, length) for length in (1, 9, 16, 35)]  # some begin, some end beyond the latter
+PROMPTS = [ROOT + tail for tail in TAILS]
+
+ROW_IDS = [
+    "llama-dynamic",
+    "llama-yarn",
+    "qwen2-sliding",
+    "mistral-window",
+    "ministral3-yarn",
+    "gemma2-softcaps",
+    "gemma3_text-linear",
+    "gemma4_text-k-is-v",
+    "gemma4_text-shared-kv",
+    "phi3-longrope",
+    "phi3-longrope-published",
+    "smollm3-sliding",
+    "cwm-default",
+]
+
+
+@pytest.fixture(scope="session")
+def zoo_dir(tmp_path_factory):
+    """Where all tests of the session find the checkpoints that one of them has built."""
+    return tmp_path_factory.getbasetemp() / "zoo"
+
+
+@pytest.fixture(scope="module", params=ROW_IDS)
+def case(request, zoo_dir):
+    """(folder, tokens that each prompt alone gives in the plainest engine)."""
+    row = rows.BY_ID[request.param]
+    folder = zoo.build(row, zoo_dir / row.id)
+    with open_llm(folder, backend="reference", prefix_caching=False) as llm:
+        alone = [tokens(llm.generate([prompt], GREEDY))[0] for prompt in PROMPTS]
+    assert all(len(set(one)) > 4 for one in alone)  # a model that repeats itself would prove little
+    return folder, alone
+
+
+def open_llm(folder, **options):
+    return LLM(folder, **{"kv_cache_bytes": "8MiB", "dtype": "float32", **options})
+
+
+def tokens(outputs):
+    return [out.outputs[0].token_ids for out in outputs]
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+def test_alone_batched_and_cached(case, block_size, backend):
+    folder, expected = case
+    with open_llm(folder, block_size=block_size, backend=backend) as llm:
+        assert tokens(llm.generate(PROMPTS[:1], GREEDY)) == expected[:1]
+        llm.reset_prefix_cache()
+        assert tokens(llm.generate(PROMPTS, GREEDY)) == expected
+        cached = llm.generate(PROMPTS, GREEDY)
+        assert tokens(cached) == expected
+        assert any(output.num_cached_tokens for output in cached)
+        llm.engine.blocks.check_integrity()
+
+
+@pytest.mark.parametrize("max_batch_tokens", [1, 7])
+def test_chunked_prefill(case, max_batch_tokens):
+    folder, expected = case
+    with open_llm(folder, max_batch_tokens=max_batch_tokens, block_size=4) as llm:
+        assert tokens(llm.generate(PROMPTS, GREEDY)) == expected
+        llm.engine.blocks.check_integrity()
+
+
+def test_logits_of_chunks_are_those_of_the_whole(case):
+    folder, _ = case
+    whole, prompt = [], zoo.make_prompt(zoo.LONG)
+    for max_batch_tokens in (2048, 13):
+        with open_llm(folder, max_batch_tokens=max_batch_tokens) as llm:
+            whole.append(llm.logits(prompt))
+    assert (whole[0] - whole[1]).abs().max() < 1e-4 * min(1.0, whole[0].std().item())
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+def test_forked(case, block_size):
+    """The branches go beyond the original length one after the other, the root stays within it."""
+    folder, expected = case
+    with open_llm(folder, block_size=block_size) as llm:
+        root = llm.branch(ROOT)
+        kids = root.fork(len(TAILS))
+        for kid, tail in zip(kids, TAILS, strict=True):
+            kid.append(tail)
+        llm.extend(kids, GREEDY)
+        assert [kid.output_token_ids for kid in kids] == expected
+        llm.engine.blocks.check_integrity()
+        again = root.fork(1)[0]  # what the branches wrote is not the root's
+        again.append(TAILS[1])
+        llm.extend([again], GREEDY)
+        assert again.output_token_ids == expected[1]
+        llm.engine.blocks.check_integrity()
+
+
+def test_forked_while_decoding(case):
+    folder, expected = case
+    half = SamplingParams(temperature=0, max_tokens=NEW_TOKENS // 2, ignore_eos=True, detokenize=False)
+    with open_llm(folder, block_size=4) as llm:
+        branch = llm.branch(PROMPTS[1])
+        llm.extend([branch], half)
+        kids = branch.fork(3)
+        kids[1].append([5, 6, 7])
+        llm.extend(kids, half)
+        assert branch.output_token_ids == expected[1][: NEW_TOKENS // 2]
+        for kid in (kids[0], kids[2]):
+            assert kid.output_token_ids[-NEW_TOKENS // 2 :] == expected[1][NEW_TOKENS // 2 :]
+        llm.engine.blocks.check_integrity()
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_preempted(case, prefix_caching):
+    folder, expected = case
+    num_blocks = (max(map(len, PROMPTS)) + NEW_TOKENS) // 4 + 6  # one request and little more
+    options = {"block_size": 4, "prefix_caching": prefix_caching, "kv_cache_bytes": smallest_pool(folder, num_blocks)}
+    with open_llm(folder, **options) as llm:
+        assert tokens(llm.generate(PROMPTS, GREEDY)) == expected
+        # Longrope starts requests anew at the original length, which may make all the room that is needed.
+        assert llm.stats()["num_preemptions"] > 0 or llm.spec.switch_len is not None
+        assert llm.stats()["num_blocks_used"] == 0
+        llm.engine.blocks.check_integrity()
+
+
+def smallest_pool(folder, num_blocks):
+    """Bytes of a cache with so many blocks of 4 tokens."""
+    num_bytes = 1 << 16  # enough for any window, too little for so many blocks
+    while True:
+        with open_llm(folder, block_size=4, kv_cache_bytes=num_bytes) as llm:
+            if llm.stats()["num_blocks_total"] >= num_blocks:
+                return num_bytes
+        num_bytes += num_bytes // 16
