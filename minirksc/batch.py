@@ -1,12 +1,13 @@
 """From a schedule to the tensors of one forward pass."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from minirksc.kernels.paged_attention import AttentionBatch
-from minirksc.rsbcm import BlockManager
+from minirksc.rsbcm import BlockCopy, BlockManager
 from minirksc.scheduler import Schedule, ScheduledRequest
 
 
@@ -27,39 +28,46 @@ class ForwardBatch:
     Attributes:
         token_ids: `[tokens]` int64.
         positions: `[tokens]` int64, place of each token in its sequence.
-        slots: `[tokens]` int64, block_id * block_size + offset.
-        attention: where queries and keys are.
+        sequence_lens: `[tokens]` int64, known length of each token's sequence, tokens of later steps included.
+        attention: where queries and keys are, by the window of the layers.
         logits_rows: `[rows]` int64, tokens whose logits are computed; None: all of them.
         wanted: whose logits these are, in order.
-        copies: (source, destination) blocks to copy before anything is written.
+        copies: blocks to copy before anything is written.
     """
 
     token_ids: Tensor
     positions: Tensor
-    slots: Tensor
-    attention: AttentionBatch
+    sequence_lens: Tensor
+    attention: dict[int | None, AttentionBatch]
     logits_rows: Tensor | None
     wanted: list[LogitsRows]
-    copies: list[tuple[int, int]]
+    copies: list[BlockCopy]
 
 
-def build_batch(step: Schedule, blocks: BlockManager, device: torch.device) -> ForwardBatch:
-    """Flattens what the scheduler chose."""
-    size = blocks.block_size
+def build_batch(
+    step: Schedule, blocks: BlockManager, windows: Collection[int | None], device: torch.device
+) -> ForwardBatch:
+    """Flattens what the scheduler chose.
+
+    Args:
+        step: the schedule.
+        blocks: whose tables the sequences are in.
+        windows: those of the model's layers.
+        device: of the tensors.
+    """
     token_ids: list[int] = []
     positions: list[int] = []
-    slots: list[int] = []
+    sequence_lens: list[int] = []
     cu_seqlens_q = [0]
     logits_rows: list[int] = []
     wanted: list[LogitsRows] = []
     for item in step.scheduled:
-        sequence = item.request.sequence
+        tokens = item.request.sequence.token_ids
         end = item.first + item.num_tokens
-        table = blocks.block_table(sequence.seq_id)
         row = len(token_ids)
-        token_ids += sequence.token_ids[item.first : end]
+        token_ids += tokens[item.first : end]
         positions += range(item.first, end)
-        slots += [table[p // size] * size + p % size for p in range(item.first, end)]
+        sequence_lens += [len(tokens)] * item.num_tokens
         cu_seqlens_q.append(len(token_ids))
         first = _first_logits_position(item)
         if first < end:
@@ -69,19 +77,37 @@ def build_batch(step: Schedule, blocks: BlockManager, device: torch.device) -> F
     return ForwardBatch(
         token_ids=torch.tensor(token_ids, device=device),
         positions=torch.tensor(positions, device=device),
-        slots=torch.tensor(slots, device=device),
-        attention=AttentionBatch(
-            cu_seqlens_q=cu_seqlens_q,
-            context_lens=[item.first + item.num_tokens for item in step.scheduled],
-            block_tables=[blocks.block_table(i.request.sequence.seq_id) for i in step.scheduled],
-            block_size=size,
-            device=device,
-        ),
+        sequence_lens=torch.tensor(sequence_lens, device=device),
+        attention={window: _attention(step, blocks, cu_seqlens_q, window, device) for window in windows},
         logits_rows=None
         if len(logits_rows) == len(token_ids)
         else torch.tensor(logits_rows, dtype=torch.int64, device=device),
         wanted=wanted,
         copies=[copy for item in step.scheduled for copy in item.copies],
+    )
+
+
+def _attention(
+    step: Schedule, blocks: BlockManager, cu_seqlens_q: list[int], window: int | None, device: torch.device
+) -> AttentionBatch:
+    size = blocks.block_size
+    seq_ids = [item.request.sequence.seq_id for item in step.scheduled]
+    block_tables = [blocks.block_table(seq_id) for seq_id in seq_ids]
+    kv_tables = block_tables if window is None else [blocks.window_table(seq_id) for seq_id in seq_ids]
+    slots = [
+        table[p // size] * size + p % size
+        for item, table in zip(step.scheduled, kv_tables, strict=True)
+        for p in range(item.first, item.first + item.num_tokens)
+    ]
+    return AttentionBatch(
+        cu_seqlens_q=cu_seqlens_q,
+        context_lens=[item.first + item.num_tokens for item in step.scheduled],
+        block_tables=block_tables,
+        kv_tables=kv_tables,
+        slots=torch.tensor(slots, device=device),
+        block_size=size,
+        device=device,
+        window=window,
     )
 
 

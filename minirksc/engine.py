@@ -16,8 +16,8 @@ from minirksc.batch import LogitsRows, build_batch
 from minirksc.config import EngineConfig, SamplingParams
 from minirksc.errors import NumericalError, PromptError
 from minirksc.request import LogitsCallback, Request, Sequence, Stats
-from minirksc.rsbcm import BlockManager
-from minirksc.runner import Runner, kv_block_bytes
+from minirksc.rsbcm import BlockBytes, BlockManager
+from minirksc.runner import Runner
 from minirksc.sampling import Sampled, SamplingRow, sample
 from minirksc.scheduler import ScheduledRequest, Scheduler
 from minirksc.stopping import StopChecker
@@ -34,6 +34,7 @@ class Engine:
         runner: model and cache tensor.
         blocks: block manager of the same number of blocks.
         config: limits of a step.
+        block_bytes: of one block.
         max_model_len: longest sequence, prompt and generated tokens together.
         eos_token_ids: end a generation.
         tokenizer: for text and stop strings; None: token ids only.
@@ -44,20 +45,23 @@ class Engine:
         runner: Runner,
         blocks: BlockManager,
         config: EngineConfig,
+        block_bytes: BlockBytes,
         max_model_len: int,
         eos_token_ids: frozenset[int],
         tokenizer: Tokenizer | None,
     ) -> None:
-        spec, model = runner.model.spec, runner.model
+        spec = runner.model.spec
         self.runner = runner
         self.blocks = blocks
-        self.block_bytes = kv_block_bytes(spec, blocks.block_size, model.dtype)
+        self.block_bytes = block_bytes
+        self._windows = {layer.window for layer in spec.layers}
         self.scheduler = Scheduler(
             blocks,
             config.max_batch_tokens,
             config.max_batch_requests,
             self.block_bytes,
             config.prefix_caching,
+            spec.switch_len,
         )
         self.max_model_len = max_model_len
         self.eos_token_ids = eos_token_ids
@@ -196,7 +200,7 @@ class Engine:
         if not step.scheduled:
             return step.failed
         start = time.perf_counter()
-        batch = build_batch(step, self.blocks, self.runner.model.device)
+        batch = build_batch(step, self.blocks, self._windows, self.runner.model.device)
         logits = self.runner.forward(batch)  # [rows, vocab]
         for rows in batch.wanted:
             request = rows.item.request
@@ -216,8 +220,12 @@ class Engine:
         return [*step.failed, *(request for request, _ in drawn), *prefilled]
 
     def stats(self) -> Stats:
-        """Counters since start and the state of the cache."""
-        blocks = self.blocks
+        """Counters since start and the state of the cache.
+
+        Where layers with a window have a pool apart, `num_window_blocks_*` count its blocks, and `kv_bytes_used_window`
+        is what they hold; all other layers are in `num_blocks_*` and `kv_bytes_used_full`.
+        """
+        blocks, windows, size = self.blocks, self.blocks.windows, self.block_bytes
         return {
             "num_steps": self._num_steps,
             "num_prefilled_tokens": self._num_prefilled_tokens,
@@ -233,7 +241,13 @@ class Engine:
             "num_blocks_cached": blocks.num_cached,
             "num_blocks_free": blocks.num_free,
             "block_size": blocks.block_size,
-            "kv_cache_bytes": blocks.num_blocks * self.block_bytes,
+            "num_window_blocks_total": windows.num_blocks,
+            "num_window_blocks_used": windows.num_used,
+            "num_window_blocks_cached": windows.num_cached,
+            "num_window_blocks_free": windows.num_free,
+            "kv_cache_bytes": blocks.num_blocks * size.full + windows.num_blocks * size.window,
+            "kv_bytes_used_full": blocks.num_used * size.full,
+            "kv_bytes_used_window": windows.num_used * size.window,
         }
 
     def _make_checker(self, params: SamplingParams, num_prompt: int) -> StopChecker:

@@ -9,19 +9,22 @@ from typing import Any
 import torch
 
 from minirksc.checkpoints import resolve_model
+from minirksc.codecs import TOKENIZER_FILES
 from minirksc.config import EngineConfig
 from minirksc.engine import Engine
 from minirksc.errors import CacheFullError, ConfigError
 from minirksc.json_file import read_json_object
 from minirksc.kernels.backend import choose_backend
 from minirksc.kernels.linear import computes_in
+from minirksc.kv_cache import block_bytes
 from minirksc.models.decoder import Decoder
 from minirksc.models.families import load_config, spec_from_config
 from minirksc.models.spec import ArchSpec
 from minirksc.models.weights import iter_weights
-from minirksc.rsbcm import BlockManager
-from minirksc.runner import Runner, kv_block_bytes
-from minirksc.tokenizer import TOKENIZER_FILES, Tokenizer
+from minirksc.rsbcm import BlockBytes, BlockManager
+from minirksc.runner import Runner
+from minirksc.tokenizer import Tokenizer
+from minirksc.window_pool import WindowPool, min_blocks
 
 KV_SHARE_OF_FREE_MEMORY = 0.4
 MAX_DEFAULT_SEQUENCES = 32
@@ -57,20 +60,29 @@ def load(config: EngineConfig) -> Loaded:
     spec = spec_from_config(raw)
     device = _choose_device(config.device)
     dtype = _choose_dtype(config.dtype, raw, device)
+    # Without one token ids still work, and whoever gives text is told; a damaged one is an error.
+    has_tokenizer = any((path / name).is_file() for name in TOKENIZER_FILES)
+    tokenizer = Tokenizer.from_folder(path) if has_tokenizer else None
+    if tokenizer is not None:
+        tokenizer.check_fits(spec.vocab_size)
     generation = read_json_object(path / "generation_config.json")
     max_model_len = _choose_max_model_len(config.max_model_len, spec)
     config = replace(config, max_model_len=max_model_len)
     backend = choose_backend(config.backend)
     weights = ((name, tensor.to(device)) for name, tensor in iter_weights(path, spec, dtype))
     model = Decoder(spec, weights, backend)
-    num_blocks = _num_blocks(config, spec, dtype, device)
-    # Without one token ids still work, and whoever gives text is told; a damaged one is an error.
-    has_tokenizer = any((path / name).is_file() for name in TOKENIZER_FILES)
-    tokenizer = Tokenizer.from_folder(path) if has_tokenizer else None
+    window = spec.retained_window
+    if window is not None and window >= max_model_len:
+        window = None  # it never hides anything
+    size = block_bytes(spec, config.block_size, dtype, window)
+    num_blocks, num_window_blocks = _num_blocks(config, spec, size, window, device)
     engine = Engine(
-        Runner(model, num_blocks, config.block_size),
-        BlockManager(num_blocks, config.block_size, config.eviction),
+        Runner(model, num_blocks, num_window_blocks, config.block_size),
+        BlockManager(
+            num_blocks, config.block_size, config.eviction, WindowPool(num_window_blocks, window, config.block_size)
+        ),
         config,
+        size,
         max_model_len,
         _eos_token_ids(spec, generation, tokenizer),
         tokenizer,
@@ -115,19 +127,34 @@ def _choose_max_model_len(asked: int | None, spec: ArchSpec) -> int:
     return asked or spec.max_position_embeddings
 
 
-def _num_blocks(config: EngineConfig, spec: ArchSpec, dtype: torch.dtype, device: torch.device) -> int:
-    block_bytes = kv_block_bytes(spec, config.block_size, dtype)
+def _num_blocks(
+    config: EngineConfig, spec: ArchSpec, size: BlockBytes, window: int | None, device: torch.device
+) -> tuple[int, int]:
+    """(blocks, blocks of the window pool).
+
+    Where there are two pools each gets half of the bytes: whatever a workload would make of all of them, with the best
+    split for it, it can make of this with twice as many. A window never needs more blocks than there are.
+    """
     if config.kv_cache_bytes is None:
-        per_sequence = -(-spec.max_position_embeddings // config.block_size) * block_bytes
+        per_sequence = -(-spec.max_position_embeddings // config.block_size) * (size.full + size.window)
         budget = min(int(_free_bytes(device) * KV_SHARE_OF_FREE_MEMORY), MAX_DEFAULT_SEQUENCES * per_sequence)
     else:
         budget = int(config.kv_cache_bytes)
-    if budget < block_bytes:
+    least = 0 if window is None else min_blocks(window, config.block_size)
+    needed = size.full * max(least, 1) + size.window * least
+    if budget < needed:
+        what = "one block" if window is None else f"what one window of {window} tokens takes"
         raise CacheFullError(
-            f"kv_cache_bytes {budget} is less than one block: {config.block_size} tokens of this model take "
-            f"{block_bytes} bytes; raise kv_cache_bytes (--kv-cache-bytes) or lower block_size"
+            f"kv_cache_bytes {budget} is less than {what}: with block_size {config.block_size} this model needs "
+            f"{needed} bytes; raise kv_cache_bytes (--kv-cache-bytes) or lower block_size"
         )
-    return budget // block_bytes
+    if window is None:
+        return budget // size.full, 0
+    num_window_blocks = max(budget // 2 // size.window, least)
+    num_blocks = (budget - num_window_blocks * size.window) // size.full
+    if num_blocks < num_window_blocks:
+        num_blocks = num_window_blocks = budget // (size.full + size.window)
+    return num_blocks, num_window_blocks
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -16,6 +16,9 @@ The prefix index finds a full block by a chained SHA-256 over its tokens, all to
 equal digests mean an equal history, so nothing is ever shared across salts. Cached blocks stay until their
 room is needed; then leaves of the cached tree go first, in the order of an eviction policy.
 
+Where some layers have a sliding window, a block also has room in a `WindowPool` while a table's window reaches it. A
+cached prefix serves only as far as the window before its end is still there.
+
 Knows neither tensors nor requests: it hands out numbers, and says which blocks its caller must copy.
 Source of the name and of the default priority: RKSC, arXiv 2606.09937, section on RSBCM.
 """
@@ -29,17 +32,27 @@ from typing import NamedTuple
 
 from minirksc.errors import CacheFullError, ConfigError
 from minirksc.eviction import POLICIES
+from minirksc.window_pool import NO_WINDOW, WindowPool
 
 
 class BlockCopy(NamedTuple):
     """The caller must copy this block's KV before anything is written in the same step.
 
     A step's copies keep their order, or are all read before the first is stored: a source may be evicted and
-    become the destination of a later copy.
+    become the destination of a later copy. The window's numbers are those of layers with a pool apart.
     """
 
     source: int
     destination: int
+    window_source: int = -1
+    window_destination: int = -1
+
+
+class BlockBytes(NamedTuple):
+    """Bytes of one block's KV: over the layers that keep every block, and over those with a pool apart."""
+
+    full: int
+    window: int
 
 
 @dataclass(slots=True, eq=False)
@@ -56,6 +69,7 @@ class Block:
         depth: of its node in the reasoning tree.
         importance: attention mass that it receives; 1 until it is measured.
         last_use, num_uses: clock and count of the times that a table took it.
+        window_id, num_views: its room in the window pool, if it has any, and tables whose window reaches it.
     """
 
     block_id: int
@@ -69,6 +83,8 @@ class Block:
     importance: float = 1.0
     last_use: int = 0
     num_uses: int = 0
+    window_id: int | None = None
+    num_views: int = 0
 
 
 @dataclass(slots=True)
@@ -81,6 +97,7 @@ class Table:
         salt: root of its digests.
         depth: of its node in the reasoning tree.
         digests: of its full blocks, indexed or not.
+        window_begin: place of the first block that it keeps in view of the layers with a window.
     """
 
     block_ids: list[int]
@@ -88,6 +105,7 @@ class Table:
     salt: bytes
     depth: int
     digests: list[bytes]
+    window_begin: int = NO_WINDOW
 
 
 class BlockManager:
@@ -97,12 +115,15 @@ class BlockManager:
         num_blocks: size of the pool.
         block_size: tokens a block.
         policy: eviction policy, a key of `eviction.POLICIES`.
+        windows: room for the layers with a window, where they have a pool apart.
 
     Raises:
         ConfigError: a size below 1, or an unknown policy.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, policy: str = "rksc") -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, policy: str = "rksc", windows: WindowPool | None = None
+    ) -> None:
         if num_blocks < 1 or block_size < 1:
             raise ConfigError(
                 f"a pool of {num_blocks} blocks of {block_size} tokens is smaller than one block; raise kv_cache_bytes"
@@ -112,6 +133,7 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.num_evicted_blocks = 0
+        self.windows = windows or WindowPool(0, None, block_size)
         self._priority = POLICIES[policy]
         self._blocks = [Block(i) for i in range(num_blocks)]
         self._tables: dict[int, Table] = {}
@@ -148,6 +170,17 @@ class BlockManager:
     def block_table(self, seq_id: int) -> list[int]:
         """Block ids in order of position; the manager's own list, read-only."""
         return self._tables[seq_id].block_ids
+
+    def window_table(self, seq_id: int) -> list[int]:
+        """The same for layers with a window: where each block is in their pool; -1 for one that has no room there."""
+        if self.windows.num_blocks == 0:
+            return self.block_table(seq_id)
+        ids = (self._blocks[block_id].window_id for block_id in self.block_table(seq_id))
+        return [-1 if window_id is None else window_id for window_id in ids]
+
+    def salt(self, seq_id: int) -> bytes:
+        """What the sequence's blocks were made with."""
+        return self._tables[seq_id].salt
 
     def num_tokens(self, seq_id: int) -> int:
         """Tokens of the sequence whose KV has been written."""
@@ -190,24 +223,32 @@ class BlockManager:
             At most one copy. `num_tokens` then tells how much was adopted.
         """
         assert seq_id not in self._tables
-        table = self._tables[seq_id] = Table([], [], salt, depth, [])
+        table = self._tables[seq_id] = Table([], [], salt, depth, [], self.windows.first_needed(0))
         if not use_cache:
             return []
         chain, partial, num_partial = self._find(token_ids, salt)
+        table.window_begin = self.windows.first_needed(len(chain) * self.block_size)
         for block in chain:
             assert block.digest is not None
             self._reference(block)
             table.block_ids.append(block.block_id)
             table.digests.append(block.digest)
             table.token_ids += block.token_ids
+        for block in chain[table.window_begin :]:
+            self.windows.view(block)
         if partial is None:
             return []
         copies: list[BlockCopy] = []
-        self._reference(partial)  # the source must survive the search for room
-        if self.num_free or self._cached:
+        self._reference(partial)  # the source must survive the search for room, in the window too
+        if partial.window_id is not None:
+            self.windows.view(partial)
+        if (self.num_free or self._cached) and self.windows.has_room(1):
             table.token_ids += partial.token_ids[:num_partial]
-            copies.append(BlockCopy(partial.block_id, self._append_block(table)))
+            copies.append(self._append_copy(table, partial))
+        if partial.window_id is not None:
+            self.windows.release(partial)
         self._release(partial)
+        self._slide(table)
         return copies
 
     def match(self, token_ids: Sequence[int], salt: bytes = b"") -> int:
@@ -223,18 +264,24 @@ class BlockManager:
         held = parent.block_ids[: -(-len(parent.token_ids) // self.block_size)]
         for block_id in held:
             self._reference(self._blocks[block_id])
+        for block_id in held[parent.window_begin :]:
+            self.windows.view(self._blocks[block_id])
         self._tables[child_id] = Table(
             list(held),
             list(parent.token_ids),
             parent.salt,
             parent.depth if depth is None else depth,
             list(parent.digests),
+            parent.window_begin,
         )
 
     def free(self, seq_id: int) -> None:
         """Closes a table. Its indexed blocks stay cached, the others are free at once."""
+        table = self._tables.pop(seq_id)
+        for block_id in table.block_ids[table.window_begin :]:
+            self.windows.release(self._blocks[block_id])
         # From the end, so that a cached leaf is older than its parent.
-        for block_id in reversed(self._tables.pop(seq_id).block_ids):
+        for block_id in reversed(table.block_ids):
             self._release(self._blocks[block_id])
 
     # Writing
@@ -247,6 +294,11 @@ class BlockManager:
 
     def can_reserve(self, seq_id: int, num_tokens: int) -> bool:
         """True when `reserve` would succeed."""
+        needed = self.blocks_needed(seq_id, num_tokens)
+        return needed <= self.num_free + self.num_cached and self.windows.has_room(needed)
+
+    def can_hold(self, seq_id: int, num_tokens: int) -> bool:
+        """True when so many tokens would fit, written in steps small enough for the window pool."""
         return self.blocks_needed(seq_id, num_tokens) <= self.num_free + self.num_cached
 
     def reserve(self, seq_id: int, num_tokens: int) -> list[BlockCopy]:
@@ -260,18 +312,27 @@ class BlockManager:
         """
         table, size = self._tables[seq_id], self.block_size
         needed = self.blocks_needed(seq_id, num_tokens)
-        if needed > self.num_free + self.num_cached:
+        if not self.can_reserve(seq_id, num_tokens):
+            windows = self.windows
             raise CacheFullError(
                 f"{needed} blocks are needed, {self.num_free} are free and {self.num_cached} evictable of "
-                f"{self.num_blocks}; raise kv_cache_bytes"
+                f"{self.num_blocks}"
+                + (
+                    f", for windows {windows.num_free} and {windows.num_cached} of {windows.num_blocks}"
+                    if windows.num_blocks
+                    else ""
+                )
+                + "; raise kv_cache_bytes"
             )
         copies: list[BlockCopy] = []
         place = len(table.token_ids) // size
         if num_tokens > len(table.token_ids) and place < len(table.block_ids):
             block = self._blocks[table.block_ids[place]]
             if self._must_copy(table):
-                copies.append(BlockCopy(block.block_id, self._append_block(table)))
+                copies.append(self._append_copy(table, block))
                 table.block_ids[place] = table.block_ids.pop()
+                if place >= table.window_begin:
+                    self.windows.release(block)
                 self._release(block)
             elif block.digest is not None:
                 self._unindex(block)  # its tokens are about to change, and nothing builds on them
@@ -286,16 +347,21 @@ class BlockManager:
         assert len(table.token_ids) <= len(table.block_ids) * self.block_size
         while (len(table.digests) + 1) * self.block_size <= len(table.token_ids):
             self._index_next(table)
+        self._slide(table)
 
     def rewind(self, seq_id: int, num_tokens: int) -> None:
-        """Forgets the KV of positions from num_tokens on."""
+        """Forgets the KV of positions from num_tokens on; with a window, of the last one only."""
         table, size = self._tables[seq_id], self.block_size
         assert 0 <= num_tokens <= len(table.token_ids)
+        assert min(table.window_begin, len(table.block_ids)) <= self.windows.first_needed(num_tokens)
         del table.token_ids[num_tokens:]
         del table.digests[num_tokens // size :]
         keep = -(-num_tokens // size)
         for block_id in reversed(table.block_ids[keep:]):
-            self._release(self._blocks[block_id])
+            block = self._blocks[block_id]
+            if table.window_begin != NO_WINDOW:
+                self.windows.release(block)
+            self._release(block)
         del table.block_ids[keep:]
 
     def reset(self) -> None:
@@ -318,11 +384,16 @@ class BlockManager:
             if block is None:
                 break
             chain.append(block)
+        chain, is_whole = self._in_window(chain)
+        if not is_whole:
+            return chain, None, 0
         begin = len(chain) * size
         rest = tuple(token_ids[begin : min(begin + size, usable)])
         following = chain[-1].children if chain else self._first.get(salt, {})
         best, num_best = None, 0
         for block in following.values():
+            if self.windows.num_blocks and block.window_id is None:
+                continue
             num_equal = 0
             while num_equal < len(rest) and block.token_ids[num_equal] == rest[num_equal]:
                 num_equal += 1
@@ -330,8 +401,26 @@ class BlockManager:
                 best, num_best = block, num_equal
         return chain, best, num_best
 
+    def _in_window(self, chain: list[Block]) -> tuple[list[Block], bool]:
+        """(as much of a cached chain as has the window before its end, whether that is all of it)."""
+        missing = -1  # last place without room in the window pool
+        num_usable = 0
+        for place, block in enumerate(chain):
+            if block.window_id is None:
+                missing = place
+            if missing < self.windows.first_needed((place + 1) * self.block_size):
+                num_usable = place + 1
+        return chain[:num_usable], num_usable == len(chain)
+
+    def _slide(self, table: Table) -> None:
+        """Gives up what has left the table's window."""
+        begin = min(self.windows.first_kept(len(table.token_ids)), len(table.block_ids))
+        for block_id in table.block_ids[table.window_begin : begin]:
+            self.windows.release(self._blocks[block_id])
+        table.window_begin = max(table.window_begin, begin)
+
     def _index_next(self, table: Table) -> None:
-        """Indexes the table's next full block, unless an equal one is there already.
+        """Indexes the table's next full block; where an equal one is indexed already, the table takes that one.
 
         Its parent must be the indexed block of this very table: then whoever holds a block holds the whole
         chain before it, and every cached block can be evicted once those after it are.
@@ -343,12 +432,29 @@ class BlockManager:
         table.digests.append(digest)
         block = self._blocks[table.block_ids[place]]
         parent = self._blocks[table.block_ids[place - 1]] if place else None
-        if digest in self._index or (parent is not None and parent.digest != previous):
+        if parent is not None and parent.digest != previous:
+            return
+        if (equal := self._index.get(digest)) is not None:
+            if equal.parent is parent and block.num_references == 1:
+                self._replace(table, place, equal)
             return
         block.digest, block.parent = digest, parent
         block.token_ids, block.salt = token_ids, table.salt
         self._index[digest] = block
         self._siblings(block)[digest] = block
+
+    def _replace(self, table: Table, place: int, equal: Block) -> None:
+        """Puts an indexed block in place of the table's own, which holds the same; with its window, if that is lost."""
+        block = self._blocks[table.block_ids[place]]
+        self._reference(equal)
+        if place >= table.window_begin:
+            if equal.window_id is None:
+                self.windows.move(block, equal)
+            else:
+                self.windows.view(equal)
+                self.windows.release(block)
+        table.block_ids[place] = equal.block_id
+        self._release(block)
 
     def _unindex(self, block: Block) -> None:
         assert block.digest is not None and not block.children
@@ -376,7 +482,7 @@ class BlockManager:
         block = self._blocks[table.block_ids[place]]
         return block.num_references > 1 or bool(block.children)
 
-    def _append_block(self, table: Table) -> int:
+    def _append_block(self, table: Table) -> Block:
         """Adds an own block to the table; the caller knows that there is one."""
         wanted = table.block_ids[-1] + 1 if table.block_ids else None
         if not self._free:
@@ -391,8 +497,18 @@ class BlockManager:
         block = self._blocks[wanted]
         block.depth, block.importance, block.num_uses = table.depth, 1.0, 0
         self._reference(block)
+        if len(table.block_ids) >= table.window_begin:
+            self.windows.take(block)
         table.block_ids.append(wanted)
-        return wanted
+        return block
+
+    def _append_copy(self, table: Table, source: Block) -> BlockCopy:
+        """Adds an own block to the table that is to be a copy of another one."""
+        before = source.window_id
+        block = self._append_block(table)
+        if before is None or block.window_id is None:
+            return BlockCopy(source.block_id, block.block_id)
+        return BlockCopy(source.block_id, block.block_id, before, block.window_id)
 
     def _reference(self, block: Block) -> None:
         self._clock += 1
@@ -412,6 +528,7 @@ class BlockManager:
             self._offer(block)
 
     def _give_back(self, block: Block) -> None:
+        self.windows.drop(block)
         self._free.add(block.block_id)
         heapq.heappush(self._free_heap, block.block_id)
         if len(self._free_heap) > 2 * self.num_blocks:  # mostly blocks that were taken out of turn
@@ -445,12 +562,16 @@ class BlockManager:
         Raises:
             AssertionError: names the block or table that is wrong.
         """
-        references = [0] * self.num_blocks
+        references, views = [0] * self.num_blocks, [0] * self.num_blocks
         for seq_id, table in self._tables.items():
             size = self.block_size
             assert len(table.block_ids) * size >= len(table.token_ids), f"table {seq_id} is too short"
             assert len(table.digests) == len(table.token_ids) // size, f"digests of table {seq_id}"
             assert len(set(table.block_ids)) == len(table.block_ids), f"table {seq_id} repeats a block"
+            for block_id in table.block_ids[table.window_begin :]:
+                views[block_id] += 1
+            needed = self.windows.first_needed(len(table.token_ids))
+            assert min(table.window_begin, len(table.block_ids)) <= needed, f"table {seq_id} lost what is in its window"
             digest = b""
             for place, block_id in enumerate(table.block_ids):
                 references[block_id] += 1
@@ -464,6 +585,8 @@ class BlockManager:
         for block in self._blocks:
             name = f"block {block.block_id}"
             assert block.num_references == references[block.block_id], f"{name}: wrong reference count"
+            assert block.num_views == views[block.block_id], f"{name}: wrong count of views"
+            assert block.num_references or block.digest or block.window_id is None, f"{name}: free with a window"
             states = (
                 block.block_id in self._free,
                 block.block_id in self._cached,
@@ -474,6 +597,7 @@ class BlockManager:
             assert block.block_id not in self._cached or block.digest, f"{name}: cached but not indexed"
             if block.digest is not None:
                 self._check_indexed(block, name)
+        self.windows.check(self._blocks)
         assert len(self._index) == sum(b.digest is not None for b in self._blocks), "stale index entry"
         assert len(self._free_heap) <= 2 * self.num_blocks, "the heap of free blocks grows"
         assert len(self._victims) <= 2 * self.num_blocks, "the heap of victims grows"

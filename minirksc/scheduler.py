@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from minirksc.errors import CacheFullError
 from minirksc.request import Request, RequestState, Sequence
-from minirksc.rsbcm import BlockCopy, BlockManager
+from minirksc.rsbcm import BlockBytes, BlockCopy, BlockManager
 
 
 @dataclass(slots=True)
@@ -52,6 +52,7 @@ class Scheduler:
         max_batch_requests: requests that run at once.
         block_bytes: of one block's KV, for messages.
         prefix_caching: False: no request adopts cached blocks.
+        switch_len: a longer sequence has other KV at all its positions (see `ArchSpec.switch_len`); None: none has.
     """
 
     def __init__(
@@ -59,14 +60,16 @@ class Scheduler:
         blocks: BlockManager,
         max_batch_tokens: int,
         max_batch_requests: int,
-        block_bytes: int,
+        block_bytes: BlockBytes,
         prefix_caching: bool = True,
+        switch_len: int | None = None,
     ) -> None:
         self.blocks = blocks
         self.max_batch_tokens = max_batch_tokens
         self.max_batch_requests = max_batch_requests
         self.block_bytes = block_bytes
         self.prefix_caching = prefix_caching
+        self.switch_len = switch_len
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.idle: dict[int, Sequence] = {}  # kept sequences that hold blocks; least recently used first
@@ -123,6 +126,9 @@ class Scheduler:
         for request in sorted(self.running, key=lambda r: self._num_pending(r) > 1):
             if request.state is not RequestState.RUNNING or budget == 0:
                 continue  # preempted by one before it, or for the next step
+            if self._is_outdated(request.sequence):
+                self._requeue(request)
+                continue
             item = self._schedule_running(request, budget, step)
             if item is not None:
                 budget -= item.num_tokens
@@ -150,7 +156,7 @@ class Scheduler:
     def _schedule_running(self, request: Request, budget: int, step: Schedule) -> ScheduledRequest | None:
         seq_id = request.sequence.seq_id
         first = self.blocks.num_tokens(seq_id)
-        num_tokens = min(self._num_pending(request), budget)
+        num_tokens = min(self._num_pending(request), budget, self.blocks.windows.max_chunk_tokens)
         while not self.blocks.can_reserve(seq_id, first + num_tokens):
             if self._reclaim():
                 continue
@@ -188,6 +194,8 @@ class Scheduler:
         """Opens the request's table and reserves its first chunk; None, nothing changed: no room now."""
         sequence, blocks = request.sequence, self.blocks
         seq_id = sequence.seq_id
+        if self._is_outdated(sequence):
+            blocks.free(seq_id)
         is_new = seq_id not in blocks
         copies: list[BlockCopy] = []
         if is_new:
@@ -195,7 +203,7 @@ class Scheduler:
             copies = blocks.add(
                 seq_id,
                 sequence.token_ids,
-                salt=sequence.salt,
+                salt=self._salt(sequence),
                 depth=sequence.depth,
                 use_cache=use_cache,
             )
@@ -203,13 +211,15 @@ class Scheduler:
             # Its KV is complete, but logits come only from computing: do the last token again.
             blocks.rewind(seq_id, len(sequence.token_ids) - 1)
         cached = blocks.num_tokens(seq_id)
+        num_tokens = min(len(sequence.token_ids) - cached, budget, blocks.windows.max_chunk_tokens)
         # Room for the whole prompt is asked for at once: a chunk that starts and cannot end helps nobody.
-        while not blocks.can_reserve(seq_id, len(sequence.token_ids)):
+        while not (
+            blocks.can_hold(seq_id, len(sequence.token_ids)) and blocks.can_reserve(seq_id, cached + num_tokens)
+        ):
             if not self._reclaim():
                 if is_new:
                     blocks.free(seq_id)
                 return None
-        num_tokens = min(len(sequence.token_ids) - cached, budget)
         if request.num_cached_tokens is None:
             request.num_cached_tokens = cached if is_new else 0
             self.num_cached_tokens += request.num_cached_tokens
@@ -227,13 +237,13 @@ class Scheduler:
         leaders = [
             r
             for r in self.running
-            if r.sequence.salt == sequence.salt
+            if self._salt(r.sequence) == self._salt(sequence)
             and self._num_pending(r) > 1
             and r.sequence.token_ids[: self.blocks.block_size] == tokens[: self.blocks.block_size]
         ]
         if not leaders:
             return False
-        worth_waiting = self.blocks.match(tokens, sequence.salt) + self.blocks.block_size
+        worth_waiting = self.blocks.match(tokens, self._salt(sequence)) + self.blocks.block_size
         prefix = tokens[:worth_waiting]
         return worth_waiting < len(tokens) and any(r.sequence.token_ids[:worth_waiting] == prefix for r in leaders)
 
@@ -256,14 +266,27 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request, step: Schedule) -> None:
-        self.running.remove(request)
         # What it was given in this very step goes back too, copies into its blocks included.
         step.scheduled = [item for item in step.scheduled if item.request is not request]
+        self._requeue(request)
+        self.num_preemptions += 1
+
+    def _requeue(self, request: Request) -> None:
+        """Takes a running request's blocks; it is the next to be admitted, and computed anew."""
+        self.running.remove(request)
         if request.sequence.seq_id in self.blocks:
             self.blocks.free(request.sequence.seq_id)
         request.state = RequestState.WAITING
         self.waiting.appendleft(request)
-        self.num_preemptions += 1
+
+    def _salt(self, sequence: Sequence) -> bytes:
+        """The sequence's salt; apart for long ones, where their KV is another."""
+        is_long = self.switch_len is not None and len(sequence.token_ids) > self.switch_len
+        return sequence.salt + b" long" if is_long else sequence.salt
+
+    def _is_outdated(self, sequence: Sequence) -> bool:
+        """True when its KV was made for a short sequence and it has become a long one."""
+        return sequence.seq_id in self.blocks and self.blocks.salt(sequence.seq_id) != self._salt(sequence)
 
     def _fail(self, request: Request, step: Schedule) -> None:
         request.error = self._cache_full(request)
@@ -275,8 +298,8 @@ class Scheduler:
         needed = -(-num_tokens // self.blocks.block_size)
         return CacheFullError(
             f"request {request.request_id} needs the KV of {num_tokens} tokens, "
-            f"{needed * self.block_bytes} bytes; the cache has "
-            f"{self.blocks.num_blocks * self.block_bytes} bytes "
+            f"{needed * self.block_bytes.full} bytes; the cache has "
+            f"{self.blocks.num_blocks * self.block_bytes.full} bytes "
             f"({self.blocks.num_blocks} blocks of {self.blocks.block_size} tokens); "
             "raise kv_cache_bytes (--kv-cache-bytes), or shorten the prompt"
         )
