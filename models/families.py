@@ -5,32 +5,22 @@ nothing reads is an error, so that no checkpoint runs silently wrong. Defaults a
 out, as transformers' configuration classes have them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from minirksc.models.fields import Fields, load_config, positive
+from minirksc.models.plain import ACTIVATIONS, FULL, SLIDING, default_rope, plain, with_ropes, with_windows
 from minirksc.models.rope_config import read_rope
-from minirksc.models.spec import ArchSpec, LayerSpec, RopeSpec, WeightLayout
+from minirksc.models.spec import ArchSpec, LayerSpec, WeightLayout
 
 from minirksc.errors import CheckpointError, UnsupportedModelError
 
 __all__ = ["FAMILIES", "load_config", "spec_from_config"]
 
-MAX_LAYERS = 10_000
-"""Less than any other size: a spec and its weight rules have entries for every layer."""
-
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "gelu": "gelu",
-}
 GEMMA_ACTIVATIONS = ACTIVATIONS | {"gelu": "gelu_tanh"}
 """Gemma's first files say "gelu" and mean its tanh form."""
 
-SLIDING, FULL = "sliding_attention", "full_attention"
 Config = Mapping[str, Any]
 
 
@@ -46,7 +36,7 @@ def spec_from_config(config: Config) -> ArchSpec:
     if isinstance(model_type, str) and model_type in WRAPPERS:
         return _unwrapped(config, WRAPPERS[model_type])
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        why = f": it has {REFUSED[model_type]}" if model_type in REFUSED else ""
+        why = f": it has {REFUSED[model_type]}" if isinstance(model_type, str) and model_type in REFUSED else ""
         known = ", ".join(sorted(FAMILIES | WRAPPERS))
         raise UnsupportedModelError(f"model_type {model_type!r} is not supported{why}; known: {known}")
     fields = Fields(config)
@@ -81,7 +71,7 @@ def _llama(f: Fields) -> ArchSpec:
     """Llama 1 to 3.3, SmolLM2, Falcon3 and others that say so: what all others depart from."""
     f.only("pretraining_tp", 1)
     f.only("rope_interleaved")
-    return _plain(f, qkv_bias=f.flag("attention_bias"), o_bias=f.flag("attention_bias"), mlp_bias=f.flag("mlp_bias"))
+    return plain(f, qkv_bias=f.flag("attention_bias"), o_bias=f.flag("attention_bias"), mlp_bias=f.flag("mlp_bias"))
 
 
 def _seed_oss(f: Fields) -> ArchSpec:
@@ -89,7 +79,7 @@ def _seed_oss(f: Fields) -> ArchSpec:
     f.default(head_dim=128, num_key_value_heads=8, max_position_embeddings=524288, attention_bias=True)
     f.only("pretraining_tp", 1)
     o_bias, mlp_bias = f.flag("attention_out_bias"), f.flag("mlp_bias")
-    return _plain(f, qkv_bias=f.flag("attention_bias"), o_bias=o_bias, mlp_bias=mlp_bias)
+    return plain(f, qkv_bias=f.flag("attention_bias"), o_bias=o_bias, mlp_bias=mlp_bias)
 
 
 def _smollm3(f: Fields) -> ArchSpec:
@@ -100,8 +90,8 @@ def _smollm3(f: Fields) -> ArchSpec:
     turns = f.per_layer("no_rope_layers", spec.num_layers, (0, 1)) or [
         int((i + 1) % interval != 0) for i in range(spec.num_layers)
     ]
-    spec = _with_windows(f, spec, [FULL if turning else SLIDING for turning in turns], f.flag("use_sliding_window"))
-    return _with_ropes(
+    spec = with_windows(f, spec, [FULL if turning else SLIDING for turning in turns], f.flag("use_sliding_window"))
+    return with_ropes(
         spec, [layer.rope if turning else None for layer, turning in zip(spec.layers, turns, strict=True)]
     )
 
@@ -111,23 +101,23 @@ def _cwm(f: Fields) -> ArchSpec:
     f.default(num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-5, sliding_window=8192, rope_theta=1e6)
     f.default(max_position_embeddings=131072, eos_token_id=[128001, 128008, 128009], bos_token_id=128000)
     bands = {"factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
-    _default_rope(f, rope_type="llama3", **bands)
+    default_rope(f, rope_type="llama3", **bands)
     f.only("pretraining_tp", 1)
-    spec = _plain(f, mlp_bias=f.flag("mlp_bias"))
-    return _with_windows(f, spec, [FULL if i % 4 == 0 else SLIDING for i in range(spec.num_layers)])
+    spec = plain(f, mlp_bias=f.flag("mlp_bias"))
+    return with_windows(f, spec, [FULL if i % 4 == 0 else SLIDING for i in range(spec.num_layers)])
 
 
 def _qwen2(f: Fields) -> ArchSpec:
     """Qwen 2 and 2.5: biases on q, k and v; a window only where a switch asks for it."""
     f.default(num_key_value_heads=32, max_position_embeddings=32768)
-    return _with_qwen_windows(f, _plain(f, qkv_bias=True))
+    return _with_qwen_windows(f, plain(f, qkv_bias=True))
 
 
 def _qwen3(f: Fields) -> ArchSpec:
     """Qwen 3: a norm on each head's query and key, no biases, head_dim of its own."""
     f.default(num_key_value_heads=32, max_position_embeddings=32768, head_dim=128)
     bias = f.flag("attention_bias")
-    return _with_qwen_windows(f, _plain(f, qkv_bias=bias, o_bias=bias, qk_norm=True))
+    return _with_qwen_windows(f, plain(f, qkv_bias=bias, o_bias=bias, qk_norm=True))
 
 
 def _mistral(f: Fields, **changes: Any) -> ArchSpec:
@@ -145,15 +135,15 @@ def _ministral(f: Fields, **changes: Any) -> ArchSpec:
     """Ministral 8B: Mistral with full layers between those with a window."""
     f.default(num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)
     f.default(eos_token_id=2, bos_token_id=1)
-    spec = _plain(f, **changes)
-    return _with_windows(f, spec, [SLIDING] * spec.num_layers)
+    spec = plain(f, **changes)
+    return with_windows(f, spec, [SLIDING] * spec.num_layers)
 
 
 def _ministral3(f: Fields) -> ArchSpec:
     """Ministral 3: Mistral with YaRN, and queries that grow with the position."""
     f.default(sliding_window=None, head_dim=128, max_position_embeddings=262144, rms_norm_eps=1e-5)
     yarn = {"factor": 16.0, "original_max_position_embeddings": 16384, "mscale": 1.0, "mscale_all_dim": 1.0}
-    _default_rope(f, rope_type="yarn", **yarn, rope_theta=1e6, llama_4_scaling_beta=0.1)
+    default_rope(f, rope_type="yarn", **yarn, rope_theta=1e6, llama_4_scaling_beta=0.1)
     rope = f.get("rope_parameters") or f.get("rope_scaling")
     spec = _mistral(f, others=("llama_4_scaling_beta", "max_position_embeddings"))
     if not isinstance(rope, Mapping) or not rope.get("llama_4_scaling_beta"):
@@ -167,8 +157,8 @@ def _phi3(f: Fields) -> ArchSpec:
     """Phi-3 and Phi-4-mini: fused projections; only part of each head turns; a factor a pair on long sequences."""
     f.default(max_position_embeddings=4096, rms_norm_eps=1e-5, eos_token_id=32000, bos_token_id=1)
     f.default(original_max_position_embeddings=4096)
-    spec = _plain(f, is_partial=True, layout=WeightLayout(fused_qkv=True, fused_gate_up=True))
-    return _with_windows(f, spec, [SLIDING] * spec.num_layers)
+    spec = plain(f, is_partial=True, layout=WeightLayout(fused_qkv=True, fused_gate_up=True))
+    return with_windows(f, spec, [SLIDING] * spec.num_layers)
 
 
 def _gemma(f: Fields) -> ArchSpec:
@@ -194,7 +184,7 @@ def _vaultgemma(f: Fields) -> ArchSpec:
         final_softcap=f.optional_number("final_logit_softcapping"),
         layout=WeightLayout(mlp_norm="pre_feedforward_layernorm"),
     )
-    return _with_windows(f, spec, [FULL if i % 2 else SLIDING for i in range(spec.num_layers)])
+    return with_windows(f, spec, [FULL if i % 2 else SLIDING for i in range(spec.num_layers)])
 
 
 def _gemma3(f: Fields) -> ArchSpec:
@@ -214,12 +204,12 @@ def _gemma3(f: Fields) -> ArchSpec:
         sandwich_norms=True,
         layout=WeightLayout(mlp_norm="pre_feedforward_layernorm"),
     )
-    spec = _with_windows(f, spec, [SLIDING if (i + 1) % pattern else FULL for i in range(spec.num_layers)])
+    spec = with_windows(f, spec, [SLIDING if (i + 1) % pattern else FULL for i in range(spec.num_layers)])
     local = {"rope_theta": f.get("rope_local_base_freq"), **(nested.get(SLIDING) or {})}
     inner = Fields({"rope_parameters": local}, f"{f.where}: rope_parameters")
     inner.default(max_position_embeddings=spec.max_position_embeddings)
     slow, fast = spec.layers[0].rope, read_rope(inner, spec.layers[0].head_dim)
-    return _with_ropes(spec, [slow if layer.window is None else fast for layer in spec.layers])
+    return with_ropes(spec, [slow if layer.window is None else fast for layer in spec.layers])
 
 
 def _gemma4(f: Fields) -> ArchSpec:
@@ -248,7 +238,7 @@ def _gemma4(f: Fields) -> ArchSpec:
         layer_scale=True,
         layout=WeightLayout(mlp_norm="pre_feedforward_layernorm"),
     )
-    spec = _with_windows(f, spec, [SLIDING if (i + 1) % 6 else FULL for i in range(spec.num_layers)])
+    spec = with_windows(f, spec, [SLIDING if (i + 1) % 6 else FULL for i in range(spec.num_layers)])
     layers = [
         layer if layer.window is not None else _gemma4_full(f, layer, str(i)) for i, layer in enumerate(spec.layers)
     ]
@@ -331,47 +321,7 @@ REFUSED = {
 }
 """Types that people bring, and which of their properties is not implemented."""
 
-# What they are made of
-
-
-def _plain(
-    f: Fields, *, layer_type: str | None = None, is_partial: bool = False, others: tuple[str, ...] = (), **changes: Any
-) -> ArchSpec:
-    """A Llama of the file's sizes, with the family's values in place of its own.
-
-    Args:
-        f: the file.
-        layer_type: see `read_rope`, as for the next two.
-        is_partial: see there.
-        others: see there.
-        changes: fields of `ArchSpec`.
-    """
-    f.default(hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1e4, max_position_embeddings=2048)
-    num_heads, hidden_size = f.size("num_attention_heads"), f.size("hidden_size")
-    head_dim = _head_dim(f, hidden_size, num_heads)
-    layer = LayerSpec(
-        num_kv_heads=f.size("num_key_value_heads", num_heads),
-        head_dim=head_dim,
-        intermediate_size=f.size("intermediate_size"),
-        rope=read_rope(f, head_dim, layer_type, is_partial=is_partial, others=others),
-    )
-    values: dict[str, Any] = {
-        "model_type": f.get("model_type"),
-        "vocab_size": f.size("vocab_size"),
-        "hidden_size": hidden_size,
-        "num_heads": num_heads,
-        "layers": (layer,) * f.size("num_hidden_layers", limit=MAX_LAYERS),
-        "max_position_embeddings": _max_len(f.size("max_position_embeddings"), layer.rope),
-        "norm_eps": f.number("rms_norm_eps"),
-        "tie_word_embeddings": f.flag("tie_word_embeddings"),
-        "eos_token_ids": f.token_ids("eos_token_id"),
-        "bos_token_id": next(iter(f.token_ids("bos_token_id")), None),
-        "query_scale": head_dim**-0.5,
-        **changes,
-    }
-    if "activation" not in values:
-        values["activation"] = f.choice("hidden_act", ACTIVATIONS)
-    return ArchSpec(**values)
+# What several of them have in common
 
 
 def _plain_gemma(f: Fields, **changes: Any) -> ArchSpec:
@@ -388,48 +338,11 @@ def _plain_gemma(f: Fields, **changes: Any) -> ArchSpec:
         "norm_in_float32": True,
         "embed_scale": f.size("hidden_size") ** 0.5,
     }
-    return _plain(f, **(values | changes))
-
-
-def _max_len(of_file: int, rope: RopeSpec | None) -> int:
-    """Longest sequence: two kinds of rotation reach beyond the length that the file gives."""
-    if rope is None or rope.kind not in ("dynamic", "yarn"):
-        return of_file
-    return max(of_file, int(rope.number("factor") * rope.number("original_max_position_embeddings")))
-
-
-def _default_rope(f: Fields, **parameters: Any) -> None:
-    if not (f.get("rope_parameters") or f.get("rope_scaling")):
-        f.default(rope_parameters=parameters)
-
-
-def _head_dim(f: Fields, hidden_size: int, num_heads: int) -> int:
-    if f.get("head_dim") is None and hidden_size % num_heads:
-        raise CheckpointError(
-            f"{f.where}: hidden_size {hidden_size} is no multiple of num_attention_heads {num_heads}, and there is "
-            "no head_dim"
-        )
-    return f.size("head_dim", hidden_size // num_heads)
-
-
-def _with_windows(f: Fields, spec: ArchSpec, kinds: Sequence[str], is_on: bool = True) -> ArchSpec:
-    """Gives a window to the layers that slide: those that the file's layer_types name, else those of `kinds`."""
-    window = None if f.get("sliding_window") is None or not is_on else f.size("sliding_window")
-    kinds = f.per_layer("layer_types", spec.num_layers, (FULL, SLIDING)) or kinds
-    layers = [
-        replace(layer, window=window if kind == SLIDING else None)
-        for layer, kind in zip(spec.layers, kinds, strict=True)
-    ]
-    return replace(spec, layers=tuple(layers))
+    return plain(f, **(values | changes))
 
 
 def _with_qwen_windows(f: Fields, spec: ArchSpec) -> ArchSpec:
     f.default(sliding_window=4096)
     first = f.get("max_window_layers", 28)
     kinds = [SLIDING if i >= first else FULL for i in range(spec.num_layers)]
-    return _with_windows(f, spec, kinds, f.flag("use_sliding_window"))
-
-
-def _with_ropes(spec: ArchSpec, ropes: Sequence[RopeSpec | None]) -> ArchSpec:
-    layers = [replace(layer, rope=rope) for layer, rope in zip(spec.layers, ropes, strict=True)]
-    return replace(spec, layers=tuple(layers))
+    return with_windows(f, spec, kinds, f.flag("use_sliding_window"))

@@ -170,6 +170,8 @@ class ArchSpec:
         for name in ("attn_softcap", "final_softcap"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise CheckpointError(f"{name} {getattr(self, name)} must be positive")
+        if self.norm_offset and not self.norm_in_float32:
+            raise CheckpointError(f"norm_offset {self.norm_offset} is added to norm weights in float32 only")
         if self.activation not in ACTIVATIONS:
             raise CheckpointError(f"activation {self.activation!r} is none of {', '.join(ACTIVATIONS)}")
         for index, layer in enumerate(self.layers):

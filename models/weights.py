@@ -225,7 +225,7 @@ def _check(entries: dict[str, TensorEntry], rules: list[WeightRule], spec: ArchS
         else:
             problems.append(f"unexpected {where}")
     if problems:
-        files = ", ".join(sorted({str(entry.file) for entry in entries.values()}))
+        files = ", ".join(sorted({str(entry.file) for entry in entries.values()})) or "the text model"
         listed = "\n  ".join(problems)
         raise CheckpointError(f"the tensors of {files} do not fit config.json ({len(problems)} problems):\n  {listed}")
     return skipped

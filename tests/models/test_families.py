@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from minirksc.models.decoder import _check_supported
 from minirksc.models.families import load_config, spec_from_config
 from minirksc.models.rope import inv_freq
 from minirksc.models.spec import RopeSpec
@@ -73,15 +72,16 @@ def spec(**fields):
 
 def test_plain_llama():
     plain = spec()
-    assert (plain.head_dim, plain.num_kv_heads, plain.query_scale) == (16, 2, 0.25)
+    layer = plain.layers[0]
+    assert (layer.head_dim, layer.num_kv_heads, plain.query_scale) == (16, 2, 0.25)
     assert not (plain.qkv_bias or plain.o_bias or plain.mlp_bias or plain.tie_word_embeddings)
-    assert plain.ropes[0].theta == 10000.0 and plain.windows == (None, None)
-    assert spec(num_key_value_heads=None).num_kv_heads == 4
+    assert layer.rope.theta == 10000.0 and layer.window is None and plain.layers == (layer, layer)
+    assert spec(num_key_value_heads=None).layers[0].num_kv_heads == 4
 
 
 def test_explicit_values_win():
     own = spec(head_dim=24, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, eos_token_id=[2, 7])
-    assert (own.head_dim, own.query_scale, own.q_size, own.kv_size) == (24, 24**-0.5, 96, 48)
+    assert (own.layers[0].head_dim, own.query_scale) == (24, 24**-0.5)
     assert own.qkv_bias and own.o_bias and own.mlp_bias and own.tie_word_embeddings
     assert own.eos_token_ids == (2, 7) and spec(eos_token_id=2).eos_token_ids == (2,)
 
@@ -90,8 +90,8 @@ def test_all_spellings_of_rope_give_the_same_spec():
     old = spec(rope_theta=5e5, rope_scaling={"type": "llama3", **LLAMA3})
     newer = spec(rope_theta=5e5, rope_scaling={"rope_type": "llama3", **LLAMA3})
     newest = spec(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3})
-    assert old.ropes == newer.ropes == newest.ropes
-    assert spec(rope_parameters={"rope_type": "default", "rope_theta": 77.0}).ropes[0].theta == 77.0
+    assert old.layers == newer.layers == newest.layers
+    assert spec(rope_parameters={"rope_type": "default", "rope_theta": 77.0}).layers[0].rope.theta == 77.0
 
 
 @pytest.mark.oracle
@@ -102,6 +102,11 @@ def test_all_spellings_of_rope_give_the_same_spec():
         {"rope_type": "linear", "factor": 3.0},
         {"rope_type": "llama3", **LLAMA3},
         {"rope_type": "llama3", **LLAMA3, "factor": 2.7, "original_max_position_embeddings": 100},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 20, "truncate": False},
+        {"rope_type": "yarn", "factor": 4.0, "beta_fast": 8.0, "beta_slow": 2.0, "attention_factor": 1.7},
+        {"rope_type": "yarn", "factor": 40.0, "mscale": 0.7, "mscale_all_dim": 1.0},
     ],
 )
 def test_frequencies_are_those_of_transformers(parameters):
@@ -109,26 +114,28 @@ def test_frequencies_are_those_of_transformers(parameters):
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     fields = {**BASE, "rope_parameters": {"rope_theta": 5e5, **parameters}}
-    expected = LlamaRotaryEmbedding(LlamaConfig(**{k: v for k, v in fields.items() if k != "model_type"})).inv_freq
-    torch.testing.assert_close(inv_freq(spec_from_config(fields).ropes[0]), expected, atol=0, rtol=0)
+    expected = LlamaRotaryEmbedding(LlamaConfig(**{k: v for k, v in fields.items() if k != "model_type"}))
+    assert spec_from_config(fields).layers[0].rope.attention_factor == pytest.approx(expected.attention_scaling)
+    expected = expected.inv_freq
+    torch.testing.assert_close(inv_freq(spec_from_config(fields).layers[0].rope), expected, atol=0, rtol=2e-7)
 
 
 def test_the_original_length_falls_back_to_the_models_own():
     llama3 = {name: value for name, value in LLAMA3.items() if name != "original_max_position_embeddings"}
-    rope = spec(rope_scaling={"rope_type": "llama3", **llama3}).ropes[0]
-    assert dict(rope.parameters)["original_max_position_embeddings"] == BASE["max_position_embeddings"]
+    rope = spec(rope_scaling={"rope_type": "llama3", **llama3}).layers[0].rope
+    assert rope.number("original_max_position_embeddings") == BASE["max_position_embeddings"]
 
 
 def test_rope_kinds_that_are_not_implemented_are_refused():
-    with pytest.raises(UnsupportedModelError, match=r"'yarn'.*known: default"):
-        inv_freq(RopeSpec("yarn", 1e4, 16))
+    with pytest.raises(UnsupportedModelError, match=r"'spiral'.*known: default"):
+        inv_freq(RopeSpec("spiral", 1e4, 16))
 
 
 @pytest.mark.parametrize("published", PUBLISHED)
 def test_published_configs_are_read(published):
     fields, head_dim, kinds = PUBLISHED[published]
     read = spec_from_config({"architectures": ["LlamaForCausalLM"], "model_type": "llama", **fields})
-    assert (read.head_dim, {rope.kind for rope in read.ropes}) == (head_dim, kinds)
+    assert {(layer.head_dim, layer.rope.kind) for layer in read.layers} == {(head_dim, kind) for kind in kinds}
 
 
 @pytest.mark.oracle
@@ -147,8 +154,10 @@ def test_whatever_transformers_saves_is_read(tmp_path, fields):
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"model_type": "mamba"}, UnsupportedModelError, "'mamba'.*known: llama"),
-        ({"model_type": None}, UnsupportedModelError, "known: llama"),
+        ({"model_type": "mamba"}, UnsupportedModelError, "'mamba' is not supported: it has recurrent.*known: .*llama"),
+        ({"model_type": "mixtral"}, UnsupportedModelError, "it has a mixture of experts"),
+        ({"model_type": "my_own"}, UnsupportedModelError, "'my_own' is not supported; known: "),
+        ({"model_type": None}, UnsupportedModelError, "known: "),
         ({"hidden_size": None}, CheckpointError, "lacks hidden_size"),
         ({"hidden_size": "64"}, CheckpointError, "hidden_size '64'"),
         ({"hidden_size": 10**12}, CheckpointError, "hidden_size"),
@@ -167,7 +176,8 @@ def test_whatever_transformers_saves_is_read(tmp_path, fields):
         ({"hidden_act": None}, UnsupportedModelError, "hidden_act None"),
         ({"eos_token_id": "x"}, CheckpointError, "eos_token_id"),
         ({"eos_token_id": [2, -1]}, CheckpointError, "eos_token_id"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, UnsupportedModelError, "'yarn'"),
+        ({"rope_scaling": {"type": "spiral", "factor": 2.0}}, UnsupportedModelError, "'spiral'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 0}}, CheckpointError, "yarn rope: factor 0 must be a positive"),
         ({"rope_scaling": {"type": "linear"}}, CheckpointError, "lacks factor"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, UnsupportedModelError, "beta"),
         ({"rope_scaling": [1]}, CheckpointError, "rope"),
@@ -192,12 +202,14 @@ def test_what_cannot_be_honoured_is_refused(fields, error, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_kv_heads": 0}, "num_kv_heads 0"),
-        ({"head_dim": -1}, "head_dim -1"),
+        ({"layers": ()}, "num_layers 0"),
         ({"norm_eps": 0.0}, "norm_eps"),
+        ({"attn_softcap": 0.0}, "attn_softcap"),
         ({"activation": "tanh"}, "activation 'tanh'"),
-        ({"windows": (None,)}, "1 windows"),
-        ({"ropes": (RopeSpec("default", 1e4, 18), None)}, "rotary dimension 18 is more than head_dim 16"),
+        ({"norm_offset": 1.0}, "norm_offset 1.0 is added to norm weights in float32 only"),
+        ({"layers": (replace(spec().layers[0], num_kv_heads=3),)}, "4 attention heads cannot share 3"),
+        ({"layers": (replace(spec().layers[0], kv_layer=0),)}, "layer 0 cannot read"),
+        ({"layers": (spec().layers[0], replace(spec().layers[0], kv_layer=0, window=4))}, "of another kind"),
     ],
 )
 def test_a_spec_that_contradicts_itself_is_refused(change, message):
@@ -220,9 +232,18 @@ def test_an_impossible_rope_is_refused(arguments, message):
         RopeSpec(*arguments)
 
 
-def test_the_decoder_refuses_what_it_does_not_implement():
-    with pytest.raises(UnsupportedModelError, match="qk_norm, final_softcap"):
-        _check_supported(replace(spec(), qk_norm=True, final_softcap=30.0))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_kv_heads": 0}, "num_kv_heads 0"),
+        ({"head_dim": -1}, "head_dim -1"),
+        ({"window": 0}, "window 0"),
+        ({"rope": RopeSpec("default", 1e4, 18)}, "rotary dimension 18 is more than head_dim 16"),
+    ],
+)
+def test_a_layer_that_contradicts_itself_is_refused(change, message):
+    with pytest.raises(CheckpointError, match=message):
+        replace(spec().layers[0], **change)
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,8 @@ def random_rows(draw, family):
         fields |= draw(random_ropes())
     if family == "ministral3":
         fields |= rows.rope("yarn", **rows.MINISTRAL3_ROPE, llama_4_scaling_beta=draw(st.sampled_from([0.0, 0.3])))
-    return zoo.Row(repr(fields), family, fields, embed_std=0.05 if "gemma" in family else 0.2)
+    embed_std = 0.05 if "gemma" in family else 0.2
+    return zoo.Row(repr(fields), family, fields, weight_std=2 / fields["hidden_size"] ** 0.5, embed_std=embed_std)
 
 
 def random_ropes():

@@ -2,9 +2,12 @@
 
 import importlib
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from minirksc import LLM, SamplingParams
 
@@ -147,3 +150,62 @@ def smallest_pool(folder, num_blocks):
             if llm.stats()["num_blocks_total"] >= num_blocks:
                 return num_bytes
         num_bytes += num_bytes // 16
+
+
+# Random traffic
+
+STEMS = [zoo.make_prompt(50, seed) for seed in (11, 12)]
+STEMS.append(STEMS[0][:29] + STEMS[1][29:])
+prompts = st.builds(lambda stem, length: tuple(STEMS[stem][:length]), st.integers(0, 2), st.integers(1, 50))
+
+
+def check_random_traffic(zoo_dir, num_examples):
+    """Waves of requests and forks in engines of any shape; each result is compared with the request alone."""
+
+    @cache
+    def alone(row_id, prompt):
+        with open_llm(zoo.build(rows.BY_ID[row_id], zoo_dir / row_id), backend="reference") as llm:
+            return tokens(llm.generate([list(prompt)], GREEDY))[0]
+
+    @settings(max_examples=num_examples, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(
+        st.sampled_from(ROW_IDS),
+        st.integers(1, 9),
+        st.integers(1, 60),
+        st.booleans(),
+        st.lists(st.lists(st.tuples(prompts, st.integers(1, NEW_TOKENS)), min_size=1, max_size=5), max_size=3),
+        prompts,
+        st.lists(prompts, min_size=1, max_size=4),
+    )
+    def check(row_id, block_size, max_batch_tokens, is_scarce, waves, root_prompt, tails):
+        folder = zoo.build(rows.BY_ID[row_id], zoo_dir / row_id)
+        options = {"block_size": block_size, "max_batch_tokens": max_batch_tokens}
+        if is_scarce:
+            options["kv_cache_bytes"] = "512KiB"
+        with open_llm(folder, **options) as llm:
+            for wave in waves:
+                params = [
+                    SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False) for _, n in wave
+                ]
+                outputs = tokens(llm.generate([list(prompt) for prompt, _ in wave], params))
+                for (prompt, n), output in zip(wave, outputs, strict=True):
+                    assert output == alone(row_id, prompt)[:n]
+                llm.engine.blocks.check_integrity()
+            kids = llm.branch(list(root_prompt)).fork(len(tails))
+            for kid, tail in zip(kids, tails, strict=True):
+                kid.append(list(tail))
+            llm.extend(kids, GREEDY)
+            for kid, tail in zip(kids, tails, strict=True):
+                assert kid.output_token_ids == alone(row_id, root_prompt + tail)
+            llm.engine.blocks.check_integrity()
+
+    check()
+
+
+def test_random_traffic(zoo_dir):
+    check_random_traffic(zoo_dir, 20)
+
+
+@pytest.mark.slow
+def test_much_random_traffic(zoo_dir):
+    check_random_traffic(zoo_dir, 150)
