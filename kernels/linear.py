@@ -18,6 +18,17 @@ def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def auto_dtype(stored: object, device: torch.device) -> torch.dtype:
+    """What dtype="auto" means: the checkpoint's own where the device computes in it, else float32.
+
+    Args:
+        stored: the dtype's name in config.json; anything else counts as float32.
+        device: where the model would run.
+    """
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(stored), torch.float32)
+    return dtype if computes_in(dtype, device) else torch.float32
+
+
 class Linear:
     """A weight and an optional bias, ready to be applied.
 

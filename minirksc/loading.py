@@ -15,10 +15,11 @@ from minirksc.engine import Engine
 from minirksc.errors import CacheFullError, ConfigError
 from minirksc.json_file import read_json_object
 from minirksc.kernels.backend import choose_backend
-from minirksc.kernels.linear import computes_in
+from minirksc.kernels.linear import auto_dtype
 from minirksc.kv_cache import block_bytes
 from minirksc.models.decoder import Decoder
 from minirksc.models.families import load_config, spec_from_config
+from minirksc.models.fields import stored_dtype
 from minirksc.models.spec import ArchSpec
 from minirksc.models.weights import iter_weights
 from minirksc.rsbcm import BlockBytes, BlockManager
@@ -108,11 +109,8 @@ def _choose_device(name: str) -> torch.device:
 
 
 def _choose_dtype(name: str, raw: dict[str, Any], device: torch.device) -> torch.dtype:
-    """The checkpoint's dtype where the device computes in it, else float32: emulated bf16 is far slower."""
     if name == "auto":
-        name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
-        if name not in ("bfloat16", "float16") or not computes_in(getattr(torch, name), device):
-            name = "float32"
+        return auto_dtype(stored_dtype(raw), device)
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype

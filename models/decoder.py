@@ -10,6 +10,7 @@ import torch
 from minirksc.kernels.backend import Backend
 from minirksc.kernels.linear import Linear
 from minirksc.kernels.paged_attention import AttentionBatch
+from minirksc.models.layer_inputs import LayerInputs
 from minirksc.models.layers import DecoderLayer, norm_weight
 from minirksc.models.rope import Rotary
 from minirksc.models.spec import ArchSpec
@@ -46,6 +47,9 @@ class Decoder:
         self.embed = top["embed.weight"]  # [vocab, hidden]
         self.norm = norm_weight(spec, top["norm.weight"])
         self.head = Linear(top.get("lm_head.weight", self.embed), prepack=backend.prepack)
+        begin = "layer_inputs."
+        of_inputs = {name.removeprefix(begin): tensor for name, tensor in top.items() if name.startswith(begin)}
+        self.layer_inputs = None if spec.layer_input_size is None else LayerInputs(spec, of_inputs, backend)
         # Layers that rotate alike share one table a step.
         self._rotaries = {rope: Rotary(rope, self.device) for rope in {layer.rope for layer in spec.layers} if rope}
         self._kv_sources = {layer.kv_layer for layer in spec.layers}
@@ -91,12 +95,14 @@ class Decoder:
             hidden = hidden.mul_(self._embed_scale)
         tables = {rope: rotary.tables(positions, sequence_lens, self.dtype) for rope, rotary in self._rotaries.items()}
         growth = self._query_growth(positions)
+        inputs = None if self.layer_inputs is None else self.layer_inputs(token_ids, hidden)
         shared_kv: dict[int, Tensor] = {}  # by the layer that made it
         for index, (layer, layer_cache) in enumerate(zip(self.layers, cache, strict=True)):
             own = layer.layer
             table = None if own.rope is None else tables[own.rope]
             shared = None if own.kv_layer is None else shared_kv[own.kv_layer]
-            hidden, kv = layer(hidden, table, growth, layer_cache, attention[own.window], shared)
+            layer_input = None if inputs is None else inputs[index]
+            hidden, kv = layer(hidden, table, growth, layer_cache, attention[own.window], shared, layer_input)
             if index in self._kv_sources:
                 shared_kv[index] = kv
         if logits_rows is not None:

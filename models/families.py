@@ -213,14 +213,16 @@ def _gemma3(f: Fields) -> ArchSpec:
 
 
 def _gemma4(f: Fields) -> ArchSpec:
-    """Gemma 4, dense, without embeddings a layer: full layers of another shape, plain norms, a number a layer."""
+    """Gemma 4, dense: full layers of another shape, plain norms, a number a layer; in the small ones inputs a layer."""
     f.default(vocab_size=262144, hidden_size=2304, intermediate_size=9216, num_hidden_layers=30)
     f.default(num_attention_heads=8, num_key_value_heads=4, sliding_window=512, max_position_embeddings=131072)
     f.default(global_head_dim=512, hidden_size_per_layer_input=256, num_kv_shared_layers=0)
-    for name in ("hidden_size_per_layer_input", "enable_moe_block"):
-        f.only(name, 0)
-    for name in ("vocab_size_per_layer_input", "num_experts", "top_k_experts", "moe_intermediate_size"):
-        f.get(name)  # of parts that are not there
+    f.only("enable_moe_block")
+    for name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
+        f.get(name)  # of a part that is not there
+    input_size = f.size("hidden_size_per_layer_input") if f.get("hidden_size_per_layer_input") else None
+    if f.get("vocab_size_per_layer_input") is not None and input_size is not None:
+        f.only("vocab_size_per_layer_input", f.size("vocab_size"))
     nested = f.get("rope_parameters") or {
         SLIDING: {"rope_type": "default", "rope_theta": 1e4},
         FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
@@ -236,6 +238,7 @@ def _gemma4(f: Fields) -> ArchSpec:
         v_norm=True,
         sandwich_norms=True,
         layer_scale=True,
+        layer_input_size=input_size,
         layout=WeightLayout(mlp_norm="pre_feedforward_layernorm"),
     )
     spec = with_windows(f, spec, [SLIDING if (i + 1) % 6 else FULL for i in range(spec.num_layers)])

@@ -41,6 +41,11 @@ HARMLESS = frozenset(
 """Fields that do not change the mathematics."""
 
 
+def stored_dtype(config: Mapping[str, Any]) -> Any:
+    """The dtype that config.json names, by its new or old name; None when it names none."""
+    return config.get("dtype") or config.get("torch_dtype")
+
+
 class Fields:
     """The fields of one config.json.
 

@@ -39,6 +39,9 @@ class DecoderLayer:
         self.gate_up = linear("gate_up")
         self.down = linear("down")
         self.mlp_post_norm = norm("mlp_post_norm")
+        if spec.layer_input_size is not None:
+            self.input_gate, self.input_project = linear("input_gate"), linear("input_project")
+        self.input_norm = norm("input_norm")
         self.scale = weights.get("scale")  # [1]
 
     def __call__(
@@ -49,6 +52,7 @@ class DecoderLayer:
         layer_cache: Tensor,
         attention: AttentionBatch,
         shared_kv: Tensor | None,
+        layer_input: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Runs the layer on a flattened batch.
 
@@ -59,6 +63,7 @@ class DecoderLayer:
             layer_cache: `[num_blocks, block_size, 2, num_kv_heads, head_dim]`, written at the batch's slots.
             attention: where queries and keys are.
             shared_kv: new keys and values of the layer whose cache this one reads; None: it has its own.
+            layer_input: `[tokens, layer_input_size]`, see `LayerInputs`; None for none.
 
         Returns:
             (hidden `[tokens, hidden]`, the new keys and values `[tokens, 2, num_kv_heads, head_dim]`).
@@ -83,6 +88,10 @@ class DecoderLayer:
         if spec.sandwich_norms:
             out = ops.rms_norm(out, self.mlp_post_norm, spec.norm_eps)
         hidden = hidden.add_(out)
+        if layer_input is not None:
+            gate_and_input = torch.cat((self.input_gate(hidden), layer_input), dim=-1)
+            out = self.input_project(ops.gated_act(gate_and_input, spec.activation))
+            hidden = hidden.add_(ops.rms_norm(out, self.input_norm, spec.norm_eps))
         if self.scale is not None:
             hidden = hidden.mul_(self.scale)
         return hidden, kv

@@ -119,7 +119,7 @@ class ArchSpec:
         norm_eps: added to the mean square.
         tie_word_embeddings: the head is the embedding.
         eos_token_ids: end a generation.
-        bos_token_id: begins a prompt; None when the model has none.
+        bos_token_id: begins a prompt, for people to read: the tokenizer puts it there; None when there is none.
         query_scale: multiplied to attention scores.
         query_growth: (beta, length): queries at position p are multiplied by 1 + beta * ln(1 + floor(p / length)).
         norm_offset: added to every norm weight (Gemma's 1 + w).
@@ -128,6 +128,7 @@ class ArchSpec:
         qk_norm, v_norm: norms on each head's query and key, or value; the value's has no weight.
         sandwich_norms: a second norm on each branch's output, before it is added.
         layer_scale: each layer's output is multiplied by a number of its own.
+        layer_input_size: width of the vector that each layer gets of every token beside the stream; None for none.
         embed_scale: multiplied to embeddings, rounded to the model's dtype.
         attn_softcap, final_softcap: c * tanh(x / c) on scores or logits; None for none.
         layout: of the checkpoint; changes nothing that is computed.
@@ -155,6 +156,7 @@ class ArchSpec:
     v_norm: bool = False
     sandwich_norms: bool = False
     layer_scale: bool = False
+    layer_input_size: int | None = None
     embed_scale: float = 1.0
     attn_softcap: float | None = None
     final_softcap: float | None = None
@@ -167,7 +169,7 @@ class ArchSpec:
         ):
             if not getattr(self, name) > 0:
                 raise CheckpointError(f"{name} {getattr(self, name)} must be positive")
-        for name in ("attn_softcap", "final_softcap"):
+        for name in ("attn_softcap", "final_softcap", "layer_input_size"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise CheckpointError(f"{name} {getattr(self, name)} must be positive")
         if self.norm_offset and not self.norm_in_float32:

@@ -75,6 +75,15 @@ def weight_rules(spec: ArchSpec, has_own_head: bool = False) -> list[WeightRule]
     """
     embed = (spec.vocab_size, spec.hidden_size)
     rules = [_rule("embed.weight", ("model.embed_tokens.weight", embed))]
+    if spec.layer_input_size is not None:
+        total = spec.num_layers * spec.layer_input_size
+        rules += [
+            _rule("layer_inputs.embed.weight", ("model.embed_tokens_per_layer.weight", (spec.vocab_size, total))),
+            _rule(
+                "layer_inputs.project.weight", ("model.per_layer_model_projection.weight", (total, spec.hidden_size))
+            ),
+            _rule("layer_inputs.norm.weight", ("model.per_layer_projection_norm.weight", (spec.layer_input_size,))),
+        ]
     for index, layer in enumerate(spec.layers):
         rules += _layer_rules(spec, layer, f"layers.{index}.", f"model.layers.{index}.")
     rules.append(_rule("norm.weight", ("model.norm.weight", (spec.hidden_size,))))
@@ -121,6 +130,11 @@ def _layer_rules(spec: ArchSpec, layer: LayerSpec, to: str, source: str) -> list
         "gate_up": ("mlp", gate_up, hidden, spec.mlp_bias),
         "down": ("mlp", [("down_proj", hidden)], inner, spec.mlp_bias),
     }
+    if spec.layer_input_size is not None:
+        size = spec.layer_input_size
+        rules.append(norm("input_norm", "post_per_layer_input_norm"))
+        rules.append(_rule(f"{to}input_gate.weight", (f"{source}per_layer_input_gate.weight", (size, hidden))))
+        rules.append(_rule(f"{to}input_project.weight", (f"{source}per_layer_projection.weight", (hidden, size))))
     for name, (module, parts, columns, has_bias) in linears.items():
         weights = [(f"{source}{module}.{part}.weight", (rows, columns)) for part, rows in parts]
         rules.append(_rule(f"{to}{name}.weight", *weights))

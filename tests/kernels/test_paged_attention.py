@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from minirksc.kernels.paged_attention import (
     AttentionBatch,
+    own_ranges,
     paged_attention,
     paged_attention_reference,
 )
@@ -17,7 +18,10 @@ from minirksc.kernels.prefix_attention import (
     shared_segments,
 )
 
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+FORMS = [paged_attention, paged_attention_reference]
+# Between the form in the dtype and the reference, which computes in float32 and rounds once.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+SCALE = 0.25
 
 
 def make_case(
@@ -27,12 +31,18 @@ def make_case(
     heads=(4, 2),
     head_dim=16,
     block_size=4,
+    window=None,
     tables=None,
     seed=0,
     dtype=torch.float32,
     consecutive=False,
+    apart=None,
 ):
-    """Random queries and a cache whose unused slots are NaN."""
+    """Random queries, and a cache that is NaN wherever no query may look.
+
+    `apart` numbers the blocks of the keys anew: "all" gives every row the place of each block that some row sees,
+    "own" only of those that the row itself sees; the others are -1.
+    """
     gen = torch.Generator().manual_seed(seed)
     needed = [-(-n // block_size) for n in context_lens]
     if tables is None:
@@ -40,15 +50,34 @@ def make_case(
         ids = torch.arange(num_blocks) if consecutive else torch.randperm(num_blocks, generator=gen)
         ids = iter(ids.tolist())
         tables = [[next(ids) for _ in range(n)] for n in needed]
-    num_blocks = max(max(t, default=0) for t in tables) + 2
+    first_keys = [
+        0 if window is None else max(0, context - query - window + 1)
+        for query, context in zip(query_lens, context_lens, strict=True)
+    ]
+    seen = {
+        block_id: None
+        for table, first, n in zip(tables, first_keys, needed, strict=True)
+        for block_id in table[first // block_size : n]
+    }
+    kv_tables = tables
+    num_blocks = max(map(max, tables)) + 2
+    if apart is not None:
+        num_blocks = len(seen) + 2
+        rooms = torch.randperm(num_blocks - 1, generator=gen).tolist()  # the last is free: -1 as an index finds NaN
+        room_of = dict(zip(seen, rooms, strict=False))
+        kv_tables = [
+            [
+                -1 if apart == "own" and place < first // block_size else room_of.get(block_id, -1)
+                for place, block_id in enumerate(table)
+            ]
+            for table, first in zip(tables, first_keys, strict=True)
+        ]
     cache = torch.full((num_blocks, block_size, 2, heads[1], head_dim), float("nan"), dtype=dtype)
-    written = {}
-    for table, context in zip(tables, context_lens, strict=True):
-        for position in range(context):
+    for table, first, context in zip(kv_tables, first_keys, context_lens, strict=True):
+        for position in range(first, context):
             slot = (table[position // block_size], position % block_size)
-            if slot not in written:
-                written[slot] = torch.randn((2, heads[1], head_dim), generator=gen).to(dtype)
-                cache[slot] = written[slot]
+            if cache[slot].isnan().any():
+                cache[slot] = torch.randn((2, heads[1], head_dim), generator=gen).to(dtype)
     cu = [0]
     for n in query_lens:
         cu.append(cu[-1] + n)
@@ -58,26 +87,43 @@ def make_case(
     for i, (n, context) in enumerate(zip(query_lens, context_lens, strict=True)):
         for j in range(n):
             position = context - n + j
-            kv[cu[i] + j] = cache[tables[i][position // block_size], position % block_size]
-    batch = AttentionBatch(cu, context_lens, tables, block_size, torch.device("cpu"))
+            kv[cu[i] + j] = cache[kv_tables[i][position // block_size], position % block_size]
+    batch = AttentionBatch(
+        cu_seqlens_q=cu,
+        context_lens=context_lens,
+        block_tables=tables,
+        kv_tables=kv_tables,
+        slots=torch.empty(0, dtype=torch.int64),  # where the new keys go: the store's business
+        block_size=block_size,
+        device=torch.device("cpu"),
+        window=window,
+    )
     return q, kv, cache, batch
 
 
-def check(case, dtype=torch.float32):
+def check(case, softcap=None, scale=SCALE):
     q, kv, cache, batch = case
-    before = cache.clone()
-    expected = paged_attention_reference(q, kv, cache, batch, 0.25)
-    actual = paged_attention(q, kv, cache, batch, 0.25)
-    assert torch.isfinite(expected).all()
-    torch.testing.assert_close(actual, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-    torch.testing.assert_close(cache, before, equal_nan=True, atol=0, rtol=0)
+    before = q.clone(), cache.clone()
+    expected = paged_attention_reference(q, kv, cache, batch, scale, softcap)
+    actual = paged_attention(q, kv, cache, batch, scale, softcap)
+    assert actual.dtype == q.dtype and torch.isfinite(expected).all()
+    tolerance = TOLERANCE[q.dtype]
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+    again = paged_attention(q, kv, cache, batch, scale, softcap)  # with the plan and the buffers of the first layer
+    assert torch.equal(again, actual)
+    assert torch.equal(q, before[0])
+    torch.testing.assert_close(cache, before[1], equal_nan=True, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("heads", [(2, 2), (4, 1), (5, 1), (9, 3), (8, 1)])
-@pytest.mark.parametrize("head_dim", [8, 64, 80])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_heads_and_dims(heads, head_dim, dtype):
-    check(make_case([1, 3, 1], [5, 9, 17], heads=heads, head_dim=head_dim, dtype=dtype), dtype)
+@pytest.mark.parametrize("heads", [(2, 2), (4, 1), (5, 1), (10, 2), (8, 1), (9, 3)])
+@pytest.mark.parametrize("head_dim", [8, 64, 80, 96, 128, 256, 512])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_heads_and_dims(heads, head_dim, dtype, softcap):
+    options = {"heads": heads, "head_dim": head_dim, "dtype": dtype}
+    scale = head_dim**-0.5
+    check(make_case([1, 3, 1], [5, 9, 17], **options), softcap, scale)
+    check(make_case([1, 3, 1], [5, 9, 17], window=6, apart="own", **options), softcap, scale)
 
 
 @pytest.mark.parametrize("context", [1, 3, 4, 5, 8, 13, 31])
@@ -88,56 +134,209 @@ def test_block_borders(query, context):
         check(make_case([query, 1], [context, 7], consecutive=True))
 
 
-def test_a_shared_prefix_equals_no_sharing():
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 7, 8, 9, 13, 64])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("consecutive", [True, False])
+def test_windows_at_block_borders(window, softcap, consecutive):
+    for context in (1, 4, 5, 9, 13, 16, 31):
+        for query in (1, 2, 5, context):
+            options = {"window": window, "consecutive": consecutive, "apart": None if consecutive else "own"}
+            if query <= context:
+                check(make_case([query], [context], **options), softcap)
+                check(make_case([query, 1, 1], [context, 17, 6], **options), softcap)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("window", [None, 1, 2, 3, 4, 5, 8, 11, 23, 24, 100])
+@pytest.mark.parametrize("queries", [1, 2, 7, 24])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_key_is_visible_exactly_when_it_is_not_after_the_query_nor_a_window_before(form, window, queries, softcap):
+    """Keys of zero make all weights equal, and each value is its own position's unit vector: the output is the mask."""
+    context = 24
+    case = make_case([queries, 1], [context, context], heads=(2, 1), head_dim=32, window=window, apart="own")
+    q, kv, cache, batch = case
+    cache.zero_()
+    first_query = context - queries
+    for table in batch.kv_tables:
+        for position in range(context):
+            if table[position // 4] >= 0:
+                cache[table[position // 4], position % 4, 1, 0, position] = 1.0
+    kv.zero_()
+    for row, position in enumerate([*range(first_query, context), context - 1]):
+        kv[row, 1, 0, position] = 1.0
+    out = form(q, kv, cache, batch, SCALE, softcap)  # [queries + 1, 2, 32]
+    for row, at in enumerate([*range(first_query, context), context - 1]):
+        visible = [j for j in range(context) if j <= at and (window is None or j > at - window)]
+        expected = torch.zeros(32)
+        expected[visible] = 1 / len(visible)
+        torch.testing.assert_close(out[row], expected.expand(2, 32), atol=1e-6, rtol=1e-5)
+
+
+def test_a_softcap_bounds_the_scores():
+    q, kv, cache, batch = make_case([1, 4], [9, 13])
+    for form in FORMS:
+        flat = form(q * 1e4, kv, cache, batch, SCALE, 1e-6)
+        mean = form(q * 0, kv, cache, batch, SCALE, None)
+        torch.testing.assert_close(flat, mean, atol=1e-5, rtol=1e-5)
+        loose = form(q, kv, cache, batch, SCALE, 1e4)  # far from any score it changes nothing
+        torch.testing.assert_close(loose, form(q, kv, cache, batch, SCALE, None), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 50.0])
+def test_large_scores_neither_overflow_nor_lose_the_others(softcap):
+    for options in ({}, {"window": 7, "apart": "own"}):
+        q, kv, cache, batch = make_case([1, 4, 1], [40, 13, 40], **options)
+        check((q * 300, kv, cache, batch), softcap)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 8, 9, 17, 23, 100])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_a_shared_prefix_equals_no_sharing(window, softcap):
     prefix = [7, 3, 11, 5, 2, 9]
     tables = [[*prefix, 20 + i, 30 + i] for i in range(5)]
     lens = [25, 26, 27, 29, 32]
-    check(make_case([1] * 5, lens, tables=tables))
-    check(make_case([1, 1, 3, 1, 1], lens, tables=tables))
+    for apart in (None, "all", "own"):
+        options = {"tables": tables, "window": window, "apart": apart}
+        check(make_case([1] * 5, lens, **options), softcap)
+        check(make_case([1, 1, 3, 1, 1], lens, **options), softcap)
 
 
-def test_nested_prefixes():
-    root, left, right = [1, 2, 3, 4, 5], [6, 7, 8, 9], [10, 11, 12, 13, 14]
-    tables = [[*root, *left, 20], [*root, *right, 21], [*root, *left, 22], [*root, *right, 23], [40, 41]]
-    lens = [37, 44, 38, 41, 6]
-    case = make_case([1] * 5, [len(t) * 4 - 1 for t in tables], tables=tables)
+NESTED = [
+    [1, 2, 3, 4, 5, 6, 7, 8, 9, 20],
+    [1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 21],
+    [1, 2, 3, 4, 5, 6, 7, 8, 9, 22],
+    [1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 23],
+    [40, 41],
+]
+
+
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_nested_prefixes(softcap):
+    case = make_case([1] * 5, [len(t) * 4 - 1 for t in NESTED], tables=NESTED)
     assert len(case[3].plan().shared) == 3
+    check(case, softcap)
+
+
+@pytest.mark.parametrize("window", [*range(1, 46), 100])
+def test_nested_prefixes_that_leave_the_window_one_after_the_other(window):
+    lens = [len(t) * 4 - 1 for t in NESTED]
+    for apart in (None, "all", "own"):
+        check(make_case([1] * 5, lens, tables=NESTED, window=window, apart=apart))
+
+
+def test_a_prefix_is_shared_as_far_as_every_sharer_sees_it():
+    prefix = list(range(12))
+    tables = [[*prefix, 20], [*prefix, 21, 22]]
+    case = make_case([1, 1], [50, 54], tables=tables, window=30, apart="all")
+    ((segment, _),) = case[3].plan().shared
+    assert (segment.block_begin, segment.block_end) == (6, 12)  # position 54 - 30 is the first of block 6
     check(case)
-    assert len(lens) == 5
 
 
-def test_many_scattered_runs_and_long_own_contexts():
-    check(make_case([1, 1], [2100, 2300], block_size=16, head_dim=8))
-    check(make_case([1, 1], [2100, 2300], block_size=16, head_dim=8, consecutive=True))
-    check(make_case([40], [300]))
+@pytest.mark.parametrize("window", [None, 700, 2048])
+def test_many_scattered_runs_and_long_own_contexts(window):
+    options = {"block_size": 16, "head_dim": 8, "window": window}
+    check(make_case([1, 1], [2100, 2300], **options))
+    check(make_case([1, 1], [2100, 2300], consecutive=True, **options))
+    check(make_case([40], [300], window=window))
 
 
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_random_batches(data):
-    size = data.draw(st.sampled_from([1, 2, 4, 16]))
-    sequences = data.draw(
-        st.lists(st.tuples(st.integers(1, 6), st.integers(0, 40), st.integers(0, 30)), min_size=1, max_size=6)
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("window", [None, 1, 100, 255, 256, 257, 300, 1000])
+@pytest.mark.parametrize(("query", "context"), [(256, 256), (257, 400), (600, 600), (513, 900)])
+def test_prefills_of_several_tiles(query, context, window, softcap):
+    options = {"block_size": 16, "head_dim": 8, "heads": (2, 1), "window": window}
+    check(make_case([query], [context], consecutive=True, **options), softcap)
+    check(make_case([query, 1], [context, 35], apart="own", **options), softcap)
+
+
+def test_layers_of_other_shapes_use_the_same_plan():
+    """Gemma 4's full layers have other heads than a window's; layers of equal windows may differ as well."""
+    lens = [9, 13, 30]
+    cases = [make_case([1, 1, 1], lens, heads=heads, head_dim=dim) for heads, dim in [((4, 2), 16), ((4, 1), 32)]]
+    batch = cases[0][3]
+    for q, kv, cache, own in [cases[0], cases[1], cases[0]]:
+        assert own.kv_tables == batch.kv_tables
+        expected = paged_attention_reference(q, kv, cache, batch, SCALE, None)
+        torch.testing.assert_close(paged_attention(q, kv, cache, batch, SCALE, None), expected, atol=2e-5, rtol=2e-5)
+
+
+@st.composite
+def batches(draw):
+    """Arguments of `make_case`: rows that share the beginning of one prefix or of a branch of it."""
+    size = draw(st.sampled_from([1, 2, 3, 4, 16]))
+    sequences = draw(
+        st.lists(
+            st.tuples(st.integers(1, 6), st.integers(0, 40), st.integers(0, 30), st.booleans()), min_size=1, max_size=7
+        )
     )
-    prefix = list(range(100, 130))
+    root = list(range(100, 130))
+    fork_at = draw(st.integers(0, 12))
+    branch = root[:fork_at] + list(range(200, 230 - fork_at))
     tables, lens, queries = [], [], []
-    free = iter(range(5000))
-    for query, past, shared in sequences:
+    free = iter(range(300, 5000))
+    for query, past, shared, is_branch in sequences:
+        query = draw(st.sampled_from([1, query]))  # decode rows are what shares
         context = query + past
-        num_shared = min(shared, past // size, len(prefix))
         total = -(-context // size)
-        tables.append(prefix[:num_shared] + [next(free) + 200 for _ in range(total - num_shared)])
+        num_shared = min(shared, past // size, len(root))
+        prefix = (branch if is_branch else root)[:num_shared]
+        tables.append(prefix + [next(free) for _ in range(total - num_shared)])
         lens.append(context)
         queries.append(query)
-    check(make_case(queries, lens, tables=tables, block_size=size, heads=(4, 2), head_dim=8))
+    windows = st.one_of(st.none(), st.sampled_from([1, size, size + 1, max(1, size - 1), 37]), st.integers(1, 50))
+    num_kv_heads = draw(st.sampled_from([1, 2]))
+    return (
+        queries,
+        lens,
+        {
+            "tables": tables,
+            "block_size": size,
+            "heads": (num_kv_heads * draw(st.sampled_from([1, 4, 5, 8])), num_kv_heads),
+            "head_dim": draw(st.sampled_from([8, 12])),
+            "window": draw(windows),
+            "apart": draw(st.sampled_from([None, "all", "own"])),
+            "dtype": draw(st.sampled_from(list(TOLERANCE))),
+            "seed": draw(st.integers(0, 99)),
+        },
+    )
 
 
-def test_shared_segments_nests_and_keeps_rows_own():
+@settings(max_examples=250, deadline=None)
+@given(case=batches(), softcap=st.sampled_from([None, None, 0.3, 2.0, 50.0]))
+def test_random_batches(case, softcap):
+    queries, lens, options = case
+    check(make_case(queries, lens, **options), softcap)
+
+
+@settings(max_examples=200, deadline=None)
+@given(case=batches())
+def test_every_visible_position_is_read_once_and_no_other(case):
+    """What a place reads alone and the segments that it shares are together exactly what it sees."""
+    queries, lens, options = case
+    batch = make_case([1] * len(queries), lens, **options)[3]
+    plan = batch.plan()
+    size = batch.block_size
+    order, _ = shared_segments(batch.block_tables, [(n - 1) // size for n in lens])
+    segments = [segment for segment, _ in plan.shared]
+    for place, row in enumerate(order):
+        first_key = batch.first_visible(lens[row] - 1)
+        read = [p for b, e in own_ranges(place, first_key, lens[row], segments, size) for p in range(b, e)]
+        assert read  # the merge needs a finite partial to begin with
+        for segment in segments:
+            if segment.row_begin <= place < segment.row_end:
+                assert segment.block_end > segment.block_begin
+                read += range(segment.block_begin * size, segment.block_end * size)
+        assert sorted(read) == list(range(first_key, lens[row]))
+
+
+def test_shared_segments_nest_in_sorted_order():
     tables = [[1, 2, 3, 4, 9, 9], [1, 2, 3, 4, 5, 6], [7], [1, 2, 3, 4, 9, 8]]
-    order, segments, own = shared_segments(tables, [5, 5, 0, 5])
+    order, segments = shared_segments(tables, [5, 5, 0, 5])
     assert order == [2, 1, 0, 3]
-    assert segments == [Segment(1, 4, 0, 4)]
-    assert own == [0, 4, 4, 4]
+    assert segments == [Segment(1, 4, 0, 4)]  # one more block in common is too little for a segment of its own
+    assert own_ranges(0, 0, 1, segments, 4) == [(0, 1)]
+    assert own_ranges(1, 0, 24, segments, 4) == [(16, 24)]
 
 
 @given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))

@@ -32,6 +32,36 @@ def test_rms_norm(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight_dtype", [None, torch.float32, "of x"])
+@pytest.mark.parametrize("shape", [(5, 64), (3, 4, 16), (2, 1, 3, 20), (0, 4, 8)])
+def test_rms_norm_of_heads_and_kinds_of_weight(shape, weight_dtype, dtype):
+    wide = randn(shape[0], 2 * shape[1], *shape[2:], dtype=dtype) * 9
+    x = wide[:, : shape[1]]  # as the heads of q in qkv
+    before = wide.clone()
+    weight = None
+    if weight_dtype is not None:
+        weight = randn(shape[-1], dtype=dtype if weight_dtype == "of x" else weight_dtype, seed=1)
+    for form in (rms_norm, rms_norm_reference):
+        out = form(x, weight, 1e-5)
+        assert out.dtype == dtype and out.shape == x.shape
+        exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        exact = exact if weight is None else exact * weight.double()
+        close(out, exact.to(dtype))
+    assert torch.equal(wide, before)
+
+
+def test_a_float32_norm_weight_is_applied_before_the_only_rounding():
+    x = randn(50, 64, dtype=torch.bfloat16)
+    weight = 1 + randn(64, seed=1) / 500  # lost when the weight or the normed value is rounded first
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+    for form in (rms_norm, rms_norm_reference):
+        wrong = (form(x, weight, 1e-6) != exact.bfloat16()).float().mean()
+        assert wrong < 0.01  # float32 against float64 at the edge between two neighbours
+        twice = form(x, None, 1e-6) * weight.bfloat16()
+        assert (twice != exact.bfloat16()).float().mean() > 0.1  # the data can tell them apart
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gated_act(activation, dtype):
     x = randn(5, 2 * 37, dtype=dtype) * 4
@@ -60,6 +90,21 @@ def test_rope_turns_pairs_by_their_angle():
     angle = torch.tensor([1.5, 0.75])
     expected = [angle[0].cos(), -2 * angle[1].sin(), angle[0].sin(), 2 * angle[1].cos()]
     torch.testing.assert_close(x.flatten(), torch.stack(expected))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1.0, 1.19])
+def test_rope_tables_with_frequencies_of_each_token_are_those_of_each_alone(scale, dtype):
+    positions = torch.tensor([0, 3, 3, 511, 100_000])
+    inv_freq = torch.rand((5, 6), generator=torch.Generator().manual_seed(0))  # [tokens, rotary_dim / 2]
+    cos, sin = rope_tables(positions, inv_freq, scale, dtype)
+    assert cos.shape == sin.shape == (5, 1, 12) and cos.dtype == sin.dtype == dtype
+    for i in range(5):
+        one_cos, one_sin = rope_tables(positions[i : i + 1], inv_freq[i], scale, dtype)
+        assert torch.equal(cos[i : i + 1], one_cos) and torch.equal(sin[i : i + 1], one_sin)
+        angle = (positions[i].float() * inv_freq[i]).double()  # float32 angles are the convention of all models
+        close(cos[i, 0], (angle.cos() * scale).repeat(2).to(dtype))
+        close(sin[i, 0], torch.cat((-angle.sin(), angle.sin())).mul(scale).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -534,6 +534,15 @@ GEMMA4_ROWS = [
         bites=NO_WINDOW,
         oracle="stepwise",  # on longer input transformers needs per-layer embeddings when layers share KV
     ),
+    _gemma(
+        "gemma4_text-layer-inputs",
+        {
+            **{**GEMMA4, "hidden_size_per_layer_input": 12, "vocab_size_per_layer_input": GEMMA["vocab_size"]},
+            **{"num_kv_shared_layers": 3, "use_double_wide_mlp": True, "num_hidden_layers": 6},
+            "layer_types": [SLIDING, FULL, SLIDING, SLIDING, SLIDING, FULL],
+        },
+        bites=NO_WINDOW,
+    ),
     # save_pretrained writes an empty per_layer_config, and no global_head_dim at all.
     _gemma("gemma4_text-one-shape", {**GEMMA4_TEXT, "global_head_dim": GEMMA["head_dim"]}, bites=GEMMA4_BITES),
     _gemma("gemma4_unified_text-dense", GEMMA4, bites=GEMMA4_BITES, dtype="bfloat16"),

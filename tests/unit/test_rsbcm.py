@@ -1,7 +1,8 @@
 """The block manager against a naive model that simulates the KV itself.
 
 The model keeps, for every block, the tokens physically written into it, applying the copies that the manager
-asks for. Whatever happens, every sequence must read back through its table exactly its own tokens.
+asks for; for every room of the window pool likewise. Whatever happens, every sequence must read back through its
+tables exactly its own tokens: all of them, and of the layers with a window what the window reaches.
 """
 
 import hashlib
@@ -16,93 +17,149 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from minirksc.errors import CacheFullError, ConfigError
 from minirksc.eviction import POLICIES
 from minirksc.rsbcm import BlockManager
+from minirksc.window_pool import WindowPool, min_blocks
 
 SALTS = (b"", b"tenant")
 
 
 class Simulation:
-    """A block manager, the KV that its caller would hold, and what each sequence should contain."""
+    """A block manager, the KV that its caller would hold, and what each sequence should contain.
 
-    def __init__(self, num_blocks, block_size, policy):
-        self.blocks = BlockManager(num_blocks, block_size, policy)
-        self.size = block_size
+    With a window, `spare` is what the window pool has beyond the least.
+    """
+
+    def __init__(self, num_blocks, block_size, policy, window=None, spare=0):
+        num_rooms = 0 if window is None else min_blocks(window, block_size) + spare
+        self.windows = WindowPool(num_rooms, window, block_size)
+        self.blocks = BlockManager(num_blocks, block_size, policy, self.windows)
+        self.size, self.window = block_size, window
         # (salt, history) stands for the KV of a token: it depends on every token before it.
-        self.kv = {}
+        self.kv, self.window_kv = {}, {}
         self.tokens = {}
         self.salts = {}
+        self.rewindable = set()  # with a window: sequences whose last token may be computed once more
         self.next_id = 0
 
     def add(self, token_ids, salt, use_cache=True):
         seq_id, self.next_id = self.next_id, self.next_id + 1
         expected = self.blocks.match(token_ids, salt) if use_cache else 0
         free_before = self.blocks.num_free + self.blocks.num_cached
+        rooms_before = self.windows.num_free + self.windows.num_cached
         self.copy(self.blocks.add(seq_id, token_ids, salt=salt, use_cache=use_cache))
         adopted = self.blocks.num_tokens(seq_id)
         assert adopted < len(token_ids) or not token_ids
         if adopted != expected:  # only the partial block may be left out, and only for want of room
-            assert adopted == expected // self.size * self.size and free_before <= expected // self.size + 1
+            num_whole = expected // self.size
+            assert adopted == num_whole * self.size
+            no_block = free_before <= num_whole + 1
+            assert no_block or (self.window and rooms_before <= min(num_whole, self.num_in_view(adopted)) + 1)
         self.tokens[seq_id], self.salts[seq_id] = list(token_ids[:adopted]), salt
         return seq_id
+
+    def num_in_view(self, num_tokens):
+        """Blocks that hold what the query after so many tokens sees."""
+        return -(-num_tokens // self.size) - max(0, num_tokens - self.window + 1) // self.size
 
     def extend(self, seq_id, token_ids):
         """Reserve, write, commit; False when there is no room."""
         old = self.tokens[seq_id]
         end = len(old) + len(token_ids)
         if not self.blocks.can_reserve(seq_id, end):
-            table = list(self.blocks.block_table(seq_id))
+            before = self.state(seq_id)
             with pytest.raises(CacheFullError):
                 self.blocks.reserve(seq_id, end)
-            assert self.blocks.block_table(seq_id) == table
+            assert self.state(seq_id) == before
             return False
         needed = self.blocks.blocks_needed(seq_id, end)
-        used = self.blocks.num_used
+        used = self.blocks.num_used, self.windows.num_used
         self.copy(self.blocks.reserve(seq_id, end))
-        assert self.blocks.num_used <= used + needed
-        table = self.blocks.block_table(seq_id)
+        assert self.blocks.num_used <= used[0] + needed
+        assert self.windows.num_used <= used[1] + needed
+        table, window_table = self.blocks.block_table(seq_id), self.blocks.window_table(seq_id)
         new = [*old, *token_ids]
         for position in range(len(old), end):
             history = (self.salts[seq_id], tuple(new[: position + 1]))
-            self.kv[table[position // self.size], position % self.size] = history
+            place, offset = divmod(position, self.size)
+            self.kv[table[place], offset] = history
+            self.window_kv[window_table[place], offset] = history
+        self.check_reads(seq_id, new, len(old))  # as the attention of this step reads
         self.blocks.commit(seq_id, token_ids)
         self.tokens[seq_id] = new
+        self.rewindable.add(seq_id)
         return True
+
+    def state(self, seq_id):
+        counts = [(pool.num_free, pool.num_cached, pool.num_used) for pool in (self.blocks, self.windows)]
+        return list(self.blocks.block_table(seq_id)), list(self.blocks.window_table(seq_id)), counts
 
     def fork(self, seq_id):
         child, self.next_id = self.next_id, self.next_id + 1
-        used = self.blocks.num_used
+        used = self.blocks.num_used, self.windows.num_used
         self.blocks.fork(seq_id, child, depth=child % 5)
-        assert self.blocks.num_used == used
+        assert (self.blocks.num_used, self.windows.num_used) == used
         self.tokens[child], self.salts[child] = list(self.tokens[seq_id]), self.salts[seq_id]
+        if seq_id in self.rewindable:
+            self.rewindable.add(child)
         return child
 
     def rewind(self, seq_id, num_tokens):
         self.blocks.rewind(seq_id, num_tokens)
+        if num_tokens < len(self.tokens[seq_id]):
+            self.rewindable.discard(seq_id)
         del self.tokens[seq_id][num_tokens:]
+
+    def least_rewind(self, seq_id):
+        """To how few tokens the sequence may be rewound."""
+        if self.window is None:
+            return 0
+        return len(self.tokens[seq_id]) - (seq_id in self.rewindable)
 
     def free(self, seq_id):
         self.blocks.free(seq_id)
         del self.tokens[seq_id], self.salts[seq_id]
+        self.rewindable.discard(seq_id)
 
     def copy(self, copies):
-        read = {(c.destination, i): self.kv.get((c.source, i)) for c in copies for i in range(self.size)}
-        self.kv.update(read)
+        self.kv |= {(c.destination, i): self.kv.get((c.source, i)) for c in copies for i in range(self.size)}
+        if self.window is not None:
+            assert all(c.window_source >= 0 and c.window_destination >= 0 for c in copies)
+            moves = [(c.window_source, c.window_destination) for c in copies]
+            self.window_kv |= {(new, i): self.window_kv.get((old, i)) for old, new in moves for i in range(self.size)}
+
+    def check_reads(self, seq_id, tokens, first_query):
+        """What the queries at positions from first_query on find, each with the tokens up to its own stored."""
+        table, window_table = self.blocks.block_table(seq_id), self.blocks.window_table(seq_id)
+        assert len(table) == len(window_table)
+        for position in range(len(tokens)):
+            expected = (self.salts[seq_id], tuple(tokens[: position + 1]))
+            place, offset = divmod(position, self.size)
+            assert self.kv[table[place], offset] == expected
+            if self.window is not None and position > first_query - self.window:
+                assert self.window_kv[window_table[place], offset] == expected
 
     def check(self):
         self.blocks.check_integrity()
-        assert self.blocks.num_free + self.blocks.num_cached + self.blocks.num_used == self.blocks.num_blocks
+        for pool in (self.blocks, self.windows):
+            assert pool.num_free + pool.num_cached + pool.num_used == pool.num_blocks
+        in_view = set()
         for seq_id, tokens in self.tokens.items():
-            table = self.blocks.block_table(seq_id)
-            assert self.blocks.num_tokens(seq_id) == len(tokens)
-            for position in range(len(tokens)):
-                held = self.kv[table[position // self.size], position % self.size]
-                assert held == (self.salts[seq_id], tuple(tokens[: position + 1]))
+            num_tokens = len(tokens)
+            assert self.blocks.num_tokens(seq_id) == num_tokens
+            # The next query stands after all tokens; before it the last token may be computed once more.
+            self.check_reads(seq_id, tokens, num_tokens - (seq_id in self.rewindable))
+            if self.window is not None:
+                in_view.update(self.blocks.block_table(seq_id)[max(0, num_tokens - self.window) // self.size :])
+        assert self.windows.num_used <= len(in_view), "room that no window needs is held"
 
 
-def run_random_operations(num_operations, seed, num_blocks=24, block_size=4, policy="rksc", check_every=1):
+def run_random_operations(
+    num_operations, seed, num_blocks=24, block_size=4, policy="rksc", check_every=1, window=None, spare=0
+):
     """Random operations with every invariant checked; for long runs by hand."""
     rng = random.Random(seed)
-    sim = Simulation(num_blocks, block_size, policy)
+    sim = Simulation(num_blocks, block_size, policy, window, spare)
     prompts = [[rng.randrange(3) for _ in range(40)] for _ in range(4)]
+    num_adopted = 0
     for step in range(num_operations):
         live = list(sim.tokens)
         action = rng.random()
@@ -111,15 +168,18 @@ def run_random_operations(num_operations, seed, num_blocks=24, block_size=4, pol
         elif action < 0.2 or not live:
             prompt = [*rng.choice(prompts)[: rng.randrange(1, 30)], rng.randrange(3)]
             seq_id = sim.add(prompt, rng.choice(SALTS), rng.random() < 0.9)
-            sim.extend(seq_id, prompt[len(sim.tokens[seq_id]) :][: rng.randrange(1, 40)])
+            num_adopted += sim.blocks.num_tokens(seq_id)
+            if not sim.extend(seq_id, prompt[len(sim.tokens[seq_id]) :][: rng.randrange(1, 40)]):
+                sim.free(rng.choice(live or [seq_id]))
         elif action < 0.6:
             seq_id = rng.choice(live)
-            sim.extend(seq_id, [rng.randrange(3) for _ in range(rng.randrange(1, 7))])
+            if not sim.extend(seq_id, [rng.randrange(3) for _ in range(rng.randrange(1, 7))]):
+                sim.free(rng.choice(live))
         elif action < 0.72 and len(live) < 12:
             sim.fork(rng.choice(live))
         elif action < 0.8:
             seq_id = rng.choice(live)
-            sim.rewind(seq_id, rng.randrange(len(sim.tokens[seq_id]) + 1))
+            sim.rewind(seq_id, rng.randint(sim.least_rewind(seq_id), len(sim.tokens[seq_id])))
         elif action < 0.99:
             sim.free(rng.choice(live))
         else:
@@ -127,26 +187,45 @@ def run_random_operations(num_operations, seed, num_blocks=24, block_size=4, pol
             assert sim.blocks.num_cached == 0
         if step % check_every == 0:
             sim.check()
-    return sim
+    return sim, num_adopted
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_ten_thousand_random_operations(policy):
-    sim = run_random_operations(10_000 // len(POLICIES) + 1, seed=1, policy=policy)
+    sim, _ = run_random_operations(10_000 // len(POLICIES) + 1, seed=1, policy=policy)
     assert sim.blocks.num_evicted_blocks > 100
+
+
+# (window, spare rooms): windows smaller and larger than a block of 4, at its borders, as large as the sequences.
+@pytest.mark.parametrize(("window", "spare"), [(1, 0), (3, 8), (4, 2), (5, 20), (8, 0), (13, 5), (30, 10), (200, 30)])
+def test_random_operations_with_a_window(window, spare):
+    sim, num_adopted = run_random_operations(2_000, seed=window, window=window, spare=spare)
+    assert sim.blocks.num_evicted_blocks > 100 and num_adopted > 300
 
 
 class BlockManagerMachine(RuleBasedStateMachine):
     """The same, with hypothesis in the lead: it shrinks what fails."""
 
-    @initialize(num_blocks=st.integers(1, 12), block_size=st.integers(1, 4), policy=st.sampled_from(sorted(POLICIES)))
-    def start(self, num_blocks, block_size, policy):
-        self.sim = Simulation(num_blocks, block_size, policy)
+    windows = st.none()
+
+    @initialize(
+        num_blocks=st.integers(1, 12),
+        block_size=st.integers(1, 4),
+        policy=st.sampled_from(sorted(POLICIES)),
+        spare=st.integers(0, 6),
+        data=st.data(),
+    )
+    def start(self, num_blocks, block_size, policy, spare, data):
+        self.sim = Simulation(num_blocks, block_size, policy, data.draw(self.windows), spare)
 
     @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=12), salt=st.sampled_from(SALTS), cache=st.booleans())
     def add(self, prompt, salt, cache):
         seq_id = self.sim.add(prompt, salt, cache)
         self.sim.extend(seq_id, prompt[len(self.sim.tokens[seq_id]) :])
+
+    @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=12))
+    def adopt_only(self, prompt):
+        self.sim.add(prompt, SALTS[0])
 
     @precondition(lambda self: self.sim.tokens)
     @rule(data=st.data(), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=6))
@@ -162,7 +241,8 @@ class BlockManagerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def rewind(self, data):
         seq_id = self.pick(data)
-        self.sim.rewind(seq_id, data.draw(st.integers(0, len(self.sim.tokens[seq_id]))))
+        least = self.sim.least_rewind(seq_id)
+        self.sim.rewind(seq_id, data.draw(st.integers(least, len(self.sim.tokens[seq_id]))))
 
     @precondition(lambda self: self.sim.tokens)
     @rule(data=st.data())
@@ -183,8 +263,16 @@ class BlockManagerMachine(RuleBasedStateMachine):
         return data.draw(st.sampled_from(sorted(self.sim.tokens)))
 
 
+class WindowMachine(BlockManagerMachine):
+    """With a pool apart."""
+
+    windows = st.integers(1, 9)
+
+
 TestBlockManagerMachine = BlockManagerMachine.TestCase
 TestBlockManagerMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestWindowMachine = WindowMachine.TestCase
+TestWindowMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
 def filled(blocks, seq_id, tokens, **options):
