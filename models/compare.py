@@ -27,7 +27,7 @@ REAL_WEIGHTS = {
 }
 """Models whose own weights were compared with transformers too, by type."""
 
-TESTED_WRAPPERS = ("gemma3", "mistral3")
+TESTED_WRAPPERS = ("gemma3", "gemma4", "mistral3")
 """Multimodal types with whole checkpoints among the tests; of others the text model is tested alone."""
 
 

@@ -503,6 +503,10 @@ GEMMA4 = {
     "num_global_key_value_heads": 1,
     "final_logit_softcapping": 0.5,
 }
+GEMMA4_VISION = {
+    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2},
+    **{"num_key_value_heads": 2, "head_dim": 16, "patch_size": 4},
+}
 GEMMA4_TEXT = {**GEMMA4, "hidden_size_per_layer_input": 0}
 
 
@@ -542,6 +546,12 @@ GEMMA4_ROWS = [
             "layer_types": [SLIDING, FULL, SLIDING, SLIDING, SLIDING, FULL],
         },
         bites=NO_WINDOW,
+    ),
+    _gemma(
+        "gemma4_text-wrapped",
+        {**GEMMA4, "hidden_size_per_layer_input": 12, "vocab_size_per_layer_input": GEMMA["vocab_size"]},
+        bites=NO_WINDOW,
+        wrapper=("gemma4", {"vision_config": GEMMA4_VISION, "audio_config": None}),
     ),
     # save_pretrained writes an empty per_layer_config, and no global_head_dim at all.
     _gemma("gemma4_text-one-shape", {**GEMMA4_TEXT, "global_head_dim": GEMMA["head_dim"]}, bites=GEMMA4_BITES),

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 SNIPPETS = [body for language, body in BLOCKS if language == "python"]
+QUOTED = [body for language, body in BLOCKS if language == "py"]
 COMMANDS = [
     line
     for language, body in BLOCKS
@@ -61,19 +62,22 @@ def test_readme_holds_what_is_tested_here():
 
 
 @needs_demo_model
-@pytest.mark.slow
 @pytest.mark.parametrize("code", SNIPPETS, ids=range(len(SNIPPETS)))
 def test_snippet_runs(code, tmp_path):
     assert run([sys.executable, "-c", code], tmp_path).strip()
 
 
 @needs_demo_model
-@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS, ids=range(len(COMMANDS)))
 def test_command_succeeds(command, tmp_path):
     # Whoever runs the tests has installed it.
     command = re.sub(r"pip install [^&]*&& ", "", command)
     assert run(["bash", "-euo", "pipefail", "-c", command], tmp_path).strip()
+
+
+@pytest.mark.parametrize("code", QUOTED, ids=range(len(QUOTED)))
+def test_quoted_code_is_in_the_source(code):
+    assert any(code in (ROOT / file).read_text(encoding="utf-8") for file in set(FILES) if file.endswith(".py"))
 
 
 @pytest.mark.parametrize(("file", "name"), STATIONS)
@@ -89,5 +93,6 @@ def test_mentioned_file_exists(file):
 def test_options_exist(tmp_path):
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", re.sub(r"pip install .*", "", README)))
     mentioned -= {"--no-deps", "--index-url"}  # pip's
-    known = set(re.findall(r"--[a-z][a-z-]*", run([sys.executable, "-m", "minirksc.generate", "--help"], tmp_path)))
+    helps = (run([sys.executable, "-m", f"minirksc.{name}", "--help"], tmp_path) for name in ("generate", "models"))
+    known = {option for text in helps for option in re.findall(r"--[a-z][a-z-]*", text)}
     assert mentioned - known == set()
