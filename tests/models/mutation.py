@@ -39,6 +39,7 @@ WHEN_NONE: dict[str, Any] = {
     "query_growth": (0.3, 8.0),
     "attn_softcap": 2.0,
     "final_softcap": 0.3,
+    "layer_input_size": 8,
     "window": 8,
     "kv_layer": 0,
 }
