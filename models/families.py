@@ -69,15 +69,14 @@ def _refuse_quantised(config: Config) -> None:
 
 def _llama(f: Fields) -> ArchSpec:
     """Llama 1 to 3.3, SmolLM2, Falcon3 and others that say so: what all others depart from."""
-    f.only("pretraining_tp", 1)
     f.only("rope_interleaved")
+    f.only("activation", "swiglu")  # Falcon3's second word for the same
     return plain(f, qkv_bias=f.flag("attention_bias"), o_bias=f.flag("attention_bias"), mlp_bias=f.flag("mlp_bias"))
 
 
 def _seed_oss(f: Fields) -> ArchSpec:
     """Seed-OSS: biases on q, k and v, and a switch of its own for o's."""
     f.default(head_dim=128, num_key_value_heads=8, max_position_embeddings=524288, attention_bias=True)
-    f.only("pretraining_tp", 1)
     o_bias, mlp_bias = f.flag("attention_out_bias"), f.flag("mlp_bias")
     return plain(f, qkv_bias=f.flag("attention_bias"), o_bias=o_bias, mlp_bias=mlp_bias)
 
@@ -86,6 +85,7 @@ def _smollm3(f: Fields) -> ArchSpec:
     """SmolLM3: every fourth layer has no positions."""
     f.default(rope_theta=2e6, num_key_value_heads=4, max_position_embeddings=32768, tie_word_embeddings=True)
     spec = _llama(f)
+    f.get("max_window_layers")  # in the files, and without meaning there
     interval = f.size("no_rope_layer_interval", 4)
     turns = f.per_layer("no_rope_layers", spec.num_layers, (0, 1)) or [
         int((i + 1) % interval != 0) for i in range(spec.num_layers)
@@ -102,7 +102,6 @@ def _cwm(f: Fields) -> ArchSpec:
     f.default(max_position_embeddings=131072, eos_token_id=[128001, 128008, 128009], bos_token_id=128000)
     bands = {"factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
     default_rope(f, rope_type="llama3", **bands)
-    f.only("pretraining_tp", 1)
     spec = plain(f, mlp_bias=f.flag("mlp_bias"))
     return with_windows(f, spec, [FULL if i % 4 == 0 else SLIDING for i in range(spec.num_layers)])
 
@@ -157,6 +156,8 @@ def _phi3(f: Fields) -> ArchSpec:
     """Phi-3 and Phi-4-mini: fused projections; only part of each head turns; a factor a pair on long sequences."""
     f.default(max_position_embeddings=4096, rms_norm_eps=1e-5, eos_token_id=32000, bos_token_id=1)
     f.default(original_max_position_embeddings=4096)
+    for name in ("interpolate_factor", "full_attn_mod"):
+        f.only(name, 1)
     spec = plain(f, is_partial=True, layout=WeightLayout(fused_qkv=True, fused_gate_up=True))
     return with_windows(f, spec, [SLIDING] * spec.num_layers)
 

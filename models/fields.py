@@ -29,6 +29,7 @@ HARMLESS = frozenset(
         # training
         "attention_dropout", "embd_pdrop", "gradient_checkpointing", "hidden_dropout", "initializer_range",
         "neftune_noise_alpha", "resid_pdrop", "residual_dropout",
+        "pretraining_tp",  # cuts products into parts and adds these up: the same but for rounding
         # labels and other tokens
         "cls_token_id", "decoder_start_token_id", "id2label", "label2id", "mask_token_id", "pad_token_id",
         "problem_type", "sep_token_id", "unk_token_id",
