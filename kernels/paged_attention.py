@@ -215,7 +215,10 @@ def _softcapped(q: Tensor, kv: Tensor, scale: float, softcap: float, mask: Tenso
     num_kv_heads = kv.shape[3]
     grouped = q.reshape(batch, num_queries, num_kv_heads, -1, q.shape[-1]).permute(0, 2, 3, 1, 4)
     keys, values = kv.permute(2, 0, 3, 1, 4).unsqueeze(3)  # [batch, num_kv_heads, 1, keys, head_dim] each
-    scores = torch.matmul(grouped, keys.transpose(-1, -2)).float()  # [batch, num_kv_heads, group, queries, keys]
+    # In float32 before the cap: rounded to 16 bits, large scores would lose what the cap leaves of them.
+    scores = torch.matmul(
+        grouped.float(), keys.float().transpose(-1, -2)
+    )  # [batch, num_kv_heads, group, queries, keys]
     scores.mul_(scale / softcap).tanh_().mul_(softcap)
     if mask is not None:
         scores.add_(mask.unsqueeze(-3))

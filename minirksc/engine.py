@@ -207,6 +207,8 @@ class Engine:
             if request.on_logits is not None and request.logits_start is not None:
                 begin = rows.begin + max(0, request.logits_start - rows.first)
                 request.on_logits(rows.first + begin - rows.begin, logits[begin : rows.end])
+                if rows.item.completes:
+                    request.logits_start = None  # it has them all: if it is computed anew, then not for these
         drawn = self._sample(logits, batch.wanted)
         # KV of a request whose logits are not finite must not reach the prefix cache.
         failed = {request for request, one in drawn if one.failure is not None}

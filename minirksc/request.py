@@ -62,7 +62,7 @@ class Request:
         num_prompt_tokens: length of the sequence when the request was made.
         checker: decides when it ends and what text is final; None: it only computes the prompt's KV.
         logits_start: logits of positions from here on go to on_logits; None: no logits wanted.
-        on_logits: see `LogitsCallback`; after a preemption positions may come twice.
+        on_logits: see `LogitsCallback`; after a preemption in the midst of them positions may come twice.
         num_cached_tokens: prompt tokens whose KV was found and not computed, at first admission.
         output_token_ids, logprobs, top1_probabilities: one entry a generated token.
         finish_reason: "stop", "length", "abort" or "error" at the end.

@@ -384,9 +384,7 @@ class BlockManager:
             if block is None:
                 break
             chain.append(block)
-        chain, is_whole = self._in_window(chain)
-        if not is_whole:
-            return chain, None, 0
+        chain = self._in_window(chain)
         begin = len(chain) * size
         rest = tuple(token_ids[begin : min(begin + size, usable)])
         following = chain[-1].children if chain else self._first.get(salt, {})
@@ -401,8 +399,8 @@ class BlockManager:
                 best, num_best = block, num_equal
         return chain, best, num_best
 
-    def _in_window(self, chain: list[Block]) -> tuple[list[Block], bool]:
-        """(as much of a cached chain as has the window before its end, whether that is all of it)."""
+    def _in_window(self, chain: list[Block]) -> list[Block]:
+        """As much of a cached chain as has the window before its end."""
         missing = -1  # last place without room in the window pool
         num_usable = 0
         for place, block in enumerate(chain):
@@ -410,7 +408,7 @@ class BlockManager:
                 missing = place
             if missing < self.windows.first_needed((place + 1) * self.block_size):
                 num_usable = place + 1
-        return chain[:num_usable], num_usable == len(chain)
+        return chain[:num_usable]
 
     def _slide(self, table: Table) -> None:
         """Gives up what has left the table's window."""

@@ -207,9 +207,12 @@ class Scheduler:
                 depth=sequence.depth,
                 use_cache=use_cache,
             )
-        elif blocks.num_tokens(seq_id) >= len(sequence.token_ids):
-            # Its KV is complete, but logits come only from computing: do the last token again.
-            blocks.rewind(seq_id, len(sequence.token_ids) - 1)
+        else:
+            # Logits come only from computing: where they are wanted of a token whose KV is there, do it again.
+            last = len(sequence.token_ids) - 1
+            first = last if request.logits_start is None else min(last, request.logits_start)
+            if blocks.num_tokens(seq_id) > first:
+                blocks.rewind(seq_id, first)
         cached = blocks.num_tokens(seq_id)
         num_tokens = min(len(sequence.token_ids) - cached, budget, blocks.windows.max_chunk_tokens)
         # Room for the whole prompt is asked for at once: a chunk that starts and cannot end helps nobody.

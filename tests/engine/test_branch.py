@@ -156,7 +156,8 @@ def test_a_branch_survives_an_interruption_before_its_copies_are_made(llm, monke
             assert not llm.engine.has_work
             root.prune()
             llm.reset_prefix_cache()
-            llm.engine.runner.cache.fill_(float("nan"))  # nothing may rest on what was never written
+            for layer in llm.engine.runner.cache.layers:
+                layer.fill_(float("nan"))  # nothing may rest on what was never written
         llm.extend(kids, SAMPLED)
         tokens = [kid.output_token_ids for kid in kids]
         for branch in (*kids, root):

@@ -51,6 +51,7 @@ GEMMA4 = zoo.Row(
     {
         **rows.GEMMA4_TEXT,
         "attention_k_eq_v": True,
+        "final_logit_softcapping": None,  # saturated logits would be too much alike
         "num_hidden_layers": 8,
         "layer_types": [rows.SLIDING] * 7 + [rows.FULL],
     },
@@ -391,11 +392,11 @@ def test_eight_forks_of_a_long_root_decode_exactly_and_share(big):
 def test_nothing_leaks_after_a_thousand_sequences(zoo_dir):
     folder = zoo.build(GEMMA4, zoo_dir / GEMMA4.id)
     gen = torch.Generator().manual_seed(0)
-    few = greedy(3)
+    few = greedy(2)
     num_sequences = 0
     with open_llm(folder, num_rooms=60) as llm:
         while num_sequences < 1000:
-            lens = torch.randint(1, 70, (20,), generator=gen).tolist()
+            lens = torch.randint(1, 50, (20,), generator=gen).tolist()
             llm.generate([ROOT[: n // 2] + zoo.make_prompt(n - n // 2, num_sequences + n) for n in lens], few)
             root = llm.branch(ROOT[: lens[0]])
             kids = root.fork(6)

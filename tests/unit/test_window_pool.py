@@ -182,6 +182,43 @@ def test_a_prefix_whose_window_is_gone_is_adopted_as_far_as_one_is_left():
     assert blocks.windows.num_used <= 9
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    size=st.integers(1, 5),
+    window=st.integers(1, 14),
+    spare=st.integers(0, 12),
+    num_blocks=st.integers(1, 12),
+    others=st.lists(st.integers(1, 12), max_size=4),
+)
+def test_adopted_is_the_longest_prefix_that_has_the_window_before_its_end(size, window, spare, num_blocks, others):
+    blocks = manager(window, size, spare, num_blocks=400)
+    prompt = list(range(num_blocks * size))
+    compute(blocks, 0, prompt)
+    for seq_id, num_tokens in enumerate(others, start=1):  # take some of the rooms that are not in view
+        blocks.add(seq_id, [1000 * seq_id])
+        if blocks.can_reserve(seq_id, num_tokens):
+            write(blocks, seq_id, range(1000 * seq_id, 1000 * seq_id + num_tokens))
+        blocks.free(seq_id)
+
+    with_room = set(rooms(blocks, 0))
+
+    def has_window(num_whole):
+        return {key // size for key in range(max(0, num_whole * size - window + 1), num_whole * size)} <= with_room
+
+    for num_equal in range(num_blocks + 1):
+        longest = max(num_whole for num_whole in range(num_equal + 1) if has_window(num_whole))
+        assert blocks.match([*prompt[: num_equal * size], -1]) == longest * size
+
+
+def test_no_block_before_the_window_is_asked_for():
+    blocks = manager(window=6)  # 5 rooms
+    compute(blocks, 0, list(range(40)))
+    blocks.add(1, [100])
+    write(blocks, 1, list(range(100, 112)))  # takes all that are out of view
+    assert rooms(blocks, 0) == [8, 9]
+    assert blocks.match([*range(40), 99]) == 40
+
+
 def test_a_prefix_inside_the_first_window_needs_all_of_its_blocks():
     blocks = manager(window=16, spare=4)
     compute(blocks, 0, list(range(12)))
