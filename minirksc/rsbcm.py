@@ -12,9 +12,8 @@ The life of a block:
      |                    v                                 v          |
      +--------------------+ <-------- evicted -------- cached ---------+
 
-The prefix index finds a full block by a chained SHA-256 over its tokens, all tokens before it, and a salt:
-equal digests mean an equal history, so nothing is ever shared across salts. Cached blocks stay until their
-room is needed; then leaves of the cached tree go first, in the order of an eviction policy.
+The `PrefixIndex` finds a full block by its whole history. Cached blocks stay until their room is needed; then leaves
+of the cached tree go first, in the order of an eviction policy.
 
 Where some layers have a sliding window, a block also has room in a `WindowPool` while a table's window reaches it. A
 cached prefix serves only as far as the window before its end is still there.
@@ -23,15 +22,14 @@ Knows neither tensors nor requests: it hands out numbers, and says which blocks 
 Source of the name and of the default priority: RKSC, arXiv 2606.09937, section on RSBCM.
 """
 
-import hashlib
 import heapq
-import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from minirksc.errors import CacheFullError, ConfigError
 from minirksc.eviction import POLICIES
+from minirksc.prefix_index import Block, PrefixIndex, block_digest
 from minirksc.window_pool import NO_WINDOW, WindowPool
 
 
@@ -53,38 +51,6 @@ class BlockBytes(NamedTuple):
 
     full: int
     window: int
-
-
-@dataclass(slots=True, eq=False)
-class Block:
-    """What the manager knows of one block.
-
-    Attributes:
-        block_id: its number.
-        num_references: tables that hold it.
-        digest: key in the prefix index; None when it is not indexed.
-        parent: the indexed block before it; None for the first of a sequence.
-        children: indexed blocks right after it, by digest.
-        token_ids, salt: of an indexed block.
-        depth: of its node in the reasoning tree.
-        importance: attention mass that it receives; 1 until it is measured.
-        last_use, num_uses: clock and count of the times that a table took it.
-        window_id, num_views: its room in the window pool, if it has any, and tables whose window reaches it.
-    """
-
-    block_id: int
-    num_references: int = 0
-    digest: bytes | None = None
-    parent: "Block | None" = None
-    children: dict[bytes, "Block"] = field(default_factory=dict)
-    token_ids: tuple[int, ...] = ()
-    salt: bytes = b""
-    depth: int = 0
-    importance: float = 1.0
-    last_use: int = 0
-    num_uses: int = 0
-    window_id: int | None = None
-    num_views: int = 0
 
 
 @dataclass(slots=True)
@@ -140,8 +106,7 @@ class BlockManager:
         # Lowest ids first, and the neighbour of a table's last block before all: runs become likely.
         self._free_heap = list(range(num_blocks))
         self._free = set(self._free_heap)
-        self._index: dict[bytes, Block] = {}
-        self._first: dict[bytes, dict[bytes, Block]] = {}  # salt: indexed first blocks
+        self._index = PrefixIndex(block_size)
         self._cached: set[int] = set()  # indexed and referenced by no table
         # Candidates for eviction as (priority, block id); entries that are out of date are skipped.
         self._victims: list[tuple[tuple[float, ...], int]] = []
@@ -373,23 +338,12 @@ class BlockManager:
 
     def _find(self, token_ids: Sequence[int], salt: bytes) -> tuple[list[Block], Block | None, int]:
         """(full blocks, the block to copy from, how many of its tokens agree)."""
-        size = self.block_size
-        usable = len(token_ids) - 1
-        chain: list[Block] = []
-        digest = b""
-        while (len(chain) + 1) * size <= usable:
-            begin = len(chain) * size
-            digest = _digest(digest, salt, token_ids[begin : begin + size])
-            block = self._index.get(digest)
-            if block is None:
-                break
-            chain.append(block)
-        chain = self._in_window(chain)
-        begin = len(chain) * size
-        rest = tuple(token_ids[begin : min(begin + size, usable)])
-        following = chain[-1].children if chain else self._first.get(salt, {})
+        usable = token_ids[:-1]
+        chain = self._in_window(self._index.chain(usable, salt))
+        begin = len(chain) * self.block_size
+        rest = tuple(usable[begin : begin + self.block_size])
         best, num_best = None, 0
-        for block in following.values():
+        for block in self._index.following(chain, salt):
             if self.windows.num_blocks and block.window_id is None:
                 continue
             num_equal = 0
@@ -426,7 +380,7 @@ class BlockManager:
         place, size = len(table.digests), self.block_size
         token_ids = tuple(table.token_ids[place * size : (place + 1) * size])
         previous = table.digests[-1] if place else b""
-        digest = _digest(previous, table.salt, token_ids)
+        digest = block_digest(previous, table.salt, token_ids)
         table.digests.append(digest)
         block = self._blocks[table.block_ids[place]]
         parent = self._blocks[table.block_ids[place - 1]] if place else None
@@ -436,10 +390,7 @@ class BlockManager:
             if equal.parent is parent and block.num_references == 1:
                 self._replace(table, place, equal)
             return
-        block.digest, block.parent = digest, parent
-        block.token_ids, block.salt = token_ids, table.salt
-        self._index[digest] = block
-        self._siblings(block)[digest] = block
+        self._index.insert(block, parent, digest, token_ids, table.salt)
 
     def _replace(self, table: Table, place: int, equal: Block) -> None:
         """Puts an indexed block in place of the table's own, which holds the same; with its window, if that is lost."""
@@ -455,20 +406,10 @@ class BlockManager:
         self._release(block)
 
     def _unindex(self, block: Block) -> None:
-        assert block.digest is not None and not block.children
-        siblings, parent = self._siblings(block), block.parent
-        del siblings[block.digest], self._index[block.digest]
-        if parent is None and not siblings:
-            del self._first[block.salt]
-        block.digest, block.parent, block.token_ids, block.salt = None, None, (), b""
+        parent = block.parent
+        self._index.remove(block)
         if parent is not None:
             self._offer(parent)
-
-    def _siblings(self, block: Block) -> dict[bytes, Block]:
-        """Indexed blocks at the same place of the same history, this one included."""
-        if block.parent is not None:
-            return block.parent.children
-        return self._first.setdefault(block.salt, {})
 
     # Inside: the pool
 
@@ -575,7 +516,7 @@ class BlockManager:
                 references[block_id] += 1
                 if place < len(table.digests):
                     tokens = table.token_ids[place * size : (place + 1) * size]
-                    digest = _digest(digest, table.salt, tokens)
+                    digest = block_digest(digest, table.salt, tokens)
                     assert table.digests[place] == digest, f"digest {place} of table {seq_id}"
                     block = self._blocks[block_id]
                     assert block.digest in (None, digest), f"block {block_id} is indexed as another's"
@@ -594,7 +535,7 @@ class BlockManager:
             assert block.block_id not in self._free or block.digest is None, f"{name}: free but indexed"
             assert block.block_id not in self._cached or block.digest, f"{name}: cached but not indexed"
             if block.digest is not None:
-                self._check_indexed(block, name)
+                self._index.check(block)
         self.windows.check(self._blocks)
         assert len(self._index) == sum(b.digest is not None for b in self._blocks), "stale index entry"
         assert len(self._free_heap) <= 2 * self.num_blocks, "the heap of free blocks grows"
@@ -602,25 +543,3 @@ class BlockManager:
         assert self._free.issubset(self._free_heap), "a free block cannot be found"
         leaves = {(self._priority(b), i) for i in self._cached if not (b := self._blocks[i]).children}
         assert leaves.issubset(self._victims), "a cached leaf cannot be found"
-
-    def _check_indexed(self, block: Block, name: str) -> None:
-        assert block.digest is not None
-        previous = b""
-        if block.parent is not None:
-            assert block.parent.digest is not None, f"{name}: its parent is not indexed"
-            previous = block.parent.digest
-            if block.num_references:
-                assert block.parent.num_references, f"{name} is held, its parent is not"
-        assert len(block.token_ids) == self.block_size, f"{name}: indexed but not full"
-        assert block.digest == _digest(previous, block.salt, block.token_ids), f"{name}: wrong digest"
-        assert self._index.get(block.digest) is block, f"{name}: the index has another block"
-        assert self._siblings(block).get(block.digest) is block, f"{name}: its parent does not know it"
-        for child in block.children.values():
-            assert child.parent is block, f"{name}: a child has another parent"
-
-
-def _digest(previous: bytes, salt: bytes, token_ids: Sequence[int]) -> bytes:
-    """Key of a full block: its tokens and, through `previous`, all tokens before it."""
-    # The tags keep salts and blocks apart: else a salt spelt like a block's input would continue its history.
-    start = previous or hashlib.sha256(b"salt:" + salt).digest()
-    return hashlib.sha256(b"block:" + start + struct.pack(f"<{len(token_ids)}q", *token_ids)).digest()

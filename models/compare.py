@@ -1,8 +1,6 @@
 """Models side by side: the table of supported types, and what differs between two."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from minirksc.models.explain import Difference, departures, differences, family_of, flatten
 from minirksc.models.families import FAMILIES, REFUSED, WRAPPERS, spec_from_config
@@ -101,22 +99,11 @@ def type_spec(model_type: str, like: ArchSpec | None = None) -> ArchSpec:
             "rms_norm_eps": like.norm_eps,
         }
     text_type = WRAPPERS.get(model_type, model_type)
-    config = {"model_type": text_type, **sizes, **_typical(text_type, sizes)}
+    config = {"model_type": text_type, **sizes}
     spec = spec_from_config(config if text_type == model_type else {"model_type": model_type, "text_config": config})
     if like is None:
         return spec
     return replace(spec, eos_token_ids=like.eos_token_ids, bos_token_id=like.bos_token_id)
-
-
-def _typical(model_type: str, sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """What published files of a type say where its defaults alone would not show it."""
-    if model_type == "gemma4_text":
-        return {"hidden_size_per_layer_input": 0}  # the default is not implemented
-    if model_type == "phi3":
-        rotary_dim = int(0.75 * (sizes["hidden_size"] // sizes["num_attention_heads"]))
-        factors = {name: [1.0] * (rotary_dim // 2) for name in ("short_factor", "long_factor")}
-        return {"partial_rotary_factor": 0.75, "rope_scaling": {"type": "longrope", **factors}}
-    return {}
 
 
 def compare(a: ArchSpec, b: ArchSpec) -> tuple[Difference, ...]:

@@ -357,7 +357,8 @@ def test_the_table_derives_what_a_type_changes():
     assert names(rows["qwen3"].changes) == {"qk_norm", "head_dim"}
     gemma2, vault = (names(rows[name].changes) for name in ("gemma2", "vaultgemma"))
     assert gemma2 - vault == {"sandwich_norms"}
-    assert {"rope.kind", "rope.rotary_dim"} <= names(rows["phi3"].changes)
+    assert names(rows["phi3"].changes) == {"layout.fused_qkv", "layout.fused_gate_up"}
+    assert "layer_input_size" in names(rows["gemma4_text"].changes)
     assert rows["gemma3"].text_type == "gemma3_text"
 
 

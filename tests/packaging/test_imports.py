@@ -13,7 +13,7 @@ FOLDERS = {"minirksc": "minirksc.", "kernels": "minirksc.kernels.", "models": "m
 # From the bottom up. A module imports from the layers below its own; a package, from itself too.
 LAYERS = (
     ("errors", "eviction"),
-    ("window_pool",),
+    ("window_pool", "prefix_index"),
     ("config", "answers", "json_file", "template_sandbox", "gguf_fields", "hub", "rsbcm", "kernels"),
     ("stopping", "chat_template", "tekken", "gguf_config", "gguf_tokenizer"),
     ("codecs",),
@@ -36,7 +36,7 @@ ONLY = {
     "kernels": {"errors", "kernels"},
     "models": {"errors", "kernels", "models"},
     "answers": {"errors"},
-    "rsbcm": {"errors", "eviction", "window_pool"},
+    "rsbcm": {"errors", "eviction", "prefix_index", "window_pool"},
     "scheduler": {"errors", "request", "rsbcm"},
     "verify": {"errors"},
     "tree": set(),
@@ -53,6 +53,7 @@ NO_TORCH = (
     "eviction",
     "rsbcm",
     "window_pool",
+    "prefix_index",
     "stopping",
     "tokenizer",
     "request",

@@ -1,0 +1,134 @@
+"""The prefix index: which full block of the KV cache holds a given history of tokens.
+
+A full block is found by a chained SHA-256 over its tokens, all tokens before it, and a salt: equal digests mean an
+equal history, so nothing is ever shared across salts. Indexed blocks form a tree: a block's parent is the indexed
+block right before it.
+"""
+
+import hashlib
+import struct
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """What is known of one block.
+
+    Attributes:
+        block_id: its number.
+        num_references: tables that hold it.
+        digest: key in the prefix index; None when it is not indexed.
+        parent: the indexed block before it; None for the first of a sequence.
+        children: indexed blocks right after it, by digest.
+        token_ids, salt: of an indexed block.
+        depth: of its node in the reasoning tree.
+        importance: attention mass that it receives; 1 until it is measured.
+        last_use, num_uses: clock and count of the times that a table took it.
+        window_id, num_views: its room in the window pool, if it has any, and tables whose window reaches it.
+    """
+
+    block_id: int
+    num_references: int = 0
+    digest: bytes | None = None
+    parent: "Block | None" = None
+    children: dict[bytes, "Block"] = field(default_factory=dict)
+    token_ids: tuple[int, ...] = ()
+    salt: bytes = b""
+    depth: int = 0
+    importance: float = 1.0
+    last_use: int = 0
+    num_uses: int = 0
+    window_id: int | None = None
+    num_views: int = 0
+
+
+class PrefixIndex:
+    """Full blocks by their history.
+
+    Args:
+        block_size: tokens a block.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._blocks: dict[bytes, Block] = {}
+        self._first: dict[bytes, dict[bytes, Block]] = {}  # salt: indexed first blocks
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def get(self, digest: bytes) -> Block | None:
+        """The block of that digest, if one is indexed."""
+        return self._blocks.get(digest)
+
+    def chain(self, token_ids: Sequence[int], salt: bytes) -> list[Block]:
+        """The longest run of indexed blocks that token_ids begin with."""
+        size = self._block_size
+        chain: list[Block] = []
+        digest = b""
+        while (len(chain) + 1) * size <= len(token_ids):
+            begin = len(chain) * size
+            digest = block_digest(digest, salt, token_ids[begin : begin + size])
+            block = self._blocks.get(digest)
+            if block is None:
+                break
+            chain.append(block)
+        return chain
+
+    def following(self, chain: Sequence[Block], salt: bytes) -> Collection[Block]:
+        """Indexed blocks right after a chain."""
+        return (chain[-1].children if chain else self._first.get(salt, {})).values()
+
+    def insert(
+        self, block: Block, parent: Block | None, digest: bytes, token_ids: tuple[int, ...], salt: bytes
+    ) -> None:
+        """Indexes a full block after its parent, which is indexed."""
+        assert digest not in self._blocks
+        block.digest, block.parent = digest, parent
+        block.token_ids, block.salt = token_ids, salt
+        self._blocks[digest] = block
+        self._siblings(block)[digest] = block
+
+    def remove(self, block: Block) -> None:
+        """Forgets a block that nothing builds on."""
+        assert block.digest is not None and not block.children
+        siblings = self._siblings(block)
+        del siblings[block.digest], self._blocks[block.digest]
+        if block.parent is None and not siblings:
+            del self._first[block.salt]
+        block.digest, block.parent, block.token_ids, block.salt = None, None, (), b""
+
+    def check(self, block: Block) -> None:
+        """Verifies the invariants of one indexed block.
+
+        Raises:
+            AssertionError: names it.
+        """
+        name = f"block {block.block_id}"
+        assert block.digest is not None
+        previous = b""
+        if block.parent is not None:
+            assert block.parent.digest is not None, f"{name}: its parent is not indexed"
+            previous = block.parent.digest
+            if block.num_references:
+                assert block.parent.num_references, f"{name} is held, its parent is not"
+        assert len(block.token_ids) == self._block_size, f"{name}: indexed but not full"
+        assert block.digest == block_digest(previous, block.salt, block.token_ids), f"{name}: wrong digest"
+        assert self._blocks.get(block.digest) is block, f"{name}: the index has another block"
+        assert self._siblings(block).get(block.digest) is block, f"{name}: its parent does not know it"
+        for child in block.children.values():
+            assert child.parent is block, f"{name}: a child has another parent"
+
+    def _siblings(self, block: Block) -> dict[bytes, Block]:
+        """Indexed blocks at the same place of the same history, this one included."""
+        if block.parent is not None:
+            return block.parent.children
+        return self._first.setdefault(block.salt, {})
+
+
+def block_digest(previous: bytes, salt: bytes, token_ids: Sequence[int]) -> bytes:
+    """Key of a full block: its tokens and, through the digest of the block before, all tokens before it."""
+    # The tags keep salts and blocks apart: else a salt spelt like a block's input would continue its history.
+    start = previous or hashlib.sha256(b"salt:" + salt).digest()
+    return hashlib.sha256(b"block:" + start + struct.pack(f"<{len(token_ids)}q", *token_ids)).digest()
