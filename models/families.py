@@ -206,9 +206,8 @@ def _gemma3(f: Fields) -> ArchSpec:
         layout=WeightLayout(mlp_norm="pre_feedforward_layernorm"),
     )
     spec = with_windows(f, spec, [SLIDING if (i + 1) % pattern else FULL for i in range(spec.num_layers)])
-    local = {"rope_theta": f.get("rope_local_base_freq"), **(nested.get(SLIDING) or {})}
-    inner = Fields({"rope_parameters": local}, f"{f.where}: rope_parameters")
-    inner.default(max_position_embeddings=spec.max_position_embeddings)
+    inner = Fields({"rope_parameters": nested.get(SLIDING)}, f.where)
+    inner.default(rope_theta=f.get("rope_local_base_freq"), max_position_embeddings=spec.max_position_embeddings)
     slow, fast = spec.layers[0].rope, read_rope(inner, spec.layers[0].head_dim)
     return with_ropes(spec, [slow if layer.window is None else fast for layer in spec.layers])
 
@@ -263,7 +262,8 @@ def _gemma4_full(f: Fields, layer: LayerSpec, index: str) -> LayerSpec:
     if value_is_key:
         own["num_key_value_heads"] = f.get("num_global_key_value_heads")
     if "per_layer_config" in f:  # the newer spelling, complete where it is there
-        own = (f.get("per_layer_config") or {}).get(index, {})
+        of_layers = f.get("per_layer_config") or {}
+        own = of_layers.get(index, {}) if isinstance(of_layers, Mapping) else of_layers
     if not isinstance(own, Mapping) or own.keys() - {"head_dim", "num_key_value_heads"}:
         raise UnsupportedModelError(f"{f.where}: per_layer_config {own!r:.80} is not supported")
     shape = Fields(own, f.where)
@@ -347,6 +347,7 @@ def _plain_gemma(f: Fields, **changes: Any) -> ArchSpec:
 
 def _with_qwen_windows(f: Fields, spec: ArchSpec) -> ArchSpec:
     f.default(sliding_window=4096)
-    first = f.get("max_window_layers", 28)
+    f.default(max_window_layers=28)
+    first = f.size("max_window_layers", minimum=0)
     kinds = [SLIDING if i >= first else FULL for i in range(spec.num_layers)]
     return with_windows(f, spec, kinds, f.flag("use_sliding_window"))

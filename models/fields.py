@@ -73,15 +73,15 @@ class Fields:
         self._read.add(name)
         return self._config.get(name, self._defaults.get(name, default))
 
-    def size(self, name: str, default: int | None = None, limit: int = MAX_SIZE) -> int:
-        """A positive integer.
+    def size(self, name: str, default: int | None = None, limit: int = MAX_SIZE, minimum: int = 1) -> int:
+        """An integer, positive as a rule.
 
         Raises:
-            CheckpointError: it is absent without a default, no integer, below 1 or above the limit.
+            CheckpointError: it is absent without a default, no integer, below the minimum or above the limit.
         """
         value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
-            raise CheckpointError(f"{self.where}: {name} {value!r:.80} must be an integer from 1 to {limit}")
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= limit:
+            raise CheckpointError(f"{self.where}: {name} {value!r:.80} must be an integer from {minimum} to {limit}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:

@@ -26,6 +26,9 @@ NEEDED = {
 }
 """Parameters of each kind."""
 
+LISTS = ("short_factor", "long_factor")
+"""Parameters that are lists, with a number a pair."""
+
 OF_ATTENTION_FACTOR = {
     "yarn": ("attention_factor", "mscale", "mscale_all_dim"),
     "longrope": ("factor", "attention_factor"),
@@ -81,7 +84,7 @@ def _read(fields: Fields, raw: Mapping[str, Any], head_dim: int, is_partial: boo
     kind = ALIASES.get(kind, kind) if isinstance(kind, str) else kind
     if kind == "yarn" and "short_factor" in given:  # as the first files with a factor a pair called it
         kind = "longrope"
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise UnsupportedModelError(f"rope type {kind!r:.80} is not supported; known: {', '.join(KINDS)}")
     where = f"{fields.where}: {kind} rope:"
     theta = positive(given.pop("rope_theta", fields.get("rope_theta")), f"{where} rope_theta")
@@ -108,18 +111,20 @@ def _read(fields: Fields, raw: Mapping[str, Any], head_dim: int, is_partial: boo
     known = {*parameters, *OF_ATTENTION_FACTOR.get(kind, ()), *others}
     if unread := sorted(given.keys() - known):
         raise UnsupportedModelError(f"rope type {kind!r} has parameters that nothing reads: {unread}")
-    checked = {name: _parameter(value, f"{where} {name}") for name, value in parameters.items()}
+    checked = {name: _parameter(value, f"{where} {name}", name in LISTS) for name, value in parameters.items()}
     factor = _attention_factor(kind, given, where, max_len / original, original)
     return RopeSpec(kind, theta, rotary_dim, tuple(checked.items()), factor)
 
 
-def _parameter(value: Any, what: str) -> float | tuple[float, ...]:
+def _parameter(value: Any, what: str, is_list: bool) -> float | tuple[float, ...]:
     if value is None:
         raise CheckpointError(f"{what.replace('rope: ', 'rope lacks ')}")
+    if is_list:
+        if not isinstance(value, list):
+            raise CheckpointError(f"{what} {value!r:.80} must be a list of numbers")
+        return tuple(positive(item, what) for item in value)
     if isinstance(value, bool):
         return float(value)
-    if isinstance(value, list):
-        return tuple(positive(item, what) for item in value)
     return positive(value, what)
 
 

@@ -263,6 +263,15 @@ def test_whatever_transformers_saves_is_read(tmp_path, fields):
         ({"rope_scaling": {"type": "linear"}}, CheckpointError, "lacks factor"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, UnsupportedModelError, "beta"),
         ({"rope_scaling": [1]}, CheckpointError, "rope"),
+        ({"rope_scaling": {"type": ["yarn"]}}, UnsupportedModelError, r"rope type \['yarn'\]"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": 2, "long_factor": [1]}}, CheckpointError, "a list"),
+        ({"model_type": "qwen2", "max_window_layers": "x"}, CheckpointError, "max_window_layers 'x' must be"),
+        (
+            {"model_type": "gemma3_text", "rope_parameters": {"sliding_attention": 5, "full_attention": {}}},
+            CheckpointError,
+            "rope parameters 5 must be an object",
+        ),
+        ({"model_type": "gemma4_text", "per_layer_config": [1]}, UnsupportedModelError, "per_layer_config"),
         ({"rope_scaling": {"type": "llama3", **LLAMA3, "low_freq_factor": 4.0}}, CheckpointError, "low_freq_factor 4"),
         (
             {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
