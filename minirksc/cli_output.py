@@ -189,6 +189,12 @@ def print_stats(stats: dict[str, Any]) -> None:
         f"{stats['num_blocks_free']} free, of {stats['block_size']} tokens; {stats['kv_cache_bytes'] / 2**20:.0f} MiB; "
         f"{stats['num_evicted_blocks']} evicted, {stats['num_preemptions']} preemptions",
     ]
+    if stats["num_window_blocks_total"]:
+        lines.append(
+            f"windows: {stats['num_window_blocks_used']} blocks used, {stats['num_window_blocks_cached']} cached, "
+            f"{stats['num_window_blocks_free']} free; in use {stats['kv_bytes_used_window'] / 2**20:.1f} MiB, beside "
+            f"{stats['kv_bytes_used_full'] / 2**20:.1f} MiB of the layers that keep all"
+        )
     print("\n".join(lines), file=sys.stderr)
 
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from minirksc import LLM
-from minirksc.cli_output import print_json, print_solve, to_json
+from minirksc.cli_output import print_json, print_solve, print_stats, to_json
 from minirksc.config import ConfigError, SamplingParams
 from minirksc.generate import DEFAULT_TOKENS_PER_STEP, Job, build_parser, main
 from minirksc.solver import DEFAULT_SAMPLING, BranchResult, SolveResult
@@ -521,3 +521,11 @@ def test_ctrl_c_stops_cleanly_with_130(folder):
     _, err = process.communicate(timeout=60)
     if process.returncode != 0:  # it may have been done already
         assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err
+
+
+def test_statistics_speak_of_windows_where_there_are_some(llm, capsys):
+    print_stats(llm.stats())
+    assert "windows" not in capsys.readouterr().err
+    windows = {"num_window_blocks_total": 9, "num_window_blocks_used": 2, "kv_bytes_used_window": 3 << 20}
+    print_stats({**llm.stats(), **windows})
+    assert "windows: 2 blocks used" in (err := capsys.readouterr().err) and "3.0 MiB" in err
