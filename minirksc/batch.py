@@ -74,40 +74,36 @@ def build_batch(
             begin = len(logits_rows)
             logits_rows += range(row + first - item.first, row + item.num_tokens)
             wanted.append(LogitsRows(item, begin, len(logits_rows), first))
+    size = blocks.block_size
+    seq_ids = [item.request.sequence.seq_id for item in step.scheduled]
+    context_lens = [item.first + item.num_tokens for item in step.scheduled]
+    block_tables = [blocks.block_table(seq_id) for seq_id in seq_ids]
+    window_tables = [blocks.window_table(seq_id) for seq_id in seq_ids] if any(windows) else []
+
+    def attention(window: int | None) -> AttentionBatch:
+        kv_tables = block_tables if window is None else window_tables
+        slots = torch.tensor(
+            [
+                table[p // size] * size + p % size
+                for item, table in zip(step.scheduled, kv_tables, strict=True)
+                for p in range(item.first, item.first + item.num_tokens)
+            ],
+            device=device,
+        )
+        return AttentionBatch(
+            cu_seqlens_q, context_lens, block_tables, kv_tables, slots, block_size=size, device=device, window=window
+        )
+
     return ForwardBatch(
         token_ids=torch.tensor(token_ids, device=device),
         positions=torch.tensor(positions, device=device),
         sequence_lens=torch.tensor(sequence_lens, device=device),
-        attention={window: _attention(step, blocks, cu_seqlens_q, window, device) for window in windows},
+        attention={window: attention(window) for window in windows},
         logits_rows=None
         if len(logits_rows) == len(token_ids)
         else torch.tensor(logits_rows, dtype=torch.int64, device=device),
         wanted=wanted,
         copies=[copy for item in step.scheduled for copy in item.copies],
-    )
-
-
-def _attention(
-    step: Schedule, blocks: BlockManager, cu_seqlens_q: list[int], window: int | None, device: torch.device
-) -> AttentionBatch:
-    size = blocks.block_size
-    seq_ids = [item.request.sequence.seq_id for item in step.scheduled]
-    block_tables = [blocks.block_table(seq_id) for seq_id in seq_ids]
-    kv_tables = block_tables if window is None else [blocks.window_table(seq_id) for seq_id in seq_ids]
-    slots = [
-        table[p // size] * size + p % size
-        for item, table in zip(step.scheduled, kv_tables, strict=True)
-        for p in range(item.first, item.first + item.num_tokens)
-    ]
-    return AttentionBatch(
-        cu_seqlens_q=cu_seqlens_q,
-        context_lens=[item.first + item.num_tokens for item in step.scheduled],
-        block_tables=block_tables,
-        kv_tables=kv_tables,
-        slots=torch.tensor(slots, device=device),
-        block_size=size,
-        device=device,
-        window=window,
     )
 
 

@@ -7,12 +7,12 @@ Source: the conversions of transformers (convert_mistral_weights_to_hf, convert_
 mistral-inference's TransformerArgs, for what the fields and names mean.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from minirksc.errors import CheckpointError, UnsupportedModelError
+from minirksc.json_file import read_json_object
 
 PARAMS_FILE = "params.json"
 MAX_PARAMS_BYTES = 10 << 20
@@ -70,17 +70,9 @@ def read_params(folder: Path) -> dict[str, Any]:
         CheckpointError: it is absent, too large, not JSON or not an object.
     """
     path = folder / PARAMS_FILE
-    try:
-        if path.stat().st_size > MAX_PARAMS_BYTES:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, more than {MAX_PARAMS_BYTES}")
-        params = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist; consolidated.safetensors cannot be read without it") from error
-    except (ValueError, RecursionError, OSError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(params, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(params).__name__}")
-    return params
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; consolidated.safetensors cannot be read without it")
+    return read_json_object(path, max_bytes=MAX_PARAMS_BYTES)
 
 
 def config_from_params(params: Params) -> dict[str, Any]:

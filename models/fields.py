@@ -4,7 +4,6 @@ A field that is absent takes the family's default; null counts as a value where 
 where it does not.
 """
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from minirksc.models.consolidated import PARAMS_FILE, config_from_params, read_params
 
 from minirksc.errors import CheckpointError, UnsupportedModelError
+from minirksc.json_file import read_json_object
 
 MAX_CONFIG_BYTES = 10 << 20
 MAX_SIZE = 10**8
@@ -220,12 +220,4 @@ def load_config(folder: Path) -> dict[str, Any]:
         return config_from_params(read_params(folder))
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; a checkpoint folder needs a config.json")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, more than {MAX_CONFIG_BYTES}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(config).__name__}")
-    return config
+    return read_json_object(path, max_bytes=MAX_CONFIG_BYTES)

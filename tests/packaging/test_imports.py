@@ -34,7 +34,7 @@ LAYERS = (
 # Stricter than their layer.
 ONLY = {
     "kernels": {"errors", "kernels"},
-    "models": {"errors", "kernels", "models"},
+    "models": {"errors", "json_file", "kernels", "models"},
     "answers": {"errors"},
     "rsbcm": {"errors", "eviction", "prefix_index", "window_pool"},
     "scheduler": {"errors", "request", "rsbcm"},
