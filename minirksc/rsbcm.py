@@ -12,8 +12,8 @@ The life of a block:
      |                    v                                 v          |
      +--------------------+ <-------- evicted -------- cached ---------+
 
-The `PrefixIndex` finds a full block by its whole history. Cached blocks stay until their room is needed; then leaves
-of the cached tree go first, in the order of an eviction policy.
+The `PrefixIndex` finds a full block by its whole history. The `BlockPool` keeps cached blocks until their room is
+needed. Here are the tables over both: who shares, who copies, who gives back.
 
 Where some layers have a sliding window, a block also has room in a `WindowPool` while a table's window reaches it. A
 cached prefix serves only as far as the window before its end is still there.
@@ -22,13 +22,12 @@ Knows neither tensors nor requests: it hands out numbers, and says which blocks 
 Source of the name and of the default priority: RKSC, arXiv 2606.09937, section on RSBCM.
 """
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from minirksc.block_pool import BlockPool
 from minirksc.errors import CacheFullError, ConfigError
-from minirksc.eviction import POLICIES
 from minirksc.prefix_index import Block, PrefixIndex, block_digest
 from minirksc.window_pool import NO_WINDOW, WindowPool
 
@@ -94,40 +93,34 @@ class BlockManager:
             raise ConfigError(
                 f"a pool of {num_blocks} blocks of {block_size} tokens is smaller than one block; raise kv_cache_bytes"
             )
-        if policy not in POLICIES:
-            raise ConfigError(f"eviction {policy!r} is unknown; choose one of {', '.join(POLICIES)}")
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.num_evicted_blocks = 0
         self.windows = windows or WindowPool(0, None, block_size)
-        self._priority = POLICIES[policy]
-        self._blocks = [Block(i) for i in range(num_blocks)]
-        self._tables: dict[int, Table] = {}
-        # Lowest ids first, and the neighbour of a table's last block before all: runs become likely.
-        self._free_heap = list(range(num_blocks))
-        self._free = set(self._free_heap)
         self._index = PrefixIndex(block_size)
-        self._cached: set[int] = set()  # indexed and referenced by no table
-        # Candidates for eviction as (priority, block id); entries that are out of date are skipped.
-        self._victims: list[tuple[tuple[float, ...], int]] = []
-        self._clock = 0
+        self._pool = BlockPool(num_blocks, policy, self._index, self.windows)
+        self._tables: dict[int, Table] = {}
 
     # What there is
 
     @property
     def num_free(self) -> int:
         """Blocks that hold nothing."""
-        return len(self._free)
+        return self._pool.num_free
 
     @property
     def num_cached(self) -> int:
         """Blocks that no table references, kept for the next prompt that begins with them."""
-        return len(self._cached)
+        return self._pool.num_cached
 
     @property
     def num_used(self) -> int:
         """Blocks that some table references."""
         return self.num_blocks - self.num_free - self.num_cached
+
+    @property
+    def num_evicted_blocks(self) -> int:
+        """Cached blocks that had to make room."""
+        return self._pool.num_evicted
 
     def __contains__(self, seq_id: int) -> bool:
         return seq_id in self._tables
@@ -140,7 +133,7 @@ class BlockManager:
         """The same for layers with a window: where each block is in their pool; -1 for one that has no room there."""
         if self.windows.num_blocks == 0:
             return self.block_table(seq_id)
-        ids = (self._blocks[block_id].window_id for block_id in self.block_table(seq_id))
+        ids = (self._pool[block_id].window_id for block_id in self.block_table(seq_id))
         return [-1 if window_id is None else window_id for window_id in ids]
 
     def salt(self, seq_id: int) -> bytes:
@@ -158,7 +151,7 @@ class BlockManager:
         return sum(
             min(size, num_tokens - place * size)
             for place, block_id in enumerate(table.block_ids[: -(-num_tokens // size)])
-            if self._blocks[block_id].num_references > 1
+            if self._pool[block_id].num_references > 1
         )
 
     # Sequences
@@ -195,7 +188,7 @@ class BlockManager:
         table.window_begin = self.windows.first_needed(len(chain) * self.block_size)
         for block in chain:
             assert block.digest is not None
-            self._reference(block)
+            self._pool.reference(block)
             table.block_ids.append(block.block_id)
             table.digests.append(block.digest)
             table.token_ids += block.token_ids
@@ -204,15 +197,15 @@ class BlockManager:
         if partial is None:
             return []
         copies: list[BlockCopy] = []
-        self._reference(partial)  # the source must survive the search for room, in the window too
+        self._pool.reference(partial)  # the source must survive the search for room, in the window too
         if partial.window_id is not None:
             self.windows.view(partial)
-        if (self.num_free or self._cached) and self.windows.has_room(1):
+        if self._pool.has_room(1) and self.windows.has_room(1):
             table.token_ids += partial.token_ids[:num_partial]
             copies.append(self._append_copy(table, partial))
         if partial.window_id is not None:
             self.windows.release(partial)
-        self._release(partial)
+        self._pool.release(partial)
         self._slide(table)
         return copies
 
@@ -228,9 +221,9 @@ class BlockManager:
         # Blocks past the written tokens are the parent's alone.
         held = parent.block_ids[: -(-len(parent.token_ids) // self.block_size)]
         for block_id in held:
-            self._reference(self._blocks[block_id])
+            self._pool.reference(self._pool[block_id])
         for block_id in held[parent.window_begin :]:
-            self.windows.view(self._blocks[block_id])
+            self.windows.view(self._pool[block_id])
         self._tables[child_id] = Table(
             list(held),
             list(parent.token_ids),
@@ -244,10 +237,10 @@ class BlockManager:
         """Closes a table. Its indexed blocks stay cached, the others are free at once."""
         table = self._tables.pop(seq_id)
         for block_id in table.block_ids[table.window_begin :]:
-            self.windows.release(self._blocks[block_id])
+            self.windows.release(self._pool[block_id])
         # From the end, so that a cached leaf is older than its parent.
         for block_id in reversed(table.block_ids):
-            self._release(self._blocks[block_id])
+            self._pool.release(self._pool[block_id])
 
     # Writing
 
@@ -260,11 +253,11 @@ class BlockManager:
     def can_reserve(self, seq_id: int, num_tokens: int) -> bool:
         """True when `reserve` would succeed."""
         needed = self.blocks_needed(seq_id, num_tokens)
-        return needed <= self.num_free + self.num_cached and self.windows.has_room(needed)
+        return self._pool.has_room(needed) and self.windows.has_room(needed)
 
     def can_hold(self, seq_id: int, num_tokens: int) -> bool:
         """True when so many tokens would fit, written in steps small enough for the window pool."""
-        return self.blocks_needed(seq_id, num_tokens) <= self.num_free + self.num_cached
+        return self._pool.has_room(self.blocks_needed(seq_id, num_tokens))
 
     def reserve(self, seq_id: int, num_tokens: int) -> list[BlockCopy]:
         """Makes the table cover positions [0, num_tokens), those not yet written being the table's own.
@@ -292,15 +285,15 @@ class BlockManager:
         copies: list[BlockCopy] = []
         place = len(table.token_ids) // size
         if num_tokens > len(table.token_ids) and place < len(table.block_ids):
-            block = self._blocks[table.block_ids[place]]
+            block = self._pool[table.block_ids[place]]
             if self._must_copy(table):
                 copies.append(self._append_copy(table, block))
                 table.block_ids[place] = table.block_ids.pop()
                 if place >= table.window_begin:
                     self.windows.release(block)
-                self._release(block)
+                self._pool.release(block)
             elif block.digest is not None:
-                self._unindex(block)  # its tokens are about to change, and nothing builds on them
+                self._pool.unindex(block)  # its tokens are about to change, and nothing builds on them
         while len(table.block_ids) * size < num_tokens:
             self._append_block(table)
         return copies
@@ -323,16 +316,15 @@ class BlockManager:
         del table.digests[num_tokens // size :]
         keep = -(-num_tokens // size)
         for block_id in reversed(table.block_ids[keep:]):
-            block = self._blocks[block_id]
+            block = self._pool[block_id]
             if table.window_begin != NO_WINDOW:
                 self.windows.release(block)
-            self._release(block)
+            self._pool.release(block)
         del table.block_ids[keep:]
 
     def reset(self) -> None:
         """Forgets every block that is merely cached."""
-        while self._cached:
-            self._evict()
+        self._pool.reset()
 
     # Inside: the index
 
@@ -368,7 +360,7 @@ class BlockManager:
         """Gives up what has left the table's window."""
         begin = min(self.windows.first_kept(len(table.token_ids)), len(table.block_ids))
         for block_id in table.block_ids[table.window_begin : begin]:
-            self.windows.release(self._blocks[block_id])
+            self.windows.release(self._pool[block_id])
         table.window_begin = max(table.window_begin, begin)
 
     def _index_next(self, table: Table) -> None:
@@ -382,8 +374,8 @@ class BlockManager:
         previous = table.digests[-1] if place else b""
         digest = block_digest(previous, table.salt, token_ids)
         table.digests.append(digest)
-        block = self._blocks[table.block_ids[place]]
-        parent = self._blocks[table.block_ids[place - 1]] if place else None
+        block = self._pool[table.block_ids[place]]
+        parent = self._pool[table.block_ids[place - 1]] if place else None
         if parent is not None and parent.digest != previous:
             return
         if (equal := self._index.get(digest)) is not None:
@@ -394,8 +386,8 @@ class BlockManager:
 
     def _replace(self, table: Table, place: int, equal: Block) -> None:
         """Puts an indexed block in place of the table's own, which holds the same; with its window, if that is lost."""
-        block = self._blocks[table.block_ids[place]]
-        self._reference(equal)
+        block = self._pool[table.block_ids[place]]
+        self._pool.reference(equal)
         if place >= table.window_begin:
             if equal.window_id is None:
                 self.windows.move(block, equal)
@@ -403,42 +395,25 @@ class BlockManager:
                 self.windows.view(equal)
                 self.windows.release(block)
         table.block_ids[place] = equal.block_id
-        self._release(block)
+        self._pool.release(block)
 
-    def _unindex(self, block: Block) -> None:
-        parent = block.parent
-        self._index.remove(block)
-        if parent is not None:
-            self._offer(parent)
-
-    # Inside: the pool
+    # Inside: blocks of a table
 
     def _must_copy(self, table: Table) -> bool:
         """True when the block of the next position holds what somebody else still needs."""
         place = len(table.token_ids) // self.block_size
         if place >= len(table.block_ids):
             return False
-        block = self._blocks[table.block_ids[place]]
+        block = self._pool[table.block_ids[place]]
         return block.num_references > 1 or bool(block.children)
 
     def _append_block(self, table: Table) -> Block:
         """Adds an own block to the table; the caller knows that there is one."""
-        wanted = table.block_ids[-1] + 1 if table.block_ids else None
-        if not self._free:
-            self._evict()
-            self.num_evicted_blocks += 1
-        if wanted not in self._free:
-            while self._free_heap[0] not in self._free:
-                heapq.heappop(self._free_heap)  # taken out of turn, as somebody's neighbour
-            wanted = heapq.heappop(self._free_heap)
-        assert wanted is not None
-        self._free.remove(wanted)
-        block = self._blocks[wanted]
-        block.depth, block.importance, block.num_uses = table.depth, 1.0, 0
-        self._reference(block)
+        neighbour = table.block_ids[-1] + 1 if table.block_ids else None
+        block = self._pool.take(neighbour, table.depth)
         if len(table.block_ids) >= table.window_begin:
             self.windows.take(block)
-        table.block_ids.append(wanted)
+        table.block_ids.append(block.block_id)
         return block
 
     def _append_copy(self, table: Table, source: Block) -> BlockCopy:
@@ -448,52 +423,6 @@ class BlockManager:
         if before is None or block.window_id is None:
             return BlockCopy(source.block_id, block.block_id)
         return BlockCopy(source.block_id, block.block_id, before, block.window_id)
-
-    def _reference(self, block: Block) -> None:
-        self._clock += 1
-        block.last_use = self._clock
-        block.num_uses += 1
-        block.num_references += 1
-        self._cached.discard(block.block_id)
-
-    def _release(self, block: Block) -> None:
-        block.num_references -= 1
-        if block.num_references:
-            return
-        if block.digest is None:
-            self._give_back(block)
-        else:
-            self._cached.add(block.block_id)
-            self._offer(block)
-
-    def _give_back(self, block: Block) -> None:
-        self.windows.drop(block)
-        self._free.add(block.block_id)
-        heapq.heappush(self._free_heap, block.block_id)
-        if len(self._free_heap) > 2 * self.num_blocks:  # mostly blocks that were taken out of turn
-            self._free_heap = sorted(self._free)
-
-    def _offer(self, block: Block) -> None:
-        """Makes a cached leaf a candidate for eviction."""
-        if block.block_id not in self._cached or block.children:
-            return
-        heapq.heappush(self._victims, (self._priority(block), block.block_id))
-        if len(self._victims) > 2 * self.num_blocks:  # mostly out of date: hits without pressure never pop
-            leaves = (b for b in map(self._blocks.__getitem__, self._cached) if not b.children)
-            self._victims = [(self._priority(b), b.block_id) for b in leaves]
-            heapq.heapify(self._victims)
-
-    def _evict(self) -> None:
-        """Frees the cached leaf of lowest priority. Each entry is pushed once and popped once: O(log n)."""
-        while True:
-            priority, block_id = heapq.heappop(self._victims)
-            block = self._blocks[block_id]
-            is_leaf = block_id in self._cached and not block.children
-            if is_leaf and priority == self._priority(block):  # else out of date
-                break
-        self._cached.remove(block_id)
-        self._unindex(block)
-        self._give_back(block)
 
     def check_integrity(self) -> None:
         """Verifies every invariant; for tests.
@@ -518,28 +447,7 @@ class BlockManager:
                     tokens = table.token_ids[place * size : (place + 1) * size]
                     digest = block_digest(digest, table.salt, tokens)
                     assert table.digests[place] == digest, f"digest {place} of table {seq_id}"
-                    block = self._blocks[block_id]
+                    block = self._pool[block_id]
                     assert block.digest in (None, digest), f"block {block_id} is indexed as another's"
                     assert block.digest is None or block.salt == table.salt, f"block {block_id}: another salt's"
-        for block in self._blocks:
-            name = f"block {block.block_id}"
-            assert block.num_references == references[block.block_id], f"{name}: wrong reference count"
-            assert block.num_views == views[block.block_id], f"{name}: wrong count of views"
-            assert block.num_references or block.digest or block.window_id is None, f"{name}: free with a window"
-            states = (
-                block.block_id in self._free,
-                block.block_id in self._cached,
-                block.num_references > 0,
-            )
-            assert sum(states) == 1, f"{name} is not in exactly one state: {states}"
-            assert block.block_id not in self._free or block.digest is None, f"{name}: free but indexed"
-            assert block.block_id not in self._cached or block.digest, f"{name}: cached but not indexed"
-            if block.digest is not None:
-                self._index.check(block)
-        self.windows.check(self._blocks)
-        assert len(self._index) == sum(b.digest is not None for b in self._blocks), "stale index entry"
-        assert len(self._free_heap) <= 2 * self.num_blocks, "the heap of free blocks grows"
-        assert len(self._victims) <= 2 * self.num_blocks, "the heap of victims grows"
-        assert self._free.issubset(self._free_heap), "a free block cannot be found"
-        leaves = {(self._priority(b), i) for i in self._cached if not (b := self._blocks[i]).children}
-        assert leaves.issubset(self._victims), "a cached leaf cannot be found"
+        self._pool.check(references, views)

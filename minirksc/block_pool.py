@@ -1,0 +1,174 @@
+"""The pool of KV blocks: which are free, held by a table, or merely cached, and which cached one goes first.
+
+A block that no table holds any more is free at once, unless it is in the prefix index: then it stays cached until its
+room is needed. Leaves of the cached tree are evicted first, in the order of an eviction policy. A block that goes
+leaves the index and the window pool with it.
+"""
+
+import heapq
+from collections.abc import Sequence
+
+from minirksc.errors import ConfigError
+from minirksc.eviction import POLICIES
+from minirksc.prefix_index import Block, PrefixIndex
+from minirksc.window_pool import WindowPool
+
+
+class BlockPool:
+    """A fixed number of blocks.
+
+    Args:
+        num_blocks: how many.
+        policy: eviction policy, a key of `eviction.POLICIES`.
+        index: where blocks may be indexed.
+        windows: where blocks may have room for layers with a window.
+
+    Raises:
+        ConfigError: an unknown policy.
+    """
+
+    def __init__(self, num_blocks: int, policy: str, index: PrefixIndex, windows: WindowPool) -> None:
+        if policy not in POLICIES:
+            raise ConfigError(f"eviction {policy!r} is unknown; choose one of {', '.join(POLICIES)}")
+        self.num_evicted = 0
+        self._priority = POLICIES[policy]
+        self._index = index
+        self._windows = windows
+        self._blocks = [Block(i) for i in range(num_blocks)]
+        # Lowest ids first, and the neighbour of a table's last block before all: runs become likely.
+        self._free_heap = list(range(num_blocks))
+        self._free = set(self._free_heap)
+        self._cached: set[int] = set()  # indexed and referenced by no table
+        # Candidates for eviction as (priority, block id); entries that are out of date are skipped.
+        self._victims: list[tuple[tuple[float, ...], int]] = []
+        self._clock = 0
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getitem__(self, block_id: int) -> Block:
+        return self._blocks[block_id]
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that hold nothing."""
+        return len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        """Indexed blocks that no table holds."""
+        return len(self._cached)
+
+    def has_room(self, num_blocks: int) -> bool:
+        """True when `take` will succeed so many times."""
+        return num_blocks <= self.num_free + self.num_cached
+
+    def take(self, wanted: int | None, depth: int) -> Block:
+        """Hands out a block that holds nothing, referenced once; the caller knows that there is room.
+
+        Args:
+            wanted: the id that is best, if it is free.
+            depth: of the table's node in the reasoning tree.
+        """
+        if not self._free:
+            self._evict()
+            self.num_evicted += 1
+        if wanted not in self._free:
+            while self._free_heap[0] not in self._free:
+                heapq.heappop(self._free_heap)  # taken out of turn, as somebody's neighbour
+            wanted = heapq.heappop(self._free_heap)
+        assert wanted is not None
+        self._free.remove(wanted)
+        block = self._blocks[wanted]
+        block.depth, block.importance, block.num_uses = depth, 1.0, 0
+        self.reference(block)
+        return block
+
+    def reference(self, block: Block) -> None:
+        """One more table holds a block."""
+        self._clock += 1
+        block.last_use = self._clock
+        block.num_uses += 1
+        block.num_references += 1
+        self._cached.discard(block.block_id)
+
+    def release(self, block: Block) -> None:
+        """One table holds it no more."""
+        block.num_references -= 1
+        if block.num_references:
+            return
+        if block.digest is None:
+            self._give_back(block)
+        else:
+            self._cached.add(block.block_id)
+            self._offer(block)
+
+    def unindex(self, block: Block) -> None:
+        """Takes a block that nothing builds on out of the index."""
+        parent = block.parent
+        self._index.remove(block)
+        if parent is not None:
+            self._offer(parent)
+
+    def reset(self) -> None:
+        """Frees every block that is merely cached."""
+        while self._cached:
+            self._evict()
+
+    def check(self, references: Sequence[int], views: Sequence[int]) -> None:
+        """Verifies that each block is free, cached or held, exactly once, and can be found.
+
+        Args:
+            references: tables that hold each block.
+            views: tables whose window reaches each block.
+
+        Raises:
+            AssertionError: names the block.
+        """
+        for block in self._blocks:
+            name, block_id = f"block {block.block_id}", block.block_id
+            assert block.num_references == references[block_id], f"{name}: wrong reference count"
+            assert block.num_views == views[block_id], f"{name}: wrong count of views"
+            assert block.num_references or block.digest or block.window_id is None, f"{name}: free with a window"
+            states = (block_id in self._free, block_id in self._cached, block.num_references > 0)
+            assert sum(states) == 1, f"{name} is not in exactly one state: {states}"
+            assert block_id not in self._free or block.digest is None, f"{name}: free but indexed"
+            assert block_id not in self._cached or block.digest, f"{name}: cached but not indexed"
+            if block.digest is not None:
+                self._index.check(block)
+        self._windows.check(self._blocks)
+        assert len(self._index) == sum(b.digest is not None for b in self._blocks), "stale index entry"
+        assert len(self._free_heap) <= 2 * len(self), "the heap of free blocks grows"
+        assert len(self._victims) <= 2 * len(self), "the heap of victims grows"
+        assert self._free.issubset(self._free_heap), "a free block cannot be found"
+        leaves = {(self._priority(b), i) for i in self._cached if not (b := self._blocks[i]).children}
+        assert leaves.issubset(self._victims), "a cached leaf cannot be found"
+
+    def _give_back(self, block: Block) -> None:
+        self._windows.drop(block)
+        self._free.add(block.block_id)
+        heapq.heappush(self._free_heap, block.block_id)
+        if len(self._free_heap) > 2 * len(self):  # mostly blocks that were taken out of turn
+            self._free_heap = sorted(self._free)
+
+    def _offer(self, block: Block) -> None:
+        """Makes a cached leaf a candidate for eviction."""
+        if block.block_id not in self._cached or block.children:
+            return
+        heapq.heappush(self._victims, (self._priority(block), block.block_id))
+        if len(self._victims) > 2 * len(self):  # mostly out of date: hits without pressure never pop
+            leaves = (b for b in map(self._blocks.__getitem__, self._cached) if not b.children)
+            self._victims = [(self._priority(b), b.block_id) for b in leaves]
+            heapq.heapify(self._victims)
+
+    def _evict(self) -> None:
+        """Frees the cached leaf of lowest priority. Each entry is pushed once and popped once: O(log n)."""
+        while True:
+            priority, block_id = heapq.heappop(self._victims)
+            block = self._blocks[block_id]
+            is_leaf = block_id in self._cached and not block.children
+            if is_leaf and priority == self._priority(block):  # else out of date
+                break
+        self._cached.remove(block_id)
+        self.unindex(block)
+        self._give_back(block)
