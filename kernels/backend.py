@@ -3,14 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from minirksc.kernels.attention_batch import AttentionBatch
 from minirksc.kernels.confidence import Confidence, confidence, confidence_reference
 from minirksc.kernels.gated_act import gated_act, gated_act_reference
 from minirksc.kernels.kv_store import kv_store, kv_store_reference
-from minirksc.kernels.paged_attention import (
-    AttentionBatch,
-    paged_attention,
-    paged_attention_reference,
-)
+from minirksc.kernels.paged_attention import paged_attention_reference
+from minirksc.kernels.paged_attention_torch import paged_attention_torch
 from minirksc.kernels.rms_norm import rms_norm, rms_norm_reference
 from minirksc.kernels.rope import rope, rope_reference
 from torch import Tensor
@@ -33,7 +31,7 @@ class Backend:
 
 
 BACKENDS = {
-    "torch": Backend("torch", rms_norm, rope, gated_act, kv_store, paged_attention, confidence, prepack=True),
+    "torch": Backend("torch", rms_norm, rope, gated_act, kv_store, paged_attention_torch, confidence, prepack=True),
     "reference": Backend(
         "reference",
         rms_norm_reference,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minirksc.kernels.paged_attention import AttentionBatch
+from minirksc.kernels.attention_batch import AttentionBatch
 from minirksc.rsbcm import BlockCopy, BlockManager
 from minirksc.scheduler import Schedule, ScheduledRequest
 

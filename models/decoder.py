@@ -7,9 +7,9 @@ scheduling or who owns the cache.
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+from minirksc.kernels.attention_batch import AttentionBatch
 from minirksc.kernels.backend import Backend
 from minirksc.kernels.linear import Linear
-from minirksc.kernels.paged_attention import AttentionBatch
 from minirksc.models.layer_inputs import LayerInputs
 from minirksc.models.layers import DecoderLayer, norm_weight
 from minirksc.models.rope import Rotary

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 
 import torch
+from minirksc.kernels.attention_batch import AttentionBatch
 from minirksc.kernels.backend import Backend
 from minirksc.kernels.linear import Linear
-from minirksc.kernels.paged_attention import AttentionBatch
 from minirksc.models.spec import ArchSpec, LayerSpec
 from torch import Tensor
 

@@ -4,12 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minirksc.kernels.paged_attention import (
-    AttentionBatch,
-    own_ranges,
-    paged_attention,
-    paged_attention_reference,
-)
+from minirksc.kernels.attention_batch import AttentionBatch
+from minirksc.kernels.paged_attention import paged_attention_reference
+from minirksc.kernels.paged_attention_torch import make_plan, own_ranges
+from minirksc.kernels.paged_attention_torch import paged_attention_torch as paged_attention
 from minirksc.kernels.prefix_attention import (
     Segment,
     common_prefix_len,
@@ -213,7 +211,7 @@ NESTED = [
 @pytest.mark.parametrize("softcap", [None, 0.7])
 def test_nested_prefixes(softcap):
     case = make_case([1] * 5, [len(t) * 4 - 1 for t in NESTED], tables=NESTED)
-    assert len(case[3].plan().shared) == 3
+    assert len(case[3].plan("torch", make_plan).shared) == 3
     check(case, softcap)
 
 
@@ -228,7 +226,7 @@ def test_a_prefix_is_shared_as_far_as_every_sharer_sees_it():
     prefix = list(range(12))
     tables = [[*prefix, 20], [*prefix, 21, 22]]
     case = make_case([1, 1], [50, 54], tables=tables, window=30, apart="all")
-    ((segment, _),) = case[3].plan().shared
+    ((segment, _),) = case[3].plan("torch", make_plan).shared
     assert (segment.block_begin, segment.block_end) == (6, 12)  # position 54 - 30 is the first of block 6
     check(case)
 
@@ -316,7 +314,7 @@ def test_every_visible_position_is_read_once_and_no_other(case):
     """What a place reads alone and the segments that it shares are together exactly what it sees."""
     queries, lens, options = case
     batch = make_case([1] * len(queries), lens, **options)[3]
-    plan = batch.plan()
+    plan = batch.plan("torch", make_plan)
     size = batch.block_size
     order, _ = shared_segments(batch.block_tables, [(n - 1) // size for n in lens])
     segments = [segment for segment, _ in plan.shared]

@@ -1,0 +1,52 @@
+"""Where the queries and keys of one step's attention are. Does not know requests or models."""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Plan = TypeVar("Plan")
+
+
+@dataclass(slots=True)
+class AttentionBatch:
+    """Where each sequence's queries and keys are, for layers of one window. All lists have one entry a sequence.
+
+    Attributes:
+        cu_seqlens_q: `[sequences + 1]`, first query row of each sequence.
+        context_lens: keys of each sequence, the new ones included (their KV is already stored).
+        block_tables: block ids of each sequence: equal ids mean equal keys.
+        kv_tables: where in these layers' cache each of those blocks is; what has left the window may be -1.
+        slots: `[tokens]` int64, kv_table entry * block_size + offset of each new token.
+        block_size: tokens a block.
+        device: of the cache.
+        window: how many latest keys a query sees, its own included; None for all.
+    """
+
+    cu_seqlens_q: Sequence[int]
+    context_lens: Sequence[int]
+    block_tables: Sequence[Sequence[int]]
+    kv_tables: Sequence[Sequence[int]]
+    slots: Tensor
+    block_size: int
+    device: torch.device
+    window: int | None = None
+    _plans: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def plan(self, key: Hashable, make: Callable[["AttentionBatch"], Plan]) -> Plan:
+        """What a form of the attention makes of the batch: made on first use, and kept for the other layers.
+
+        Args:
+            key: what the plan depends on besides the batch.
+            make: makes it.
+        """
+        if key not in self._plans:
+            self._plans[key] = make(self)
+        plan: Plan = self._plans[key]
+        return plan
+
+    def first_visible(self, position: int) -> int:
+        """Position of the first key that the query at a position sees."""
+        return 0 if self.window is None else max(0, position - self.window + 1)

@@ -1,0 +1,352 @@
+"""Paged attention as few large calls of the CPU's flash kernel, which also returns the log-sum-exp of its scores.
+
+Partial results over disjoint keys are merged by it:
+- the prefix that several decode rows share is read once for all of them (`prefix_attention`);
+- a run of consecutive block ids is a view of the cache, never a copy;
+- what short decode rows do not share is gathered into one small reused buffer, so that they make one call;
+- a prefill attends to its past as to a shared prefix, and to its own new keys causally;
+- a prefill that the window or a soft cap touches goes in tiles of queries, each over the keys it can see.
+Slots that no sequence owns, or that have left the window, are never read, whatever they hold.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from minirksc.kernels.attention_batch import AttentionBatch
+from minirksc.kernels.prefix_attention import MIN_SHARED_BLOCKS, Segment, merge_into, shared_segments
+from torch import Tensor
+
+MAX_GATHER_TOKENS = 4096
+"""Padded tokens of the decode rows' own keys up to which one gather and one call beat a call a row."""
+
+MAX_RUNS = 8
+"""Above so many runs a sequence's keys are gathered instead of attended run by run."""
+
+TILE = 256
+"""Queries of a tile; a window's mask wastes at most so many keys a query."""
+
+Run = tuple[int, int]
+"""(first slot, number of tokens) of keys that lie consecutively in the cache."""
+
+
+Keys = list[Run] | Tensor
+"""Where keys are: few runs, or `[keys]` int64 slots."""
+
+
+@dataclass(slots=True)
+class Prefill:
+    """New tokens of one sequence.
+
+    Attributes:
+        begin, num_queries: its rows.
+        past: keys before the new ones, as far back as the first query sees.
+        num_past: how many.
+        is_cut: the window hides some of these keys from some of the queries.
+    """
+
+    begin: int
+    num_queries: int
+    past: Keys
+    num_past: int
+    is_cut: bool
+
+
+@dataclass(slots=True)
+class AttentionPlan:
+    """What the torch form does in each layer; made once a step.
+
+    Sequences with one query token stand in an order, that of their places, in which sharers are neighbours.
+    """
+
+    prefills: list[Prefill]
+    num_decode: int
+    rows: (
+        Tensor | None
+    )  # [num_decode] int64: batch row of each place; None: place i is row i, and there are no prefills
+    shared: list[tuple[Segment, Keys]]
+    own: list[Keys]  # per place, what it reads alone; empty where own_slots has it
+    own_slots: Tensor | None  # [num_decode * longest] int64
+    own_mask: Tensor | None  # [num_decode, 1, 1, longest] float32, 0 or -inf; None: nothing to mask
+    own_kv: Tensor | None = None  # [num_decode * longest, 2, num_kv_heads, head_dim], for all layers
+    masks: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)  # of tiles, for all layers
+
+
+def paged_attention_torch(
+    q: Tensor, kv: Tensor, layer_cache: Tensor, batch: AttentionBatch, scale: float, softcap: float | None
+) -> Tensor:
+    """The same in few large calls; arguments and result as in `paged_attention_reference`."""
+    plan = batch.plan("torch", make_plan)
+    attend = _Attend(scale, softcap)
+    cache = layer_cache.flatten(0, 1)  # [slots, 2, num_kv_heads, head_dim]
+    if plan.rows is None:
+        return _decode(q, cache, plan, attend)
+    out = torch.empty_like(q)
+    for prefill in plan.prefills:
+        rows = slice(prefill.begin, prefill.begin + prefill.num_queries)
+        if prefill.is_cut or softcap is not None:
+            out[rows] = _prefill_in_tiles(q[rows], kv[rows], cache, prefill, plan, batch.window, attend)
+        else:
+            out[rows] = _prefill(q[rows], kv[rows], cache, prefill, attend)
+    if plan.num_decode:
+        out[plan.rows] = _decode(q[plan.rows], cache, plan, attend)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Attend:
+    """Attention over keys that are given, with the log-sum-exp of the scores."""
+
+    scale: float
+    softcap: float | None
+
+    def __call__(
+        self, q: Tensor, kv: Tensor, causal: bool = False, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Computes it.
+
+        Args:
+            q: `[batch, queries, num_heads, head_dim]`.
+            kv: `[batch, keys, 2, num_kv_heads, head_dim]`.
+            causal: query i sees keys 0..i; not with a soft cap.
+            mask: added to the scores, broadcast to `[batch, num_heads, queries, keys]`.
+
+        Returns:
+            (out `[batch, queries, num_heads, head_dim]`, lse `[batch, queries, num_heads]` float32).
+        """
+        if self.softcap is not None:
+            assert not causal
+            return _softcapped(q, kv, self.scale, self.softcap, mask)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q.transpose(1, 2),
+            kv[:, :, 0].transpose(1, 2),
+            kv[:, :, 1].transpose(1, 2),
+            0.0,
+            causal,
+            attn_mask=mask,
+            scale=self.scale,
+        )
+        return out.transpose(1, 2), lse.transpose(1, 2)
+
+
+def _softcapped(q: Tensor, kv: Tensor, scale: float, softcap: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `_Attend`, by plain matrix products: the flash kernel has no place for the cap."""
+    batch, num_queries, num_heads, _ = q.shape
+    num_kv_heads = kv.shape[3]
+    grouped = q.reshape(batch, num_queries, num_kv_heads, -1, q.shape[-1]).permute(0, 2, 3, 1, 4)
+    keys, values = kv.permute(2, 0, 3, 1, 4).unsqueeze(3)  # [batch, num_kv_heads, 1, keys, head_dim] each
+    # In float32 before the cap: rounded to 16 bits, large scores would lose what the cap leaves of them.
+    scores = torch.matmul(
+        grouped.float(), keys.float().transpose(-1, -2)
+    )  # [batch, num_kv_heads, group, queries, keys]
+    scores.mul_(scale / softcap).tanh_().mul_(softcap)
+    if mask is not None:
+        scores.add_(mask.unsqueeze(-3))
+    lse = torch.logsumexp(scores, dim=-1)  # [batch, num_kv_heads, group, queries]
+    weights = scores.sub_(lse.unsqueeze(-1)).exp_().to(q.dtype)
+    out = torch.matmul(weights, values).permute(0, 3, 1, 2, 4)  # [batch, queries, num_kv_heads, group, head_dim]
+    return out.flatten(2, 3), lse.permute(0, 3, 1, 2).reshape(batch, num_queries, num_heads)
+
+
+def _over_keys(q: Tensor, cache: Tensor, keys: Keys, attend: _Attend) -> tuple[Tensor, Tensor]:
+    """Attention of q `[queries, num_heads, head_dim]`, all of which see all of the keys.
+
+    Returns:
+        (out `[queries, num_heads, head_dim]`, lse `[queries, num_heads]`).
+    """
+    if isinstance(keys, Tensor):
+        out, lse = attend(q[None], cache.index_select(0, keys)[None])
+        return out[0], lse[0]
+    first, *others = (cache[begin : begin + n][None] for begin, n in keys)
+    out, lse = attend(q[None], first)
+    for other in others:
+        merge_into(out, lse, *attend(q[None], other))
+    return out[0], lse[0]
+
+
+def _prefill(q: Tensor, kv: Tensor, cache: Tensor, prefill: Prefill, attend: _Attend) -> Tensor:
+    """New tokens of one sequence: causal among themselves, all of the past visible."""
+    out, lse = attend(q[None], kv[None], causal=True)
+    if prefill.num_past:
+        merge_into(out[0], lse[0], *_over_keys(q, cache, prefill.past, attend))
+    return out[0]
+
+
+def _prefill_in_tiles(
+    q: Tensor,
+    kv: Tensor,
+    cache: Tensor,
+    prefill: Prefill,
+    plan: AttentionPlan,
+    window: int | None,
+    attend: _Attend,
+) -> Tensor:
+    """The same with a window or a soft cap: each tile of queries over the keys that some of them see."""
+    past = prefill.past
+    parts = [cache.index_select(0, past)] if isinstance(past, Tensor) else [cache[b : b + n] for b, n in past]
+    keys = torch.cat([*parts, kv]) if prefill.num_past else kv  # [num_past + queries, 2, num_kv_heads, head_dim]
+    out = torch.empty_like(q)
+    for begin in range(0, len(q), TILE):
+        end = min(begin + TILE, len(q))
+        first = 0 if window is None else max(0, prefill.num_past + begin - window + 1)
+        shape = (end - begin, prefill.num_past + end - first, window or 0)
+        if shape not in plan.masks:
+            plan.masks[shape] = _tile_mask(*shape, device=q.device)
+        tile, _ = attend(q[None, begin:end], keys[None, first : prefill.num_past + end], mask=plan.masks[shape])
+        out[begin:end] = tile[0]
+    return out
+
+
+def _tile_mask(num_queries: int, num_keys: int, window: int, device: torch.device) -> Tensor:
+    """`[1, 1, queries, keys]` of 0 and -inf: the last query is at the last key."""
+    key_at = torch.arange(num_keys, device=device)
+    query_at = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    visible = (key_at <= query_at) & (key_at > query_at - (window or num_keys))
+    return torch.zeros(visible.shape, device=device).masked_fill_(~visible, float("-inf"))[None, None]
+
+
+def _decode(q: Tensor, cache: Tensor, plan: AttentionPlan, attend: _Attend) -> Tensor:
+    """Queries of all places, `[num_decode, num_heads, head_dim]`: what each reads alone, then what it shares."""
+    out, lse = _decode_own(q, cache, plan, attend)
+    for segment, keys in plan.shared:
+        places = slice(segment.row_begin, segment.row_end)
+        merge_into(out[places], lse[places], *_over_keys(q[places], cache, keys, attend))
+    return out
+
+
+def _decode_own(q: Tensor, cache: Tensor, plan: AttentionPlan, attend: _Attend) -> tuple[Tensor, Tensor]:
+    """Each place over the keys that it reads alone; one call, or one a place where keys are many."""
+    if plan.own_slots is None:
+        parts = [_over_keys(q[i : i + 1], cache, keys, attend) for i, keys in enumerate(plan.own)]
+        return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+    num_rows, num_heads, head_dim = q.shape
+    num_kv_heads = cache.shape[2]
+    if plan.own_kv is None or plan.own_kv.shape[1:] != cache.shape[1:]:
+        # One buffer for all layers of a shape: a fresh one each would cost its page faults.
+        plan.own_kv = cache.new_empty(len(plan.own_slots), *cache.shape[1:])
+    torch.index_select(cache, 0, plan.own_slots, out=plan.own_kv)
+    kv = plan.own_kv.view(num_rows, -1, *cache.shape[1:])  # [rows, longest, 2, num_kv_heads, head_dim]
+    # The heads of a group become queries of their KV head: their keys are then read once.
+    packed = q.view(num_rows, num_kv_heads, -1, head_dim).transpose(1, 2)
+    out, lse = attend(packed, kv, mask=plan.own_mask)  # [rows, group, num_kv_heads, head_dim]
+    return (
+        out.transpose(1, 2).reshape(num_rows, num_heads, head_dim),
+        lse.transpose(1, 2).reshape(num_rows, num_heads),
+    )
+
+
+def make_plan(batch: AttentionBatch) -> AttentionPlan:
+    """Finds the calls that serve the batch."""
+    size, device = batch.block_size, batch.device
+    prefills: list[Prefill] = []
+    decode = []
+    for i, context_len in enumerate(batch.context_lens):
+        begin, end = batch.cu_seqlens_q[i], batch.cu_seqlens_q[i + 1]
+        if end - begin == 1:
+            decode.append(i)
+        else:
+            first_query = context_len - (end - begin)
+            first_key = batch.first_visible(first_query)
+            past = _keys(_runs(batch.kv_tables[i], first_key, first_query, size), device)
+            is_cut = batch.first_visible(context_len - 1) > first_key
+            prefills.append(Prefill(begin, end - begin, past, first_query - first_key, is_cut))
+    # The block that holds the newest key stays a row's own, so that every row has keys of its own.
+    order, segments = shared_segments(
+        [batch.block_tables[i] for i in decode],
+        [(batch.context_lens[i] - 1) // size for i in decode],
+    )
+    decode = [decode[place] for place in order]
+    first_keys = [batch.first_visible(batch.context_lens[i] - 1) for i in decode]
+    segments = _in_view(segments, first_keys, size)
+    own = [
+        [
+            run
+            for begin, end in own_ranges(place, first_keys[place], batch.context_lens[i], segments, size)
+            for run in _runs(batch.kv_tables[i], begin, end, size)
+        ]
+        for place, i in enumerate(decode)
+    ]
+    shared = [
+        (s, _runs(batch.kv_tables[decode[s.row_begin]], s.block_begin * size, s.block_end * size, size))
+        for s in segments
+    ]
+    rows = [batch.cu_seqlens_q[i] for i in decode]
+    in_order = not prefills and rows == list(range(len(rows)))
+    own_slots, own_mask = _own_gather(own, device)
+    return AttentionPlan(
+        prefills=prefills,
+        num_decode=len(decode),
+        rows=None if in_order else torch.tensor(rows, dtype=torch.int64, device=device),
+        shared=[(segment, _keys(runs, device)) for segment, runs in shared],
+        own=[] if own_slots is not None else [_keys(runs, device) for runs in own],
+        own_slots=own_slots,
+        own_mask=own_mask,
+    )
+
+
+def _in_view(segments: list[Segment], first_keys: Sequence[int], block_size: int) -> list[Segment]:
+    """Segments without the blocks that are not wholly visible to each of their places, if enough is left of them."""
+    clipped = []
+    for segment in segments:
+        first_key = max(first_keys[segment.row_begin : segment.row_end])
+        block_begin = max(segment.block_begin, -(-first_key // block_size))
+        if block_begin == segment.block_begin or segment.block_end - block_begin >= MIN_SHARED_BLOCKS:
+            clipped.append(segment._replace(block_begin=block_begin))
+    return clipped
+
+
+def own_ranges(
+    place: int, first_key: int, context_len: int, segments: Sequence[Segment], block_size: int
+) -> list[tuple[int, int]]:
+    """Positions [begin, end) that a place reads alone: what it sees and no segment of its covers."""
+    ranges = []
+    begin = first_key
+    for segment in segments:
+        if segment.row_begin <= place < segment.row_end:  # outer segments come before those nested in them
+            if begin < segment.block_begin * block_size:
+                ranges.append((begin, segment.block_begin * block_size))
+            begin = segment.block_end * block_size
+    return [*ranges, (begin, context_len)]
+
+
+def _keys(runs: list[Run], device: torch.device) -> Keys:
+    """The runs themselves, or their slots where they are too many to be attended one by one."""
+    if len(runs) <= MAX_RUNS:
+        return runs
+    return torch.tensor([slot for begin, n in runs for slot in range(begin, begin + n)], device=device)
+
+
+def _runs(table: Sequence[int], begin: int, end: int, block_size: int) -> list[Run]:
+    """Slots of positions [begin, end) as runs."""
+    runs: list[Run] = []
+    position = begin
+    while position < end:
+        index, offset = divmod(position, block_size)
+        slot = table[index] * block_size + offset
+        n = min(block_size - offset, end - position)
+        if runs and runs[-1][0] + runs[-1][1] == slot:
+            runs[-1] = (runs[-1][0], runs[-1][1] + n)
+        else:
+            runs.append((slot, n))
+        position += n
+    return runs
+
+
+def _own_gather(own: list[list[Run]], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """Slots and mask of the rows' own keys, padded to the longest row; (None, None): a call a row.
+
+    Padding repeats a slot that the row owns: it holds finite numbers, so that a weight of zero hides it.
+    """
+    lens = [sum(n for _, n in runs) for runs in own]
+    longest = max(lens, default=0)
+    if len(lens) < 2 or longest * len(lens) > MAX_GATHER_TOKENS:
+        return None, None
+    slots, mask = [], []
+    for runs, length in zip(own, lens, strict=True):
+        slots += [slot for begin, n in runs for slot in range(begin, begin + n)]
+        slots += [runs[0][0]] * (longest - length)
+        mask += [0.0] * length + [float("-inf")] * (longest - length)
+    own_slots = torch.tensor(slots, device=device)
+    if min(lens) == longest:
+        return own_slots, None
+    return own_slots, torch.tensor(mask, device=device).view(len(lens), 1, 1, longest)
