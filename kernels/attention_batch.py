@@ -9,6 +9,9 @@ from torch import Tensor
 
 Plan = TypeVar("Plan")
 
+KEY_CHUNK = 256
+"""Enough programs for a whole processor at batch 1, and partials that take 3% of the traffic of the keys."""
+
 
 @dataclass(slots=True)
 class AttentionBatch:
@@ -23,6 +26,7 @@ class AttentionBatch:
         block_size: tokens a block.
         device: of the cache.
         window: how many latest keys a query sees, its own included; None for all.
+        key_chunk: keys that one program reads at most where queries are few; None: as many as keep the processor busy.
     """
 
     cu_seqlens_q: Sequence[int]
@@ -33,6 +37,7 @@ class AttentionBatch:
     block_size: int
     device: torch.device
     window: int | None = None
+    key_chunk: int | None = KEY_CHUNK
     _plans: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def plan(self, key: Hashable, make: Callable[["AttentionBatch"], Plan]) -> Plan:

@@ -1,58 +1,167 @@
 """The backend: which form of each op the engine runs on, chosen once at construction."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
+import torch
 from minirksc.kernels.attention_batch import AttentionBatch
-from minirksc.kernels.confidence import Confidence, confidence, confidence_reference
-from minirksc.kernels.gated_act import gated_act, gated_act_reference
-from minirksc.kernels.kv_store import kv_store, kv_store_reference
-from minirksc.kernels.paged_attention import paged_attention_reference
+from minirksc.kernels.confidence import Confidence, confidence_reference, confidence_torch, confidence_triton
+from minirksc.kernels.gated_act import gated_act_reference, gated_act_torch, gated_act_triton
+from minirksc.kernels.jit import triton
+from minirksc.kernels.kv_copy import copy_blocks_reference, copy_blocks_torch, copy_blocks_triton
+from minirksc.kernels.kv_store import kv_store_reference, kv_store_torch, kv_store_triton
+from minirksc.kernels.layer_cache import LayerCache
+from minirksc.kernels.paged_attention import paged_attention_reference, paged_attention_triton
 from minirksc.kernels.paged_attention_torch import paged_attention_torch
-from minirksc.kernels.rms_norm import rms_norm, rms_norm_reference
-from minirksc.kernels.rope import rope, rope_reference
+from minirksc.kernels.rms_norm import (
+    add_rms_norm_reference,
+    add_rms_norm_torch,
+    add_rms_norm_triton,
+    rms_norm_reference,
+    rms_norm_torch,
+    rms_norm_triton,
+)
+from minirksc.kernels.similarity import similarity_reference, similarity_torch, similarity_triton
 from torch import Tensor
 
 from minirksc.errors import ConfigError
 
+RopeTables = tuple[Tensor, Tensor]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Backend:
-    """One form of every op. The signatures are those of the references, which specify them."""
+    """One form of every op. The signatures are those of the references, which specify them.
+
+    Attributes:
+        name: as in the options.
+        device_type: where it runs; None: anywhere.
+        block_sizes: tokens a KV block that its kernels can have; None: any number.
+        prepack: weights are packed for the CPU.
+        is_capturable: a step reads nothing back from the device, so that it can be recorded as a CUDA graph.
+        splits_keys: heeds `AttentionBatch.key_chunk`.
+    """
 
     name: str
-    rms_norm: Callable[[Tensor, Tensor | None, float], Tensor]
-    rope: Callable[[Tensor, Tensor, Tensor], None]
-    gated_act: Callable[[Tensor, str], Tensor]
-    kv_store: Callable[[Tensor, Tensor, Tensor], None]
-    paged_attention: Callable[[Tensor, Tensor, Tensor, AttentionBatch, float, float | None], Tensor]
-    confidence: Callable[[Tensor], Confidence]
+    device_type: str | None
+    block_sizes: tuple[int, ...] | None
     prepack: bool
+    is_capturable: bool
+    splits_keys: bool
+    rms_norm: Callable[[Tensor, Tensor | None, float], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, float], Tensor]
+    gated_act: Callable[[Tensor, str], Tensor]
+    kv_store: Callable[
+        [
+            Tensor,
+            int,
+            Tensor | None,
+            Tensor | None,
+            bool,
+            float,
+            RopeTables | None,
+            Tensor | None,
+            LayerCache | None,
+            Tensor,
+        ],
+        None,
+    ]
+    copy_blocks: Callable[[Tensor, Sequence[tuple[int, int]]], None]
+    paged_attention: Callable[[Tensor, Tensor, LayerCache, AttentionBatch, float, float | None], Tensor]
+    confidence: Callable[[Tensor], Confidence]
+    similarity: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+    def check_block_size(self, block_size: int) -> None:
+        """Refuses what the kernels cannot have.
+
+        Raises:
+            ConfigError: it is none of `block_sizes`.
+        """
+        if self.block_sizes is not None and block_size not in self.block_sizes:
+            sizes = ", ".join(map(str, self.block_sizes))
+            raise ConfigError(f"block_size {block_size} does not go with the {self.name} backend; use one of {sizes}")
 
 
 BACKENDS = {
-    "torch": Backend("torch", rms_norm, rope, gated_act, kv_store, paged_attention_torch, confidence, prepack=True),
-    "reference": Backend(
-        "reference",
-        rms_norm_reference,
-        rope_reference,
-        gated_act_reference,
-        kv_store_reference,
-        paged_attention_reference,
-        confidence_reference,
-        prepack=False,
-    ),
+    backend.name: backend
+    for backend in (
+        Backend(
+            name="triton",
+            device_type="cuda",
+            block_sizes=(8, 16, 32, 64, 128),
+            prepack=False,
+            is_capturable=True,
+            splits_keys=True,
+            rms_norm=rms_norm_triton,
+            add_rms_norm=add_rms_norm_triton,
+            gated_act=gated_act_triton,
+            kv_store=kv_store_triton,
+            copy_blocks=copy_blocks_triton,
+            paged_attention=paged_attention_triton,
+            confidence=confidence_triton,
+            similarity=similarity_triton,
+        ),
+        Backend(
+            name="torch",
+            device_type="cpu",
+            block_sizes=None,
+            prepack=True,
+            is_capturable=False,
+            splits_keys=False,
+            rms_norm=rms_norm_torch,
+            add_rms_norm=add_rms_norm_torch,
+            gated_act=gated_act_torch,
+            kv_store=kv_store_torch,
+            copy_blocks=copy_blocks_torch,
+            paged_attention=paged_attention_torch,
+            confidence=confidence_torch,
+            similarity=similarity_torch,
+        ),
+        Backend(
+            name="reference",
+            device_type=None,
+            block_sizes=None,
+            prepack=False,
+            is_capturable=False,
+            splits_keys=False,
+            rms_norm=rms_norm_reference,
+            add_rms_norm=add_rms_norm_reference,
+            gated_act=gated_act_reference,
+            kv_store=kv_store_reference,
+            copy_blocks=copy_blocks_reference,
+            paged_attention=paged_attention_reference,
+            confidence=confidence_reference,
+            similarity=similarity_reference,
+        ),
+    )
 }
 
 
-def choose_backend(name: str) -> Backend:
-    """The backend of that name; "auto" is the fast one.
+def choose_backend(name: str, device: torch.device) -> Backend:
+    """The backend of that name; "auto" is the device's: triton on a GPU, torch on a CPU.
+
+    Triton's interpreter, which tests use, runs anywhere.
+
+    Args:
+        name: as in the options.
+        device: of the model.
 
     Raises:
-        ConfigError: the name is unknown.
+        ConfigError: the name is unknown, the backend does not run on the device, or Triton is not installed.
     """
     if name == "auto":
-        name = "torch"
+        name = "torch" if device.type == "cpu" else "triton"
     if name not in BACKENDS:
         raise ConfigError(f"backend {name!r} is unknown; choose one of auto, {', '.join(BACKENDS)}")
-    return BACKENDS[name]
+    if name == "triton" and not isinstance(triton, ModuleType):
+        raise ConfigError(
+            f"backend 'triton' for {device}: Triton is not installed; pip install 'minirksc[gpu]', or use device='cpu'"
+        )
+    backend = BACKENDS[name]
+    is_interpreted = name == "triton" and triton.knobs.runtime.interpret
+    if backend.device_type not in (None, device.type) and not is_interpreted:
+        raise ConfigError(
+            f"backend {name!r} runs on {backend.device_type}, not on {device}; use backend='auto', the device's own"
+        )
+    return backend

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -19,3 +20,17 @@ class LayerCache(NamedTuple):
 
     kv: Tensor
     scales: Tensor | None = None
+
+
+def multiply_out(numbers: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What is read out of the cache: number * scale, multiplied in float32.
+
+    Args:
+        numbers: `[..., head_dim]`, of `LayerCache.kv`.
+        scales: `[...]` float32, those of `LayerCache.scales`; None: the numbers are themselves what was stored.
+        dtype: of the activations.
+
+    Returns:
+        `[..., head_dim]` of that dtype; the numbers themselves where there are no scales.
+    """
+    return numbers if scales is None else (numbers * scales.unsqueeze(-1)).to(dtype)

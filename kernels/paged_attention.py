@@ -3,22 +3,53 @@
 Formula, per query token i of a sequence with `context_len` keys: softmax(s(q_i k_j * scale)) v_j over all j that are
 not after i and, with a window W, not before i - W + 1; query heads read KV head `head // (num_heads /
 num_kv_heads)`. With a soft cap c, s(x) = c tanh(x / c), else s(x) = x. Softmax in float32.
+
+The kernel: one program takes an item of the work list (`work_list`) and a KV head. Its rows are the item's queries
+times the query heads of the group, so that a tile of keys is read once for all of them. It walks the item's keys tile
+by tile with a running maximum m and sum l (Milakov and Gimelshein 2018, arXiv 1805.02867): first the tiles that all
+rows see whole, without a mask, then those at the edges. The block-table entry of the next tile is loaded one iteration
+ahead: were it loaded where it is used, the pipeliner would give keys and values one buffer instead of two.
+
+Scores are in base 2 (log2 e is in the scale), accumulated in float32; probabilities are rounded to the dtype of the
+values before the second product. An int8 cache is multiplied as float16 (exact), its scales folded into scores and
+probabilities. A range's result is a partial: its own softmax, and the base-2 log-sum-exp to merge it by. Keys and
+values outside what a query sees are never used, whatever they hold, NaN included.
+
+Limits: head_dim to 512, block_size a power of two to 256, at most 64 query heads a KV head.
+Source: Dao et al. 2022, arXiv 2205.14135 (tiled softmax); Kwon et al. 2023, arXiv 2309.06180 (paged KV); the grouped
+rows and the range split after arXiv 2511.11581.
 """
 
+import math
+from typing import NamedTuple
+
 import torch
+from minirksc.kernels import launch_table
 from minirksc.kernels.attention_batch import AttentionBatch
+from minirksc.kernels.jit import tl, triton
+from minirksc.kernels.launch_table import AttentionTile, max_short_rows
+from minirksc.kernels.layer_cache import LayerCache
+from minirksc.kernels.prefix_attention import merge_partials_triton
+from minirksc.kernels.work_list import Shape, WorkList, make_work_list
 from torch import Tensor
+
+from minirksc.errors import ConfigError
+
+LOG2_E = math.log2(math.e)
+MAX_HEAD_DIM = 512
+MAX_BLOCK_SIZE = 256
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def paged_attention_reference(
-    q: Tensor, kv: Tensor, layer_cache: Tensor, batch: AttentionBatch, scale: float, softcap: float | None
+    q: Tensor, kv: Tensor, layer_cache: LayerCache, batch: AttentionBatch, scale: float, softcap: float | None
 ) -> Tensor:
     """The specification, sequence by sequence in float32.
 
     Args:
         q: `[tokens, num_heads, head_dim]`.
         kv: `[tokens, 2, num_kv_heads, head_dim]`, new keys and values; unused here, they are in the cache.
-        layer_cache: `[num_blocks, block_size, 2, num_kv_heads, head_dim]`.
+        layer_cache: `[num_blocks, block_size, 2, num_kv_heads, head_dim]`, and its scales.
         batch: where queries and keys are.
         scale: multiplied to the scores.
         softcap: c of c * tanh(score / c); None for none.
@@ -27,13 +58,44 @@ def paged_attention_reference(
         `[tokens, num_heads, head_dim]`, dtype of q.
     """
     out = torch.empty_like(q)
-    group, size = q.shape[1] // layer_cache.shape[3], batch.block_size
+    for i, (_, weights, values) in enumerate(_weights_and_values(q, layer_cache, batch, scale, softcap)):
+        rows = slice(batch.cu_seqlens_q[i], batch.cu_seqlens_q[i + 1])
+        out[rows] = torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
+    return out
+
+
+def block_mass_reference(
+    q: Tensor, layer_cache: LayerCache, batch: AttentionBatch, scale: float, softcap: float | None
+) -> Tensor:
+    """The specification of the attention mass a block receives: softmax weights summed over its keys, mean over heads.
+
+    Returns:
+        `[tokens, blocks]` float32, in the order of the sequence's block table; a row sums to one.
+    """
+    size = batch.block_size
+    width = max((len(table) for table in batch.kv_tables), default=0)
+    mass = torch.zeros((len(q), width), dtype=torch.float32, device=q.device)
+    for i, (first, weights, _) in enumerate(_weights_and_values(q, layer_cache, batch, scale, softcap)):
+        rows = slice(batch.cu_seqlens_q[i], batch.cu_seqlens_q[i + 1])
+        block = torch.arange(first, first + weights.shape[-1], device=q.device) // size
+        mass[rows] = mass[rows].index_add(1, block, weights.mean(0))
+    return mass
+
+
+def _weights_and_values(
+    q: Tensor, layer_cache: LayerCache, batch: AttentionBatch, scale: float, softcap: float | None
+) -> list[tuple[int, Tensor, Tensor]]:
+    """Of each sequence: first key's position, weights `[heads, queries, keys]`, values `[keys, heads, head_dim]`."""
+    found = []
+    group, size = q.shape[1] // layer_cache.kv.shape[3], batch.block_size
     for i, (context_len, table) in enumerate(zip(batch.context_lens, batch.kv_tables, strict=True)):
         begin, end = batch.cu_seqlens_q[i], batch.cu_seqlens_q[i + 1]
         first_query = context_len - (end - begin)
         first_key = batch.first_visible(first_query)
         slots = [table[p // size] * size + p % size for p in range(first_key, context_len)]
-        own = layer_cache.flatten(0, 1)[slots].float()  # [keys, 2, num_kv_heads, head_dim]
+        own = layer_cache.kv.flatten(0, 1)[slots].float()  # [keys, 2, num_kv_heads, head_dim]
+        if layer_cache.scales is not None:
+            own = (own * layer_cache.scales.flatten(0, 1)[slots].unsqueeze(-1)).to(q.dtype).float()
         keys, values = own.repeat_interleave(group, dim=2).unbind(1)  # [keys, num_heads, head_dim]
         scores = torch.einsum("qhd,khd->hqk", q[begin:end].float(), keys) * scale
         if softcap is not None:
@@ -43,6 +105,443 @@ def paged_attention_reference(
         visible = key_at <= query_at  # [queries, keys]
         if batch.window is not None:
             visible &= key_at > query_at - batch.window
-        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)  # [num_heads, queries, keys]
-        out[begin:end] = torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
-    return out
+        found.append((first_key, scores.masked_fill(~visible, float("-inf")).softmax(-1), values))
+    return found
+
+
+@triton.jit
+def _table_entries(table_ptr, start, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Block ids of the tokens of the tile at `start`: one id where the tile lies within a block, else one a token."""
+    if BLOCK_SIZE >= TILE:
+        return tl.load(table_ptr + start // BLOCK_SIZE, mask=start < end, other=0)
+    else:
+        at = start + tl.arange(0, TILE)  # [TILE]
+        return tl.load(table_ptr + at // BLOCK_SIZE, mask=at < end, other=0)
+
+
+@triton.jit
+def _attend_to_tile(
+    q,
+    state,
+    start,
+    entries,
+    kv_ptr,
+    scales_ptr,
+    granule_lse_ptrs,
+    is_row,
+    positions,
+    kv_begin,
+    kv_end,
+    score_scale,
+    softcap,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One step of the running softmax: state (m, total, acc) after the keys [start, start + TILE)."""
+    m, total, acc = state  # [ROWS], [ROWS], [ROWS, HEAD_PAD]
+    TOKEN: tl.constexpr = 2 * NUM_KV_HEADS * HEAD_DIM
+    offs_d = tl.arange(0, acc.shape[1])
+    offs_n = tl.arange(0, TILE)
+    at = start + offs_n
+    if BLOCK_SIZE >= TILE:
+        slots = entries.to(tl.int64) * BLOCK_SIZE + start % BLOCK_SIZE + offs_n  # [TILE]
+        k_ptrs = (kv_ptr + entries.to(tl.int64) * (BLOCK_SIZE * TOKEN) + (start % BLOCK_SIZE) * TOKEN) + (
+            offs_n[:, None] * TOKEN + offs_d[None, :]
+        )  # [TILE, HEAD_PAD]
+    else:
+        slots = entries.to(tl.int64) * BLOCK_SIZE + offs_n % BLOCK_SIZE
+        rows = kv_ptr + entries.to(tl.int64) * (BLOCK_SIZE * TOKEN) + (offs_n % BLOCK_SIZE) * TOKEN
+        k_ptrs = rows[:, None] + offs_d[None, :]
+    v_ptrs = k_ptrs + NUM_KV_HEADS * HEAD_DIM
+    in_range = (at >= kv_begin) & (at < kv_end)
+    if MASKED:  # values too: zero times NaN is NaN
+        mask = in_range[:, None] & (offs_d < HEAD_DIM)[None, :]
+        k = tl.load(k_ptrs, mask=mask, other=0.0)
+        v = tl.load(v_ptrs, mask=mask, other=0.0)
+    elif acc.shape[1] == HEAD_DIM:
+        k = tl.load(k_ptrs)
+        v = tl.load(v_ptrs)
+    else:
+        k = tl.load(k_ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+        v = tl.load(v_ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+    scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * score_scale  # [ROWS, TILE]
+    if scales_ptr is not None:
+        scale_ptrs = scales_ptr + slots * (2 * NUM_KV_HEADS)
+        if MASKED:
+            k_scale = tl.load(scale_ptrs, mask=in_range, other=0.0)
+            v_scale = tl.load(scale_ptrs + NUM_KV_HEADS, mask=in_range, other=0.0)
+        else:
+            k_scale = tl.load(scale_ptrs)
+            v_scale = tl.load(scale_ptrs + NUM_KV_HEADS)
+        scores *= k_scale[None, :]
+    if HAS_SOFTCAP:  # tanh(x) = 1 - 2 / (1 + exp(2 x)); score_scale holds 2 log2(e) / cap
+        scores = softcap * (1.0 - 2.0 / (1.0 + tl.exp2(scores)))
+    if MASKED:
+        visible = in_range[None, :] & (at[None, :] <= positions[:, None])
+        if WINDOW > 0:
+            visible = visible & (at[None, :] > positions[:, None] - WINDOW)
+        scores = tl.where(visible, scores, float("-inf"))
+    new_m = tl.maximum(m, tl.max(scores, 1))
+    # A row may see nothing of a masked tile: -inf - -inf would be NaN.
+    shift = tl.where(new_m == float("-inf"), 0.0, new_m) if MASKED else new_m
+    p = tl.exp2(scores - shift[:, None])
+    decay = tl.exp2(m - shift)
+    total = total * decay + tl.sum(p, 1)
+    if granule_lse_ptrs is not None:
+        GRANULE: tl.constexpr = BLOCK_SIZE if BLOCK_SIZE < TILE else TILE
+        sums = tl.sum(tl.reshape(p, (acc.shape[0], TILE // GRANULE, GRANULE)), 2)  # [ROWS, TILE // GRANULE]
+        granule = start // GRANULE + tl.arange(0, TILE // GRANULE)
+        is_seen = (
+            is_row[:, None] & (granule * GRANULE < kv_end)[None, :] & (((granule + 1) * GRANULE) > kv_begin)[None, :]
+        )
+        # A sum may have underflowed to zero: its logarithm is then so low that the mass is zero too.
+        tl.store(
+            granule_lse_ptrs[:, None] + granule[None, :],
+            shift[:, None] + tl.log2(tl.maximum(sums, 1e-38)),
+            mask=is_seen,
+        )
+    if scales_ptr is not None:
+        p *= v_scale[None, :]
+    acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * decay[:, None], input_precision=PRECISION)
+    return new_m, total, acc
+
+
+@triton.jit(do_not_specialize=["stride_table", "stride_granule"])
+def _paged_attention_kernel(
+    q_ptr,
+    kv_ptr,
+    scales_ptr,
+    out_ptr,
+    lse_ptr,
+    part_out_ptr,
+    part_lse_ptr,
+    granule_lse_ptr,
+    items_ptr,
+    tokens_ptr,
+    positions_ptr,
+    parts_ptr,
+    table_ptr,
+    stride_q,
+    stride_table,
+    stride_granule,
+    score_scale,
+    softcap,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Program (item, KV head): see the module."""
+    GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
+    item_ptr = items_ptr + tl.program_id(0) * 8
+    kv_head = tl.program_id(1)
+    num_places = tl.load(item_ptr + 1)
+    if num_places == 0:  # padding
+        return
+    place_begin = tl.load(item_ptr)
+    table_row = tl.load(item_ptr + 2)
+    kv_begin, kv_end = tl.load(item_ptr + 3), tl.load(item_ptr + 4)
+    full_begin, full_end = tl.load(item_ptr + 5), tl.load(item_ptr + 6)
+    part = tl.load(item_ptr + 7)
+
+    rows = tl.arange(0, ROWS)
+    offs_d = tl.arange(0, HEAD_PAD)
+    is_row = rows // GROUP < num_places  # [ROWS]
+    place = place_begin + rows // GROUP
+    token = tl.load(tokens_ptr + place, mask=is_row, other=0).to(tl.int64)
+    positions = tl.load(positions_ptr + place, mask=is_row, other=0)
+    head = kv_head * GROUP + rows % GROUP
+    io_mask = is_row[:, None] & (offs_d < HEAD_DIM)[None, :]  # [ROWS, HEAD_PAD]
+    q = tl.load(q_ptr + (token * stride_q + head * HEAD_DIM)[:, None] + offs_d[None, :], mask=io_mask, other=0.0)
+    if scales_ptr is not None:
+        scales_ptr += kv_head
+        if q.dtype == tl.bfloat16:
+            q = q.to(tl.float16)  # int8 becomes float16 far faster than bfloat16
+    kv_ptr += kv_head * HEAD_DIM
+    table_ptr += table_row.to(tl.int64) * stride_table
+    granule_lse_ptrs = None
+    if granule_lse_ptr is not None:
+        granule_lse_ptrs = granule_lse_ptr + (token * NUM_HEADS + head) * stride_granule
+
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, HEAD_PAD], tl.float32)
+    entries = _table_entries(table_ptr, full_begin, full_end, BLOCK_SIZE, TILE)
+    for start in tl.range(full_begin, full_end, TILE, num_stages=STAGES):
+        start = tl.multiple_of(start, TILE)
+        following = _table_entries(table_ptr, start + TILE, full_end, BLOCK_SIZE, TILE)
+        m, total, acc = _attend_to_tile(
+            q, (m, total, acc), start, entries, kv_ptr, scales_ptr, granule_lse_ptrs, is_row, positions, kv_begin,
+            kv_end, score_scale, softcap, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, WINDOW, HAS_SOFTCAP, TILE,
+            PRECISION, False,
+        )  # fmt: skip
+        entries = following
+    num_before = (full_begin - kv_begin + TILE - 1) // TILE
+    num_edges = num_before + (kv_end - full_end + TILE - 1) // TILE
+    for i in tl.range(0, num_edges, num_stages=1):
+        start = tl.where(i < num_before, full_begin - (num_before - i) * TILE, full_end + (i - num_before) * TILE)
+        start = tl.multiple_of(start, TILE)
+        entries = tl.maximum(_table_entries(table_ptr, start, kv_end, BLOCK_SIZE, TILE), 0)  # -1: slid out of view
+        m, total, acc = _attend_to_tile(
+            q, (m, total, acc), start, entries, kv_ptr, scales_ptr, granule_lse_ptrs, is_row, positions, kv_begin,
+            kv_end, score_scale, softcap, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, WINDOW, HAS_SOFTCAP, TILE,
+            PRECISION, True,
+        )  # fmt: skip
+
+    has_seen = total > 0
+    acc = acc / tl.where(has_seen, total, 1.0)[:, None]
+    lse = tl.where(has_seen, m + tl.log2(tl.where(has_seen, total, 1.0)), float("-inf"))
+    if part < 0:
+        row = token * NUM_HEADS + head
+        tl.store(out_ptr + row[:, None] * HEAD_DIM + offs_d[None, :], acc.to(out_ptr.dtype.element_ty), mask=io_mask)
+        if lse_ptr is not None:
+            tl.store(lse_ptr + row, lse, mask=is_row)
+    else:
+        first_part = tl.load(parts_ptr + 2 * token, mask=is_row, other=0)
+        row = (first_part + part).to(tl.int64) * NUM_HEADS + head
+        tl.store(part_out_ptr + row[:, None] * HEAD_DIM + offs_d[None, :], acc, mask=io_mask)
+        tl.store(part_lse_ptr + row, lse, mask=is_row)
+
+
+class Attended(NamedTuple):
+    """Everything that the kernel can tell.
+
+    Attributes:
+        out: `[tokens, num_heads, head_dim]`, dtype of q.
+        lse: `[tokens, num_heads]` float32, base-2 log-sum-exp of the scores; None where not asked for.
+        granule_lse: `[tokens, num_heads, granules]` float32, the same of each `granule` keys; None where not asked for.
+        granule: keys, the smaller of the block and the tile.
+    """
+
+    out: Tensor
+    lse: Tensor | None
+    granule_lse: Tensor | None
+    granule: int
+
+
+def paged_attention_triton(
+    q: Tensor, kv: Tensor, layer_cache: LayerCache, batch: AttentionBatch, scale: float, softcap: float | None
+) -> Tensor:
+    """The same in at most three launches: few queries, long prompts, the merge of partials.
+
+    Raises:
+        ConfigError: a dtype, shape or layout that the kernel cannot serve.
+    """
+    return attend(q, layer_cache, batch, scale, softcap).out
+
+
+def work_shape(num_heads: int, layer_cache: LayerCache, dtype: torch.dtype) -> Shape:
+    """What a work list for a layer depends on besides the batch."""
+    kv = layer_cache.kv
+    return Shape(num_heads, kv.shape[3], kv.shape[4], dtype, kv.dtype, launch_table.architecture(kv.device))
+
+
+def attend(
+    q: Tensor,
+    layer_cache: LayerCache,
+    batch: AttentionBatch,
+    scale: float,
+    softcap: float | None,
+    with_lse: bool = False,
+    with_mass: bool = False,
+) -> Attended:
+    """As `paged_attention_triton`, with the log-sum-exp of each query's scores, and of its scores in each block.
+
+    Raises:
+        ConfigError: a dtype, shape or layout that the kernel cannot serve.
+    """
+    _check(q, layer_cache, batch.block_size)
+    num_tokens, num_heads, head_dim = q.shape
+    shape = work_shape(num_heads, layer_cache, q.dtype)
+    work = batch.plan(shape, lambda batch: make_work_list(batch, shape))
+    out = q.new_empty((num_tokens, num_heads, head_dim))
+    needs_lse = with_lse or with_mass
+    lse = q.new_empty((num_tokens, num_heads), dtype=torch.float32) if needs_lse else None
+    granule, granule_lse = 0, None
+    tiles = [tile for tile in (work.tile, work.prefill_tile) if tile is not None]
+    if with_mass and tiles:
+        granule = min(batch.block_size, *(tile.tile for tile in tiles))
+        if any(min(batch.block_size, tile.tile) != granule for tile in tiles):
+            raise ConfigError(
+                f"attention mass of a batch whose tiles are {[t.tile for t in tiles]} keys and whose blocks are "
+                f"{batch.block_size}: ask for it with blocks of at most {granule}, or in a step without prefills"
+            )
+        width = work.table.shape[1] * batch.block_size // granule
+        granule_lse = q.new_empty((num_tokens, num_heads, width), dtype=torch.float32)
+    if num_tokens == 0:
+        return Attended(out, lse, granule_lse, granule)
+    launches = (
+        (work.tile, work.items[: work.num_short]),
+        (work.prefill_tile, work.items[work.num_short :]),
+    )
+    for tile, items in launches:
+        if tile is not None:
+            _launch(q, layer_cache, batch, work, tile, items, scale, softcap, out, lse, granule_lse)
+    if work.needs_merge:
+        merge_partials_triton(*work.partials(num_heads, head_dim), work.parts, out, lse)
+    return Attended(out, lse, granule_lse, granule)
+
+
+def _launch(
+    q: Tensor,
+    layer_cache: LayerCache,
+    batch: AttentionBatch,
+    work: WorkList,
+    tile: AttentionTile,
+    items: Tensor,
+    scale: float,
+    softcap: float | None,
+    out: Tensor,
+    lse: Tensor | None,
+    granule_lse: Tensor | None,
+) -> None:
+    num_heads, head_dim = q.shape[1:]
+    num_kv_heads = layer_cache.kv.shape[3]
+    architecture = launch_table.architecture(q.device)
+    part_out, part_lse = work.partials(num_heads, head_dim)
+    _paged_attention_kernel[(len(items), num_kv_heads)](
+        q,
+        layer_cache.kv,
+        layer_cache.scales,
+        out,
+        lse,
+        part_out,
+        part_lse,
+        granule_lse,
+        items,
+        work.tokens,
+        work.positions,
+        work.parts,
+        work.table,
+        q.stride(0),
+        work.table.stride(0),
+        0 if granule_lse is None else granule_lse.shape[2],
+        scale * LOG2_E if softcap is None else 2 * scale * LOG2_E / softcap,
+        0.0 if softcap is None else softcap * LOG2_E,
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+        HEAD_PAD=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_SIZE=batch.block_size,
+        WINDOW=batch.window or 0,
+        HAS_SOFTCAP=softcap is not None,
+        ROWS=tile.rows,
+        TILE=tile.tile,
+        STAGES=tile.stages,
+        PRECISION=launch_table.dot_precision(architecture),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def _check(q: Tensor, layer_cache: LayerCache, block_size: int) -> None:
+    cache, scales = layer_cache
+    num_heads, head_dim = q.shape[1:]
+    if q.dtype not in DTYPES:
+        raise ConfigError(f"paged_attention: queries of {q.dtype}; it takes float32, float16 and bfloat16")
+    if cache.dtype not in (q.dtype, torch.int8):
+        raise ConfigError(
+            f"paged_attention: a cache of {cache.dtype} for queries of {q.dtype}; it takes theirs or int8"
+        )
+    if (cache.dtype == torch.int8) != (scales is not None):
+        raise ConfigError(
+            f"paged_attention: a cache of {cache.dtype} {'with' if scales is not None else 'without'} scales"
+        )
+    if head_dim > MAX_HEAD_DIM:
+        raise ConfigError(f"paged_attention: head_dim {head_dim}; at most {MAX_HEAD_DIM}")
+    most = max_short_rows(head_dim, q.dtype)
+    if cache.shape[4] != head_dim or num_heads % cache.shape[3] or num_heads // cache.shape[3] > most:
+        raise ConfigError(
+            f"paged_attention: {num_heads} query heads of {head_dim} on {cache.shape[3]} KV heads of {cache.shape[4]}; "
+            f"it takes equal sizes, and 1 to {most} query heads for each KV head"
+        )
+    if block_size & (block_size - 1) or not 1 <= block_size <= MAX_BLOCK_SIZE or cache.shape[1] != block_size:
+        raise ConfigError(
+            f"paged_attention: blocks of {block_size} tokens on a cache of blocks of {cache.shape[1]}; "
+            f"it takes powers of two to {MAX_BLOCK_SIZE}"
+        )
+    if q.stride(2) != 1 or q.stride(1) != head_dim or not cache.is_contiguous():
+        raise ConfigError(
+            f"paged_attention: queries of strides {q.stride()} and a cache of strides {cache.stride()}; a token's "
+            "heads must lie side by side, and the cache be contiguous"
+        )
+
+
+@triton.jit
+def _block_mass_kernel(
+    granule_lse_ptr,
+    lse_ptr,
+    first_last_ptr,
+    mass_ptr,
+    num_granules,
+    num_blocks,
+    NUM_HEADS: tl.constexpr,
+    GRANULES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Program (token, some blocks): mean over heads of the weight that each block received."""
+    token = tl.program_id(0).to(tl.int64)
+    first = tl.load(first_last_ptr + 2 * token)
+    last = tl.load(first_last_ptr + 2 * token + 1)
+    blocks = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    granules = tl.program_id(1) * (BLOCKS * GRANULES) + tl.arange(0, BLOCKS * GRANULES)
+    is_seen = (granules >= first) & (granules <= last)  # others were never written
+    mass = tl.zeros([BLOCKS * GRANULES], tl.float32)
+    for head in range(NUM_HEADS):
+        row = token * NUM_HEADS + head
+        lse = tl.load(granule_lse_ptr + row * num_granules + granules, mask=is_seen, other=float("-inf"))
+        mass += tl.exp2(lse - tl.load(lse_ptr + row))
+    mass = tl.sum(tl.reshape(mass, (BLOCKS, GRANULES)), 1) / NUM_HEADS
+    tl.store(mass_ptr + token * num_blocks + blocks, mass, mask=blocks < num_blocks)
+
+
+def block_mass_triton(attended: Attended, batch: AttentionBatch) -> Tensor:
+    """Attention mass of each block, from the sums that the attention kernel stored as it went.
+
+    Args:
+        attended: of `attend` with with_mass.
+        batch: of the same step.
+
+    Returns:
+        `[tokens, blocks]` float32 as `block_mass_reference`.
+    """
+    out, lse, granule_lse, granule = attended
+    assert lse is not None and granule_lse is not None
+    num_tokens, num_heads, num_granules = granule_lse.shape
+    per_block = batch.block_size // granule
+    num_blocks = num_granules // per_block
+    mass = out.new_empty((num_tokens, num_blocks), dtype=torch.float32)
+    if num_tokens == 0 or num_blocks == 0:
+        return mass
+    first_last = [
+        (batch.first_visible(position) // granule, position // granule)
+        for i, context_len in enumerate(batch.context_lens)
+        for position in range(context_len - (batch.cu_seqlens_q[i + 1] - batch.cu_seqlens_q[i]), context_len)
+    ]
+    blocks = max(1, 128 // per_block)
+    _block_mass_kernel[(num_tokens, triton.cdiv(num_blocks, blocks))](
+        granule_lse,
+        lse,
+        torch.tensor(first_last, dtype=torch.int32, device=out.device),
+        mass,
+        num_granules,
+        num_blocks,
+        NUM_HEADS=num_heads,
+        GRANULES=per_block,
+        BLOCKS=blocks,
+        num_warps=4,
+    )
+    return mass

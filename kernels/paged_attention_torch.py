@@ -2,7 +2,7 @@
 
 Partial results over disjoint keys are merged by it:
 - the prefix that several decode rows share is read once for all of them (`prefix_attention`);
-- a run of consecutive block ids is a view of the cache, never a copy;
+- a run of consecutive block ids is a view of the cache, never a copy (int8 is multiplied out where it is read);
 - what short decode rows do not share is gathered into one small reused buffer, so that they make one call;
 - a prefill attends to its past as to a shared prefix, and to its own new keys causally;
 - a prefill that the window or a soft cap touches goes in tiles of queries, each over the keys it can see.
@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 import torch
 from minirksc.kernels.attention_batch import AttentionBatch
-from minirksc.kernels.prefix_attention import MIN_SHARED_BLOCKS, Segment, merge_into, shared_segments
+from minirksc.kernels.layer_cache import LayerCache, multiply_out
+from minirksc.kernels.prefix_attention import Segment, in_view, merge_into, own_ranges, shared_segments
 from torch import Tensor
 
 MAX_GATHER_TOKENS = 4096
@@ -68,17 +69,17 @@ class AttentionPlan:
     own: list[Keys]  # per place, what it reads alone; empty where own_slots has it
     own_slots: Tensor | None  # [num_decode * longest] int64
     own_mask: Tensor | None  # [num_decode, 1, 1, longest] float32, 0 or -inf; None: nothing to mask
-    own_kv: Tensor | None = None  # [num_decode * longest, 2, num_kv_heads, head_dim], for all layers
+    own_kv: Tensor | None = None  # [num_decode * longest, 2, num_kv_heads, head_dim], the cache's dtype; for all layers
     masks: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)  # of tiles, for all layers
 
 
 def paged_attention_torch(
-    q: Tensor, kv: Tensor, layer_cache: Tensor, batch: AttentionBatch, scale: float, softcap: float | None
+    q: Tensor, kv: Tensor, layer_cache: LayerCache, batch: AttentionBatch, scale: float, softcap: float | None
 ) -> Tensor:
     """The same in few large calls; arguments and result as in `paged_attention_reference`."""
     plan = batch.plan("torch", make_plan)
     attend = _Attend(scale, softcap)
-    cache = layer_cache.flatten(0, 1)  # [slots, 2, num_kv_heads, head_dim]
+    cache = _Slots.of(layer_cache, q.dtype)
     if plan.rows is None:
         return _decode(q, cache, plan, attend)
     out = torch.empty_like(q)
@@ -91,6 +92,30 @@ def paged_attention_torch(
     if plan.num_decode:
         out[plan.rows] = _decode(q[plan.rows], cache, plan, attend)
     return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Slots:
+    """The cache slot by slot, read in the dtype of the queries."""
+
+    kv: Tensor  # [slots, 2, num_kv_heads, head_dim]
+    scales: Tensor | None  # [slots, 2, num_kv_heads]
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(cache: LayerCache, dtype: torch.dtype) -> "_Slots":
+        """Those of a layer."""
+        return _Slots(cache.kv.flatten(0, 1), None if cache.scales is None else cache.scales.flatten(0, 1), dtype)
+
+    def run(self, begin: int, length: int) -> Tensor:
+        """Consecutive ones, `[length, 2, num_kv_heads, head_dim]`; not a copy, unless it is int8."""
+        end = begin + length
+        return multiply_out(self.kv[begin:end], None if self.scales is None else self.scales[begin:end], self.dtype)
+
+    def gather(self, slots: Tensor, out: Tensor | None = None) -> Tensor:
+        """Any, `[slots, 2, num_kv_heads, head_dim]`; `out` takes the cache's own numbers."""
+        kv = torch.index_select(self.kv, 0, slots, out=out)
+        return multiply_out(kv, None if self.scales is None else self.scales.index_select(0, slots), self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,23 +173,23 @@ def _softcapped(q: Tensor, kv: Tensor, scale: float, softcap: float, mask: Tenso
     return out.flatten(2, 3), lse.permute(0, 3, 1, 2).reshape(batch, num_queries, num_heads)
 
 
-def _over_keys(q: Tensor, cache: Tensor, keys: Keys, attend: _Attend) -> tuple[Tensor, Tensor]:
+def _over_keys(q: Tensor, cache: _Slots, keys: Keys, attend: _Attend) -> tuple[Tensor, Tensor]:
     """Attention of q `[queries, num_heads, head_dim]`, all of which see all of the keys.
 
     Returns:
         (out `[queries, num_heads, head_dim]`, lse `[queries, num_heads]`).
     """
     if isinstance(keys, Tensor):
-        out, lse = attend(q[None], cache.index_select(0, keys)[None])
+        out, lse = attend(q[None], cache.gather(keys)[None])
         return out[0], lse[0]
-    first, *others = (cache[begin : begin + n][None] for begin, n in keys)
+    first, *others = (cache.run(*run)[None] for run in keys)
     out, lse = attend(q[None], first)
     for other in others:
         merge_into(out, lse, *attend(q[None], other))
     return out[0], lse[0]
 
 
-def _prefill(q: Tensor, kv: Tensor, cache: Tensor, prefill: Prefill, attend: _Attend) -> Tensor:
+def _prefill(q: Tensor, kv: Tensor, cache: _Slots, prefill: Prefill, attend: _Attend) -> Tensor:
     """New tokens of one sequence: causal among themselves, all of the past visible."""
     out, lse = attend(q[None], kv[None], causal=True)
     if prefill.num_past:
@@ -175,7 +200,7 @@ def _prefill(q: Tensor, kv: Tensor, cache: Tensor, prefill: Prefill, attend: _At
 def _prefill_in_tiles(
     q: Tensor,
     kv: Tensor,
-    cache: Tensor,
+    cache: _Slots,
     prefill: Prefill,
     plan: AttentionPlan,
     window: int | None,
@@ -183,7 +208,7 @@ def _prefill_in_tiles(
 ) -> Tensor:
     """The same with a window or a soft cap: each tile of queries over the keys that some of them see."""
     past = prefill.past
-    parts = [cache.index_select(0, past)] if isinstance(past, Tensor) else [cache[b : b + n] for b, n in past]
+    parts = [cache.gather(past)] if isinstance(past, Tensor) else [cache.run(*run) for run in past]
     keys = torch.cat([*parts, kv]) if prefill.num_past else kv  # [num_past + queries, 2, num_kv_heads, head_dim]
     out = torch.empty_like(q)
     for begin in range(0, len(q), TILE):
@@ -205,7 +230,7 @@ def _tile_mask(num_queries: int, num_keys: int, window: int, device: torch.devic
     return torch.zeros(visible.shape, device=device).masked_fill_(~visible, float("-inf"))[None, None]
 
 
-def _decode(q: Tensor, cache: Tensor, plan: AttentionPlan, attend: _Attend) -> Tensor:
+def _decode(q: Tensor, cache: _Slots, plan: AttentionPlan, attend: _Attend) -> Tensor:
     """Queries of all places, `[num_decode, num_heads, head_dim]`: what each reads alone, then what it shares."""
     out, lse = _decode_own(q, cache, plan, attend)
     for segment, keys in plan.shared:
@@ -214,20 +239,19 @@ def _decode(q: Tensor, cache: Tensor, plan: AttentionPlan, attend: _Attend) -> T
     return out
 
 
-def _decode_own(q: Tensor, cache: Tensor, plan: AttentionPlan, attend: _Attend) -> tuple[Tensor, Tensor]:
+def _decode_own(q: Tensor, cache: _Slots, plan: AttentionPlan, attend: _Attend) -> tuple[Tensor, Tensor]:
     """Each place over the keys that it reads alone; one call, or one a place where keys are many."""
     if plan.own_slots is None:
         parts = [_over_keys(q[i : i + 1], cache, keys, attend) for i, keys in enumerate(plan.own)]
         return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
     num_rows, num_heads, head_dim = q.shape
-    num_kv_heads = cache.shape[2]
-    if plan.own_kv is None or plan.own_kv.shape[1:] != cache.shape[1:]:
+    shape = cache.kv.shape[1:]  # (2, num_kv_heads, head_dim)
+    if plan.own_kv is None or plan.own_kv.shape[1:] != shape:
         # One buffer for all layers of a shape: a fresh one each would cost its page faults.
-        plan.own_kv = cache.new_empty(len(plan.own_slots), *cache.shape[1:])
-    torch.index_select(cache, 0, plan.own_slots, out=plan.own_kv)
-    kv = plan.own_kv.view(num_rows, -1, *cache.shape[1:])  # [rows, longest, 2, num_kv_heads, head_dim]
+        plan.own_kv = cache.kv.new_empty(len(plan.own_slots), *shape)
+    kv = cache.gather(plan.own_slots, out=plan.own_kv).view(num_rows, -1, *shape)
     # The heads of a group become queries of their KV head: their keys are then read once.
-    packed = q.view(num_rows, num_kv_heads, -1, head_dim).transpose(1, 2)
+    packed = q.view(num_rows, shape[1], -1, head_dim).transpose(1, 2)
     out, lse = attend(packed, kv, mask=plan.own_mask)  # [rows, group, num_kv_heads, head_dim]
     return (
         out.transpose(1, 2).reshape(num_rows, num_heads, head_dim),
@@ -257,7 +281,7 @@ def make_plan(batch: AttentionBatch) -> AttentionPlan:
     )
     decode = [decode[place] for place in order]
     first_keys = [batch.first_visible(batch.context_lens[i] - 1) for i in decode]
-    segments = _in_view(segments, first_keys, size)
+    segments = in_view(segments, first_keys, size)
     own = [
         [
             run
@@ -282,31 +306,6 @@ def make_plan(batch: AttentionBatch) -> AttentionPlan:
         own_slots=own_slots,
         own_mask=own_mask,
     )
-
-
-def _in_view(segments: list[Segment], first_keys: Sequence[int], block_size: int) -> list[Segment]:
-    """Segments without the blocks that are not wholly visible to each of their places, if enough is left of them."""
-    clipped = []
-    for segment in segments:
-        first_key = max(first_keys[segment.row_begin : segment.row_end])
-        block_begin = max(segment.block_begin, -(-first_key // block_size))
-        if block_begin == segment.block_begin or segment.block_end - block_begin >= MIN_SHARED_BLOCKS:
-            clipped.append(segment._replace(block_begin=block_begin))
-    return clipped
-
-
-def own_ranges(
-    place: int, first_key: int, context_len: int, segments: Sequence[Segment], block_size: int
-) -> list[tuple[int, int]]:
-    """Positions [begin, end) that a place reads alone: what it sees and no segment of its covers."""
-    ranges = []
-    begin = first_key
-    for segment in segments:
-        if segment.row_begin <= place < segment.row_end:  # outer segments come before those nested in them
-            if begin < segment.block_begin * block_size:
-                ranges.append((begin, segment.block_begin * block_size))
-            begin = segment.block_end * block_size
-    return [*ranges, (begin, context_len)]
 
 
 def _keys(runs: list[Run], device: torch.device) -> Keys:

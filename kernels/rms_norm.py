@@ -1,12 +1,22 @@
-"""Root-mean-square normalisation: y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension.
+"""Root-mean-square normalisation, y = x / sqrt(mean(x^2) + eps) * weight over the last dimension, and with a sum.
 
 Accumulates in float32. The normalised value is cast to the weight's dtype before the weight is applied: Llama's
-weights have the model's dtype, so that the product is rounded twice; Gemma's are kept in float32, so that it is
-rounded once. Source: Zhang and Sennrich 2019, arXiv 1910.07467.
+weights have the model's dtype, so that the product is rounded twice; Gemma's are kept in float32, with their offset
+added, so that it is rounded once. `add_rms_norm` is what stands between two blocks of a decoder: it adds a block's
+output to the residual stream, which is rounded to its dtype, and norms the sum for the next block.
+
+In the kernel one program holds one row in registers, so that memory is read once. Rows of up to 16384 numbers.
+Source: Zhang and Sennrich 2019, arXiv 1910.07467.
 """
 
 import torch
+from minirksc.kernels.jit import tl, triton
 from torch import Tensor
+
+from minirksc.errors import ConfigError
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_SIZE = 16384
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -25,7 +35,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return normed.to(x.dtype) if weight is None else (normed.to(weight.dtype) * weight).to(x.dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+def rms_norm_torch(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """The same in few passes and with one temporary of x's size.
 
     torch's own rms_norm makes several on a CPU: 18 times slower at 1024 tokens of 576.
@@ -35,3 +45,178 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     normed = x32 * scale
     return normed.to(x.dtype) if weight is None else normed.to(weight.dtype).mul_(weight).to(x.dtype)
+
+
+def add_rms_norm_reference(
+    hidden: Tensor, update: Tensor, update_norm: Tensor | None, weight: Tensor | None, eps: float
+) -> Tensor:
+    """The specification of a residual addition and the norm that follows it.
+
+    Args:
+        hidden: `[tokens, size]`, the residual stream; overwritten by its sum with the update.
+        update: `[tokens, size]`, dtype of hidden.
+        update_norm: `[size]`, the weight of a norm of the update before the addition; None for no such norm.
+        weight: `[size]`, the weight of the norm of the sum; None for a norm without a weight.
+        eps: added to both mean squares.
+
+    Returns:
+        `[tokens, size]`, the normed sum, dtype of hidden.
+    """
+    if update_norm is not None:
+        update = rms_norm_reference(update, update_norm, eps)
+    hidden.copy_((hidden.float() + update.float()).to(hidden.dtype))
+    return rms_norm_reference(hidden, weight, eps)
+
+
+def add_rms_norm_torch(
+    hidden: Tensor, update: Tensor, update_norm: Tensor | None, weight: Tensor | None, eps: float
+) -> Tensor:
+    """The same in few passes."""
+    if update_norm is not None:
+        update = rms_norm_torch(update, update_norm, eps)
+    return rms_norm_torch(hidden.add_(update), weight, eps)
+
+
+@triton.jit
+def _rms_normed(x, weight, eps, dtype, SIZE: tl.constexpr):
+    # x: [BLOCK] float32, zero from SIZE on. The result is float32 that holds the rounded value.
+    normed = x * tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps)
+    if weight is not None:
+        normed = normed.to(weight.dtype).to(tl.float32) * weight.to(tl.float32)
+    return normed.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x_ptr,  # overwritten by the sum where there is an update
+    update_ptr,
+    update_norm_ptr,
+    weight_ptr,
+    out_ptr,  # contiguous
+    stride_x_token,
+    stride_x_head: tl.constexpr,
+    stride_update_token,
+    eps,
+    HEADS: tl.constexpr,  # rows of a token
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    token, head = row // HEADS, row % HEADS
+    cols = tl.arange(0, BLOCK)
+    mask = cols < SIZE
+    dtype = x_ptr.dtype.element_ty
+    x_ptr += token * stride_x_token + head * stride_x_head
+    # All loads come before the first sum, so that the row waits for memory once.
+    x = tl.load(x_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    weight = None
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
+    if update_ptr is not None:
+        update = tl.load(update_ptr + token * stride_update_token + cols, mask=mask, other=0.0).to(tl.float32)
+        if update_norm_ptr is not None:
+            update_norm = tl.load(update_norm_ptr + cols, mask=mask, other=0.0)
+            update = _rms_normed(update, update_norm, eps, dtype, SIZE)
+        x = (x + update).to(dtype).to(tl.float32)
+        tl.store(x_ptr + cols, x.to(dtype), mask=mask)
+    out = _rms_normed(x, weight, eps, dtype, SIZE)
+    tl.store(out_ptr + row * SIZE + cols, out.to(dtype), mask=mask)
+
+
+def row_launch(size: int) -> tuple[int, int]:
+    """(numbers that a program holds, its warps) for rows of this size.
+
+    A warp gets 512 numbers: loads of 128 bits at 16 bits a number, for warps of 32 and of 64 threads.
+    """
+    block: int = triton.next_power_of_2(size)
+    return block, min(16, max(1, block // 512))
+
+
+def rms_norm_triton(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """The kernel. Heads of a wider tensor (`[tokens, heads, size]`, a slice) are read where they are.
+
+    Raises:
+        ConfigError: a dtype or a size that the kernel cannot serve.
+    """
+    size = x.shape[-1]
+    _check(x, {"weight": weight})
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return out
+    heads = x.shape[-2] if x.dim() > 2 else 1
+    rows = x.reshape(-1, heads, size)  # a view, unless leading dimensions of x do not follow each other
+    rows = rows if rows.stride(-1) == 1 or size == 1 else rows.contiguous()
+    block, num_warps = row_launch(size)
+    _rms_norm_kernel[(len(rows) * heads,)](
+        rows,
+        None,
+        None,
+        weight,
+        out,
+        rows.stride(0),
+        rows.stride(1) if heads > 1 else 0,
+        0,
+        eps,
+        HEADS=heads,
+        SIZE=size,
+        BLOCK=block,
+        num_warps=num_warps,
+        num_stages=1,
+    )
+    return out
+
+
+def add_rms_norm_triton(
+    hidden: Tensor, update: Tensor, update_norm: Tensor | None, weight: Tensor | None, eps: float
+) -> Tensor:
+    """The kernel: one launch, which reads hidden and the update once.
+
+    Raises:
+        ConfigError: a dtype, a shape or a stride that the kernel cannot serve.
+    """
+    size = hidden.shape[-1]
+    _check(hidden, {"update_norm": update_norm, "weight": weight})
+    if hidden.dim() != 2 or update.shape != hidden.shape or update.dtype != hidden.dtype:
+        raise ConfigError(
+            f"hidden is {list(hidden.shape)} {hidden.dtype} and the update {list(update.shape)} {update.dtype}; "
+            "both must be [tokens, size] of one dtype"
+        )
+    out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    if hidden.numel() == 0:
+        return out
+    if size > 1 and (hidden.stride(1) != 1 or update.stride(1) != 1):
+        strides = f"{hidden.stride(1)} and {update.stride(1)}"
+        raise ConfigError(f"the rows of hidden and update have strides {strides}; they must be contiguous, of stride 1")
+    block, num_warps = row_launch(size)
+    _rms_norm_kernel[(len(hidden),)](
+        hidden,
+        update,
+        update_norm,
+        weight,
+        out,
+        hidden.stride(0),
+        0,
+        update.stride(0),
+        eps,
+        HEADS=1,
+        SIZE=size,
+        BLOCK=block,
+        num_warps=num_warps,
+        num_stages=1,
+    )
+    return out
+
+
+def _check(x: Tensor, weights: dict[str, Tensor | None]) -> None:
+    size = x.shape[-1]
+    if x.dtype not in DTYPES:
+        raise ConfigError(f"rows are {x.dtype}; the kernel takes float32, float16 and bfloat16")
+    if not 0 < size <= MAX_SIZE:
+        raise ConfigError(f"rows have {size} numbers; the kernel takes 1 to {MAX_SIZE}")
+    for name, weight in weights.items():
+        if weight is None:
+            continue
+        if weight.shape != (size,) or not weight.is_contiguous():
+            raise ConfigError(f"{name} has shape {list(weight.shape)}; it must be [{size}] and contiguous")
+        if weight.dtype not in (x.dtype, torch.float32):
+            raise ConfigError(f"{name} is {weight.dtype}; it must be {x.dtype}, as the rows, or float32")

@@ -1,10 +1,12 @@
 """Rotary position embedding, half-rotation layout: element i of a head is paired with element i + dim / 2.
 
-Angles, cosines and sines are computed in float32 and cast to the activations' dtype.
+Angles, cosines and sines are computed in float32 and cast to the activations' dtype. The engine rotates where it
+stores (`kv_store`, `kv_copy`), so that there is no kernel of its own, only what those two share.
 Source: Su et al. 2021, arXiv 2104.09864.
 """
 
 import torch
+from minirksc.kernels.jit import tl, triton
 from torch import Tensor
 
 
@@ -42,9 +44,17 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     x[..., half : 2 * half] = (b * c + a * s).to(x.dtype)
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+def rope_torch(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """The same in three passes, in the input's dtype."""
     rotary_dim = cos.shape[-1]
     part = x if rotary_dim == x.shape[-1] else x[..., :rotary_dim]
     rolled = part.roll(rotary_dim // 2, -1)
     part.mul_(cos).addcmul_(rolled, sin)
+
+
+@triton.jit
+def rotated(low, high, cos_ptr, sin_ptr, cols, HALF: tl.constexpr):
+    """Both halves of heads of one token, `[heads, cols]` float32 each, rotated; the tables' second half is read."""
+    cos = tl.load(cos_ptr + HALF + cols, mask=cols < HALF, other=0.0).to(tl.float32)[None, :]
+    sin = tl.load(sin_ptr + HALF + cols, mask=cols < HALF, other=0.0).to(tl.float32)[None, :]
+    return low * cos - high * sin, high * cos + low * sin

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minirksc.kernels.attention_batch import AttentionBatch
+from minirksc.kernels.attention_batch import KEY_CHUNK, AttentionBatch
 from minirksc.rsbcm import BlockCopy, BlockManager
 from minirksc.scheduler import Schedule, ScheduledRequest
 
@@ -45,7 +45,11 @@ class ForwardBatch:
 
 
 def build_batch(
-    step: Schedule, blocks: BlockManager, windows: Collection[int | None], device: torch.device
+    step: Schedule,
+    blocks: BlockManager,
+    windows: Collection[int | None],
+    device: torch.device,
+    key_chunk: int | None = KEY_CHUNK,
 ) -> ForwardBatch:
     """Flattens what the scheduler chose.
 
@@ -54,6 +58,7 @@ def build_batch(
         blocks: whose tables the sequences are in.
         windows: those of the model's layers.
         device: of the tensors.
+        key_chunk: see `AttentionBatch`.
     """
     token_ids: list[int] = []
     positions: list[int] = []
@@ -91,7 +96,15 @@ def build_batch(
             device=device,
         )
         return AttentionBatch(
-            cu_seqlens_q, context_lens, block_tables, kv_tables, slots, block_size=size, device=device, window=window
+            cu_seqlens_q,
+            context_lens,
+            block_tables,
+            kv_tables,
+            slots,
+            block_size=size,
+            device=device,
+            window=window,
+            key_chunk=key_chunk,
         )
 
     return ForwardBatch(

@@ -178,6 +178,7 @@ def print_defaults(llm: "LLM", params: SamplingParams) -> None:
 
 def print_stats(stats: dict[str, Any]) -> None:
     """Counters, one line a subject."""
+    approximation = " (int8, approximate)" if stats["kv_cache_dtype"] == "int8" else ""
     lines = [
         f"model: {stats['dtype']} on {stats['device']}, {stats['threads']} threads, {stats['backend']} backend, "
         f"loaded in {stats['load_s']:.2f} s",
@@ -186,7 +187,8 @@ def print_stats(stats: dict[str, Any]) -> None:
         f"time: {stats['prefill_s']:.2f} s in steps with prefill, {stats['decode_s']:.2f} s in steps of decoding alone"
         f" ({stats['decode_tokens_per_s']:.1f} tokens/s)",
         f"cache: {stats['num_blocks_used']} blocks used, {stats['num_blocks_cached']} cached, "
-        f"{stats['num_blocks_free']} free, of {stats['block_size']} tokens; {stats['kv_cache_bytes'] / 2**20:.0f} MiB; "
+        f"{stats['num_blocks_free']} free, of {stats['block_size']} tokens; {stats['kv_cache_bytes'] / 2**20:.0f} MiB"
+        f"{approximation}; "
         f"{stats['num_evicted_blocks']} evicted, {stats['num_preemptions']} preemptions",
     ]
     if stats["num_window_blocks_total"]:

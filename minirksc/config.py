@@ -23,7 +23,9 @@ NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetiti
 """Values that change nothing, for what neither the caller nor the checkpoint gives."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-BACKENDS = ("auto", "torch", "reference")
+KV_CACHE_DTYPES = ("auto", "int8")
+KV_SPLITS = ("fixed", "adaptive")
+BACKENDS = ("auto", "triton", "torch", "reference")
 EVICTIONS = ("rksc", "lru", "lfu")
 
 
@@ -151,12 +153,17 @@ class EngineConfig:
         dtype: "auto" is the checkpoint's where the device computes in it, else float32.
         device: "auto", "cpu", "cuda" or "cuda:N".
         kv_cache_bytes: size of the KV cache, a number or a string such as "2GiB"; None: from free memory.
+        kv_cache_dtype: "auto" is the one that the model computes in; "int8" halves a 16-bit cache and is an
+            approximation: each token's keys and values, head by head, are rounded to 8 bits.
         block_size: tokens a KV block.
         max_batch_tokens: tokens computed in one step.
         max_batch_requests: requests that run at once.
         max_model_len: longest sequence; None: what the model was made for.
         threads: of the CPU; None leaves torch's setting.
-        backend: "auto", "torch" or "reference".
+        backend: "triton" (GPU), "torch" (CPU) or "reference"; "auto" is the device's.
+        enforce_eager: never record decode steps as CUDA graphs.
+        kv_split: how long contexts are cut among a GPU's programs. "fixed": at the same positions whatever else is in
+            the batch; "adaptive": by how much there is to do, so that rounding depends on the batch.
         eviction: which cached block goes first: "rksc", "lru" or "lfu".
         prefix_caching: False computes every prompt anew.
         seed: where requests without a seed take theirs from.
@@ -166,12 +173,15 @@ class EngineConfig:
     dtype: str = "auto"
     device: str = "auto"
     kv_cache_bytes: int | str | None = None
+    kv_cache_dtype: str = "auto"
     block_size: int = 16
     max_batch_tokens: int = 2048
     max_batch_requests: int = 256
     max_model_len: int | None = None
     threads: int | None = None
     backend: str = "auto"
+    enforce_eager: bool = False
+    kv_split: str = "fixed"
     eviction: str = "rksc"
     prefix_caching: bool = True
     seed: int = 0
@@ -183,7 +193,9 @@ class EngineConfig:
         if isinstance(self.kv_cache_bytes, str):
             object.__setattr__(self, "kv_cache_bytes", parse_bytes(self.kv_cache_bytes))
         _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _check_choice("backend", self.backend, BACKENDS)
+        _check_choice("kv_split", self.kv_split, KV_SPLITS)
         _check_choice("eviction", self.eviction, EVICTIONS)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(self.device)):
             raise ConfigError(f"device {self.device!r} is unknown; use auto, cpu, cuda or cuda:N")

@@ -15,6 +15,7 @@ from torch import Tensor
 from minirksc.batch import LogitsRows, build_batch
 from minirksc.config import EngineConfig, SamplingParams
 from minirksc.errors import NumericalError, PromptError
+from minirksc.kernels.attention_batch import KEY_CHUNK
 from minirksc.request import LogitsCallback, Request, Sequence, Stats
 from minirksc.rsbcm import BlockBytes, BlockManager
 from minirksc.runner import Runner
@@ -55,6 +56,7 @@ class Engine:
         self.blocks = blocks
         self.block_bytes = block_bytes
         self._windows = {layer.window for layer in spec.layers}
+        self._key_chunk = KEY_CHUNK if config.kv_split == "fixed" else None
         self.scheduler = Scheduler(
             blocks,
             config.max_batch_tokens,
@@ -200,7 +202,7 @@ class Engine:
         if not step.scheduled:
             return step.failed
         start = time.perf_counter()
-        batch = build_batch(step, self.blocks, self._windows, self.runner.model.device)
+        batch = build_batch(step, self.blocks, self._windows, self.runner.model.device, self._key_chunk)
         logits = self.runner.forward(batch)  # [rows, vocab]
         for rows in batch.wanted:
             request = rows.item.request

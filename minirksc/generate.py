@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from minirksc import __version__, cli_batch, cli_output
 from minirksc.answers import SELECT_RULES
 from minirksc.cli_output import drop_stdout, is_terminal, note
-from minirksc.config import BACKENDS, DTYPES, EVICTIONS, EngineConfig, SamplingParams
+from minirksc.config import BACKENDS, DTYPES, EVICTIONS, KV_CACHE_DTYPES, KV_SPLITS, EngineConfig, SamplingParams
 from minirksc.errors import ConfigError, MinirkscError
 from minirksc.solver import DEFAULT_SAMPLING, MAX_BRANCHES, Solver, SolverConfig
 
@@ -66,12 +66,14 @@ ENGINE: Options = {
     "backend": (BACKENDS, "which kernels (default: auto)"),
     "threads": (int, "of the CPU (default: torch's choice)"),
     "kv_cache_bytes": (str, "bytes, or for example 2GiB (default: from free memory)"),
+    "kv_cache_dtype": (KV_CACHE_DTYPES, "int8: less memory, approximate (default: auto, the model's)"),
     "block_size": (int, "tokens a KV block (default: 16)"),
     "max_model_len": (int, "longest sequence (default: the model's)"),
     "max_batch_tokens": (int, "tokens computed in one step (default: 2048)"),
+    "kv_split": (KV_SPLITS, "how a GPU's programs share long contexts (default: fixed, whatever else is in the batch)"),
     "eviction": (EVICTIONS, "which cached block goes first (default: rksc)"),
 }
-SWITCHES = ("chat", "json", "stats", "ignore_eos")
+SWITCHES = ("chat", "json", "stats", "ignore_eos", "enforce_eager")
 SOLVER_FILES = ("hints", "phrasings", "trace")
 WITHOUT_SOLVER = {
     "n": "--branches says how many",
@@ -180,7 +182,10 @@ def build_parser() -> Parser:
     add("--input", metavar="FILE.jsonl", help="one prompt a line: text, {prompt}, {messages} or {prompt_token_ids}")
     add("--output", metavar="FILE.jsonl", help="one result a line; an interrupted run goes on where it was")
 
-    _add_options(parser.add_argument_group("engine"), ENGINE, partial(EngineConfig, model=DEFAULT_MODEL))
+    group = parser.add_argument_group("engine")
+    _add_options(group, ENGINE, partial(EngineConfig, model=DEFAULT_MODEL))
+    eager_help = "never record decode steps as CUDA graphs"
+    group.add_argument("--enforce-eager", action="store_true", default=None, help=eager_help)
     return parser
 
 
@@ -229,7 +234,7 @@ class Job:
         self.options = options
         self.is_solving = options.branches is not None
         self._check_combinations()
-        self.engine_options = self._given(("model", *ENGINE))
+        self.engine_options = self._given(("model", *ENGINE, "enforce_eager"))
         self.tokens_per_step = options.tokens_per_step or DEFAULT_TOKENS_PER_STEP
         self.params = self._sampling_params()
         self.solver_config = self._solver_config() if self.is_solving else None

@@ -2,17 +2,20 @@
 
 Layers that see everything keep the KV of every token. Where such layers are mixed with layers that have a window,
 the latter keep only the blocks in view, in a pool of their own: a block of theirs is numbered apart. Layers of one
-kind and shape are one tensor, so that blocks are copied in all of them at once.
+kind and shape are one tensor, so that blocks are copied in all of them at once; in int8, one more for their scales.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from minirksc.kernels.kv_store import copy_blocks
+from minirksc.kernels.layer_cache import LayerCache
 from minirksc.models.spec import ArchSpec, LayerSpec
 from minirksc.rsbcm import BlockBytes, BlockCopy
+
+SCALE_BYTES = 4
+"""A float32 number of each token and head, for its key and for its value, where these are int8."""
 
 
 def block_bytes(spec: ArchSpec, block_size: int, dtype: torch.dtype, retained_window: int | None) -> BlockBytes:
@@ -21,14 +24,15 @@ def block_bytes(spec: ArchSpec, block_size: int, dtype: torch.dtype, retained_wi
     Args:
         spec: the architecture.
         block_size: tokens a block.
-        dtype: of the cache.
+        dtype: of the cache; int8 has scales besides.
         retained_window: tokens that layers with a window keep; None: they keep all.
     """
     full = window = 0
     for layer in spec.layers:
         if layer.kv_layer is not None:
             continue
-        num_bytes = block_size * 2 * layer.num_kv_heads * layer.head_dim * dtype.itemsize
+        head_bytes = layer.head_dim * dtype.itemsize + (SCALE_BYTES if dtype == torch.int8 else 0)
+        num_bytes = block_size * 2 * layer.num_kv_heads * head_bytes
         if retained_window is None or layer.window is None:
             full += num_bytes
         else:
@@ -44,11 +48,13 @@ class KvCache:
         num_blocks: of the layers that keep every block.
         num_window_blocks: of the layers that keep a window; 0: there are none apart.
         block_size: tokens a block.
-        dtype: of keys and values.
+        dtype: of keys and values; int8 has scales besides.
         device: where they are.
+        copy_blocks: the backend's.
 
     Attributes:
-        layers: of each layer `[num_blocks or num_window_blocks, block_size, 2, num_kv_heads, head_dim]`.
+        layers: of each layer, with `num_blocks` or `num_window_blocks` blocks.
+        dtype: of keys and values.
     """
 
     def __init__(
@@ -59,6 +65,7 @@ class KvCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        copy_blocks: Callable[[Tensor, Sequence[tuple[int, int]]], None],
     ) -> None:
         def kind(layer: LayerSpec) -> tuple[bool, int, int]:
             has_pool_apart = num_window_blocks > 0 and layer.window is not None
@@ -69,22 +76,26 @@ class KvCache:
             if layer.kv_layer is None:
                 members.setdefault(kind(layer), []).append(index)
         # Not zeroed: nothing reads a slot before it is written, and untouched pages cost neither time nor memory.
-        self._tensors = {
-            key: torch.empty(
-                (len(indices), num_window_blocks if key[0] else num_blocks, block_size, 2, *key[1:]),
-                dtype=dtype,
-                device=device,
-            )
-            for key, indices in members.items()
-        }
-        own = {index: self._tensors[key][i] for key, indices in members.items() for i, index in enumerate(indices)}
-        self.layers: Sequence[Tensor] = [
+        self._tensors: dict[tuple[bool, int, int], LayerCache] = {}  # of all layers of a kind
+        own: dict[int, LayerCache] = {}
+        for key, indices in members.items():
+            has_pool_apart, num_kv_heads, head_dim = key
+            shape = (len(indices), num_window_blocks if has_pool_apart else num_blocks, block_size, 2, num_kv_heads)
+            kv = torch.empty((*shape, head_dim), dtype=dtype, device=device)
+            scales = torch.empty(shape, dtype=torch.float32, device=device) if dtype == torch.int8 else None
+            self._tensors[key] = LayerCache(kv, scales)
+            for i, index in enumerate(indices):
+                own[index] = LayerCache(kv[i], None if scales is None else scales[i])
+        self.layers: Sequence[LayerCache] = [
             own[index if layer.kv_layer is None else layer.kv_layer] for index, layer in enumerate(spec.layers)
         ]
+        self.dtype = dtype
+        self._copy_blocks = copy_blocks
 
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         """Copies blocks in every layer; all sources are read before any destination is written."""
         full = [(copy.source, copy.destination) for copy in copies]
         window = [(copy.window_source, copy.window_destination) for copy in copies]
-        for (has_pool_apart, *_), tensor in self._tensors.items():
-            copy_blocks(tensor, window if has_pool_apart else full)
+        for (has_pool_apart, *_), tensors in self._tensors.items():
+            for tensor in filter(torch.is_tensor, tensors):
+                self._copy_blocks(tensor, window if has_pool_apart else full)

@@ -1,6 +1,6 @@
 """`LLM`: the engine as people use it. Prompts in, results out; branches; scores.
 
-Everything here is a loop over `Engine.step`; nothing is approximated.
+Everything here is a loop over `Engine.step`. Nothing is approximated, unless kv_cache_dtype="int8" asks for it.
 """
 
 import math
@@ -52,8 +52,8 @@ class LLM:
 
     Args:
         model: a checkpoint folder or an alias such as "smollm2-135m".
-        options: fields of `EngineConfig`: dtype, device, kv_cache_bytes, block_size, max_batch_tokens,
-            max_model_len, threads, backend, eviction, seed and so on.
+        options: fields of `EngineConfig`: dtype, device, kv_cache_bytes, kv_cache_dtype, block_size,
+            max_batch_tokens, max_model_len, threads, backend, eviction, seed and so on.
 
     Attributes:
         engine: the engine, for those who drive add_request, abort and step themselves.
@@ -126,7 +126,7 @@ class LLM:
         use_tqdm: bool = False,
         return_errors: bool = False,
     ) -> list[RequestOutput]:
-        """Completes prompts, all of them batched together; never approximates.
+        """Completes prompts, all of them batched together.
 
         Args:
             prompts: one or many, each text, token ids or {"prompt_token_ids": [...]}.
@@ -348,14 +348,18 @@ class LLM:
 
     def stats(self) -> Stats:
         """Counters since start, and what the engine runs on; see the keys for units."""
-        model = self.engine.runner.model
+        runner = self.engine.runner
+        model = runner.model
         return {
             **self.engine.stats(),
             "load_s": self._load_s,
             "dtype": str(model.dtype).removeprefix("torch."),
+            "kv_cache_dtype": str(runner.cache.dtype).removeprefix("torch."),
             "device": str(model.device),
             "threads": torch.get_num_threads(),
             "backend": model.backend.name,
+            "num_graph_steps": 0 if runner.graphs is None else runner.graphs.num_steps,
+            "eager_steps": {} if runner.graphs is None else dict(runner.graphs.eager_steps),
         }
 
     def reset_prefix_cache(self) -> None:

@@ -11,6 +11,7 @@ import torch
 from minirksc.checkpoints import resolve_model
 from minirksc.codecs import TOKENIZER_FILES
 from minirksc.config import EngineConfig
+from minirksc.decode_graphs import MAX_GRAPH_BATCH, CudaRecorder, DecodeGraphs
 from minirksc.engine import Engine
 from minirksc.errors import CacheFullError, ConfigError
 from minirksc.json_file import read_json_object
@@ -69,16 +70,27 @@ def load(config: EngineConfig) -> Loaded:
     generation = read_json_object(path / "generation_config.json")
     max_model_len = _choose_max_model_len(config.max_model_len, spec)
     config = replace(config, max_model_len=max_model_len)
-    backend = choose_backend(config.backend)
+    backend = choose_backend(config.backend, device)
+    backend.check_block_size(config.block_size)
+    if config.kv_split != "fixed" and not backend.splits_keys:
+        raise ConfigError(
+            f"kv_split {config.kv_split!r} is for the triton backend, and this is {backend.name}; leave it out"
+        )
+    kv_dtype = torch.int8 if config.kv_cache_dtype == "int8" else dtype
     weights = ((name, tensor.to(device)) for name, tensor in iter_weights(path, spec, dtype))
     model = Decoder(spec, weights, backend)
     window = spec.retained_window
     if window is not None and window >= max_model_len:
         window = None  # it never hides anything
-    size = block_bytes(spec, config.block_size, dtype, window)
+    size = block_bytes(spec, config.block_size, kv_dtype, window)
     num_blocks, num_window_blocks = _num_blocks(config, spec, size, window, device)
+    runner = Runner(model, num_blocks, num_window_blocks, config.block_size, kv_dtype)
+    if backend.is_capturable and device.type == "cuda" and not config.enforce_eager:
+        max_batch = min(config.max_batch_requests, MAX_GRAPH_BATCH)
+        recorder = CudaRecorder(device)
+        runner.graphs = DecodeGraphs(model, runner.cache.layers, config.block_size, max_batch, max_model_len, recorder)
     engine = Engine(
-        Runner(model, num_blocks, num_window_blocks, config.block_size),
+        runner,
         BlockManager(
             num_blocks, config.block_size, config.eviction, WindowPool(num_window_blocks, window, config.block_size)
         ),

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from minirksc.batch import ForwardBatch
+from minirksc.decode_graphs import DecodeGraphs
 from minirksc.kv_cache import KvCache
 from minirksc.models.decoder import Decoder
 
@@ -16,17 +17,30 @@ class Runner:
         num_blocks: of the KV cache.
         num_window_blocks: of the layers whose window has a pool apart; 0: there are none.
         block_size: tokens a block.
+        kv_dtype: of the KV cache: the model's or int8.
+
+    Attributes:
+        graphs: serves decode steps where it can; None: every step runs as it is.
     """
 
-    def __init__(self, model: Decoder, num_blocks: int, num_window_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, model: Decoder, num_blocks: int, num_window_blocks: int, block_size: int, kv_dtype: torch.dtype
+    ) -> None:
         self.model = model
-        self.cache = KvCache(model.spec, num_blocks, num_window_blocks, block_size, model.dtype, model.device)
+        self.graphs: DecodeGraphs | None = None
+        self.cache = KvCache(
+            model.spec, num_blocks, num_window_blocks, block_size, kv_dtype, model.device, model.backend.copy_blocks
+        )
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Copies blocks, writes the new KV, and returns logits `[rows, vocab]` float32."""
         if batch.copies:
             self.cache.copy(batch.copies)
+        if self.graphs is not None:
+            logits = self.graphs.forward(batch)
+            if logits is not None:
+                return logits
         return self.model.forward(
             batch.token_ids,
             batch.positions,

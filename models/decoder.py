@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from minirksc.kernels.attention_batch import AttentionBatch
 from minirksc.kernels.backend import Backend
+from minirksc.kernels.layer_cache import LayerCache
 from minirksc.kernels.linear import Linear
 from minirksc.models.layer_inputs import LayerInputs
-from minirksc.models.layers import DecoderLayer, norm_weight
+from minirksc.models.layers import DecoderLayer, ResidualStream, norm_weight
 from minirksc.models.rope import Rotary
 from minirksc.models.spec import ArchSpec
 from torch import Tensor
@@ -65,7 +66,7 @@ class Decoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights, activations and KV cache."""
+        """Of weights and activations, and of the KV cache unless it is kept in another."""
         return self.embed.dtype
 
     def forward(
@@ -74,7 +75,7 @@ class Decoder:
         positions: Tensor,
         sequence_lens: Tensor,
         attention: Mapping[int | None, AttentionBatch],
-        cache: Sequence[Tensor],
+        cache: Sequence[LayerCache],
         logits_rows: Tensor | None,
     ) -> Tensor:
         """Runs a flattened batch through all layers.
@@ -84,7 +85,7 @@ class Decoder:
             positions: `[tokens]` int64.
             sequence_lens: `[tokens]` int64, known length of each token's sequence.
             attention: where queries and keys are, for layers of each window.
-            cache: of each layer `[num_blocks, block_size, 2, num_kv_heads, head_dim]`, written at the batch's slots.
+            cache: of each layer, written at the batch's slots.
             logits_rows: `[rows]` int64, tokens whose logits are wanted; None: all.
 
         Returns:
@@ -96,20 +97,21 @@ class Decoder:
         tables = {rope: rotary.tables(positions, sequence_lens, self.dtype) for rope, rotary in self._rotaries.items()}
         growth = self._query_growth(positions)
         inputs = None if self.layer_inputs is None else self.layer_inputs(token_ids, hidden)
+        stream = ResidualStream(hidden, self.backend, self.spec.norm_eps)
         shared_kv: dict[int, Tensor] = {}  # by the layer that made it
         for index, (layer, layer_cache) in enumerate(zip(self.layers, cache, strict=True)):
             own = layer.layer
             table = None if own.rope is None else tables[own.rope]
             shared = None if own.kv_layer is None else shared_kv[own.kv_layer]
             layer_input = None if inputs is None else inputs[index]
-            hidden, kv = layer(hidden, table, growth, layer_cache, attention[own.window], shared, layer_input)
+            kv = layer(stream, table, growth, layer_cache, attention[own.window], shared, layer_input)
             if index in self._kv_sources:
                 shared_kv[index] = kv
         if logits_rows is not None:
             if len(logits_rows) == 0:
                 return hidden.new_empty((0, self.spec.vocab_size), dtype=torch.float32)
-            hidden = hidden[logits_rows]
-        logits = self.head(self.backend.rms_norm(hidden, self.norm, self.spec.norm_eps))
+            stream.keep(logits_rows)
+        logits = self.head(stream.normed(self.norm))
         if self.spec.final_softcap is not None:
             logits = logits.div_(self.spec.final_softcap).tanh_().mul_(self.spec.final_softcap)
         return logits.float()

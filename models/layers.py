@@ -5,9 +5,54 @@ from collections.abc import Mapping
 import torch
 from minirksc.kernels.attention_batch import AttentionBatch
 from minirksc.kernels.backend import Backend
+from minirksc.kernels.layer_cache import LayerCache
 from minirksc.kernels.linear import Linear
 from minirksc.models.spec import ArchSpec, LayerSpec
 from torch import Tensor
+
+
+class ResidualStream:
+    """The residual stream. What a branch adds waits for the norm that follows: sum and norm are one op.
+
+    Args:
+        hidden: `[tokens, hidden]`, where it begins; overwritten.
+        backend: the form of every op.
+        eps: of all norms.
+    """
+
+    def __init__(self, hidden: Tensor, backend: Backend, eps: float) -> None:
+        self._hidden = hidden
+        self._backend = backend
+        self._eps = eps
+        self._update: Tensor | None = None  # [tokens, hidden], not yet added
+        self._update_norm: Tensor | None = None
+
+    def add(self, update: Tensor, norm: Tensor | None = None) -> None:
+        """Adds `[tokens, hidden]`; with the weight of a norm, its normed copy."""
+        if self._update is not None:
+            self.total()
+        self._update, self._update_norm = update, norm
+
+    def normed(self, weight: Tensor | None) -> Tensor:
+        """A normed copy of the sum, `[tokens, hidden]`."""
+        if self._update is None:
+            return self._backend.rms_norm(self._hidden, weight, self._eps)
+        update, self._update = self._update, None
+        return self._backend.add_rms_norm(self._hidden, update, self._update_norm, weight, self._eps)
+
+    def total(self) -> Tensor:
+        """The sum itself, `[tokens, hidden]`; whoever writes into it changes the stream."""
+        if self._update is not None:
+            update, self._update = self._update, None
+            if self._update_norm is not None:
+                update = self._backend.rms_norm(update, self._update_norm, self._eps)
+            self._hidden.add_(update)
+        return self._hidden
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with the tokens `[rows]` int64 alone."""
+        self._hidden = self._hidden[rows]
+        self._update = None if self._update is None else self._update[rows]
 
 
 class DecoderLayer:
@@ -46,73 +91,54 @@ class DecoderLayer:
 
     def __call__(
         self,
-        hidden: Tensor,
+        stream: ResidualStream,
         rope_tables: tuple[Tensor, Tensor] | None,
         query_growth: Tensor | None,
-        layer_cache: Tensor,
+        layer_cache: LayerCache,
         attention: AttentionBatch,
         shared_kv: Tensor | None,
         layer_input: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         """Runs the layer on a flattened batch.
 
         Args:
-            hidden: `[tokens, hidden]`, the residual stream; overwritten.
+            stream: `[tokens, hidden]`, added to.
             rope_tables: (cos, sin) of `kernels.rope.rope_tables`; None for a layer without positions.
             query_growth: `[tokens, 1, 1]`, multiplied to queries; None for none.
-            layer_cache: `[num_blocks, block_size, 2, num_kv_heads, head_dim]`, written at the batch's slots.
+            layer_cache: written at the batch's slots, unless another layer does.
             attention: where queries and keys are.
             shared_kv: new keys and values of the layer whose cache this one reads; None: it has its own.
             layer_input: `[tokens, layer_input_size]`, see `LayerInputs`; None for none.
 
         Returns:
-            (hidden `[tokens, hidden]`, the new keys and values `[tokens, 2, num_kv_heads, head_dim]`).
+            The new keys and values as the cache holds them, `[tokens, 2, num_kv_heads, head_dim]`.
         """
-        spec, ops = self.spec, self.backend
-        normed = ops.rms_norm(hidden, self.attn_norm, spec.norm_eps)
-        q, kv = self._queries_and_kv(normed, rope_tables)
-        if query_growth is not None:
-            q = q * query_growth
-        if shared_kv is None:
-            ops.kv_store(kv, layer_cache, attention.slots)
-        else:
-            kv = shared_kv
+        spec, ops, num_heads = self.spec, self.backend, self.spec.num_heads
+        qkv = self._qkv(stream.normed(self.attn_norm))
+        norms = (self.q_norm, self.k_norm, spec.v_norm, spec.norm_eps)
+        own_cache = layer_cache if shared_kv is None else None
+        ops.kv_store(qkv, num_heads, *norms, rope_tables, query_growth, own_cache, attention.slots)
+        q, kv = qkv[:, :num_heads], self._new_kv(qkv) if shared_kv is None else shared_kv
         attended = ops.paged_attention(q, kv, layer_cache, attention, spec.query_scale, spec.attn_softcap)
-        out = self.o(attended.flatten(1))
-        if spec.sandwich_norms:
-            out = ops.rms_norm(out, self.attn_post_norm, spec.norm_eps)
-        hidden = hidden.add_(out)
+        stream.add(self.o(attended.flatten(1)), self.attn_post_norm)
 
-        normed = ops.rms_norm(hidden, self.mlp_norm, spec.norm_eps)
-        out = self.down(ops.gated_act(self.gate_up(normed), spec.activation))
-        if spec.sandwich_norms:
-            out = ops.rms_norm(out, self.mlp_post_norm, spec.norm_eps)
-        hidden = hidden.add_(out)
+        gate_up = self.gate_up(stream.normed(self.mlp_norm))
+        stream.add(self.down(ops.gated_act(gate_up, spec.activation)), self.mlp_post_norm)
         if layer_input is not None:
-            gate_and_input = torch.cat((self.input_gate(hidden), layer_input), dim=-1)
-            out = self.input_project(ops.gated_act(gate_and_input, spec.activation))
-            hidden = hidden.add_(ops.rms_norm(out, self.input_norm, spec.norm_eps))
+            gate_and_input = torch.cat((self.input_gate(stream.total()), layer_input), dim=-1)
+            stream.add(self.input_project(ops.gated_act(gate_and_input, spec.activation)), self.input_norm)
         if self.scale is not None:
-            hidden = hidden.mul_(self.scale)
-        return hidden, kv
+            stream.total().mul_(self.scale)
+        return kv
 
-    def _queries_and_kv(self, normed: Tensor, rope_tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """(q `[tokens, num_heads, head_dim]`, kv `[tokens, 2, num_kv_heads, head_dim]`; 0 for 2 where kv is shared)."""
-        spec, layer, norm = self.spec, self.layer, self.backend.rms_norm
-        num_heads, num_kv_heads = spec.num_heads, layer.num_kv_heads
-        qkv = self.qkv(normed).view(len(normed), -1, layer.head_dim)  # [tokens, heads of q, k and v, head_dim]
-        if layer.value_is_key:
-            qkv = torch.cat((qkv, qkv[:, num_heads:]), dim=1)
-        q, k, v = qkv[:, :num_heads], qkv[:, num_heads : num_heads + num_kv_heads], qkv[:, num_heads + num_kv_heads :]
-        if spec.qk_norm:
-            q.copy_(norm(q, self.q_norm, spec.norm_eps))
-            k.copy_(norm(k, self.k_norm, spec.norm_eps))
-        if spec.v_norm:
-            v.copy_(norm(v, None, spec.norm_eps))
-        if rope_tables is not None:
-            self.backend.rope(qkv[:, : num_heads + num_kv_heads], *rope_tables)
-        num_parts = (qkv.shape[1] - num_heads) // num_kv_heads  # 2, or 0 where another layer has them
-        return q, qkv[:, num_heads:].view(len(normed), num_parts, num_kv_heads, layer.head_dim)
+    def _qkv(self, normed: Tensor) -> Tensor:
+        """`[tokens, num_heads + 2 * num_kv_heads, head_dim]`; `[tokens, num_heads, head_dim]` where kv is shared."""
+        qkv = self.qkv(normed).view(len(normed), -1, self.layer.head_dim)
+        return torch.cat((qkv, qkv[:, self.spec.num_heads :]), dim=1) if self.layer.value_is_key else qkv
+
+    def _new_kv(self, qkv: Tensor) -> Tensor:
+        """Keys and values in `qkv`, `[tokens, 2, num_kv_heads, head_dim]`."""
+        return qkv[:, self.spec.num_heads :].view(len(qkv), 2, self.layer.num_kv_heads, self.layer.head_dim)
 
 
 def norm_weight(spec: ArchSpec, weight: Tensor | None) -> Tensor | None:

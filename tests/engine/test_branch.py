@@ -157,7 +157,7 @@ def test_a_branch_survives_an_interruption_before_its_copies_are_made(llm, monke
             root.prune()
             llm.reset_prefix_cache()
             for layer in llm.engine.runner.cache.layers:
-                layer.fill_(float("nan"))  # nothing may rest on what was never written
+                layer.kv.fill_(float("nan"))  # nothing may rest on what was never written
         llm.extend(kids, SAMPLED)
         tokens = [kid.output_token_ids for kid in kids]
         for branch in (*kids, root):

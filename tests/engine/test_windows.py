@@ -90,7 +90,7 @@ def open_llm(folder, num_rooms=None, **options):
             options["kv_cache_bytes"] = 2 * num_rooms * llm.engine.block_bytes.window
     llm = LLM(folder, **options)
     for layer in llm.engine.runner.cache.layers:
-        layer.fill_(torch.nan)  # what nobody has written must not be read
+        layer.kv.fill_(torch.nan)  # what nobody has written must not be read
     assert num_rooms in (None, llm.stats()["num_window_blocks_total"])
     return llm
 

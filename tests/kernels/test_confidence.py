@@ -1,28 +1,91 @@
-"""Confidence: the fast form against the reference and against what the formulas say."""
+"""Confidence: the fast forms against the reference and against what the formulas say."""
 
 import math
 
 import pytest
 import torch
-from minirksc.kernels.confidence import confidence, confidence_reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from minirksc.kernels.confidence import (
+    MAX_PART,
+    MAX_VOCAB,
+    confidence_reference,
+    confidence_torch,
+    confidence_triton,
+    part_launch,
+)
+
+from minirksc.errors import ConfigError
+
+# The interpreter's numpy warns of infinities and NaN, which are what some of these rows are made of.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+
+FORMS = [confidence_reference, confidence_torch, confidence_triton]
+FAST = [confidence_torch, confidence_triton]
+NUMBERS = ("top1_probability", "entropy", "logsumexp")
 
 
-def randn(*shape, scale=3.0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)) * scale
+def randn(*shape, scale=3.0, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def close(fast, slow):
+    assert torch.equal(fast.argmax, slow.argmax)
+    for name in NUMBERS:
+        torch.testing.assert_close(getattr(fast, name), getattr(slow, name), atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 41), (5, 997), (2, 49152)])
-def test_fast_equals_reference(shape, dtype):
+@pytest.mark.parametrize("shape", [(0, 9), (1, 1), (1, 2), (3, 41), (5, 997), (2, MAX_PART + 1), (2, 49152)])
+@pytest.mark.parametrize("form", FAST)
+def test_fast_equals_reference(form, shape, dtype):
     logits = randn(*shape).to(dtype)
-    for rows in (logits, torch.cat((logits, logits), -1)[:, ::2]):  # contiguous and strided
-        fast, slow = confidence(rows), confidence_reference(rows)
-        assert torch.equal(fast.argmax, slow.argmax)
-        for name in ("top1_probability", "entropy", "logsumexp"):
-            torch.testing.assert_close(getattr(fast, name), getattr(slow, name), atol=1e-4, rtol=1e-5)
+    wide = torch.full((shape[0], shape[1] + 3), math.nan, dtype=dtype)
+    for rows in (logits, wide[:, 2:-1].copy_(logits)):  # contiguous, and a slice
+        result = form(rows)
+        assert result.argmax.dtype == torch.int64 and all(
+            getattr(result, name).dtype == torch.float32 for name in NUMBERS
+        )
+        close(result, confidence_reference(rows))
 
 
-@pytest.mark.parametrize("form", [confidence, confidence_reference])
+def test_the_torch_form_takes_any_stride():
+    rows = randn(3, 82)[:, ::2]
+    close(confidence_torch(rows), confidence_reference(rows))
+
+
+@pytest.mark.parametrize("vocab", [151936, 262144, 300007])
+def test_large_vocabularies(vocab):
+    logits = randn(1, vocab)
+    close(confidence_triton(logits), confidence_reference(logits))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 3 * MAX_PART),
+    st.sampled_from([0.0, 1.0, 30.0]),
+    st.sampled_from([0.0, 0.5, 0.999]),
+    st.sampled_from([-1e4, 0.0, 1e4]),
+    st.integers(0, 99),
+)
+def test_kernel_equals_reference(rows, vocab, scale, masked, offset, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn((rows, vocab), generator=generator) * scale + offset).round(decimals=1)  # with ties
+    logits = logits.masked_fill(torch.rand((rows, vocab), generator=generator) < masked, -math.inf)
+    logits[:, int(torch.randint(vocab, (), generator=generator))] = offset  # at least one is finite
+    result, expected = confidence_triton(logits), confidence_reference(logits)
+    exact = logits.double()
+    lse = exact.logsumexp(-1)
+    logprobs = exact - lse.unsqueeze(-1)
+    entropy = -torch.where(logprobs.isinf(), 0.0, logprobs.exp() * logprobs).sum(-1)
+    assert torch.equal(result.argmax, expected.argmax)
+    torch.testing.assert_close(result.logsumexp.double(), lse, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(result.top1_probability.double(), logprobs.amax(-1).exp(), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(result.entropy.double(), entropy, atol=1e-4, rtol=1e-5)  # whatever the offset
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_known_values(form):
     uniform = form(torch.zeros(1, 8))
     assert uniform.top1_probability.item() == pytest.approx(1 / 8)
@@ -35,9 +98,56 @@ def test_known_values(form):
     assert huge.top1_probability.item() == 1 and huge.entropy.item() == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("form", [confidence, confidence_reference])
-@pytest.mark.parametrize("bad", [[math.nan, 0.0], [math.inf, 0.0], [-math.inf, -math.inf]])
-def test_bad_rows_have_no_finite_logsumexp_and_leave_others_alone(form, bad):
-    result = form(torch.tensor([[1.0, 2.0], bad]))
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("first", [0, 7, MAX_PART - 1, MAX_PART, 2 * MAX_PART + 5])
+@pytest.mark.parametrize("rest", [-1.0, -math.inf])
+def test_ties_go_to_the_smallest_index_across_parts(form, first, rest):
+    logits = torch.full((1, 3 * MAX_PART - 7), rest)
+    logits[0, [first, 2 * MAX_PART + 9, 3 * MAX_PART - 8]] = 4.0
+    assert form(logits).argmax.tolist() == [first]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("vocab", [2, 2 * MAX_PART + 3])
+@pytest.mark.parametrize(
+    "bad", [[math.nan, 0.0], [math.inf, 0.0], [-math.inf, -math.inf], [-math.inf, math.nan], [math.nan] * 2]
+)
+def test_bad_rows_have_no_finite_numbers_and_leave_others_alone(form, vocab, bad):
+    logits = torch.full((3, vocab), -math.inf)
+    logits[[0, 2], :2] = torch.tensor([1.0, 2.0])
+    logits[1, 0], logits[1, -1] = bad
+    result = form(logits)
     assert not math.isfinite(result.logsumexp[1])
-    assert result.argmax[0].item() == 1 and math.isfinite(result.entropy[0])
+    assert math.isnan(result.top1_probability[1]) and math.isnan(result.entropy[1])
+    assert 0 <= result.argmax[1].item() < vocab  # means nothing, but can be used as an index
+    for row in (0, 2):
+        assert result.argmax[row].item() == 1 and math.isfinite(result.entropy[row])
+
+
+@pytest.mark.parametrize("form", [confidence_reference, confidence_triton])
+@pytest.mark.parametrize("vocab", [1, 2 * MAX_PART + 3])
+def test_the_logsumexp_of_nothing_is_minus_infinity(form, vocab):
+    result = form(torch.full((1, vocab), -math.inf))
+    assert result.logsumexp.tolist() == [-math.inf] and result.argmax.tolist() == [0]
+
+
+def test_parts_are_powers_of_two_and_not_wider_than_needed():
+    for vocab in (1, 2, 997, 4096, 4097, 262144, MAX_VOCAB):
+        block, num_warps = part_launch(vocab)
+        assert block & (block - 1) == 0 and block < 2 * vocab + 1 and block // num_warps >= min(block, 512)
+        assert math.ceil(vocab / block) <= 4096
+
+
+@pytest.mark.parametrize(
+    ("logits", "words"),
+    [
+        (torch.zeros(2, 8, dtype=torch.float64), "float64"),
+        (torch.zeros(2, 0), r"\[2, 0\]"),
+        (torch.zeros(8), r"\[8\]"),
+        (torch.zeros(1).expand(1, MAX_VOCAB + 1), str(MAX_VOCAB)),
+        (torch.zeros(2, 16)[:, ::2], "stride 2"),
+    ],
+)
+def test_what_the_kernel_cannot_serve_is_refused(logits, words):
+    with pytest.raises(ConfigError, match=words):
+        confidence_triton(logits)

@@ -5,14 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from minirksc.kernels.attention_batch import AttentionBatch
+from minirksc.kernels.layer_cache import LayerCache, multiply_out
 from minirksc.kernels.paged_attention import paged_attention_reference
-from minirksc.kernels.paged_attention_torch import make_plan, own_ranges
+from minirksc.kernels.paged_attention_torch import make_plan
 from minirksc.kernels.paged_attention_torch import paged_attention_torch as paged_attention
 from minirksc.kernels.prefix_attention import (
     Segment,
     common_prefix_len,
     merge_into,
     merge_partials_reference,
+    own_ranges,
     shared_segments,
 )
 
@@ -35,9 +37,11 @@ def make_case(
     dtype=torch.float32,
     consecutive=False,
     apart=None,
+    is_int8=False,
 ):
     """Random queries, and a cache that is NaN wherever no query may look.
 
+    With `is_int8` the NaN is in the scales, since no int8 can be one.
     `apart` numbers the blocks of the keys anew: "all" gives every row the place of each block that some row sees,
     "own" only of those that the row itself sees; the others are -1.
     """
@@ -76,6 +80,7 @@ def make_case(
             slot = (table[position // block_size], position % block_size)
             if cache[slot].isnan().any():
                 cache[slot] = torch.randn((2, heads[1], head_dim), generator=gen).to(dtype)
+    cache = quantised(cache) if is_int8 else LayerCache(cache)
     cu = [0]
     for n in query_lens:
         cu.append(cu[-1] + n)
@@ -85,7 +90,8 @@ def make_case(
     for i, (n, context) in enumerate(zip(query_lens, context_lens, strict=True)):
         for j in range(n):
             position = context - n + j
-            kv[cu[i] + j] = cache[kv_tables[i][position // block_size], position % block_size]
+            slot = (kv_tables[i][position // block_size], position % block_size)
+            kv[cu[i] + j] = multiply_out(cache.kv[slot], None if cache.scales is None else cache.scales[slot], dtype)
     batch = AttentionBatch(
         cu_seqlens_q=cu,
         context_lens=context_lens,
@@ -99,9 +105,15 @@ def make_case(
     return q, kv, cache, batch
 
 
+def quantised(kv):
+    """An int8 cache of what a plain one holds; where that is NaN, so are the scales."""
+    scales = kv.float().abs().amax(-1) / 127  # NaN of any NaN
+    return LayerCache((kv.float() / scales.unsqueeze(-1)).nan_to_num(99).round().to(torch.int8), scales)
+
+
 def check(case, softcap=None, scale=SCALE):
     q, kv, cache, batch = case
-    before = q.clone(), cache.clone()
+    before = [tensor.clone() for tensor in (q, *cache) if tensor is not None]
     expected = paged_attention_reference(q, kv, cache, batch, scale, softcap)
     actual = paged_attention(q, kv, cache, batch, scale, softcap)
     assert actual.dtype == q.dtype and torch.isfinite(expected).all()
@@ -109,8 +121,8 @@ def check(case, softcap=None, scale=SCALE):
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
     again = paged_attention(q, kv, cache, batch, scale, softcap)  # with the plan and the buffers of the first layer
     assert torch.equal(again, actual)
-    assert torch.equal(q, before[0])
-    torch.testing.assert_close(cache, before[1], equal_nan=True, atol=0, rtol=0)
+    after = [tensor for tensor in (q, *cache) if tensor is not None]
+    torch.testing.assert_close(after, before, equal_nan=True, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (4, 1), (5, 1), (10, 2), (8, 1), (9, 3)])
@@ -122,6 +134,7 @@ def test_heads_and_dims(heads, head_dim, dtype, softcap):
     scale = head_dim**-0.5
     check(make_case([1, 3, 1], [5, 9, 17], **options), softcap, scale)
     check(make_case([1, 3, 1], [5, 9, 17], window=6, apart="own", **options), softcap, scale)
+    check(make_case([1, 3, 1], [5, 9, 17], is_int8=True, **options), softcap, scale)
 
 
 @pytest.mark.parametrize("context", [1, 3, 4, 5, 8, 13, 31])
@@ -153,12 +166,12 @@ def test_a_key_is_visible_exactly_when_it_is_not_after_the_query_nor_a_window_be
     context = 24
     case = make_case([queries, 1], [context, context], heads=(2, 1), head_dim=32, window=window, apart="own")
     q, kv, cache, batch = case
-    cache.zero_()
+    cache.kv.zero_()
     first_query = context - queries
     for table in batch.kv_tables:
         for position in range(context):
             if table[position // 4] >= 0:
-                cache[table[position // 4], position % 4, 1, 0, position] = 1.0
+                cache.kv[table[position // 4], position % 4, 1, 0, position] = 1.0
     kv.zero_()
     for row, position in enumerate([*range(first_query, context), context - 1]):
         kv[row, 1, 0, position] = 1.0
@@ -237,6 +250,7 @@ def test_many_scattered_runs_and_long_own_contexts(window):
     check(make_case([1, 1], [2100, 2300], **options))
     check(make_case([1, 1], [2100, 2300], consecutive=True, **options))
     check(make_case([40], [300], window=window))
+    check(make_case([1, 1, 40], [2100, 2300, 300], is_int8=True, **options))
 
 
 @pytest.mark.parametrize("softcap", [None, 0.7])
@@ -296,6 +310,7 @@ def batches(draw):
             "window": draw(windows),
             "apart": draw(st.sampled_from([None, "all", "own"])),
             "dtype": draw(st.sampled_from(list(TOLERANCE))),
+            "is_int8": draw(st.booleans()),
             "seed": draw(st.integers(0, 99)),
         },
     )

@@ -22,6 +22,7 @@ LAYERS = (
     ("request", "checkpoints", "kv_cache"),
     ("scheduler",),
     ("batch",),
+    ("decode_graphs",),
     ("runner",),
     ("engine",),
     ("loading", "branch", "prompts", "scoring"),

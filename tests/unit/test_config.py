@@ -27,6 +27,7 @@ BAD_SAMPLING = [
 ]  # fmt: skip
 BAD_ENGINE = [
     ({"dtype": "int4"}, "float32"), ({"device": "tpu"}, "cuda"), ({"backend": "cuda"}, "torch"),
+    ({"kv_cache_dtype": "int4"}, "auto, int8"), ({"kv_cache_dtype": None}, "kv_cache_dtype None"),
     ({"eviction": "random"}, "lru"), ({"block_size": 0}, "block_size"), ({"block_size": 257}, "block_size"),
     ({"kv_cache_bytes": "lots"}, "size"), ({"kv_cache_bytes": 0}, "kv_cache_bytes"), ({"threads": 0}, "threads"),
     ({"max_batch_tokens": 0}, "max_batch_tokens"), ({"max_model_len": -5}, "max_model_len"), ({"seed": 1.5}, "seed"),
@@ -63,6 +64,13 @@ def test_none_is_a_value_where_the_type_says_so():
     params = SamplingParams(max_tokens=None, temperature=None, seed=None, logprobs=None, logit_bias=None)
     assert params.max_tokens is None
     assert EngineConfig(model="m", kv_cache_bytes=None, max_model_len=None, threads=None).threads is None
+
+
+def test_the_kv_cache_is_not_rounded_unless_asked():
+    assert EngineConfig(model="m").kv_cache_dtype == "auto"
+    assert EngineConfig.from_dict({"model": "m", "kv_cache_dtype": "int8"}).kv_cache_dtype == "int8"
+    with pytest.raises(ConfigError, match="did you mean kv_cache_dtype"):
+        EngineConfig.from_dict({"model": "m", "kv_cache_dtyp": "int8"})
 
 
 def test_what_was_checked_stays_as_it_was():

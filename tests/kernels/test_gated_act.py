@@ -1,0 +1,90 @@
+"""The gated activation of an MLP: each form against the reference, and the reference against float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from minirksc.kernels.gated_act import (
+    ACTIVATIONS,
+    gated_act_reference,
+    gated_act_torch,
+    gated_act_triton,
+    tile_launch,
+)
+from torch.nn import functional as F
+
+from minirksc.errors import ConfigError
+
+# The interpreter's numpy warns of an exp() that overflows to infinity, which is what the formula wants there.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+
+TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+DTYPES = list(TOLERANCE)
+FORMS = [gated_act_reference, gated_act_torch, gated_act_triton]
+
+
+def close(actual, expected):
+    tolerance = TOLERANCE[expected.dtype]
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
+def randn(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("intermediate", [1, 37, 1024, 1536])
+def test_gated_act(intermediate, form, activation, dtype):
+    x = randn(3, 2 * intermediate, dtype=dtype) * 4
+    before = x.clone()
+    gate, up = x.double().chunk(2, -1)
+    act = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate=activation[5:] or "none")
+    out = form(x, activation)
+    assert out.is_contiguous() and out.dtype == dtype
+    close(out, (act * up).to(dtype))
+    assert torch.equal(x, before)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(0, 3),
+    st.integers(1, 1100),
+    st.sampled_from(ACTIVATIONS),
+    st.sampled_from([torch.float32, torch.float16]),
+    st.integers(0, 5),
+)
+def test_kernel_equals_reference_on_rows_of_a_wider_tensor(tokens, intermediate, activation, dtype, gap):
+    wide = torch.full((tokens, 2 * intermediate + gap), float("nan"), dtype=dtype)
+    x = wide[:, gap:].copy_(randn(tokens, 2 * intermediate, dtype=dtype))
+    close(gated_act_triton(x, activation), gated_act_reference(x, activation))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("form", FORMS)
+def test_large_gates_are_open_or_shut(form, activation):
+    out = form(torch.tensor([[1e4, -1e4, 0.0, 2.0, 2.0, 2.0]]), activation)
+    assert out.tolist() == [[2e4, 0.0, 0.0]]
+
+
+def test_tiles_are_powers_of_two_and_not_wider_than_needed():
+    for intermediate in (1, 37, 1023, 1024, 1025, 14336):
+        block, num_warps = tile_launch(intermediate)
+        assert block & (block - 1) == 0 and block < 2 * intermediate + 1 and block // num_warps >= min(block, 512)
+
+
+@pytest.mark.parametrize(
+    ("x", "activation", "words"),
+    [
+        (torch.zeros(2, 8), "relu", "relu"),
+        (torch.zeros(2, 8, dtype=torch.float64), "silu", "float64"),
+        (torch.zeros(2, 7), "silu", r"\[2, 7\]"),
+        (torch.zeros(2, 0), "silu", r"\[2, 0\]"),
+        (torch.zeros(8), "silu", r"\[8\]"),
+        (torch.zeros(2, 16)[:, ::2], "silu", "stride 2"),
+    ],
+)
+def test_what_the_kernel_cannot_serve_is_refused(x, activation, words):
+    with pytest.raises(ConfigError, match=words):
+        gated_act_triton(x, activation)
