@@ -197,6 +197,9 @@ def print_stats(stats: dict[str, Any]) -> None:
             f"{stats['num_window_blocks_free']} free; in use {stats['kv_bytes_used_window'] / 2**20:.1f} MiB, beside "
             f"{stats['kv_bytes_used_full'] / 2**20:.1f} MiB of the layers that keep all"
         )
+    if stats["num_graph_steps"] or stats["eager_steps"]:
+        eager = "; ".join(f"{count} not ({reason})" for reason, count in stats["eager_steps"].items())
+        lines.append(f"CUDA graphs: {stats['num_graph_steps']} steps; {eager or 'no other'}")
     print("\n".join(lines), file=sys.stderr)
 
 

@@ -3,8 +3,8 @@
 The prompt is computed once; branch k is a fork of it that begins its answer with hint k. All
 branches are decoded together; for depth > 1 the best `beam` of them are forked again, the others
 pruned. Then the model is asked about each answer, and one is selected. Nothing is approximated
-here: sharing="none" and "exact" give the same tokens up to rounding, since the random numbers
-depend on seed, path and position alone.
+here, unless the engine's cache is int8: sharing="none" and "exact" give the same tokens up to
+rounding, since the random numbers depend on seed, path and position alone.
 
 Whatever happens, nothing but the prefix cache is left in the engine afterwards.
 
