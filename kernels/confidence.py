@@ -163,6 +163,7 @@ def confidence_triton(logits: Tensor) -> Confidence:
         VOCAB=vocab,
         PARTS=num_parts,
         BLOCK=block,
+        enable_fp_fusion=True,
         num_warps=num_warps,
         num_stages=1,
     )
@@ -174,6 +175,7 @@ def confidence_triton(logits: Tensor) -> Confidence:
         VOCAB=vocab,
         PARTS=num_parts,
         BLOCK=merge_block,
+        enable_fp_fusion=True,
         num_warps=max(1, merge_block // 512),
         num_stages=1,
     )

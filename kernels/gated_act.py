@@ -108,6 +108,7 @@ def gated_act_triton(gate_up: Tensor, activation: str) -> Tensor:
         INTERMEDIATE=intermediate,
         ACTIVATION=activation,
         BLOCK=block,
+        enable_fp_fusion=True,
         num_warps=num_warps,
         num_stages=1,
     )

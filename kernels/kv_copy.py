@@ -102,6 +102,7 @@ def copy_blocks_triton(cache: Tensor, copies: Sequence[tuple[int, int]]) -> None
         cache.stride(0),
         BLOCK_NUMBERS=block_numbers,
         PART=part,
+        enable_fp_fusion=True,
         num_warps=num_warps,
         num_stages=1,
     )
@@ -245,6 +246,7 @@ def copy_rotated_triton(cache: LayerCache, sources: Tensor, destinations: Tensor
         HALF_PAD=triton.next_power_of_2(half),
         REST_PAD=triton.next_power_of_2(rest) if rest else 0,
         GROUPS=groups,
+        enable_fp_fusion=True,
         num_warps=1,
         num_stages=1,
     )

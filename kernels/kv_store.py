@@ -337,6 +337,7 @@ def kv_store_triton(
         REST_PAD=triton.next_power_of_2(rest) if rest else 0,
         Q_GROUPS=q_groups,
         KV_GROUPS=kv_groups,
+        enable_fp_fusion=True,
         num_warps=1,
         num_stages=1,
     )

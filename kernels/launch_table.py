@@ -14,9 +14,8 @@ import torch
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 SHORT_ROWS = (16, 32, 64)
-
-
 PROGRAMS_A_MULTIPROCESSOR = 4
+"""That its registers and shared memory hold at once, about, for items of few queries."""
 
 
 class AttentionTile(NamedTuple):
@@ -42,19 +41,19 @@ PREFILL = 0
 TABLE: dict[str, dict[int, dict[int, AttentionTile]]] = {
     # Below 99 KiB of shared memory, so that sm_86, sm_89 and sm_120 can use it too.
     "sm_80": {
-        16: {64: _T(16, 64, 3, 4), 128: _T(16, 64, 3, 4), 256: _T(16, 16, 3, 4), 512: _T(16, 16, 3, 4)},
-        32: {64: _T(32, 32, 3, 4), 128: _T(32, 64, 3, 4), 256: _T(32, 32, 3, 4), 512: _T(32, 16, 3, 8)},
+        16: {64: _T(16, 64, 3, 4), 128: _T(16, 64, 3, 4), 256: _T(16, 32, 3, 4), 512: _T(16, 16, 3, 4)},
+        32: {64: _T(32, 64, 3, 4), 128: _T(32, 64, 3, 4), 256: _T(32, 32, 3, 4), 512: _T(32, 16, 3, 8)},
         64: {64: _T(64, 32, 3, 4), 128: _T(64, 32, 3, 4), 256: _T(64, 32, 2, 8), 512: _T(32, 16, 3, 8)},
         PREFILL: {64: _T(128, 64, 3, 8), 128: _T(64, 32, 3, 4), 256: _T(64, 32, 2, 8), 512: _T(32, 16, 3, 8)},
     },
     "sm_90": {
-        16: {64: _T(16, 64, 3, 4), 128: _T(16, 64, 3, 4), 256: _T(16, 16, 3, 4), 512: _T(16, 16, 3, 4)},
+        16: {64: _T(16, 64, 3, 4), 128: _T(16, 64, 3, 4), 256: _T(16, 32, 3, 4), 512: _T(16, 16, 3, 4)},
         32: {64: _T(32, 64, 3, 4), 128: _T(32, 64, 3, 4), 256: _T(32, 32, 3, 4), 512: _T(32, 16, 3, 8)},
         64: {64: _T(64, 64, 3, 4), 128: _T(64, 64, 3, 4), 256: _T(64, 32, 2, 8), 512: _T(32, 16, 3, 8)},
         PREFILL: {64: _T(64, 64, 3, 4), 128: _T(128, 64, 3, 8), 256: _T(64, 32, 2, 8), 512: _T(32, 16, 3, 8)},
     },
     "sm_100": {
-        16: {64: _T(16, 64, 3, 4), 128: _T(16, 64, 3, 4), 256: _T(16, 16, 3, 4), 512: _T(16, 16, 3, 4)},
+        16: {64: _T(16, 64, 3, 4), 128: _T(16, 64, 3, 4), 256: _T(16, 32, 3, 4), 512: _T(16, 16, 3, 4)},
         32: {64: _T(32, 64, 3, 4), 128: _T(32, 64, 3, 4), 256: _T(32, 32, 3, 4), 512: _T(32, 16, 3, 8)},
         64: {64: _T(64, 64, 3, 4), 128: _T(64, 64, 3, 4), 256: _T(64, 32, 2, 8), 512: _T(32, 16, 3, 8)},
         PREFILL: {64: _T(64, 64, 3, 4), 128: _T(128, 64, 3, 8), 256: _T(64, 32, 2, 8), 512: _T(32, 16, 3, 8)},
@@ -101,7 +100,7 @@ def max_short_rows(head_dim: int, dtype: torch.dtype) -> int:
 
 
 def attention_tile(
-    architecture: str, head_dim: int, block_size: int, rows: int | None, dtype: torch.dtype
+    architecture: str, head_dim: int, block_size: int, rows: int | None, dtype: torch.dtype, kv_dtype: torch.dtype
 ) -> AttentionTile:
     """The launch for a shape.
 
@@ -112,15 +111,29 @@ def attention_tile(
             is gathered from several.
         rows: queries times heads of a group that the largest item has, at most `max_short_rows`; None: of prompts.
         dtype: of queries.
+        kv_dtype: of the cache.
     """
     if dtype == torch.float32:
         return FLOAT32_TABLE[_padded(head_dim)]
     size = PREFILL if rows is None else next(size for size in SHORT_ROWS if size >= rows)
-    return TABLE[architecture][size][_padded(head_dim)]
+    tile = TABLE[architecture][size][_padded(head_dim)]
+    if kv_dtype == torch.int8 and head_dim > 64 and tile.rows >= 64:
+        return tile._replace(rows=64, tile=min(32, tile.tile))  # keys and values are widened in registers
+    return tile
 
 
 def _padded(head_dim: int) -> int:
     return max(64, 1 << (head_dim - 1).bit_length())
+
+
+def compile_options(architecture: str) -> dict[str, int | bool]:
+    """Options of the compiler, for kernels of many registers.
+
+    Without maxnreg NVIDIA's assembler spills some bytes to fit one more program on a multiprocessor. Fusion of
+    multiplication and addition is a default that changes with Triton 3.10.
+    """
+    fusion = {"enable_fp_fusion": True}
+    return fusion if architecture.startswith("gfx") else {**fusion, "maxnreg": 255}
 
 
 def dot_precision(architecture: str) -> str:

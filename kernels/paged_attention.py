@@ -444,6 +444,7 @@ def _launch(
         PRECISION=launch_table.dot_precision(architecture),
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **launch_table.compile_options(architecture),
     )
 
 
@@ -542,6 +543,7 @@ def block_mass_triton(attended: Attended, batch: AttentionBatch) -> Tensor:
         NUM_HEADS=num_heads,
         GRANULES=per_block,
         BLOCKS=blocks,
+        enable_fp_fusion=True,
         num_warps=4,
     )
     return mass

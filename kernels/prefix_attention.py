@@ -233,5 +233,6 @@ def merge_partials_triton(part_out: Tensor, part_lse: Tensor, parts: Tensor, out
         HEAD_DIM=head_dim,
         HEAD_PAD=head_pad,
         PARTS=max(2, min(16, 4096 // head_pad)),
+        enable_fp_fusion=True,
         num_warps=4,
     )

@@ -160,6 +160,7 @@ def rms_norm_triton(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         HEADS=heads,
         SIZE=size,
         BLOCK=block,
+        enable_fp_fusion=True,
         num_warps=num_warps,
         num_stages=1,
     )
@@ -201,6 +202,7 @@ def add_rms_norm_triton(
         HEADS=1,
         SIZE=size,
         BLOCK=block,
+        enable_fp_fusion=True,
         num_warps=num_warps,
         num_stages=1,
     )

@@ -124,6 +124,7 @@ def similarity_triton(hidden: Tensor, anchor: Tensor, weights: Tensor) -> Tensor
         LAYERS=layers,
         SIZE=size,
         BLOCK=block,
+        enable_fp_fusion=True,
         num_warps=num_warps,
         num_stages=2,
     )

@@ -6,8 +6,8 @@ Decode rows, the shared prefixes of a reasoning tree, chunks of prompts and whol
 - Sequences with few new tokens stand in an order in which those that share blocks are neighbours. A shared run of
   blocks is read once for all of them (`prefix_attention`), the rest by each alone.
 - Their keys are cut at every multiple of `AttentionBatch.key_chunk`, so that long contexts keep the whole processor
-  busy. A token's results over several ranges are partials, merged afterwards. With a fixed chunk the cuts, and so the
-  rounding, do not depend on how many others there are.
+  busy. A token's results over several ranges are partials, merged afterwards. With a fixed chunk the cuts do not
+  depend on what else is in the batch.
 - Sequences with many new tokens are cut into tiles of queries, each over all the keys that it sees.
 
 Made once a step, on the host, from what the scheduler knows; all layers of a shape use it.
@@ -207,7 +207,7 @@ class _Builder:
 
     def _tile(self, rows: int | None) -> AttentionTile:
         s = self.shape
-        return attention_tile(s.architecture, s.head_dim, self.batch.block_size, rows, s.dtype)
+        return attention_tile(s.architecture, s.head_dim, self.batch.block_size, rows, s.dtype, s.kv_dtype)
 
     def _place(self, sequence: int) -> int:
         """Gives the sequence's tokens the next places; the first of them."""

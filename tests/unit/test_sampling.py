@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minirksc.kernels.confidence import confidence
+from minirksc.kernels.confidence import confidence_torch as confidence
 
 from minirksc.config import SamplingParams
 from minirksc.sampling import SamplingRow, sample, top_logprobs_of, uniform

@@ -1,0 +1,345 @@
+"""Measures this engine's kernels and the whole of it on a GPU, against others that are installed.
+
+    python -m bench.gpu
+    python -m bench.gpu --quick
+    python -m bench.gpu attention --only "decode.*d128 b16: (minirksc|flashinfer)"
+    python -m bench.gpu engine --only "^(?!.*transformers)"
+
+Attention: decode, shared prefixes and prompts of one layer against the kernels of flash-attn, FlashInfer, vLLM and
+SGLang. Small kernels: against torch's ops, plain and compiled. Engine: solve, decode and prefill of a checkpoint
+against transformers, vLLM and SGLang.
+
+Results are compared with the plain specification first; an arm that is wrong is not timed. Kernels are timed with
+events, from a cold L2 cache, all arms of a case in turns. Bytes are those that must move at least (what is shared
+counts once, for all arms), so that a share of the peak is also how far the arm is from the best that can be. Each
+result is a JSONL line of its own; what is missing or failed is a line with its reason.
+
+Exit status 1: something of ours failed or was wrong. 2: there is no GPU, or the options are wrong.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import device as Device
+
+    from bench.gpu_attention import AttentionCase
+    from bench.gpu_device import Clock, Peak
+    from bench.gpu_rivals import FoundRival
+    from bench.gpu_small import SmallCase
+    from bench.harness import Arm
+
+# Nothing else is imported before a GPU is found.
+ROOT = Path(__file__).resolve().parent.parent
+OURS = "minirksc"
+
+PARTS = ("attention", "small", "engine")
+
+Row = dict[str, Any]
+"""One arm of one case. Always: part, case, arm; and either `failed` or what was measured."""
+
+NO_GPU = """\
+bench.gpu: {reason}. It needs an NVIDIA or AMD GPU, a build of torch for it, and Triton (pip install -e '.[gpu,bench]').
+Without a GPU: `python -m bench.static_kernels` says what the kernels take of one, `python -m bench.solve` and
+`python -m bench.decode` measure the engine on a CPU."""
+
+
+def main() -> int:
+    """The command line; returns the exit status."""
+    options = parse_options()
+    if reason := no_gpu_reason():
+        print(NO_GPU.format(reason=reason), file=sys.stderr)
+        return 2
+    os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
+    # Libraries that look for a package named `kernels` must not find the repository's folder.
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+    import torch
+
+    file = options.output or ROOT / "bench" / "results" / f"gpu-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
+    rows = list(write(file, run(options, torch.device("cuda", torch.cuda.current_device())), environment(options)))
+    from bench import gpu_report
+
+    gpu_report.print_rows(rows)
+    print(f"{len(rows)} results: {file}")
+    bad = [row for row in rows if "failed" in row and row["arm"].startswith(OURS)]
+    for row in bad:
+        print(f"{row['part']}: {row['case']}: {row['arm']}: {row['failed']}", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def no_gpu_reason() -> str | None:
+    """Why nothing can be measured here; None where it can."""
+    try:
+        import torch
+    except ImportError as error:
+        return f"torch cannot be imported ({error})"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no GPU"
+    return None if importlib.util.find_spec("triton") else "Triton is not installed"
+
+
+def parse_options() -> argparse.Namespace:
+    """Options, with wrong patterns refused."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all if left out")
+    parser.add_argument("--only", default="", metavar="REGEX", help='of "part: case: arm", as in the tables')
+    parser.add_argument("--quick", action="store_true", help="few cases: minutes")
+    parser.add_argument("--repeats", type=int, default=50, help="of each kernel; an engine's are a tenth (%(default)s)")
+    parser.add_argument("--warmup", type=int, default=5, help="runs of each kernel before those (%(default)s)")
+    parser.add_argument("--model", default="smollm2-135m", help="of the engines: alias or folder (%(default)s)")
+    parser.add_argument("--kv-cache-bytes", default="2GiB", help="of each minirksc engine (%(default)s)")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSONL (in bench/results)")
+    options = parser.parse_args()
+    if unknown := [part for part in options.parts if part not in PARTS]:
+        parser.error(f"unknown {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    options.parts = options.parts or list(PARTS)
+    try:
+        re.compile(options.only)
+    except re.error as error:
+        parser.error(f"--only {options.only!r} is no regular expression: {error}")
+    if options.repeats < 1 or options.warmup < 0:
+        parser.error(f"--repeats {options.repeats} must be at least 1, --warmup {options.warmup} at least 0")
+    return options
+
+
+def run(options: argparse.Namespace, device: "Device") -> Iterator[Row]:
+    """Everything that is wanted, part by part."""
+    import torch
+
+    from bench import gpu_attention, gpu_device, gpu_rivals, gpu_small
+
+    clock = gpu_device.cuda_clock(device)
+    peak = gpu_device.known_peak(torch.cuda.get_device_name(device)) or gpu_device.measured_peak(device, clock)
+    measure = Measure(device, clock, peak, options.repeats, options.warmup, options.only)
+    if "attention" in options.parts:
+        found, missing = gpu_rivals.discover(gpu_rivals.RIVALS)
+        for name, reason in missing.items():
+            yield {"part": "attention", "case": "all", "arm": name, "failed": f"not importable: {reason}"}
+        for case in gpu_attention.all_cases(options.quick):
+            yield from measure.attention(case, found)
+    if "small" in options.parts:
+        for small in gpu_small.all_cases(options.quick):
+            yield from measure.small(small)
+    if "engine" in options.parts:
+        yield from run_engines(options, device)
+
+
+class Measure:
+    """How a case becomes rows.
+
+    Args:
+        device: where tensors are.
+        clock: times one call.
+        peak: of the device.
+        repeats, warmup: runs of each arm.
+        only: regular expression of "part: case: arm".
+    """
+
+    def __init__(self, device: "Device", clock: "Clock", peak: "Peak", repeats: int, warmup: int, only: str) -> None:
+        self.device, self.clock, self.peak = device, clock, peak
+        self.repeats, self.warmup, self.only = repeats, warmup, only
+
+    def attention(self, case: "AttentionCase", rivals: Sequence["FoundRival"]) -> Iterator[Row]:
+        """One case of the attention, all arms."""
+        from bench import gpu_attention as attention
+
+        versions: dict[str, str | None] = {attention.OURS: None, attention.OURS_INT8: None}
+        versions |= {found.rival.name: found.version for found in rivals if case.kind in found.rival.kinds}
+        wanted = [arm for arm in versions if self._is_wanted("attention", case.name, arm)]
+        if not wanted:
+            return
+        needed = attention.needed_bytes(case, num_layouts=0 if all(arm.startswith(OURS) for arm in wanted) else 2)
+        if (free := self._free_bytes()) < needed:
+            reason = f"needs about {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
+            yield {"part": "attention", "case": case.name, "arm": "all", **attention.sizes(case), "skipped": reason}
+            return
+        inputs = attention.AttentionInputs(case, self.device)
+        makers: dict[str, Callable[[], Callable[[], Any]]] = dict(attention.arms_of_ours(inputs))
+        makers |= {found.rival.name: _preparer(found, inputs) for found in rivals}
+
+        def prepare(arm: str) -> tuple[Callable[[], Any], float]:
+            call = makers[arm]()
+            return call, inputs.error(call(), int8=arm == attention.OURS_INT8)
+
+        for row in self._rows("attention", case.name, wanted, prepare, attention.TOLERANCE):
+            num_bytes = case.min_bytes(int8=row["arm"] == attention.OURS_INT8)
+            yield {
+                **row,
+                **attention.sizes(case),
+                "version": versions[row["arm"]],
+                **self._shares(row, num_bytes, case.flops),
+            }
+
+    def small(self, case: "SmallCase") -> Iterator[Row]:
+        """One small op, all arms."""
+        from bench import gpu_small
+
+        makers = {arm: make for arm, make in case.arms().items() if self._is_wanted("small", case.name, arm)}
+
+        def prepare(arm: str) -> tuple[Callable[[], Any], float]:
+            return case.prepare(makers[arm](), self.device)
+
+        for row in self._rows("small", case.name, list(makers), prepare, gpu_small.TOLERANCE):
+            yield {**row, **self._shares(row, case.num_bytes, None)}
+
+    def _rows(
+        self,
+        part: str,
+        case: str,
+        arms: Sequence[str],
+        prepare: Callable[[str], tuple[Callable[[], Any], float]],
+        tolerance: float,
+    ) -> list[Row]:
+        """Prepares, checks and times the arms; what fails is a row with its reason."""
+        from bench.gpu_device import interleave, read_smi
+        from bench.gpu_rivals import describe
+
+        print(f"{part}: {case}", file=sys.stderr, flush=True)
+        rows: dict[str, Row] = {arm: {"part": part, "case": case, "arm": arm} for arm in arms}
+        calls = {}
+        for arm in arms:
+            try:
+                call, error = prepare(arm)
+            except Exception as reason:  # whatever a library raises: one arm must not hide the others
+                rows[arm]["failed"] = describe(reason)
+                continue
+            rows[arm]["error"] = error
+            if error <= tolerance:
+                calls[arm] = call
+            else:
+                rows[arm]["failed"] = f"wrong result: relative error {error:.2g}, {tolerance:.2g} is tolerated"
+        try:
+            times = interleave(calls, self.clock, self.repeats, self.warmup)
+        except Exception as reason:
+            for arm in calls:
+                rows[arm]["failed"] = f"while {', '.join(calls)} took turns: {describe(reason)}"
+            return list(rows.values())
+        clocks = read_smi(self.device) if self.device.type == "cuda" else {}
+        add_times(rows, times)
+        return [{**row, "clocks": clocks} for row in rows.values()]
+
+    def _shares(self, row: Row, num_bytes: int, flops: int | None) -> Row:
+        if "failed" in row:
+            return {}
+        seconds = row["us"] / 1e6
+        shares = {"bytes": num_bytes, "bandwidth_share": num_bytes / seconds / self.peak.bandwidth}
+        if flops is not None:
+            shares |= {"flops": flops, "flop_share": flops / seconds / self.peak.flops}
+        return {**shares, "peak": self.peak._asdict()}
+
+    def _is_wanted(self, part: str, case: str, arm: str) -> bool:
+        return re.search(self.only, f"{part}: {case}: {arm}") is not None
+
+    def _free_bytes(self) -> float:
+        import torch
+
+        if self.device.type != "cuda":
+            return float("inf")
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self.device)[0]
+
+
+def _preparer(found: "FoundRival", inputs: Any) -> Callable[[], Callable[[], Any]]:
+    return lambda: found.prepare(inputs)
+
+
+def add_times(rows: dict[str, Row], times: dict[str, list[float]]) -> None:
+    """Writes microseconds into the rows of a case, and into ours how they compare with the best other arm.
+
+    A ratio is taken within a repetition; above 1 ours is faster.
+    """
+    from bench.harness import summarise
+
+    for arm, values in times.items():
+        summary = summarise(values)
+        rows[arm] |= {"us": summary.median, "us_p10": summary.p10, "us_p90": summary.p90, "repeats": len(values)}
+    others = [arm for arm in times if not arm.startswith(OURS)]
+    if not others:
+        return
+    best = min(others, key=lambda arm: rows[arm]["us"])
+    for arm in times:
+        if arm.startswith(OURS):
+            ratio = summarise([theirs / own for own, theirs in zip(times[arm], times[best], strict=True)])
+            rows[arm] |= {"best_rival": best, "ratio": ratio.median, "ratio_p10": ratio.p10, "ratio_p90": ratio.p90}
+
+
+def run_engines(options: argparse.Namespace, device: "Device") -> Iterator[Row]:
+    """W1 to W3, in microseconds too."""
+    from bench import gpu_engine, harness
+
+    def wanted(name: str) -> bool:
+        return re.search(options.only, name) is not None
+
+    parts = gpu_engine.all_arms(options.model, options.kv_cache_bytes, device, options.quick, wanted)
+    for workload, arms, failures in parts:
+        for arm, reason in failures.items():
+            yield {"part": workload, "case": "all", "arm": arm, "failed": reason}
+        harness.measure(arms, repeats=max(1, options.repeats // 10), warmup=1)
+        yield from engine_rows(workload, arms)
+
+
+def engine_rows(workload: str, arms: Sequence["Arm"]) -> Iterator[Row]:
+    """Rows of the arms of one workload, compared case by case."""
+    from bench import gpu_engine, harness
+
+    metric = gpu_engine.METRICS[workload]
+    cases: dict[str, dict[str, Arm]] = {}
+    for arm in arms:
+        case, name = gpu_engine.case_and_arm(workload, arm)
+        cases.setdefault(case, {})[name] = arm
+    for case, named in cases.items():
+        rows: dict[str, Row] = {
+            name: {"part": workload, "case": case, "arm": name, "metric": metric, "measured": arm.measured}
+            for name, arm in named.items()
+        }
+        first = next(iter(named.values()))
+        for name, arm in named.items():
+            rows[name]["same_tokens"] = harness.agreement(arm, first)
+            if unequal := unequal_work(arm, first):
+                rows[name]["failed"] = unequal
+        equal = {name: arm for name, arm in named.items() if "failed" not in rows[name]}
+        add_times(rows, {name: [1e6 * s for s in arm.values(metric)] for name, arm in equal.items()})
+        yield from rows.values()
+
+
+def unequal_work(arm: "Arm", first: "Arm") -> str | None:
+    """What an arm did otherwise than the first one, where the lengths of what they generated differ."""
+    lengths = [[len(ids) for ids in one.measured[-1]["token_ids"]] for one in (arm, first)]
+    return None if lengths[0] == lengths[1] else f"generated {lengths[0]} tokens, {first.name} {lengths[1]}"
+
+
+def environment(options: argparse.Namespace) -> Row:
+    """Device, versions of everything, and options: part of every line."""
+    import torch
+
+    from bench import gpu_device, gpu_rivals, harness
+
+    packages = {"triton": "triton", **{rival.package: rival.package for rival in gpu_rivals.RIVALS}}
+    facts = harness.environment(torch.get_num_threads())
+    installed = {name: gpu_rivals.version(name) for name in packages}
+    facts["versions"] |= {name: None if version == "unknown" else version for name, version in installed.items()}
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    return {**facts, "options": given, **gpu_device.device_facts(torch.device("cuda", torch.cuda.current_device()))}
+
+
+def write(file: Path, rows: Iterator[Row], environment: Row) -> Iterator[Row]:
+    """Hands the rows on, each written as a JSONL line, complete in itself, as soon as it is there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", encoding="utf-8", buffering=1) as stream:
+        for row in rows:
+            stream.write(json.dumps({"bench": "gpu", "environment": environment, **row}) + "\n")
+            yield row
+
+
+if __name__ == "__main__":
+    sys.exit(main())
