@@ -132,8 +132,8 @@ def compile_options(architecture: str) -> dict[str, int | bool]:
     Without maxnreg NVIDIA's assembler spills some bytes to fit one more program on a multiprocessor. Fusion of
     multiplication and addition is a default that changes with Triton 3.10.
     """
-    fusion = {"enable_fp_fusion": True}
-    return fusion if architecture.startswith("gfx") else {**fusion, "maxnreg": 255}
+    options: dict[str, int | bool] = {"enable_fp_fusion": True}
+    return options if architecture.startswith("gfx") else {**options, "maxnreg": 255}
 
 
 def dot_precision(architecture: str) -> str:

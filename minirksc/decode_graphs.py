@@ -137,9 +137,8 @@ class DecodeGraphs:
             return None
         self._fill(batch, works)
         if key not in self._graphs:
-            attention = self._attention(size, works)
             try:
-                self._graphs[key] = self._recorder.record(lambda: self._run(size, attention))
+                self._graphs[key] = self._recorder.record(lambda: self._run(size, works))
             except RuntimeError as error:
                 self._failure = f"recording failed: {error}"
                 self.eager_steps[self._failure] += 1
@@ -196,7 +195,9 @@ class DecodeGraphs:
             attention[window].plan(shape, partial(_given, static))
         return attention
 
-    def _run(self, size: int, attention: dict[int | None, AttentionBatch]) -> Tensor:
+    def _run(self, size: int, works: dict[tuple[int | None, Shape], WorkList]) -> Tensor:
+        # New batches for each run, so that partials made while recording are the recorder's memory, and stay.
+        attention = self._attention(size, works)
         return self._model.forward(
             self._token_ids[:size],
             self._positions[:size],

@@ -8,8 +8,10 @@ loops over `step` from one thread, and two engines in one process know nothing o
 import itertools
 import time
 from collections.abc import Sequence as SequenceOf
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from minirksc.batch import LogitsRows, build_batch
@@ -55,6 +57,10 @@ class Engine:
         self.runner = runner
         self.blocks = blocks
         self.block_bytes = block_bytes
+        device = runner.model.device
+        # Triton launches on the process's current device, which need not be the model's.
+        on_cuda = device.type == "cuda"
+        self._device: AbstractContextManager[None] = torch.cuda.device(device) if on_cuda else nullcontext()
         self._windows = {layer.window for layer in spec.layers}
         self._key_chunk = KEY_CHUNK if config.kv_split == "fixed" else None
         self.scheduler = Scheduler(
@@ -189,7 +195,8 @@ class Engine:
             was left to do.
         """
         try:
-            return self._step()
+            with self._device:
+                return self._step()
         except BaseException:
             # A table may already point at a copy that was never made: what ran is computed again.
             self.scheduler.preempt_all()

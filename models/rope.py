@@ -81,8 +81,8 @@ def inv_freq(rope: RopeSpec, is_long: bool = False) -> Tensor:
     return KINDS[rope.kind](rope, 1.0 / (rope.theta ** _exponents(rope)))
 
 
-def _exponents(rope: RopeSpec) -> Tensor:
-    return torch.arange(0, rope.rotary_dim, 2, dtype=torch.int64).float() / rope.rotary_dim
+def _exponents(rope: RopeSpec, device: torch.device | None = None) -> Tensor:
+    return torch.arange(0, rope.rotary_dim, 2, dtype=torch.int64, device=device).float() / rope.rotary_dim
 
 
 def _plain(rope: RopeSpec, base: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def _dynamic(rope: RopeSpec, positions: Tensor) -> Tensor:
     factor, original, dim = rope.number("factor"), rope.number("original_max_position_embeddings"), rope.rotary_dim
     length = (positions + 1).clamp(min=int(original)).float()
     theta = rope.theta * (factor * length / original - (factor - 1)) ** (dim / (dim - 2))  # [tokens]
-    return 1.0 / (theta[:, None] ** _exponents(rope).to(positions.device))
+    return 1.0 / (theta[:, None] ** _exponents(rope, positions.device))
 
 
 def _yarn(rope: RopeSpec, base: Tensor) -> Tensor:

@@ -8,12 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from minirksc.kernels.block_mass import block_mass_reference, block_mass_triton
 from minirksc.kernels.launch_table import max_short_rows
 from minirksc.kernels.layer_cache import LayerCache
 from minirksc.kernels.paged_attention import (
     attend,
-    block_mass_reference,
-    block_mass_triton,
     paged_attention_reference,
     paged_attention_triton,
 )

@@ -1,0 +1,106 @@
+"""Attention mass of a KV block: the softmax weights that a query gives to its keys, summed, mean over heads.
+
+The block manager keeps what is looked at. The attention kernel stores, where it is asked to, the base-2 log-sum-exp of
+each granule of keys (the smaller of a block and a tile) from the sums that it has anyway; relative to the whole row's
+that is the granule's weight. No scores are computed a second time.
+"""
+
+import torch
+from minirksc.kernels.attention_batch import AttentionBatch
+from minirksc.kernels.jit import tl, triton
+from minirksc.kernels.layer_cache import LayerCache
+from minirksc.kernels.paged_attention import Attended, weights_and_values
+from torch import Tensor
+
+
+def block_mass_reference(
+    q: Tensor, layer_cache: LayerCache, batch: AttentionBatch, scale: float, softcap: float | None
+) -> Tensor:
+    """The specification.
+
+    Args:
+        q: `[tokens, num_heads, head_dim]`.
+        layer_cache: of the layer.
+        batch: where queries and keys are.
+        scale: multiplied to the scores.
+        softcap: c of c * tanh(score / c); None for none.
+
+    Returns:
+        `[tokens, blocks]` float32, in the order of the sequence's block table; a row sums to one.
+    """
+    size = batch.block_size
+    width = max((len(table) for table in batch.kv_tables), default=0)
+    mass = torch.zeros((len(q), width), dtype=torch.float32, device=q.device)
+    for i, (first, weights, _) in enumerate(weights_and_values(q, layer_cache, batch, scale, softcap)):
+        rows = slice(batch.cu_seqlens_q[i], batch.cu_seqlens_q[i + 1])
+        block = torch.arange(first, first + weights.shape[-1], device=q.device) // size
+        mass[rows] = mass[rows].index_add(1, block, weights.mean(0))
+    return mass
+
+
+@triton.jit
+def _block_mass_kernel(
+    granule_lse_ptr,
+    lse_ptr,
+    first_last_ptr,
+    mass_ptr,
+    num_granules,
+    num_blocks,
+    NUM_HEADS: tl.constexpr,
+    GRANULES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Program (token, some blocks): mean over heads of the weight that each block received."""
+    token = tl.program_id(0).to(tl.int64)
+    first = tl.load(first_last_ptr + 2 * token)
+    last = tl.load(first_last_ptr + 2 * token + 1)
+    blocks = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    granules = tl.program_id(1) * (BLOCKS * GRANULES) + tl.arange(0, BLOCKS * GRANULES)
+    is_seen = (granules >= first) & (granules <= last)  # others were never written
+    mass = tl.zeros([BLOCKS * GRANULES], tl.float32)
+    for head in range(NUM_HEADS):
+        row = token * NUM_HEADS + head
+        lse = tl.load(granule_lse_ptr + row * num_granules + granules, mask=is_seen, other=float("-inf"))
+        mass += tl.exp2(lse - tl.load(lse_ptr + row))
+    mass = tl.sum(tl.reshape(mass, (BLOCKS, GRANULES)), 1) / NUM_HEADS
+    tl.store(mass_ptr + token * num_blocks + blocks, mass, mask=blocks < num_blocks)
+
+
+def block_mass_triton(attended: Attended, batch: AttentionBatch) -> Tensor:
+    """Attention mass of each block, from the sums that the attention kernel stored as it went.
+
+    Args:
+        attended: of `attend` with with_mass.
+        batch: of the same step.
+
+    Returns:
+        `[tokens, blocks]` float32 as `block_mass_reference`.
+    """
+    out, lse, granule_lse, granule = attended
+    assert lse is not None and granule_lse is not None
+    num_tokens, num_heads, num_granules = granule_lse.shape
+    per_block = batch.block_size // granule
+    num_blocks = num_granules // per_block
+    mass = out.new_empty((num_tokens, num_blocks), dtype=torch.float32)
+    if num_tokens == 0 or num_blocks == 0:
+        return mass
+    first_last = [
+        (batch.first_visible(position) // granule, position // granule)
+        for i, context_len in enumerate(batch.context_lens)
+        for position in range(context_len - (batch.cu_seqlens_q[i + 1] - batch.cu_seqlens_q[i]), context_len)
+    ]
+    blocks = max(1, 128 // per_block)
+    _block_mass_kernel[(num_tokens, triton.cdiv(num_blocks, blocks))](
+        granule_lse,
+        lse,
+        torch.tensor(first_last, dtype=torch.int32, device=out.device),
+        mass,
+        num_granules,
+        num_blocks,
+        NUM_HEADS=num_heads,
+        GRANULES=per_block,
+        BLOCKS=blocks,
+        enable_fp_fusion=True,
+        num_warps=4,
+    )
+    return mass
