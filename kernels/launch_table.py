@@ -61,16 +61,16 @@ TABLE: dict[str, dict[int, dict[int, AttentionTile]]] = {
     # 64 KiB of shared memory in all.
     "gfx942": {
         16: {64: _T(16, 32, 2, 4), 128: _T(16, 32, 2, 4), 256: _T(16, 16, 2, 4), 512: _T(16, 16, 2, 4)},
-        32: {64: _T(32, 32, 2, 4), 128: _T(32, 32, 2, 4), 256: _T(32, 16, 2, 4), 512: _T(32, 16, 1, 8)},
-        64: {64: _T(64, 32, 2, 4), 128: _T(64, 32, 2, 4), 256: _T(64, 16, 2, 8), 512: _T(32, 16, 1, 8)},
-        PREFILL: {64: _T(64, 32, 2, 4), 128: _T(64, 32, 2, 4), 256: _T(64, 16, 2, 8), 512: _T(32, 16, 1, 8)},
+        32: {64: _T(32, 32, 2, 4), 128: _T(32, 32, 2, 4), 256: _T(32, 16, 2, 4), 512: _T(32, 16, 1, 4)},
+        64: {64: _T(64, 32, 2, 4), 128: _T(64, 32, 2, 4), 256: _T(64, 16, 2, 8), 512: _T(32, 16, 1, 4)},
+        PREFILL: {64: _T(64, 32, 2, 4), 128: _T(64, 32, 2, 4), 256: _T(64, 16, 2, 8), 512: _T(32, 16, 1, 4)},
     },
 }
 """architecture -> rows -> padded head_dim, for 16-bit and int8 keys. Above 256, more than 32 rows spill."""
 
-FLOAT32_TABLE = {64: _T(32, 16, 2, 4), 128: _T(32, 16, 2, 4), 256: _T(16, 16, 2, 4), 512: _T(16, 16, 2, 4)}
-"""padded head_dim -> the launch of all rows. Exact, but no way to speed: three products for one, and above head_dim
-128 the registers spill."""
+FLOAT32_TABLE = {64: _T(32, 16, 2, 4), 128: _T(32, 16, 2, 4), 256: _T(16, 16, 2, 8)}
+"""padded head_dim -> the launch of all rows. Exact, but no way to speed: three products for one. Above head_dim 256 no
+launch holds its numbers in registers."""
 
 
 def architecture(device: torch.device) -> str:
@@ -92,6 +92,16 @@ def num_programs(device: torch.device) -> int:
     return PROGRAMS_A_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def product_dtype(dtype: torch.dtype, kv_dtype: torch.dtype) -> torch.dtype:
+    """What queries and keys are multiplied in: int8 numbers in float16, which holds them exactly."""
+    return torch.float16 if kv_dtype == torch.int8 else dtype
+
+
+def max_head_dim(dtype: torch.dtype) -> int:
+    """The largest head_dim, for products of this dtype."""
+    return 256 if dtype == torch.float32 else 512
+
+
 def max_short_rows(head_dim: int, dtype: torch.dtype) -> int:
     """Queries times query heads a KV head, up to which a sequence's keys are split and shared; more is a prefill."""
     if dtype == torch.float32:
@@ -106,14 +116,14 @@ def attention_tile(
 
     Args:
         architecture: one of `ARCHITECTURES`.
-        head_dim: at most 512.
+        head_dim: at most `max_head_dim`.
         block_size: tokens a block, a power of two. The entries of today suit all of them: a tile lies in a block, or
             is gathered from several.
         rows: queries times heads of a group that the largest item has, at most `max_short_rows`; None: of prompts.
         dtype: of queries.
         kv_dtype: of the cache.
     """
-    if dtype == torch.float32:
+    if product_dtype(dtype, kv_dtype) == torch.float32:
         return FLOAT32_TABLE[_padded(head_dim)]
     size = PREFILL if rows is None else next(size for size in SHORT_ROWS if size >= rows)
     tile = TABLE[architecture][size][_padded(head_dim)]

@@ -15,7 +15,7 @@ values before the second product. An int8 cache is multiplied as float16 (exact)
 probabilities. A range's result is a partial: its own softmax, and the base-2 log-sum-exp to merge it by. Keys and
 values outside what a query sees are never used, whatever they hold, NaN included.
 
-Limits: head_dim to 512, block_size a power of two to 256, at most 64 query heads a KV head.
+Limits: head_dim to 512 (256 in float32), block_size a power of two to 256, at most 64 query heads a KV head.
 Source: Dao et al. 2022, arXiv 2205.14135 (tiled softmax); Kwon et al. 2023, arXiv 2309.06180 (paged KV); the grouped
 rows and the range split after arXiv 2511.11581.
 """
@@ -27,7 +27,7 @@ import torch
 from minirksc.kernels import launch_table
 from minirksc.kernels.attention_batch import AttentionBatch
 from minirksc.kernels.jit import tl, triton
-from minirksc.kernels.launch_table import AttentionTile, max_short_rows
+from minirksc.kernels.launch_table import AttentionTile, max_head_dim, max_short_rows, product_dtype
 from minirksc.kernels.layer_cache import LayerCache
 from minirksc.kernels.prefix_attention import merge_partials_triton
 from minirksc.kernels.work_list import Shape, WorkList, make_work_list
@@ -36,7 +36,6 @@ from torch import Tensor
 from minirksc.errors import ConfigError
 
 LOG2_E = math.log2(math.e)
-MAX_HEAD_DIM = 512
 MAX_BLOCK_SIZE = 256
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -250,8 +249,7 @@ def _paged_attention_kernel(
     q = tl.load(q_ptr + (token * stride_q + head * HEAD_DIM)[:, None] + offs_d[None, :], mask=io_mask, other=0.0)
     if scales_ptr is not None:
         scales_ptr += kv_head
-        if q.dtype == tl.bfloat16:
-            q = q.to(tl.float16)  # int8 becomes float16 far faster than bfloat16
+        q = q.to(tl.float16)  # int8 becomes float16 far faster than bfloat16 or float32
     kv_ptr += kv_head * HEAD_DIM
     table_ptr += table_row.to(tl.int64) * stride_table
     granule_lse_ptrs = None
@@ -443,9 +441,13 @@ def _check(q: Tensor, layer_cache: LayerCache, block_size: int) -> None:
         raise ConfigError(
             f"paged_attention: a cache of {cache.dtype} {'with' if scales is not None else 'without'} scales"
         )
-    if head_dim > MAX_HEAD_DIM:
-        raise ConfigError(f"paged_attention: head_dim {head_dim}; at most {MAX_HEAD_DIM}")
-    most = max_short_rows(head_dim, q.dtype)
+    products = product_dtype(q.dtype, cache.dtype)
+    if head_dim > max_head_dim(products):
+        raise ConfigError(
+            f"paged_attention: head_dim {head_dim} in {q.dtype}; it takes {max_head_dim(torch.float32)} in float32 and "
+            f"{max_head_dim(torch.bfloat16)} in 16 bits (dtype='bfloat16')"
+        )
+    most = max_short_rows(head_dim, products)
     if cache.shape[4] != head_dim or num_heads % cache.shape[3] or num_heads // cache.shape[3] > most:
         raise ConfigError(
             f"paged_attention: {num_heads} query heads of {head_dim} on {cache.shape[3]} KV heads of {cache.shape[4]}; "

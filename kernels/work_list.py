@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 from minirksc.kernels.attention_batch import KEY_CHUNK, AttentionBatch
-from minirksc.kernels.launch_table import AttentionTile, attention_tile, max_short_rows, num_programs
+from minirksc.kernels.launch_table import AttentionTile, attention_tile, max_short_rows, num_programs, product_dtype
 from minirksc.kernels.prefix_attention import Segment, in_view, is_worth_sharing, own_ranges, shared_segments
 from torch import Tensor
 
@@ -196,7 +196,9 @@ class _Builder:
         )
 
     def build(self, device: torch.device) -> WorkList:
-        most = max(1, max_short_rows(self.shape.head_dim, self.shape.dtype) // self.group)
+        most = max(
+            1, max_short_rows(self.shape.head_dim, product_dtype(self.shape.dtype, self.shape.kv_dtype)) // self.group
+        )
         sequences = [i for i, n in enumerate(self.num_queries) if n > 0]
         short = [i for i in sequences if self.num_queries[i] <= most]
         long = [i for i in sequences if self.num_queries[i] > most]

@@ -11,10 +11,12 @@ from minirksc.kernels.launch_table import (
     attention_tile,
     compile_options,
     dot_precision,
+    max_head_dim,
     max_short_rows,
     num_programs,
+    product_dtype,
 )
-from minirksc.kernels.paged_attention import MAX_BLOCK_SIZE, MAX_HEAD_DIM
+from minirksc.kernels.paged_attention import MAX_BLOCK_SIZE
 
 # Shared memory of a program: what smaller relatives of sm_80 have too, and what the others can have.
 SHARED_BYTES = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
@@ -26,8 +28,9 @@ KINDS += [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.int8)]
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(("dtype", "kv_dtype"), KINDS)
 def test_every_supported_shape_has_a_launch_that_holds_it(arch, dtype, kv_dtype):
-    for head_dim in range(1, MAX_HEAD_DIM + 1):
-        most = max_short_rows(head_dim, dtype)
+    products = product_dtype(dtype, kv_dtype)
+    for head_dim in range(1, max_head_dim(products) + 1):
+        most = max_short_rows(head_dim, products)
         for rows, block_size in product([None, *range(1, most + 1)], BLOCK_SIZES):
             tile = attention_tile(arch, head_dim, block_size, rows, dtype, kv_dtype)
             assert tile.rows >= max(16, rows or most)  # a group of heads is never cut

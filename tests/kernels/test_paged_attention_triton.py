@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from minirksc.kernels.block_mass import block_mass_reference, block_mass_triton
-from minirksc.kernels.launch_table import max_short_rows
+from minirksc.kernels.launch_table import max_head_dim, max_short_rows
 from minirksc.kernels.layer_cache import LayerCache
 from minirksc.kernels.paged_attention import (
     attend,
@@ -27,7 +27,7 @@ make_case, NESTED, SCALE = cases.make_case, cases.NESTED, cases.SCALE
 
 # The reference computes in float32 and rounds once; the kernel's second product takes its probabilities in the dtype.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3}
-INT8_TOLERANCE = {torch.float32: 3e-6, torch.float16: 4e-3}
+INT8_TOLERANCE = {torch.float32: 2e-3, torch.float16: 4e-3}  # multiplied as float16
 DTYPES = list(TOLERANCE)
 
 
@@ -57,6 +57,8 @@ def check(case, softcap=None, scale=SCALE, chunk=None):
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_heads_and_dims(heads, head_dim, dtype):
+    if head_dim > max_head_dim(dtype):
+        dtype = torch.float16
     options = {"heads": heads, "head_dim": head_dim, "dtype": dtype, "block_size": 16}
     check(make_case([1, 3], [17, 37], **options), scale=head_dim**-0.5)
     check(make_case([1, 3], [5, 19], window=6, apart="own", **options), softcap=1.5, scale=head_dim**-0.5)
@@ -335,6 +337,7 @@ def test_what_the_kernel_cannot_serve_is_refused():
     )
     refused(make_case([1], [5], block_size=3), "powers of two")
     refused(make_case([1], [5], block_size=512), "powers of two to 256")
-    refused(make_case([1], [5], block_size=16, head_dim=520), "at most 512")
+    refused(make_case([1], [5], block_size=16, head_dim=258), "head_dim 258 in torch.float32; it takes 256")
+    refused(make_case([1], [5], block_size=16, head_dim=520, dtype=torch.float16), "512 in 16 bits")
     most = max_short_rows(64, torch.float32)
     refused(make_case([1], [5], block_size=16, heads=(most + 1, 1)), f"1 to {most} query heads")
