@@ -26,12 +26,14 @@ class AttentionTile(NamedTuple):
         tile: keys an iteration.
         stages: of the software pipeline; keys and values have stages - 1 buffers.
         warps: of a program.
+        registers: a thread may have on NVIDIA; 168 leaves room for three programs of 4 warps on a multiprocessor.
     """
 
     rows: int
     tile: int
     stages: int
     warps: int
+    registers: int = 255
 
 
 _T = AttentionTile
@@ -41,19 +43,19 @@ PREFILL = 0
 TABLE: dict[str, dict[int, dict[int, AttentionTile]]] = {
     # Below 99 KiB of shared memory, so that sm_86, sm_89 and sm_120 can use it too.
     "sm_80": {
-        16: {64: _T(16, 64, 3, 4), 128: _T(16, 64, 3, 4), 256: _T(16, 32, 3, 4), 512: _T(16, 16, 3, 4)},
+        16: {64: _T(16, 64, 3, 4, 128), 128: _T(16, 64, 3, 4, 168), 256: _T(16, 32, 3, 4), 512: _T(16, 16, 3, 4)},
         32: {64: _T(32, 64, 3, 4), 128: _T(32, 64, 3, 4), 256: _T(32, 32, 3, 4), 512: _T(32, 16, 3, 8)},
         64: {64: _T(64, 32, 3, 4), 128: _T(64, 32, 3, 4), 256: _T(64, 32, 2, 8), 512: _T(32, 16, 3, 8)},
         PREFILL: {64: _T(128, 64, 3, 8), 128: _T(64, 32, 3, 4), 256: _T(64, 32, 2, 8), 512: _T(32, 16, 3, 8)},
     },
     "sm_90": {
-        16: {64: _T(16, 64, 3, 4), 128: _T(16, 64, 3, 4), 256: _T(16, 32, 3, 4), 512: _T(16, 16, 3, 4)},
+        16: {64: _T(16, 64, 3, 4, 128), 128: _T(16, 64, 3, 4, 168), 256: _T(16, 32, 3, 4), 512: _T(16, 16, 3, 4)},
         32: {64: _T(32, 64, 3, 4), 128: _T(32, 64, 3, 4), 256: _T(32, 32, 3, 4), 512: _T(32, 16, 3, 8)},
         64: {64: _T(64, 64, 3, 4), 128: _T(64, 64, 3, 4), 256: _T(64, 32, 2, 8), 512: _T(32, 16, 3, 8)},
         PREFILL: {64: _T(64, 64, 3, 4), 128: _T(128, 64, 3, 8), 256: _T(64, 32, 2, 8), 512: _T(32, 16, 3, 8)},
     },
     "sm_100": {
-        16: {64: _T(16, 64, 3, 4), 128: _T(16, 64, 3, 4), 256: _T(16, 32, 3, 4), 512: _T(16, 16, 3, 4)},
+        16: {64: _T(16, 64, 3, 4, 128), 128: _T(16, 64, 3, 4, 168), 256: _T(16, 32, 3, 4), 512: _T(16, 16, 3, 4)},
         32: {64: _T(32, 64, 3, 4), 128: _T(32, 64, 3, 4), 256: _T(32, 32, 3, 4), 512: _T(32, 16, 3, 8)},
         64: {64: _T(64, 64, 3, 4), 128: _T(64, 64, 3, 4), 256: _T(64, 32, 2, 8), 512: _T(32, 16, 3, 8)},
         PREFILL: {64: _T(64, 64, 3, 4), 128: _T(128, 64, 3, 8), 256: _T(64, 32, 2, 8), 512: _T(32, 16, 3, 8)},
@@ -127,8 +129,10 @@ def attention_tile(
         return FLOAT32_TABLE[_padded(head_dim)]
     size = PREFILL if rows is None else next(size for size in SHORT_ROWS if size >= rows)
     tile = TABLE[architecture][size][_padded(head_dim)]
-    if kv_dtype == torch.int8 and head_dim > 64 and tile.rows >= 64:
-        return tile._replace(rows=64, tile=min(32, tile.tile))  # keys and values are widened in registers
+    if kv_dtype == torch.int8:  # keys and values are widened in registers
+        tile = tile._replace(registers=255)
+        if head_dim > 64 and tile.rows >= 64:
+            return tile._replace(rows=64, tile=min(32, tile.tile))
     return tile
 
 
@@ -136,14 +140,14 @@ def _padded(head_dim: int) -> int:
     return max(64, 1 << (head_dim - 1).bit_length())
 
 
-def compile_options(architecture: str) -> dict[str, int | bool]:
-    """Options of the compiler, for kernels of many registers.
+def compile_options(architecture: str, registers: int) -> dict[str, int | bool]:
+    """Options of the compiler.
 
-    Without maxnreg NVIDIA's assembler spills some bytes to fit one more program on a multiprocessor. Fusion of
-    multiplication and addition is a default that changes with Triton 3.10.
+    Without a number of registers NVIDIA's assembler picks one, and spills some bytes to fit one more program on a
+    multiprocessor. Fusion of multiplication and addition is a default that changes with Triton 3.10.
     """
     options: dict[str, int | bool] = {"enable_fp_fusion": True}
-    return options if architecture.startswith("gfx") else {**options, "maxnreg": 255}
+    return options if architecture.startswith("gfx") else {**options, "maxnreg": registers}
 
 
 def dot_precision(architecture: str) -> str:

@@ -424,7 +424,7 @@ def _launch(
         PRECISION=launch_table.dot_precision(architecture),
         num_warps=tile.warps,
         num_stages=tile.stages,
-        **launch_table.compile_options(architecture),
+        **launch_table.compile_options(architecture, tile.registers),
     )
 
 
