@@ -14,12 +14,12 @@ PACKAGES = {"minirksc": "minirksc", "kernels": "minirksc/kernels", "models": "mi
 
 
 def source_files():
-    """Where each file of the source folders must lie in the wheel."""
+    """Where each file of the source folders must lie in the wheel; what is read beside the code stays behind."""
     return {
         f"{target}/{file.relative_to(ROOT / folder).as_posix()}"
         for folder, target in PACKAGES.items()
         for file in (ROOT / folder).rglob("*")
-        if file.is_file() and "__pycache__" not in file.parts
+        if file.is_file() and "__pycache__" not in file.parts and file.suffix not in (".md", ".svg")
     }
 
 
