@@ -155,9 +155,8 @@ def choose_backend(name: str, device: torch.device) -> Backend:
     if name not in BACKENDS:
         raise ConfigError(f"backend {name!r} is unknown; choose one of auto, {', '.join(BACKENDS)}")
     if name == "triton" and not isinstance(triton, ModuleType):
-        raise ConfigError(
-            f"backend 'triton' for {device}: Triton is not installed; pip install 'minirksc[gpu]', or use device='cpu'"
-        )
+        remedy = "use backend='auto'" if device.type == "cpu" else "pip install 'minirksc[gpu]', or use device='cpu'"
+        raise ConfigError(f"backend 'triton' for {device}: Triton is not installed; {remedy}")
     backend = BACKENDS[name]
     is_interpreted = name == "triton" and triton.knobs.runtime.interpret
     if backend.device_type not in (None, device.type) and not is_interpreted:

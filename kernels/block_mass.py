@@ -42,27 +42,30 @@ def block_mass_reference(
 def _block_mass_kernel(
     granule_lse_ptr,
     lse_ptr,
-    first_last_ptr,
+    tokens_ptr,
+    positions_ptr,
     mass_ptr,
     num_granules,
     num_blocks,
     NUM_HEADS: tl.constexpr,
-    GRANULES: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    GRANULE: tl.constexpr,  # keys
+    PER_BLOCK: tl.constexpr,  # granules of a block
+    BLOCKS: tl.constexpr,  # of a program
 ):
-    """Program (token, some blocks): mean over heads of the weight that each block received."""
-    token = tl.program_id(0).to(tl.int64)
-    first = tl.load(first_last_ptr + 2 * token)
-    last = tl.load(first_last_ptr + 2 * token + 1)
+    """Program (place, some blocks): mean over heads of the weight that each block received."""
+    token = tl.load(tokens_ptr + tl.program_id(0)).to(tl.int64)
+    position = tl.load(positions_ptr + tl.program_id(0))
+    first_key = tl.maximum(position - WINDOW + 1, 0) if WINDOW > 0 else 0
     blocks = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
-    granules = tl.program_id(1) * (BLOCKS * GRANULES) + tl.arange(0, BLOCKS * GRANULES)
-    is_seen = (granules >= first) & (granules <= last)  # others were never written
-    mass = tl.zeros([BLOCKS * GRANULES], tl.float32)
+    granules = tl.program_id(1) * (BLOCKS * PER_BLOCK) + tl.arange(0, BLOCKS * PER_BLOCK)
+    is_seen = (granules >= first_key // GRANULE) & (granules <= position // GRANULE)  # others were never written
+    mass = tl.zeros([BLOCKS * PER_BLOCK], tl.float32)
     for head in range(NUM_HEADS):
         row = token * NUM_HEADS + head
         lse = tl.load(granule_lse_ptr + row * num_granules + granules, mask=is_seen, other=float("-inf"))
         mass += tl.exp2(lse - tl.load(lse_ptr + row))
-    mass = tl.sum(tl.reshape(mass, (BLOCKS, GRANULES)), 1) / NUM_HEADS
+    mass = tl.sum(tl.reshape(mass, (BLOCKS, PER_BLOCK)), 1) / NUM_HEADS
     tl.store(mass_ptr + token * num_blocks + blocks, mass, mask=blocks < num_blocks)
 
 
@@ -76,29 +79,27 @@ def block_mass_triton(attended: Attended, batch: AttentionBatch) -> Tensor:
     Returns:
         `[tokens, blocks]` float32 as `block_mass_reference`.
     """
-    out, lse, granule_lse, granule = attended
+    _, lse, granule_lse, granule, work = attended
     assert lse is not None and granule_lse is not None
     num_tokens, num_heads, num_granules = granule_lse.shape
     per_block = batch.block_size // granule
     num_blocks = num_granules // per_block
-    mass = out.new_empty((num_tokens, num_blocks), dtype=torch.float32)
+    mass = granule_lse.new_empty((num_tokens, num_blocks))
     if num_tokens == 0 or num_blocks == 0:
         return mass
-    first_last = [
-        (batch.first_visible(position) // granule, position // granule)
-        for i, context_len in enumerate(batch.context_lens)
-        for position in range(context_len - (batch.cu_seqlens_q[i + 1] - batch.cu_seqlens_q[i]), context_len)
-    ]
     blocks = max(1, 128 // per_block)
     _block_mass_kernel[(num_tokens, triton.cdiv(num_blocks, blocks))](
         granule_lse,
         lse,
-        torch.tensor(first_last, dtype=torch.int32, device=out.device),
+        work.tokens,
+        work.positions,
         mass,
         num_granules,
         num_blocks,
         NUM_HEADS=num_heads,
-        GRANULES=per_block,
+        WINDOW=batch.window or 0,
+        GRANULE=granule,
+        PER_BLOCK=per_block,
         BLOCKS=blocks,
         enable_fp_fusion=True,
         num_warps=4,

@@ -14,12 +14,11 @@ rows, and their parts together keep all multiprocessors reading.
 from typing import NamedTuple
 
 import torch
-from minirksc.kernels.jit import tl, triton
+from minirksc.kernels.jit import DTYPES, tl, triton
 from torch import Tensor
 
 from minirksc.errors import ConfigError
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_PART = 4096  # logits a program holds: 16 a thread
 MAX_VOCAB = 2**24  # 4096 parts of a row
 

@@ -9,14 +9,13 @@ Sources: Shazeer 2020, arXiv 2002.05202 (SwiGLU, GeGLU); Hendrycks and Gimpel 20
 """
 
 import torch
-from minirksc.kernels.jit import tl, triton
+from minirksc.kernels.jit import DTYPES, tl, triton
 from torch import Tensor
 from torch.nn import functional as F
 
 from minirksc.errors import ConfigError
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def gated_act_reference(gate_up: Tensor, activation: str) -> Tensor:

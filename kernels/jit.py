@@ -7,6 +7,11 @@ is refused (`kernels.backend`).
 
 from typing import Any
 
+import torch
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Of the activations that kernels take."""
+
 try:
     import triton
     import triton.language as tl
@@ -23,4 +28,4 @@ except ModuleNotFoundError:
 
     triton = tl = _StandIn()
 
-__all__ = ["tl", "triton"]
+__all__ = ["DTYPES", "tl", "triton"]

@@ -1,13 +1,15 @@
-"""What the kernels that write the KV cache can take; everything else is refused before anything is launched."""
+"""What the kernels that use the KV cache can take; everything else is refused before anything is launched."""
 
 import torch
+from minirksc.kernels.jit import DTYPES
+from minirksc.kernels.launch_table import max_head_dim, max_short_rows, product_dtype
 from minirksc.kernels.layer_cache import LayerCache
 from torch import Tensor
 
 from minirksc.errors import ConfigError
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 1024
+MAX_BLOCK_SIZE = 256
 
 
 def check_kv_store(
@@ -118,3 +120,42 @@ def check_cache(cache: LayerCache) -> None:
     ):
         given = f"the scales of the cache are {list(scales.shape)} {scales.dtype}"
         raise ConfigError(f"{given}; they must be {list(kv.shape[:-1])} float32, contiguous")
+
+
+def check_attention(q: Tensor, cache: LayerCache, block_size: int) -> None:
+    """Refuses what `paged_attention_triton` cannot serve.
+
+    Args:
+        q: `[tokens, num_heads, head_dim]`.
+        cache: of the layer.
+        block_size: tokens a block.
+
+    Raises:
+        ConfigError: a dtype, a shape or a stride is wrong.
+    """
+    check_cache(cache)
+    kv = cache.kv
+    num_heads, head_dim = q.shape[1:]
+    if q.dtype not in DTYPES:
+        raise ConfigError(f"paged_attention: queries of {q.dtype}; it takes float32, float16 and bfloat16")
+    if kv.dtype not in (q.dtype, torch.int8):
+        raise ConfigError(f"paged_attention: a cache of {kv.dtype} for queries of {q.dtype}; it takes theirs or int8")
+    products = product_dtype(q.dtype, kv.dtype)
+    if head_dim > max_head_dim(products):
+        raise ConfigError(
+            f"paged_attention: head_dim {head_dim} in {q.dtype}; it takes {max_head_dim(torch.float32)} in float32 and "
+            f"{max_head_dim(torch.bfloat16)} in 16 bits (dtype='bfloat16')"
+        )
+    most = max_short_rows(head_dim, products)
+    if kv.shape[4] != head_dim or num_heads % kv.shape[3] or num_heads // kv.shape[3] > most:
+        raise ConfigError(
+            f"paged_attention: {num_heads} query heads of {head_dim} on {kv.shape[3]} KV heads of {kv.shape[4]}; "
+            f"it takes equal sizes, and 1 to {most} query heads for each KV head"
+        )
+    if block_size & (block_size - 1) or not 1 <= block_size <= MAX_BLOCK_SIZE or kv.shape[1] != block_size:
+        raise ConfigError(
+            f"paged_attention: blocks of {block_size} tokens on a cache of blocks of {kv.shape[1]}; "
+            f"it takes powers of two to {MAX_BLOCK_SIZE}"
+        )
+    if q.stride(2) != 1 or q.stride(1) != head_dim:
+        raise ConfigError(f"paged_attention: queries of strides {q.stride()}; a token's heads must lie side by side")

@@ -30,17 +30,15 @@ def copy_blocks_reference(cache: Tensor, copies: Sequence[tuple[int, int]]) -> N
 
     Args:
         cache: `[num_layers, num_blocks, ...]`, written in place: `LayerCache.kv` or `LayerCache.scales` of layers.
-        copies: (source, destination) block ids; destinations are distinct. (-1, -1): nothing is copied.
+        copies: (source, destination) block ids; destinations are distinct.
     """
     before = cache.clone()
     for source, destination in copies:
-        if destination >= 0:
-            cache[:, destination] = before[:, source]
+        cache[:, destination] = before[:, source]
 
 
 def copy_blocks_torch(cache: Tensor, copies: Sequence[tuple[int, int]]) -> None:
     """The same in one gather and one scatter."""
-    copies = [copy for copy in copies if copy[1] >= 0]
     if copies:
         sources, destinations = torch.tensor(copies, device=cache.device).unbind(1)
         cache[:, destinations] = cache[:, sources]
@@ -80,13 +78,12 @@ def copy_blocks_triton(cache: Tensor, copies: Sequence[tuple[int, int]]) -> None
     Raises:
         ConfigError: blocks are not contiguous, or there is no such block.
     """
-    copies = [copy for copy in copies if copy[1] >= 0]
     num_layers, num_blocks = cache.shape[:2]
     if num_layers and not cache[0].is_contiguous():
         given = f"the cache has shape {list(cache.shape)} and strides {cache.stride()}"
         raise ConfigError(f"{given}; the blocks of a layer must be contiguous")
     for source, destination in copies:
-        if not (0 <= source < num_blocks and destination < num_blocks):
+        if not (0 <= source < num_blocks and 0 <= destination < num_blocks):
             raise ConfigError(f"block {source} is to be copied to {destination}; blocks are 0 to {num_blocks - 1}")
     if not copies or cache.numel() == 0:
         return

@@ -27,7 +27,8 @@ import torch
 from minirksc.kernels import launch_table
 from minirksc.kernels.attention_batch import AttentionBatch
 from minirksc.kernels.jit import tl, triton
-from minirksc.kernels.launch_table import AttentionTile, max_head_dim, max_short_rows, product_dtype
+from minirksc.kernels.kv_check import check_attention
+from minirksc.kernels.launch_table import AttentionTile
 from minirksc.kernels.layer_cache import LayerCache
 from minirksc.kernels.prefix_attention import merge_partials_triton
 from minirksc.kernels.work_list import Shape, WorkList, make_work_list
@@ -36,8 +37,6 @@ from torch import Tensor
 from minirksc.errors import ConfigError
 
 LOG2_E = math.log2(math.e)
-MAX_BLOCK_SIZE = 256
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def paged_attention_reference(
@@ -227,7 +226,7 @@ def _paged_attention_kernel(
 ):
     """Program (item, KV head): see the module."""
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
-    item_ptr = items_ptr + tl.program_id(0) * 8
+    item_ptr = items_ptr + tl.program_id(0) * 8  # fields of `work_list.Item`
     kv_head = tl.program_id(1)
     num_places = tl.load(item_ptr + 1)
     if num_places == 0:  # padding
@@ -304,12 +303,14 @@ class Attended(NamedTuple):
         lse: `[tokens, num_heads]` float32, base-2 log-sum-exp of the scores; None where not asked for.
         granule_lse: `[tokens, num_heads, granules]` float32, the same of each `granule` keys; None where not asked for.
         granule: keys, the smaller of the block and the tile.
+        work: where each token's queries are.
     """
 
     out: Tensor
     lse: Tensor | None
     granule_lse: Tensor | None
     granule: int
+    work: WorkList
 
 
 def paged_attention_triton(
@@ -343,7 +344,7 @@ def attend(
     Raises:
         ConfigError: a dtype, shape or layout that the kernel cannot serve.
     """
-    _check(q, layer_cache, batch.block_size)
+    check_attention(q, layer_cache, batch.block_size)
     num_tokens, num_heads, head_dim = q.shape
     shape = work_shape(num_heads, layer_cache, q.dtype)
     work = batch.plan(shape, lambda batch: make_work_list(batch, shape))
@@ -362,7 +363,7 @@ def attend(
         width = work.table.shape[1] * batch.block_size // granule
         granule_lse = q.new_empty((num_tokens, num_heads, width), dtype=torch.float32)
     if num_tokens == 0:
-        return Attended(out, lse, granule_lse, granule)
+        return Attended(out, lse, granule_lse, granule, work)
     launches = (
         (work.tile, work.items[: work.num_short]),
         (work.prefill_tile, work.items[work.num_short :]),
@@ -370,9 +371,9 @@ def attend(
     for tile, items in launches:
         if tile is not None:
             _launch(q, layer_cache, batch, work, tile, items, scale, softcap, out, lse, granule_lse)
-    if work.needs_merge:
+    if work.num_parts:
         merge_partials_triton(*work.partials(num_heads, head_dim), work.parts, out, lse)
-    return Attended(out, lse, granule_lse, granule)
+    return Attended(out, lse, granule_lse, granule, work)
 
 
 def _launch(
@@ -426,40 +427,3 @@ def _launch(
         num_stages=tile.stages,
         **launch_table.compile_options(architecture, tile.registers),
     )
-
-
-def _check(q: Tensor, layer_cache: LayerCache, block_size: int) -> None:
-    cache, scales = layer_cache
-    num_heads, head_dim = q.shape[1:]
-    if q.dtype not in DTYPES:
-        raise ConfigError(f"paged_attention: queries of {q.dtype}; it takes float32, float16 and bfloat16")
-    if cache.dtype not in (q.dtype, torch.int8):
-        raise ConfigError(
-            f"paged_attention: a cache of {cache.dtype} for queries of {q.dtype}; it takes theirs or int8"
-        )
-    if (cache.dtype == torch.int8) != (scales is not None):
-        raise ConfigError(
-            f"paged_attention: a cache of {cache.dtype} {'with' if scales is not None else 'without'} scales"
-        )
-    products = product_dtype(q.dtype, cache.dtype)
-    if head_dim > max_head_dim(products):
-        raise ConfigError(
-            f"paged_attention: head_dim {head_dim} in {q.dtype}; it takes {max_head_dim(torch.float32)} in float32 and "
-            f"{max_head_dim(torch.bfloat16)} in 16 bits (dtype='bfloat16')"
-        )
-    most = max_short_rows(head_dim, products)
-    if cache.shape[4] != head_dim or num_heads % cache.shape[3] or num_heads // cache.shape[3] > most:
-        raise ConfigError(
-            f"paged_attention: {num_heads} query heads of {head_dim} on {cache.shape[3]} KV heads of {cache.shape[4]}; "
-            f"it takes equal sizes, and 1 to {most} query heads for each KV head"
-        )
-    if block_size & (block_size - 1) or not 1 <= block_size <= MAX_BLOCK_SIZE or cache.shape[1] != block_size:
-        raise ConfigError(
-            f"paged_attention: blocks of {block_size} tokens on a cache of blocks of {cache.shape[1]}; "
-            f"it takes powers of two to {MAX_BLOCK_SIZE}"
-        )
-    if q.stride(2) != 1 or q.stride(1) != head_dim or not cache.is_contiguous():
-        raise ConfigError(
-            f"paged_attention: queries of strides {q.stride()} and a cache of strides {cache.stride()}; a token's "
-            "heads must lie side by side, and the cache be contiguous"
-        )

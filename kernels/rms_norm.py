@@ -10,12 +10,11 @@ Source: Zhang and Sennrich 2019, arXiv 1910.07467.
 """
 
 import torch
-from minirksc.kernels.jit import tl, triton
+from minirksc.kernels.jit import DTYPES, tl, triton
 from torch import Tensor
 
 from minirksc.errors import ConfigError
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_SIZE = 16384
 
 

@@ -12,12 +12,12 @@ Source: equation 2 of the description of ASKS, the sharing of attention states b
 """
 
 import torch
-from minirksc.kernels.jit import tl, triton
+from minirksc.kernels.jit import DTYPES, tl, triton
+from minirksc.kernels.rms_norm import row_launch
 from torch import Tensor
 
 from minirksc.errors import ConfigError
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_SIZE = 16384
 
 
@@ -94,12 +94,6 @@ def _similarity_kernel(
     tl.store(out_ptr + pair, total)
 
 
-def layer_launch(size: int) -> tuple[int, int]:
-    """(numbers that a program holds of a vector, its warps): a warp gets 512, 16 a thread."""
-    block: int = triton.next_power_of_2(size)
-    return block, min(16, max(1, block // 512))
-
-
 def similarity_triton(hidden: Tensor, anchor: Tensor, weights: Tensor) -> Tensor:
     """The kernel.
 
@@ -111,7 +105,7 @@ def similarity_triton(hidden: Tensor, anchor: Tensor, weights: Tensor) -> Tensor
     out = torch.empty(pairs, dtype=torch.float32, device=hidden.device)
     if pairs == 0:
         return out
-    block, num_warps = layer_launch(size)
+    block, num_warps = row_launch(size)
     _similarity_kernel[(pairs,)](
         hidden,
         anchor,

@@ -13,6 +13,7 @@ Decode rows, the shared prefixes of a reasoning tree, chunks of prompts and whol
 Made once a step, on the host, from what the scheduler knows; all layers of a shape use it.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -23,8 +24,6 @@ from minirksc.kernels.attention_batch import KEY_CHUNK, AttentionBatch
 from minirksc.kernels.launch_table import AttentionTile, attention_tile, max_short_rows, num_programs, product_dtype
 from minirksc.kernels.prefix_attention import Segment, in_view, is_worth_sharing, own_ranges, shared_segments
 from torch import Tensor
-
-ITEM_FIELDS = 8
 
 
 class Shape(NamedTuple):
@@ -56,6 +55,9 @@ class Item(NamedTuple):
     part: int
 
 
+ITEM_FIELDS = len(Item._fields)
+
+
 @dataclass(slots=True)
 class WorkList:
     """Items as tensors, int32 on the device of the cache.
@@ -81,7 +83,6 @@ class WorkList:
     parts: Tensor
     table: Tensor
     num_parts: int
-    needs_merge: bool
     _partials: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     def partials(self, num_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -136,7 +137,10 @@ class StaticWorkList:
         self._table[:num_rows, :width].copy_(work.table)
 
     def view(self, num_rows: int, work: WorkList) -> WorkList:
-        """The buffers as a work list for all batches of `work`'s size key; always merged, for the padding's sake."""
+        """The buffers as a work list for all batches of `work`'s size key.
+
+        It has room for a partial at least: the merge is what gives padding its zeros.
+        """
         num_items = padded_size(work.num_short)
         return WorkList(
             tile=work.tile,
@@ -148,7 +152,6 @@ class StaticWorkList:
             parts=self._parts[:num_rows],
             table=self._table[:num_rows],
             num_parts=padded_size(work.num_parts),
-            needs_merge=True,
         )
 
 
@@ -319,7 +322,10 @@ class _Builder:
             return torch.tensor(values, dtype=torch.int32, device=device)
 
         width = max((len(table) for table in batch.kv_tables), default=0)
-        table = [[*row, *[-1] * (width - len(row))] for row in batch.kv_tables]
+        table = array("i")  # nested lists take torch three times as long, and contexts are long
+        for row in batch.kv_tables:
+            table.extend(array("i", row))
+            table.extend(array("i", [-1]) * (width - len(row)))
         return WorkList(
             tile=tile,
             prefill_tile=prefill_tile,
@@ -328,7 +334,13 @@ class _Builder:
             tokens=tensor(self.tokens),
             positions=tensor(self.positions),
             parts=tensor(self.parts).view(-1, 2),
-            table=tensor(table).view(len(table), width),
+            table=_from_array(table, device).view(len(batch.kv_tables), width),
             num_parts=self.num_parts,
-            needs_merge=self.num_parts > 0,
         )
+
+
+def _from_array(numbers: "array[int]", device: torch.device) -> Tensor:
+    """`[numbers]` int32."""
+    if not numbers:  # which torch.frombuffer refuses
+        return torch.empty(0, dtype=torch.int32, device=device)
+    return torch.frombuffer(numbers, dtype=torch.int32).to(device)

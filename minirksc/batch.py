@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minirksc.kernels.attention_batch import KEY_CHUNK, AttentionBatch
+from minirksc.kernels.attention_batch import AttentionBatch
 from minirksc.rsbcm import BlockCopy, BlockManager
 from minirksc.scheduler import Schedule, ScheduledRequest
 
@@ -49,7 +49,7 @@ def build_batch(
     blocks: BlockManager,
     windows: Collection[int | None],
     device: torch.device,
-    key_chunk: int | None = KEY_CHUNK,
+    key_chunk: int | None,
 ) -> ForwardBatch:
     """Flattens what the scheduler chose.
 

@@ -95,7 +95,8 @@ class KvCache:
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         """Copies blocks in every layer; all sources are read before any destination is written."""
         full = [(copy.source, copy.destination) for copy in copies]
-        window = [(copy.window_source, copy.window_destination) for copy in copies]
+        # A block that no window reaches has no room in the pool apart.
+        window = [(c.window_source, c.window_destination) for c in copies if c.window_destination >= 0]
         for (has_pool_apart, *_), tensors in self._tensors.items():
             for tensor in filter(torch.is_tensor, tensors):
                 self._copy_blocks(tensor, window if has_pool_apart else full)

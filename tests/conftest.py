@@ -41,3 +41,9 @@ def tiny_llama(tmp_path_factory):
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def zoo_dir(tmp_path_factory):
+    """Where all tests of the session find the checkpoints of `tests/models/zoo.py` that one of them has built."""
+    return tmp_path_factory.getbasetemp() / "zoo"

@@ -36,12 +36,6 @@ TOLERANCE = {
 }
 
 
-@pytest.fixture(scope="module")
-def zoo_dir(tmp_path_factory):
-    """Where all tests of the session find the checkpoints that one of them has built."""
-    return tmp_path_factory.getbasetemp() / "zoo"
-
-
 @pytest.fixture(scope="module", params=TOLERANCE)
 def case(request, zoo_dir):
     """(name, folder, tokens that each prompt alone gives in the plainest engine with an int8 cache)."""

@@ -63,12 +63,6 @@ def greedy(num_tokens):
 GREEDY = greedy(NEW_TOKENS)
 
 
-@pytest.fixture(scope="module")
-def zoo_dir(tmp_path_factory):
-    """Where all tests of the session find the checkpoints that one of them has built."""
-    return tmp_path_factory.getbasetemp() / "zoo"
-
-
 @pytest.fixture(scope="module", params=ROWS)
 def case(request, zoo_dir):
     """(folder, tokens of the torch backend by the dtype of the cache)."""
@@ -105,6 +99,16 @@ def test_batched_chunked_and_cached(case):
         assert tokens(llm.generate(PROMPTS[2:], GREEDY)) == expected["auto"][2:]
         assert llm.stats()["num_cached_tokens"] > 0
         llm.engine.blocks.check_integrity()
+
+
+def test_keys_split_by_how_much_there_is_to_do(zoo_dir):
+    folder = zoo.build(ROWS["llama"], zoo_dir / ROWS["llama"].id)
+    with open_llm(folder, backend="torch") as llm:
+        expected = tokens(llm.generate(PROMPTS[:1], GREEDY))
+    with open_llm(folder, kv_split="adaptive") as llm:
+        assert tokens(llm.generate(PROMPTS[:1], GREEDY)) == expected
+    with pytest.raises(ConfigError, match="kv_split 'adaptive' is for the triton backend"):
+        open_llm(folder, kv_split="adaptive", backend="torch")
 
 
 def test_an_int8_cache_chunked_and_forked_within_a_block(case):

@@ -60,12 +60,6 @@ GEMMA4 = zoo.Row(
 ROWS = {row.id: row for row in (rows.BY_ID["gemma3_text-linear"], GEMMA4)}
 
 
-@pytest.fixture(scope="module")
-def zoo_dir(tmp_path_factory):
-    """Where all tests of the session find the checkpoints that one of them has built."""
-    return tmp_path_factory.getbasetemp() / "zoo"
-
-
 @pytest.fixture(scope="module", params=ROWS)
 def case(request, zoo_dir):
     """(folder, transformers' model, its greedy tokens after each prompt)."""

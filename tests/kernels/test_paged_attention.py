@@ -1,11 +1,13 @@
 """Paged attention: the fast form against the reference, on shapes and caches chosen to hurt."""
 
+import importlib
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minirksc.kernels.attention_batch import AttentionBatch
-from minirksc.kernels.layer_cache import LayerCache, multiply_out
 from minirksc.kernels.paged_attention import paged_attention_reference
 from minirksc.kernels.paged_attention_torch import make_plan
 from minirksc.kernels.paged_attention_torch import paged_attention_torch as paged_attention
@@ -18,97 +20,13 @@ from minirksc.kernels.prefix_attention import (
     shared_segments,
 )
 
+sys.path.append(str(Path(__file__).parent))  # in importlib mode pytest does not add it
+cases = importlib.import_module("attention_cases")
+make_case, batches, NESTED, SCALE = cases.make_case, cases.batches, cases.NESTED, cases.SCALE
+
 FORMS = [paged_attention, paged_attention_reference]
 # Between the form in the dtype and the reference, which computes in float32 and rounds once.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-SCALE = 0.25
-
-
-def make_case(
-    query_lens,
-    context_lens,
-    *,
-    heads=(4, 2),
-    head_dim=16,
-    block_size=4,
-    window=None,
-    tables=None,
-    seed=0,
-    dtype=torch.float32,
-    consecutive=False,
-    apart=None,
-    is_int8=False,
-):
-    """Random queries, and a cache that is NaN wherever no query may look.
-
-    With `is_int8` the NaN is in the scales, since no int8 can be one.
-    `apart` numbers the blocks of the keys anew: "all" gives every row the place of each block that some row sees,
-    "own" only of those that the row itself sees; the others are -1.
-    """
-    gen = torch.Generator().manual_seed(seed)
-    needed = [-(-n // block_size) for n in context_lens]
-    if tables is None:
-        num_blocks = sum(needed) + 3
-        ids = torch.arange(num_blocks) if consecutive else torch.randperm(num_blocks, generator=gen)
-        ids = iter(ids.tolist())
-        tables = [[next(ids) for _ in range(n)] for n in needed]
-    first_keys = [
-        0 if window is None else max(0, context - query - window + 1)
-        for query, context in zip(query_lens, context_lens, strict=True)
-    ]
-    seen = {
-        block_id: None
-        for table, first, n in zip(tables, first_keys, needed, strict=True)
-        for block_id in table[first // block_size : n]
-    }
-    kv_tables = tables
-    num_blocks = max(map(max, tables)) + 2
-    if apart is not None:
-        num_blocks = len(seen) + 2
-        rooms = torch.randperm(num_blocks - 1, generator=gen).tolist()  # the last is free: -1 as an index finds NaN
-        room_of = dict(zip(seen, rooms, strict=False))
-        kv_tables = [
-            [
-                -1 if apart == "own" and place < first // block_size else room_of.get(block_id, -1)
-                for place, block_id in enumerate(table)
-            ]
-            for table, first in zip(tables, first_keys, strict=True)
-        ]
-    cache = torch.full((num_blocks, block_size, 2, heads[1], head_dim), float("nan"), dtype=dtype)
-    for table, first, context in zip(kv_tables, first_keys, context_lens, strict=True):
-        for position in range(first, context):
-            slot = (table[position // block_size], position % block_size)
-            if cache[slot].isnan().any():
-                cache[slot] = torch.randn((2, heads[1], head_dim), generator=gen).to(dtype)
-    cache = quantised(cache) if is_int8 else LayerCache(cache)
-    cu = [0]
-    for n in query_lens:
-        cu.append(cu[-1] + n)
-    qkv = torch.randn((cu[-1], heads[0] + 2 * heads[1], head_dim), generator=gen).to(dtype)
-    q = qkv[:, : heads[0]]  # strided, as the decoder passes it
-    kv = qkv[:, heads[0] :].unflatten(1, (2, heads[1]))
-    for i, (n, context) in enumerate(zip(query_lens, context_lens, strict=True)):
-        for j in range(n):
-            position = context - n + j
-            slot = (kv_tables[i][position // block_size], position % block_size)
-            kv[cu[i] + j] = multiply_out(cache.kv[slot], None if cache.scales is None else cache.scales[slot], dtype)
-    batch = AttentionBatch(
-        cu_seqlens_q=cu,
-        context_lens=context_lens,
-        block_tables=tables,
-        kv_tables=kv_tables,
-        slots=torch.empty(0, dtype=torch.int64),  # where the new keys go: the store's business
-        block_size=block_size,
-        device=torch.device("cpu"),
-        window=window,
-    )
-    return q, kv, cache, batch
-
-
-def quantised(kv):
-    """An int8 cache of what a plain one holds; where that is NaN, so are the scales."""
-    scales = kv.float().abs().amax(-1) / 127  # NaN of any NaN
-    return LayerCache((kv.float() / scales.unsqueeze(-1)).nan_to_num(99).round().to(torch.int8), scales)
 
 
 def check(case, softcap=None, scale=SCALE):
@@ -212,15 +130,6 @@ def test_a_shared_prefix_equals_no_sharing(window, softcap):
         check(make_case([1, 1, 3, 1, 1], lens, **options), softcap)
 
 
-NESTED = [
-    [1, 2, 3, 4, 5, 6, 7, 8, 9, 20],
-    [1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 21],
-    [1, 2, 3, 4, 5, 6, 7, 8, 9, 22],
-    [1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 23],
-    [40, 41],
-]
-
-
 @pytest.mark.parametrize("softcap", [None, 0.7])
 def test_nested_prefixes(softcap):
     case = make_case([1] * 5, [len(t) * 4 - 1 for t in NESTED], tables=NESTED)
@@ -272,48 +181,6 @@ def test_layers_of_other_shapes_use_the_same_plan():
         assert own.kv_tables == batch.kv_tables
         expected = paged_attention_reference(q, kv, cache, batch, SCALE, None)
         torch.testing.assert_close(paged_attention(q, kv, cache, batch, SCALE, None), expected, atol=2e-5, rtol=2e-5)
-
-
-@st.composite
-def batches(draw):
-    """Arguments of `make_case`: rows that share the beginning of one prefix or of a branch of it."""
-    size = draw(st.sampled_from([1, 2, 3, 4, 16]))
-    sequences = draw(
-        st.lists(
-            st.tuples(st.integers(1, 6), st.integers(0, 40), st.integers(0, 30), st.booleans()), min_size=1, max_size=7
-        )
-    )
-    root = list(range(100, 130))
-    fork_at = draw(st.integers(0, 12))
-    branch = root[:fork_at] + list(range(200, 230 - fork_at))
-    tables, lens, queries = [], [], []
-    free = iter(range(300, 5000))
-    for query, past, shared, is_branch in sequences:
-        query = draw(st.sampled_from([1, query]))  # decode rows are what shares
-        context = query + past
-        total = -(-context // size)
-        num_shared = min(shared, past // size, len(root))
-        prefix = (branch if is_branch else root)[:num_shared]
-        tables.append(prefix + [next(free) for _ in range(total - num_shared)])
-        lens.append(context)
-        queries.append(query)
-    windows = st.one_of(st.none(), st.sampled_from([1, size, size + 1, max(1, size - 1), 37]), st.integers(1, 50))
-    num_kv_heads = draw(st.sampled_from([1, 2]))
-    return (
-        queries,
-        lens,
-        {
-            "tables": tables,
-            "block_size": size,
-            "heads": (num_kv_heads * draw(st.sampled_from([1, 4, 5, 8])), num_kv_heads),
-            "head_dim": draw(st.sampled_from([8, 12])),
-            "window": draw(windows),
-            "apart": draw(st.sampled_from([None, "all", "own"])),
-            "dtype": draw(st.sampled_from(list(TOLERANCE))),
-            "is_int8": draw(st.booleans()),
-            "seed": draw(st.integers(0, 99)),
-        },
-    )
 
 
 @settings(max_examples=250, deadline=None)

@@ -22,7 +22,7 @@ from minirksc.kernels.work_list import Shape, adaptive_chunk, make_work_list
 from minirksc.errors import ConfigError
 
 sys.path.append(str(Path(__file__).parent))  # in importlib mode pytest does not add it
-cases = importlib.import_module("test_paged_attention")
+cases = importlib.import_module("attention_cases")
 make_case, NESTED, SCALE = cases.make_case, cases.NESTED, cases.SCALE
 
 # The reference computes in float32 and rounds once; the kernel's second product takes its probabilities in the dtype.
@@ -51,7 +51,7 @@ def check(case, softcap=None, scale=SCALE, chunk=None):
 @pytest.mark.parametrize(
     ("heads", "head_dim"),
     [
-        *[((1, 1), 1), ((2, 2), 32), ((9, 3), 64), ((4, 1), 64), ((5, 1), 80), ((2, 2), 96), ((8, 1), 96)],
+        *[((1, 1), 2), ((2, 2), 32), ((9, 3), 64), ((4, 1), 64), ((5, 1), 80), ((2, 2), 96), ((8, 1), 96)],
         *[((4, 1), 128), ((5, 1), 128), ((1, 1), 256), ((8, 1), 256), ((4, 1), 512)],
     ],
 )
@@ -109,6 +109,14 @@ def test_a_long_context_is_split_and_merged(is_int8):
     work = batch.plan(shape_of(q, cache), None)
     assert work.parts.tolist() == [[0, 6], [6, 2], [8, 4], [12, 4], [16, 4], [20, 4]]
     check(make_case([1], [641], block_size=16, heads=(2, 1)))
+
+
+def test_an_adaptive_chunk_gives_the_same():
+    case = make_case([1, 1, 4], [1500, 700, 800], block_size=16, heads=(2, 2))
+    case[3].key_chunk = None
+    check(case)
+    work = case[3].plan(shape_of(case[0], case[2]), None)
+    assert work.num_parts < 6 + 3 + 4 * 4  # fewer than fixed chunks of 256 make
 
 
 def test_with_a_fixed_chunk_a_row_is_the_same_alone_and_among_others():
@@ -328,12 +336,12 @@ def test_what_the_kernel_cannot_serve_is_refused():
     q, _, cache, _ = case
     refused(case, "float64", q=q.double())
     refused(case, "float16 for queries of torch.float32", cache=LayerCache(cache.kv.half()))
-    refused(case, "int8 without scales", cache=LayerCache(cache.kv.to(torch.int8)))
+    refused(case, "int8 with no scales", cache=LayerCache(cache.kv.to(torch.int8)))
     refused(case, "strides", q=q.transpose(1, 2).contiguous().transpose(1, 2))
     refused(
         case,
         "contiguous",
-        cache=LayerCache(cache.kv.flip(1)[:, :, :, :, :].transpose(0, 1).contiguous().transpose(0, 1)),
+        cache=LayerCache(cache.kv.transpose(0, 1).contiguous().transpose(0, 1)),
     )
     refused(make_case([1], [5], block_size=3), "powers of two")
     refused(make_case([1], [5], block_size=512), "powers of two to 256")

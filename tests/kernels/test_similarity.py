@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from minirksc.kernels.similarity import (
     MAX_SIZE,
-    layer_launch,
     layer_weights,
     similarity_reference,
     similarity_torch,
@@ -95,12 +94,6 @@ def test_layer_weights(num_layers, alpha):
     total = sum(math.exp(alpha * k / num_layers) for k in range(1, num_layers + 1))
     expected = [math.exp(alpha * k / num_layers) / total for k in range(1, num_layers + 1)]
     assert weights.tolist() == pytest.approx(expected, rel=1e-5)
-
-
-def test_every_vector_fits_the_program_that_is_chosen_for_it():
-    for size in (1, 64, 576, 4096, 5376, MAX_SIZE):
-        block, num_warps = layer_launch(size)
-        assert size <= block < 2 * size and block & (block - 1) == 0 and 1 <= num_warps <= 16
 
 
 ONES = torch.ones(2)

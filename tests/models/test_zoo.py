@@ -27,12 +27,6 @@ PROMPTS = {"short": zoo.make_prompt(zoo.SHORT, 1), "long": zoo.make_prompt(zoo.L
 every_row = pytest.mark.parametrize("row", rows.ROWS, ids=lambda row: row.id)
 
 
-@pytest.fixture(scope="session")
-def zoo_dir(tmp_path_factory):
-    """Where all tests of the session find the checkpoints that one of them has built."""
-    return tmp_path_factory.getbasetemp() / "zoo"
-
-
 def open_llm(folder, **options):
     return LLM(folder, **{"kv_cache_bytes": "8MiB", "dtype": "float32", **options})
 

@@ -39,12 +39,6 @@ ROW_IDS = [
 ]
 
 
-@pytest.fixture(scope="session")
-def zoo_dir(tmp_path_factory):
-    """Where all tests of the session find the checkpoints that one of them has built."""
-    return tmp_path_factory.getbasetemp() / "zoo"
-
-
 @pytest.fixture(scope="module", params=ROW_IDS)
 def case(request, zoo_dir):
     """(folder, tokens that each prompt alone gives in the plainest engine)."""
