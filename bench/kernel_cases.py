@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 from minirksc.kernels import launch_table
 from minirksc.kernels.attention_batch import AttentionBatch
+from minirksc.kernels.block_mass import block_mass_triton
 from minirksc.kernels.confidence import confidence_triton
 from minirksc.kernels.gated_act import ACTIVATIONS, gated_act_triton
 from minirksc.kernels.kv_copy import copy_blocks_triton, copy_rotated_triton
@@ -202,6 +203,7 @@ def attention_cases() -> Iterator[Case]:
         yield _attention_case(head_dim, block_size, rows, "bf16", int8=int8, subset=subset)
     for head_dim, label, rows in product((64, 128, 256), ("fp16", "fp32"), (16, None)):
         yield _attention_case(head_dim, 16, rows, label)
+        yield _attention_case(head_dim, 16, rows, label, int8=True)
     for rows in (16, None):
         yield _attention_case(128, 16, rows, "bf16", window=1024, softcap=50.0)
         yield _attention_case(128, 16, rows, "bf16", with_mass=True)
@@ -264,7 +266,9 @@ def _attend(
     )
     qkv = _meta(num_tokens, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
     layer = _layer_cache(head_dim, block_size, kv_dtype)
-    attend(qkv[:, :num_heads], layer, batch, head_dim**-0.5, softcap, with_mass=with_mass)
+    attended = attend(qkv[:, :num_heads], layer, batch, head_dim**-0.5, softcap, with_mass=with_mass)
+    if with_mass:
+        block_mass_triton(attended, batch)
 
 
 def _store(
