@@ -190,8 +190,12 @@ def copy_cases() -> Iterator[Case]:
         table = _meta(TOKENS, 1, head_dim, dtype=torch.float32)
         yield Case(
             f"copy_rotated d{head_dim} b{block_size} {label}",
-            lambda layer=layer, slots=slots, table=table: copy_rotated_triton(layer, slots, slots, table, table),
+            lambda layer=layer, slots=slots, table=table: copy_rotated_triton(layer, slots, slots, (table, table)),
             subset,
+        )
+        yield Case(
+            f"copy_rotated d{head_dim} b{block_size} {label}, no rope",
+            lambda layer=layer, slots=slots: copy_rotated_triton(layer, slots, slots, None),
         )
 
 
@@ -206,7 +210,10 @@ def attention_cases() -> Iterator[Case]:
         yield _attention_case(head_dim, 16, rows, label, int8=True)
     for rows in (16, None):
         yield _attention_case(128, 16, rows, "bf16", window=1024, softcap=50.0)
-        yield _attention_case(128, 16, rows, "bf16", with_mass=True)
+    for rows, int8 in product(launch_table.SHORT_ROWS, (False, True)):  # what a decode step may launch
+        yield _attention_case(128, 16, rows, "bf16", int8=int8, subset=rows == 16 and not int8, with_mass=True)
+    yield _attention_case(64, 16, 16, "bf16", with_mass=True)
+    yield _attention_case(256, 64, 16, "bf16", with_mass=True, window=1024, softcap=50.0)
 
 
 def _attention_case(

@@ -6,10 +6,19 @@ from types import ModuleType
 
 import torch
 from minirksc.kernels.attention_batch import AttentionBatch
+from minirksc.kernels.block_mass import paged_attention_mass_reference, paged_attention_mass_triton
+from minirksc.kernels.block_mass_torch import paged_attention_mass_torch
 from minirksc.kernels.confidence import Confidence, confidence_reference, confidence_torch, confidence_triton
 from minirksc.kernels.gated_act import gated_act_reference, gated_act_torch, gated_act_triton
 from minirksc.kernels.jit import triton
-from minirksc.kernels.kv_copy import copy_blocks_reference, copy_blocks_torch, copy_blocks_triton
+from minirksc.kernels.kv_copy import (
+    copy_blocks_reference,
+    copy_blocks_torch,
+    copy_blocks_triton,
+    copy_rotated_reference,
+    copy_rotated_torch,
+    copy_rotated_triton,
+)
 from minirksc.kernels.kv_store import kv_store_reference, kv_store_torch, kv_store_triton
 from minirksc.kernels.layer_cache import LayerCache
 from minirksc.kernels.paged_attention import paged_attention_reference, paged_attention_triton
@@ -22,12 +31,11 @@ from minirksc.kernels.rms_norm import (
     rms_norm_torch,
     rms_norm_triton,
 )
+from minirksc.kernels.rope import RopeTables
 from minirksc.kernels.similarity import similarity_reference, similarity_torch, similarity_triton
 from torch import Tensor
 
 from minirksc.errors import ConfigError
-
-RopeTables = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +47,8 @@ class Backend:
         device_type: where it runs; None: anywhere.
         block_sizes: tokens a KV block that its kernels can have; None: any number.
         prepack: weights are packed for the CPU.
-        is_capturable: a step reads nothing back from the device, so that it can be recorded as a CUDA graph.
+        is_capturable: a step reads nothing back from the device, so that it can be recorded as a CUDA graph; one with
+            `paged_attention_mass` cannot.
         splits_keys: heeds `AttentionBatch.key_chunk`.
     """
 
@@ -68,7 +77,11 @@ class Backend:
         None,
     ]
     copy_blocks: Callable[[Tensor, Sequence[tuple[int, int]]], None]
+    copy_rotated: Callable[[LayerCache, Tensor, Tensor, RopeTables | None], None]
     paged_attention: Callable[[Tensor, Tensor, LayerCache, AttentionBatch, float, float | None], Tensor]
+    paged_attention_mass: Callable[
+        [Tensor, Tensor, LayerCache, AttentionBatch, float, float | None], tuple[Tensor, Tensor]
+    ]
     confidence: Callable[[Tensor], Confidence]
     similarity: Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -98,7 +111,9 @@ BACKENDS = {
             gated_act=gated_act_triton,
             kv_store=kv_store_triton,
             copy_blocks=copy_blocks_triton,
+            copy_rotated=copy_rotated_triton,
             paged_attention=paged_attention_triton,
+            paged_attention_mass=paged_attention_mass_triton,
             confidence=confidence_triton,
             similarity=similarity_triton,
         ),
@@ -114,7 +129,9 @@ BACKENDS = {
             gated_act=gated_act_torch,
             kv_store=kv_store_torch,
             copy_blocks=copy_blocks_torch,
+            copy_rotated=copy_rotated_torch,
             paged_attention=paged_attention_torch,
+            paged_attention_mass=paged_attention_mass_torch,
             confidence=confidence_torch,
             similarity=similarity_torch,
         ),
@@ -130,7 +147,9 @@ BACKENDS = {
             gated_act=gated_act_reference,
             kv_store=kv_store_reference,
             copy_blocks=copy_blocks_reference,
+            copy_rotated=copy_rotated_reference,
             paged_attention=paged_attention_reference,
+            paged_attention_mass=paged_attention_mass_reference,
             confidence=confidence_reference,
             similarity=similarity_reference,
         ),

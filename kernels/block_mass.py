@@ -3,14 +3,51 @@
 The block manager keeps what is looked at. The attention kernel stores, where it is asked to, the base-2 log-sum-exp of
 each granule of keys (the smaller of a block and a tile) from the sums that it has anyway; relative to the whole row's
 that is the granule's weight. No scores are computed a second time.
+
+`paged_attention_mass_*` are attention and mass of a decode step; the CPU's is in `block_mass_torch`.
 """
+
+from itertools import pairwise
 
 import torch
 from minirksc.kernels.attention_batch import AttentionBatch
 from minirksc.kernels.jit import tl, triton
 from minirksc.kernels.layer_cache import LayerCache
-from minirksc.kernels.paged_attention import Attended, weights_and_values
+from minirksc.kernels.paged_attention import Attended, attend, paged_attention_reference, weights_and_values
 from torch import Tensor
+
+from minirksc.errors import ConfigError
+
+
+def paged_attention_mass_reference(
+    q: Tensor, kv: Tensor, layer_cache: LayerCache, batch: AttentionBatch, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """The specification of attention with mass; arguments as of `paged_attention_reference`.
+
+    Returns:
+        (out `[sequences, num_heads, head_dim]` as of `paged_attention`, mass `[sequences, blocks]` float32 as of
+        `block_mass_reference`).
+
+    Raises:
+        ConfigError: a sequence has more or fewer new tokens than one.
+    """
+    check_decode(batch)
+    out = paged_attention_reference(q, kv, layer_cache, batch, scale, softcap)
+    return out, block_mass_reference(q, layer_cache, batch, scale, softcap)
+
+
+def check_decode(batch: AttentionBatch) -> None:
+    """Refuses a batch in which not every sequence has one new token.
+
+    Raises:
+        ConfigError: it is such a batch.
+    """
+    for i, (begin, end) in enumerate(pairwise(batch.cu_seqlens_q)):
+        if end - begin != 1:
+            raise ConfigError(
+                f"attention mass is for decode steps, and sequence {i} has {end - begin} new tokens; it must be 1 in "
+                "each, use paged_attention for this step"
+            )
 
 
 def block_mass_reference(
@@ -105,3 +142,18 @@ def block_mass_triton(attended: Attended, batch: AttentionBatch) -> Tensor:
         num_warps=4,
     )
     return mass
+
+
+def paged_attention_mass_triton(
+    q: Tensor, kv: Tensor, layer_cache: LayerCache, batch: AttentionBatch, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """The kernels: one launch more than the attention.
+
+    Not to be recorded as part of a CUDA graph: the places beyond a batch in its buffers name tokens of earlier ones.
+
+    Raises:
+        ConfigError: not a decode step, or a dtype, shape or layout that the kernel cannot serve.
+    """
+    check_decode(batch)
+    attended = attend(q, layer_cache, batch, scale, softcap, with_mass=True)
+    return attended.out, block_mass_triton(attended, batch)

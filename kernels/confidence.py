@@ -1,16 +1,17 @@
-"""How sure the model is of its next token: likeliest token, its probability, entropy and log-sum-exp.
+"""How sure the model is of its next token: likeliest token, its probability, entropy, log-sum-exp and mean logit.
 
 For logits x with maximum m: s = sum exp(x - m), lse = m + log s, p = exp(x - lse), top-1 probability = 1 / s,
 entropy = lse - sum p x (nats), which is log s - t / s with t = sum (x - m) exp(x - m). Computed in float32. -inf
 logits have probability zero and add nothing. A row with NaN or +inf, or with nothing but -inf, has no finite
 log-sum-exp, and its probability and entropy are NaN; its argmax means nothing, but is in the vocabulary. Ties go to
-the smallest index.
+the smallest index. The mean is over the whole vocabulary: of a row with a logit of -inf it is -inf.
 
-The kernel reads the logits once. A program holds one part of a row in registers and finds (m, argmax, s, t) of it; a
-second launch brings the parts of a row to one maximum and adds them up. Not one program a row: a decode step has few
-rows, and their parts together keep all multiprocessors reading.
+The kernel reads the logits once. A program holds one part of a row in registers and finds (m, argmax, s, t) and the
+sum of it; a second launch brings the parts of a row to one maximum and adds them up. Not one program a row: a decode
+step has few rows, and their parts together keep all multiprocessors reading.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -31,12 +32,27 @@ class Confidence(NamedTuple):
         top1_probability: `[rows]` float32.
         entropy: `[rows]` float32, nats.
         logsumexp: `[rows]` float32.
+        mean_logit: `[rows]` float32.
     """
 
     argmax: Tensor
     top1_probability: Tensor
     entropy: Tensor
     logsumexp: Tensor
+    mean_logit: Tensor
+
+    def self_certainty(self, vocab: int) -> Tensor:
+        """How far the distribution is from the uniform one: KL(uniform, p) = lse - mean - log vocab, in nats.
+
+        Args:
+            vocab: number of logits in a row.
+
+        Returns:
+            `[rows]` float32, 0 for equal logits; infinite where a logit is -inf, since the uniform has it.
+
+        Source: Kang et al. 2025, arXiv 2502.18581.
+        """
+        return self.logsumexp - self.mean_logit - math.log(vocab)
 
 
 def confidence_reference(logits: Tensor) -> Confidence:
@@ -52,27 +68,27 @@ def confidence_reference(logits: Tensor) -> Confidence:
     entropy = -torch.where(p > 0, p * logprobs, torch.where(p.isnan(), p, 0.0)).sum(-1)
     argmax = (x == x.amax(-1, keepdim=True)).int().argmax(-1)
     top1 = p.gather(-1, argmax.unsqueeze(-1)).squeeze(-1)
-    return Confidence(argmax, top1, entropy, lse)
+    return Confidence(argmax, top1, entropy, lse, x.mean(-1))
 
 
 def confidence_torch(logits: Tensor) -> Confidence:
-    """The same in four passes over the logits and one temporary."""
+    """The same in five passes over the logits and one temporary."""
     x = logits.float()
     top, argmax = x.max(-1)
     weights = (x - top.unsqueeze(-1)).exp_()  # [rows, vocab], relative to the largest: no overflow
     total = weights.sum(-1)
-    mean = torch.linalg.vecdot(weights, x) / total
-    if bool(mean.isnan().any()):
+    expected = torch.linalg.vecdot(weights, x) / total
+    if bool(expected.isnan().any()):
         # A weight of zero on a logit of -inf gives NaN, and must add nothing.
-        mean = torch.linalg.vecdot(weights, x.clamp(min=torch.finfo(torch.float32).min)) / total
+        expected = torch.linalg.vecdot(weights, x.clamp(min=torch.finfo(torch.float32).min)) / total
     lse = top + total.log()
-    return Confidence(argmax, 1 / total, lse - mean, lse)
+    return Confidence(argmax, 1 / total, lse - expected, lse, x.mean(-1))
 
 
 @triton.jit
 def _confidence_kernel(
     logits_ptr,
-    parts_ptr,  # [rows, 3, PARTS] float32: m, s and t
+    parts_ptr,  # [rows, 4, PARTS] float32: m, s, t and the sum of the logits
     argmax_ptr,  # [rows, PARTS] int32
     stride_row,
     VOCAB: tl.constexpr,
@@ -87,10 +103,11 @@ def _confidence_kernel(
     # Of a part that is all -inf nothing must be subtracted: -inf - -inf is NaN.
     below = x - tl.where(top == float("-inf"), 0.0, top)
     weights = tl.exp(below)
-    parts_ptr += row * 3 * PARTS + part
+    parts_ptr += row * 4 * PARTS + part
     tl.store(parts_ptr, top)
     tl.store(parts_ptr + PARTS, tl.sum(weights, 0))
     tl.store(parts_ptr + 2 * PARTS, tl.sum(tl.where(weights > 0, below, 0.0) * weights, 0))
+    tl.store(parts_ptr + 3 * PARTS, tl.sum(tl.where(cols < VOCAB, x, 0.0), 0))
     tl.store(argmax_ptr + row * PARTS + part, argmax)
 
 
@@ -102,6 +119,7 @@ def _merge_kernel(
     top1_ptr,
     entropy_ptr,
     lse_ptr,
+    mean_ptr,
     VOCAB: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -109,10 +127,11 @@ def _merge_kernel(
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK)
     mask = part < PARTS
-    parts_ptr += row * 3 * PARTS + part
+    parts_ptr += row * 4 * PARTS + part
     tops = tl.load(parts_ptr, mask=mask, other=float("-inf"))
     sums = tl.load(parts_ptr + PARTS, mask=mask, other=0.0)
-    means = tl.load(parts_ptr + 2 * PARTS, mask=mask, other=0.0)
+    below_sums = tl.load(parts_ptr + 2 * PARTS, mask=mask, other=0.0)
+    logit_sums = tl.load(parts_ptr + 3 * PARTS, mask=mask, other=0.0)
     argmaxes = tl.load(part_argmax_ptr + row * PARTS + part, mask=mask, other=VOCAB)
     top = tl.max(tops, 0)
     argmax = tl.min(tl.where(tops == top, argmaxes, VOCAB), 0)
@@ -120,11 +139,12 @@ def _merge_kernel(
     weights = tl.exp(below)
     total = tl.sum(weights * sums, 0)
     # Relative to the row's maximum, t of a part is (m of the part - m of the row) s more.
-    mean = tl.sum(weights * (means + tl.where(weights > 0, below, 0.0) * sums), 0) / total
+    expected = tl.sum(weights * (below_sums + tl.where(weights > 0, below, 0.0) * sums), 0) / total
     tl.store(argmax_ptr + row, tl.where(argmax < VOCAB, argmax, 0).to(tl.int64))
     tl.store(top1_ptr + row, tl.where(total > 0, 1 / total, float("nan")))
-    tl.store(entropy_ptr + row, tl.log(total) - mean)
+    tl.store(entropy_ptr + row, tl.log(total) - expected)
     tl.store(lse_ptr + row, top + tl.log(total))
+    tl.store(mean_ptr + row, tl.sum(logit_sums, 0) / VOCAB)
 
 
 def part_launch(vocab: int) -> tuple[int, int]:
@@ -145,14 +165,14 @@ def confidence_triton(logits: Tensor) -> Confidence:
         raise ConfigError(f"logits have shape {list(logits.shape)}; they must be [rows, 1 to {MAX_VOCAB}]")
     rows, vocab = logits.shape
     argmax = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    result = Confidence(argmax, *(torch.empty(rows, device=logits.device, dtype=torch.float32) for _ in range(3)))
+    result = Confidence(argmax, *(torch.empty(rows, device=logits.device, dtype=torch.float32) for _ in range(4)))
     if rows == 0:
         return result
     if vocab > 1 and logits.stride(1) != 1:
         raise ConfigError(f"rows of logits have stride {logits.stride(1)}; they must be contiguous, of stride 1")
     block, num_warps = part_launch(vocab)
     num_parts = triton.cdiv(vocab, block)
-    parts = torch.empty((rows, 3, num_parts), dtype=torch.float32, device=logits.device)
+    parts = torch.empty((rows, 4, num_parts), dtype=torch.float32, device=logits.device)
     part_argmax = torch.empty((rows, num_parts), dtype=torch.int32, device=logits.device)
     _confidence_kernel[(rows, num_parts)](
         logits,

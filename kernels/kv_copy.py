@@ -3,7 +3,8 @@
 A key that stands at position p was rotated by p; turned by (q - p) it is the key of position q (`rope`). So a run of
 tokens that another prompt has elsewhere needs no forward pass: values are copied, keys copied and turned. Rotations
 add up exactly for tables without an attention factor; only the rounding of keys happens once more. Keys of an int8
-cache are multiplied out, turned in float32 and rounded anew, with a new scale.
+cache are multiplied out, turned in float32 and rounded anew, with a new scale. Without tables nothing is turned, and
+all numbers are copied as they are.
 
 The kernel of blocks gives every program a part of one block of one layer. The kernel of tokens is that of `kv_store`
 between two slots.
@@ -17,7 +18,7 @@ from minirksc.kernels.jit import tl, triton
 from minirksc.kernels.kv_check import check_cache, check_rope
 from minirksc.kernels.kv_store import heads_of_program
 from minirksc.kernels.layer_cache import LayerCache, multiply_out
-from minirksc.kernels.rope import rope_reference, rope_torch, rotated
+from minirksc.kernels.rope import RopeTables, rope_reference, rope_torch, rotated
 from torch import Tensor
 
 from minirksc.errors import ConfigError
@@ -105,44 +106,48 @@ def copy_blocks_triton(cache: Tensor, copies: Sequence[tuple[int, int]]) -> None
     )
 
 
-def copy_rotated_reference(cache: LayerCache, sources: Tensor, destinations: Tensor, cos: Tensor, sin: Tensor) -> None:
+def copy_rotated_reference(cache: LayerCache, sources: Tensor, destinations: Tensor, rope: RopeTables | None) -> None:
     """The specification: token by token.
 
     Args:
         cache: of one layer, written in place.
         sources: `[tokens]` int64 or int32, slots.
         destinations: `[tokens]` int64 or int32, slots; distinct, and none of them a source.
-        cos: `[tokens, 1, rotary_dim]`, from `rope_tables` of new minus old position with scale 1.
-        sin: like cos.
+        rope: tables of new minus old position with scale 1, see `rope_tables`; None for a layer without positions.
     """
     kv, scales = (None if part is None else part.flatten(0, 1) for part in cache)  # by slot
     assert kv is not None
     for token, (source, destination) in enumerate(zip(sources.tolist(), destinations.tolist(), strict=True)):
         kv[destination] = kv[source]
-        table = cos[token : token + 1], sin[token : token + 1]
+        if scales is not None:
+            scales[destination] = scales[source]
+        if rope is None:
+            continue
+        table = rope[0][token : token + 1], rope[1][token : token + 1]
         if scales is None:
             rope_reference(kv[destination, :1], *table)
             continue
-        scales[destination] = scales[source]
         key = multiply_out(kv[source, :1], scales[source, :1], torch.float32)  # [1, num_kv_heads, head_dim]
         rope_reference(key, *table)
         kv[destination, :1], scales[destination, :1] = round_to_int8(key)
 
 
-def copy_rotated_torch(cache: LayerCache, sources: Tensor, destinations: Tensor, cos: Tensor, sin: Tensor) -> None:
+def copy_rotated_torch(cache: LayerCache, sources: Tensor, destinations: Tensor, rope: RopeTables | None) -> None:
     """The same in one gather and one scatter, in float32."""
     slots = cache.kv.flatten(0, 1)  # [slots, 2, num_kv_heads, head_dim]
     kv, destinations = slots[sources], destinations.long()
-    if cache.scales is None:
-        keys = kv[:, 0].float()
-        rope_torch(keys, cos.float(), sin.float())
-        kv[:, 0] = keys
-    else:
-        scales = cache.scales.flatten(0, 1)[sources]
-        keys = multiply_out(kv[:, 0], scales[:, 0], torch.float32)
-        rope_torch(keys, cos.float(), sin.float())
-        kv[:, 0], scales[:, 0] = round_to_int8(keys)
+    tables = None if rope is None else [table.float() for table in rope]
+    if cache.scales is not None:
+        scales = cache.scales.flatten(0, 1)[sources]  # [tokens, 2, num_kv_heads]
+        if tables is not None:
+            keys = multiply_out(kv[:, 0], scales[:, 0], torch.float32)
+            rope_torch(keys, *tables)
+            kv[:, 0], scales[:, 0] = round_to_int8(keys)
         cache.scales.flatten(0, 1).index_copy_(0, destinations, scales)
+    elif tables is not None:
+        keys = kv[:, 0].float()
+        rope_torch(keys, *tables)
+        kv[:, 0] = keys
     slots.index_copy_(0, destinations, kv)
 
 
@@ -184,7 +189,7 @@ def _copy_rotated_kernel(
         rest = tl.load(source_ptr + rest_cols, mask=rest_mask, other=0.0).to(tl.float32)  # [HEADS, REST_PAD]
     if scales_ptr is not None:
         scales = tl.load(scales_ptr + source + heads, mask=is_head, other=0.0)
-    if is_key:
+    if cos_ptr is not None and is_key:
         cos_ptr += token * stride_rope_token
         sin_ptr += token * stride_rope_token
         if scales_ptr is None:
@@ -207,7 +212,7 @@ def _copy_rotated_kernel(
         tl.store(scales_ptr + destination + heads, scales, mask=is_head)
 
 
-def copy_rotated_triton(cache: LayerCache, sources: Tensor, destinations: Tensor, cos: Tensor, sin: Tensor) -> None:
+def copy_rotated_triton(cache: LayerCache, sources: Tensor, destinations: Tensor, rope: RopeTables | None) -> None:
     """The kernel: one launch.
 
     Raises:
@@ -215,16 +220,18 @@ def copy_rotated_triton(cache: LayerCache, sources: Tensor, destinations: Tensor
     """
     kv, scales = cache
     check_cache(cache)
+    cos, sin = (None, None) if rope is None else rope
+    tokens, (_, num_kv_heads, head_dim) = len(sources if cos is None else cos), kv.shape[2:]
     for name, slots in (("sources", sources), ("destinations", destinations)):
         is_int = slots.dtype in (torch.int64, torch.int32)
-        if slots.shape != (len(cos),) or not is_int or not slots.is_contiguous():
+        if slots.shape != (tokens,) or not is_int or not slots.is_contiguous():
             given = f"{name} are {list(slots.shape)} {slots.dtype}"
-            raise ConfigError(f"{given}; they must be [{len(cos)}], as the tables, contiguous, int64 or int32")
-    tokens, (_, num_kv_heads, head_dim) = len(sources), kv.shape[2:]
-    check_rope((cos, sin), tokens, head_dim)
+            raise ConfigError(f"{given}; they must be [{tokens}], one a token, contiguous, int64 or int32")
+    if rope is not None:
+        check_rope(rope, tokens, head_dim)
     if tokens == 0:
         return
-    half = cos.shape[2] // 2
+    half = (head_dim if cos is None else cos.shape[2]) // 2
     rest = head_dim - 2 * half
     heads = heads_of_program(head_dim, num_kv_heads)
     groups = triton.cdiv(num_kv_heads, heads)
@@ -235,7 +242,7 @@ def copy_rotated_triton(cache: LayerCache, sources: Tensor, destinations: Tensor
         destinations,
         cos,
         sin,
-        cos.stride(0),
+        0 if cos is None else cos.stride(0),
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
         HALF=half,

@@ -6,6 +6,8 @@ holds it exactly: emulated 16-bit products are several times slower. The packed 
 caller drops the plain one.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -45,6 +47,12 @@ class Linear:
         self.dtype = weight.dtype
         self.bias = bias
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self.packed else weight
+
+    def rows(self, indices: Sequence[int]) -> "Linear":
+        """The layer that computes these outputs alone; unpacks the weight once."""
+        dense = self.weight.to_dense() if self.packed else self.weight  # [out_features, in_features]
+        bias = None if self.bias is None else self.bias[list(indices)]
+        return Linear(dense[list(indices)], bias, prepack=self.packed)
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[tokens, in_features]` -> `[tokens, out_features]`, dtype of x."""

@@ -78,10 +78,10 @@ def paged_attention_torch(
 ) -> Tensor:
     """The same in few large calls; arguments and result as in `paged_attention_reference`."""
     plan = batch.plan("torch", make_plan)
-    attend = _Attend(scale, softcap)
-    cache = _Slots.of(layer_cache, q.dtype)
+    attend = Attend(scale, softcap)
+    cache = Slots.of(layer_cache, q.dtype)
     if plan.rows is None:
-        return _decode(q, cache, plan, attend)
+        return decode(q, cache, plan, attend)[0]
     out = torch.empty_like(q)
     for prefill in plan.prefills:
         rows = slice(prefill.begin, prefill.begin + prefill.num_queries)
@@ -90,12 +90,12 @@ def paged_attention_torch(
         else:
             out[rows] = _prefill(q[rows], kv[rows], cache, prefill, attend)
     if plan.num_decode:
-        out[plan.rows] = _decode(q[plan.rows], cache, plan, attend)
+        out[plan.rows] = decode(q[plan.rows], cache, plan, attend)[0]
     return out
 
 
 @dataclass(frozen=True, slots=True)
-class _Slots:
+class Slots:
     """The cache slot by slot, read in the dtype of the queries."""
 
     kv: Tensor  # [slots, 2, num_kv_heads, head_dim]
@@ -103,9 +103,13 @@ class _Slots:
     dtype: torch.dtype
 
     @staticmethod
-    def of(cache: LayerCache, dtype: torch.dtype) -> "_Slots":
+    def of(cache: LayerCache, dtype: torch.dtype) -> "Slots":
         """Those of a layer."""
-        return _Slots(cache.kv.flatten(0, 1), None if cache.scales is None else cache.scales.flatten(0, 1), dtype)
+        return Slots(cache.kv.flatten(0, 1), None if cache.scales is None else cache.scales.flatten(0, 1), dtype)
+
+    def keys(self) -> "Slots":
+        """The same without the values: `[slots, 1, num_kv_heads, head_dim]`."""
+        return Slots(self.kv[:, :1], None if self.scales is None else self.scales[:, :1], self.dtype)
 
     def run(self, begin: int, length: int) -> Tensor:
         """Consecutive ones, `[length, 2, num_kv_heads, head_dim]`; not a copy, unless it is int8."""
@@ -119,7 +123,7 @@ class _Slots:
 
 
 @dataclass(frozen=True, slots=True)
-class _Attend:
+class Attend:
     """Attention over keys that are given, with the log-sum-exp of the scores."""
 
     scale: float
@@ -155,7 +159,7 @@ class _Attend:
 
 
 def _softcapped(q: Tensor, kv: Tensor, scale: float, softcap: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As `_Attend`, by plain matrix products: the flash kernel has no place for the cap."""
+    """As `Attend`, by plain matrix products: the flash kernel has no place for the cap."""
     batch, num_queries, num_heads, _ = q.shape
     num_kv_heads = kv.shape[3]
     grouped = q.reshape(batch, num_queries, num_kv_heads, -1, q.shape[-1]).permute(0, 2, 3, 1, 4)
@@ -173,7 +177,7 @@ def _softcapped(q: Tensor, kv: Tensor, scale: float, softcap: float, mask: Tenso
     return out.flatten(2, 3), lse.permute(0, 3, 1, 2).reshape(batch, num_queries, num_heads)
 
 
-def _over_keys(q: Tensor, cache: _Slots, keys: Keys, attend: _Attend) -> tuple[Tensor, Tensor]:
+def _over_keys(q: Tensor, cache: Slots, keys: Keys, attend: Attend) -> tuple[Tensor, Tensor]:
     """Attention of q `[queries, num_heads, head_dim]`, all of which see all of the keys.
 
     Returns:
@@ -189,7 +193,7 @@ def _over_keys(q: Tensor, cache: _Slots, keys: Keys, attend: _Attend) -> tuple[T
     return out[0], lse[0]
 
 
-def _prefill(q: Tensor, kv: Tensor, cache: _Slots, prefill: Prefill, attend: _Attend) -> Tensor:
+def _prefill(q: Tensor, kv: Tensor, cache: Slots, prefill: Prefill, attend: Attend) -> Tensor:
     """New tokens of one sequence: causal among themselves, all of the past visible."""
     out, lse = attend(q[None], kv[None], causal=True)
     if prefill.num_past:
@@ -200,11 +204,11 @@ def _prefill(q: Tensor, kv: Tensor, cache: _Slots, prefill: Prefill, attend: _At
 def _prefill_in_tiles(
     q: Tensor,
     kv: Tensor,
-    cache: _Slots,
+    cache: Slots,
     prefill: Prefill,
     plan: AttentionPlan,
     window: int | None,
-    attend: _Attend,
+    attend: Attend,
 ) -> Tensor:
     """The same with a window or a soft cap: each tile of queries over the keys that some of them see."""
     past = prefill.past
@@ -230,16 +234,26 @@ def _tile_mask(num_queries: int, num_keys: int, window: int, device: torch.devic
     return torch.zeros(visible.shape, device=device).masked_fill_(~visible, float("-inf"))[None, None]
 
 
-def _decode(q: Tensor, cache: _Slots, plan: AttentionPlan, attend: _Attend) -> Tensor:
-    """Queries of all places, `[num_decode, num_heads, head_dim]`: what each reads alone, then what it shares."""
+def decode(q: Tensor, cache: Slots, plan: AttentionPlan, attend: Attend) -> tuple[Tensor, Tensor]:
+    """One query a place: what each reads alone, then what it shares.
+
+    Args:
+        q: `[num_decode, num_heads, head_dim]`.
+        cache: keys and values.
+        plan: of the batch.
+        attend: how.
+
+    Returns:
+        (out `[num_decode, num_heads, head_dim]`, lse `[num_decode, num_heads]` float32).
+    """
     out, lse = _decode_own(q, cache, plan, attend)
     for segment, keys in plan.shared:
         places = slice(segment.row_begin, segment.row_end)
         merge_into(out[places], lse[places], *_over_keys(q[places], cache, keys, attend))
-    return out
+    return out, lse
 
 
-def _decode_own(q: Tensor, cache: _Slots, plan: AttentionPlan, attend: _Attend) -> tuple[Tensor, Tensor]:
+def _decode_own(q: Tensor, cache: Slots, plan: AttentionPlan, attend: Attend) -> tuple[Tensor, Tensor]:
     """Each place over the keys that it reads alone; one call, or one a place where keys are many."""
     if plan.own_slots is None:
         parts = [_over_keys(q[i : i + 1], cache, keys, attend) for i, keys in enumerate(plan.own)]

@@ -9,8 +9,11 @@ import torch
 from minirksc.kernels.jit import tl, triton
 from torch import Tensor
 
+RopeTables = tuple[Tensor, Tensor]
+"""(cos, sin), each `[tokens, 1, rotary_dim]`; see `rope_tables`."""
 
-def rope_tables(positions: Tensor, inv_freq: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+
+def rope_tables(positions: Tensor, inv_freq: Tensor, scale: float, dtype: torch.dtype) -> RopeTables:
     """Cosines and signed sines of every position, made once a step and used by all layers.
 
     Args:

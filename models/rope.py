@@ -62,6 +62,33 @@ class Rotary:
             freq = torch.where(is_long[:, None], self._long_freq, freq)  # [tokens, rotary_dim / 2]
         return rope_tables(positions, freq, self._rope.attention_factor, dtype)
 
+    @property
+    def can_shift(self) -> bool:
+        """Whether keys at p and p + d are a rotation apart that depends on d alone; `UNSHIFTABLE` says why not."""
+        return self._rope.kind not in UNSHIFTABLE
+
+    def shift_tables(self, shifts: Tensor) -> tuple[Tensor, Tensor]:
+        """Tables that turn keys stored at positions p into those of positions p + shift.
+
+        The attention factor is in the stored keys already, and not in these tables. They are exact up to float32
+        angles: an angle of position p is off by up to p * 2^-24 radians, here as in all tables.
+
+        Args:
+            shifts: `[tokens]` int64, new position minus old; may be negative.
+
+        Returns:
+            (cos, sin), each `[tokens, 1, rotary_dim]` float32, for `kernels.kv_copy`.
+
+        Raises:
+            UnsupportedModelError: not `can_shift`.
+        """
+        if not self.can_shift:
+            kind = self._rope.kind
+            raise UnsupportedModelError(
+                f"keys of {kind} rope cannot be moved to other positions: {UNSHIFTABLE[kind]}; compute them anew"
+            )
+        return rope_tables(shifts, self._freq, 1.0, torch.float32)
+
 
 def inv_freq(rope: RopeSpec, is_long: bool = False) -> Tensor:
     """Radians per position of each rotated pair: `[rotary_dim / 2]` float32.
@@ -142,3 +169,9 @@ KINDS: dict[str, Callable[[RopeSpec, Tensor], Tensor]] = {
     "proportional": _proportional,
 }
 """From the plain radians a position to the kind's own. Dynamic and longrope depend on more: see `Rotary`."""
+
+UNSHIFTABLE = {
+    "dynamic": "beyond the original length each position turns at a speed of its own",
+    "longrope": "how fast a key turns depends on how long its sequence was when it was written",
+}
+"""Kinds whose keys cannot be moved, see `Rotary.can_shift`: the rotation from p to p + d depends on more than d."""

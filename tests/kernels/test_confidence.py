@@ -18,11 +18,11 @@ from minirksc.kernels.confidence import (
 from minirksc.errors import ConfigError
 
 # The interpreter's numpy warns of infinities and NaN, which are what some of these rows are made of.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::RuntimeWarning:numpy")
 
 FORMS = [confidence_reference, confidence_torch, confidence_triton]
 FAST = [confidence_torch, confidence_triton]
-NUMBERS = ("top1_probability", "entropy", "logsumexp")
+NUMBERS = ("top1_probability", "entropy", "logsumexp", "mean_logit")
 
 
 def randn(*shape, scale=3.0, seed=0):
@@ -83,6 +83,7 @@ def test_kernel_equals_reference(rows, vocab, scale, masked, offset, seed):
     torch.testing.assert_close(result.logsumexp.double(), lse, atol=1e-5, rtol=1e-6)
     torch.testing.assert_close(result.top1_probability.double(), logprobs.amax(-1).exp(), atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(result.entropy.double(), entropy, atol=1e-4, rtol=1e-5)  # whatever the offset
+    torch.testing.assert_close(result.mean_logit.double(), exact.mean(-1), atol=1e-4, rtol=1e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -91,11 +92,34 @@ def test_known_values(form):
     assert uniform.top1_probability.item() == pytest.approx(1 / 8)
     assert uniform.entropy.item() == pytest.approx(math.log(8), abs=1e-6)
     assert uniform.argmax.item() == 0  # ties go to the smallest index
+    assert uniform.mean_logit.item() == 0 and uniform.self_certainty(8).item() == pytest.approx(0, abs=1e-6)
     one = form(torch.tensor([[float("-inf"), 5.0, float("-inf")]]))
     assert one.argmax.item() == 1 and one.top1_probability.item() == 1
     assert one.entropy.item() == pytest.approx(0, abs=1e-6)
+    assert one.mean_logit.item() == -math.inf and one.self_certainty(3).item() == math.inf
     huge = form(torch.tensor([[1e30, 0.0, -1e30]]))
     assert huge.top1_probability.item() == 1 and huge.entropy.item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(st.integers(2, 40), st.sampled_from([-100.0, 0.0, 100.0]), st.integers(0, 99))
+@settings(max_examples=15, deadline=None)
+def test_self_certainty_is_the_divergence_from_the_uniform(form, vocab, offset, seed):
+    logits = randn(2, vocab, seed=seed) + offset
+    uniform = torch.full((2, vocab), 1 / vocab, dtype=torch.float64)
+    divergence = torch.nn.functional.kl_div(logits.double().log_softmax(-1), uniform, reduction="none").sum(-1)
+    torch.testing.assert_close(form(logits).self_certainty(vocab).double(), divergence, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_logit_of_minus_infinity_takes_the_mean_and_nothing_else(form):
+    logits = randn(2, 2 * MAX_PART + 3)
+    expected = form(logits)
+    logits[0, 5] = -math.inf  # of so many that the others hardly notice
+    result = form(logits)
+    assert result.mean_logit[0] == -math.inf and result.mean_logit[1] == expected.mean_logit[1]
+    for name in NUMBERS[:-1]:
+        torch.testing.assert_close(getattr(result, name), getattr(expected, name), atol=0.1, rtol=0.1)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from minirksc.kernels import kv_copy
+from minirksc.kernels.backend import BACKENDS
 from minirksc.kernels.kv_copy import (
     copy_blocks_reference,
     copy_blocks_torch,
@@ -184,8 +185,8 @@ def test_a_turned_key_is_the_key_of_its_new_position(form, rotary_dim, dtype):
     sources, destinations = [7, 0, 5], [2, 11, 3]
     cache = stored(sources, old, rotary_dim, dtype=dtype)
     before = LayerCache(*(part if part is None else part.clone() for part in cache))
-    cos, sin = tables([b - a for a, b in zip(old, new, strict=True)], rotary_dim)
-    form(cache, torch.tensor(sources), torch.tensor(destinations), cos, sin)
+    rope = tables([b - a for a, b in zip(old, new, strict=True)], rotary_dim)
+    form(cache, torch.tensor(sources), torch.tensor(destinations), rope)
     wanted = stored(destinations, new, rotary_dim, dtype=dtype)
     kv, expected = (multiply_out(*slots(part), torch.float32).float() for part in (cache, wanted))
     keys, expected_keys = kv[destinations, 0], expected[destinations, 0]
@@ -200,6 +201,20 @@ def test_a_turned_key_is_the_key_of_its_new_position(form, rotary_dim, dtype):
     for part, untouched in zip(slots(cache), slots(before), strict=True):
         if part is not None:
             equal(part[others], untouched[others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("form", FORMS)
+def test_without_tables_all_numbers_are_copied_as_they_are(form, dtype):
+    """Head_dim 24 is no power of two, and 5 heads are more than a program's."""
+    sources, destinations = [7, 0, 5], [2, 11, 3]
+    cache = stored(sources, [4, 5, 6], 24, heads=(1, 5), head_dim=24, dtype=dtype)
+    expected = [part if part is None else part.clone() for part in slots(cache)]
+    form(cache, torch.tensor(sources), torch.tensor(destinations), None)
+    for part, wanted in zip(slots(cache), expected, strict=True):
+        if part is not None:
+            wanted[destinations] = wanted[sources]
+            equal(part, wanted)
 
 
 def slots(cache):
@@ -218,7 +233,7 @@ def test_all_forms_of_turned_copies_agree(data):
     sources = [data.draw(st.sampled_from(order[half:])) for _ in destinations]  # one may go to several places
     rotary_dim = 2 * data.draw(st.integers(1, head_dim // 2))
     table_dtype = data.draw(st.sampled_from((torch.float32, torch.bfloat16 if dtype == torch.int8 else dtype)))
-    cos, sin = tables([data.draw(st.integers(-50, 50)) for _ in sources], rotary_dim, table_dtype)
+    rope = tables([data.draw(st.integers(-50, 50)) for _ in sources], rotary_dim, table_dtype)
     cache = make_cache(num_blocks, block_size, num_kv_heads, head_dim, dtype)
     shape = (len(order[half:]), 2, num_kv_heads)
     slots(cache)[0][order[half:]] = (randn(*shape, head_dim) * (1 if dtype != torch.int8 else 40)).to(dtype)
@@ -228,7 +243,7 @@ def test_all_forms_of_turned_copies_agree(data):
     for form in FORMS:
         copy = LayerCache(*(part if part is None else part.clone() for part in cache))
         slots_dtype = data.draw(st.sampled_from((torch.int64, torch.int32)))
-        form(copy, torch.tensor(sources, dtype=slots_dtype), torch.tensor(destinations, dtype=slots_dtype), cos, sin)
+        form(copy, torch.tensor(sources, dtype=slots_dtype), torch.tensor(destinations, dtype=slots_dtype), rope)
         results.append(copy)
     for result in results[1:]:
         if dtype == torch.int8:
@@ -244,8 +259,8 @@ def test_slot_offsets_beyond_32_bits(slots_dtype):
     cache = stored([7, 0], [3, 4], 16, dtype=torch.int8)
     expected = LayerCache(*(part.clone() for part in cache))
     sources, destinations = torch.tensor([7, 0], dtype=slots_dtype), torch.tensor([1, 5], dtype=slots_dtype)
-    cos, sin = tables([9, -4], 16)
-    copy_rotated_reference(expected, sources, destinations, cos, sin)
+    rope = tables([9, -4], 16)
+    copy_rotated_reference(expected, sources, destinations, rope)
     shift = 2**31 - 100
 
     def earlier(tensor):
@@ -257,7 +272,7 @@ def test_slot_offsets_beyond_32_bits(slots_dtype):
 
         return tensor.as_subclass(Earlier)
 
-    copy_rotated_triton(LayerCache(*map(earlier, cache)), sources + shift, destinations + shift, cos, sin)
+    copy_rotated_triton(LayerCache(*map(earlier, cache)), sources + shift, destinations + shift, rope)
     assert (cache.kv.short() - expected.kv).abs().max() <= 1
     torch.testing.assert_close(cache.scales, expected.scales, equal_nan=True)
 
@@ -265,7 +280,8 @@ def test_slot_offsets_beyond_32_bits(slots_dtype):
 REFUSED = {
     "other slots than tables": {"sources": torch.zeros(3, dtype=torch.int64)},
     "slots that are no numbers": {"destinations": torch.zeros(2)},
-    "tables that differ": {"sin": torch.zeros(2, 1, 8)},
+    "tables that differ": {"rope": (torch.zeros(2, 1, 16), torch.zeros(2, 1, 8))},
+    "slots of other numbers": {"sources": torch.zeros(3, dtype=torch.int64), "rope": None},
     "a cache with gaps": {"cache": LayerCache(torch.zeros(4, 3, 2, 3, 32)[..., ::2])},
     "an odd head_dim": {"cache": LayerCache(torch.zeros(4, 3, 2, 3, 17))},
     "scales that do not fit": {
@@ -277,9 +293,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("change", REFUSED.values(), ids=REFUSED)
 def test_what_the_kernel_cannot_serve_is_refused(change):
-    cos, sin = tables([1, 2], 16)
+    rope = tables([1, 2], 16)
     slots_of = {"sources": torch.tensor([0, 1]), "destinations": torch.tensor([2, 3])}
-    case = {"cache": make_cache(4, 3, 3, 16, torch.float32), **slots_of, "cos": cos, "sin": sin, **change}
+    case = {"cache": make_cache(4, 3, 3, 16, torch.float32), **slots_of, "rope": rope, **change}
     with pytest.raises(ConfigError, match=r"must be|takes"):
         copy_rotated_triton(**case)
 
@@ -288,5 +304,10 @@ def test_what_the_kernel_cannot_serve_is_refused(change):
 def test_no_turned_copies(form):
     cache = make_cache(2, 2, 1, 4, torch.int8)
     none = torch.empty(0, dtype=torch.int64)
-    form(cache, none, none, *tables([], 4))
+    form(cache, none, none, tables([], 4))
+    form(cache, none, none, None)
     assert cache.scales.isnan().all()
+
+
+def test_backends_have_these_forms():
+    assert [BACKENDS[name].copy_rotated for name in ("reference", "torch", "triton")] == FORMS
