@@ -26,7 +26,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = ("auto", "int8")
 KV_SPLITS = ("fixed", "adaptive")
 BACKENDS = ("auto", "triton", "torch", "reference")
-EVICTIONS = ("rksc", "lru", "lfu")
+EVICTIONS = ("rksc", "cost", "lru", "lfu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +164,7 @@ class EngineConfig:
         enforce_eager: never record decode steps as CUDA graphs.
         kv_split: how long contexts are cut among a GPU's programs. "fixed": at the same positions whatever else is in
             the batch; "adaptive": by how much there is to do, so that rounding depends on the batch.
-        eviction: which cached block goes first: "rksc", "lru" or "lfu".
+        eviction: which cached block goes first: "rksc", "cost", "lru" or "lfu"; see `minirksc.eviction`.
         prefix_caching: False computes every prompt anew.
         seed: where requests without a seed take theirs from.
     """

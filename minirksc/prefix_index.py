@@ -22,9 +22,13 @@ class Block:
         parent: the indexed block before it; None for the first of a sequence.
         children: indexed blocks right after it, by digest.
         token_ids, salt: of an indexed block.
+        num_tokens_before: of an indexed block's history, itself excluded.
         depth: of its node in the reasoning tree.
-        importance: attention mass that it receives; 1 until it is measured.
+        importance: attention mass that it receives, as a multiple of what the average block of its sequence does.
         last_use, num_uses: clock and count of the times that a table took it.
+        num_awaited: live sequences without a table that will need it again.
+        num_pins: closed tables that are pinned and held it.
+        cached_at: the pool's age when the last table gave it up.
         window_id, num_views: its room in the window pool, if it has any, and tables whose window reaches it.
     """
 
@@ -35,10 +39,14 @@ class Block:
     children: dict[bytes, "Block"] = field(default_factory=dict)
     token_ids: tuple[int, ...] = ()
     salt: bytes = b""
+    num_tokens_before: int = 0
     depth: int = 0
     importance: float = 1.0
     last_use: int = 0
     num_uses: int = 0
+    num_awaited: int = 0
+    num_pins: int = 0
+    cached_at: float = 0.0
     window_id: int | None = None
     num_views: int = 0
 
@@ -87,6 +95,7 @@ class PrefixIndex:
         assert digest not in self._blocks
         block.digest, block.parent = digest, parent
         block.token_ids, block.salt = token_ids, salt
+        block.num_tokens_before = 0 if parent is None else parent.num_tokens_before + self._block_size
         self._blocks[digest] = block
         self._siblings(block)[digest] = block
 
@@ -107,12 +116,15 @@ class PrefixIndex:
         """
         name = f"block {block.block_id}"
         assert block.digest is not None
-        previous = b""
+        previous, num_before = b"", 0
         if block.parent is not None:
             assert block.parent.digest is not None, f"{name}: its parent is not indexed"
             previous = block.parent.digest
+            num_before = block.parent.num_tokens_before + self._block_size
             if block.num_references:
                 assert block.parent.num_references, f"{name} is held, its parent is not"
+            assert block.parent.num_pins >= block.num_pins, f"{name} is pinned, its parent is not"
+        assert block.num_tokens_before == num_before, f"{name}: wrong place"
         assert len(block.token_ids) == self._block_size, f"{name}: indexed but not full"
         assert block.digest == block_digest(previous, block.salt, block.token_ids), f"{name}: wrong digest"
         assert self._blocks.get(block.digest) is block, f"{name}: the index has another block"

@@ -13,7 +13,9 @@ The life of a block:
      +--------------------+ <-------- evicted -------- cached ---------+
 
 The `PrefixIndex` finds a full block by its whole history. The `BlockPool` keeps cached blocks until their room is
-needed. Here are the tables over both: who shares, who copies, who gives back.
+needed. Here are the tables over both: who shares, who copies, who gives back. What helps to choose whom to evict comes
+from outside: how much attention blocks receive (`observe`), which sequences will come back (`free` with returns,
+`forget`), what is to stay in any case (`pin`).
 
 Where some layers have a sliding window, a block also has room in a `WindowPool` while a table's window reaches it. A
 cached prefix serves only as far as the window before its end is still there.
@@ -22,14 +24,23 @@ Knows neither tensors nor requests: it hands out numbers, and says which blocks 
 Source of the name and of the default priority: RKSC, arXiv 2606.09937, section on RSBCM.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
+from minirksc.awaited import Awaited
 from minirksc.block_pool import BlockPool
+from minirksc.block_table import Table
 from minirksc.errors import CacheFullError, ConfigError
+from minirksc.eviction import Policy
+from minirksc.eviction_log import Eviction
+from minirksc.pins import Pins
 from minirksc.prefix_index import Block, PrefixIndex, block_digest
+from minirksc.prefix_search import PrefixSearch
 from minirksc.window_pool import NO_WINDOW, WindowPool
+
+IMPORTANCE_RATE = 0.2
+"""Weight of one measurement in the moving average: it is over about the last five readers."""
 
 
 class BlockCopy(NamedTuple):
@@ -52,34 +63,13 @@ class BlockBytes(NamedTuple):
     window: int
 
 
-@dataclass(slots=True)
-class Table:
-    """One sequence.
-
-    Attributes:
-        block_ids: in order of position; may reach beyond the tokens.
-        token_ids: whose KV has been written.
-        salt: root of its digests.
-        depth: of its node in the reasoning tree.
-        digests: of its full blocks, indexed or not.
-        window_begin: place of the first block that it keeps in view of the layers with a window.
-    """
-
-    block_ids: list[int]
-    token_ids: list[int]
-    salt: bytes
-    depth: int
-    digests: list[bytes]
-    window_begin: int = NO_WINDOW
-
-
 class BlockManager:
     """A pool of blocks, the tables over it, and the prefix index.
 
     Args:
         num_blocks: size of the pool.
         block_size: tokens a block.
-        policy: eviction policy, a key of `eviction.POLICIES`.
+        policy: eviction policy, a key of `eviction.POLICIES` or a function like those.
         windows: room for the layers with a window, where they have a pool apart.
 
     Raises:
@@ -87,7 +77,7 @@ class BlockManager:
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, policy: str = "rksc", windows: WindowPool | None = None
+        self, num_blocks: int, block_size: int, policy: str | Policy = "rksc", windows: WindowPool | None = None
     ) -> None:
         if num_blocks < 1 or block_size < 1:
             raise ConfigError(
@@ -97,8 +87,11 @@ class BlockManager:
         self.block_size = block_size
         self.windows = windows or WindowPool(0, None, block_size)
         self._index = PrefixIndex(block_size)
+        self._search = PrefixSearch(self._index, self.windows, block_size)
         self._pool = BlockPool(num_blocks, policy, self._index, self.windows)
         self._tables: dict[int, Table] = {}
+        self._awaited = Awaited(self._index, self._pool)
+        self._pins = Pins(self._pool, self.windows, block_size)
 
     # What there is
 
@@ -109,8 +102,13 @@ class BlockManager:
 
     @property
     def num_cached(self) -> int:
-        """Blocks that no table references, kept for the next prompt that begins with them."""
+        """Blocks that no table references, kept for the next prompt that begins with them; pinned ones included."""
         return self._pool.num_cached
+
+    @property
+    def num_pinned(self) -> int:
+        """Of the cached blocks those that are pinned: they are not evicted."""
+        return self._pool.num_pinned
 
     @property
     def num_used(self) -> int:
@@ -120,7 +118,22 @@ class BlockManager:
     @property
     def num_evicted_blocks(self) -> int:
         """Cached blocks that had to make room."""
-        return self._pool.num_evicted
+        return self._pool.log.num_evicted
+
+    @property
+    def num_recomputed_tokens(self) -> int:
+        """Tokens of full blocks that were computed again because their block had been evicted."""
+        return self._pool.log.num_needed_again * self.block_size
+
+    @property
+    def evictions(self) -> list[Eviction]:
+        """The last evictions, oldest first; see `eviction_log.MAX_EVICTIONS`."""
+        return self._pool.log.entries
+
+    @property
+    def pin_advice(self) -> str:
+        """For messages about a full cache: how much of it is pinned and how to change that; "" if nothing is."""
+        return self._pins.advice
 
     def __contains__(self, seq_id: int) -> bool:
         return seq_id in self._tables
@@ -143,6 +156,13 @@ class BlockManager:
     def num_tokens(self, seq_id: int) -> int:
         """Tokens of the sequence whose KV has been written."""
         return len(self._tables[seq_id].token_ids)
+
+    def holds(self, seq_id: int, positions: Sequence[int]) -> bool:
+        """Whether KV of these positions has been written and is still in all layers."""
+        if seq_id not in self._tables or max(positions, default=-1) >= self.num_tokens(seq_id):
+            return False
+        table = self.window_table(seq_id)
+        return all(table[position // self.block_size] >= 0 for position in positions)
 
     def num_shared_tokens(self, seq_id: int) -> int:
         """Tokens whose block another table holds too."""
@@ -174,7 +194,7 @@ class BlockManager:
             seq_id: not in use.
             token_ids: of the prompt.
             salt: sequences with different salts never share.
-            depth: of its node in the reasoning tree.
+            depth: of its node in the reasoning tree. An adopted block is as shallow as the shallowest who took it.
             use_cache: False adopts nothing.
 
         Returns:
@@ -182,13 +202,16 @@ class BlockManager:
         """
         assert seq_id not in self._tables
         table = self._tables[seq_id] = Table([], [], salt, depth, [], self.windows.first_needed(0))
+        table.awaited = self._awaited.forget(seq_id)
+        self._pins.resume(seq_id)
         if not use_cache:
             return []
-        chain, partial, num_partial = self._find(token_ids, salt)
+        chain, partial, num_partial = self._search(token_ids, salt)
         table.window_begin = self.windows.first_needed(len(chain) * self.block_size)
         for block in chain:
             assert block.digest is not None
             self._pool.reference(block)
+            block.depth = min(block.depth, depth)
             table.block_ids.append(block.block_id)
             table.digests.append(block.digest)
             table.token_ids += block.token_ids
@@ -211,7 +234,7 @@ class BlockManager:
 
     def match(self, token_ids: Sequence[int], salt: bytes = b"") -> int:
         """How many tokens `add` would adopt, if it finds room for a partial block."""
-        chain, _, num_partial = self._find(token_ids, salt)
+        chain, _, num_partial = self._search(token_ids, salt)
         return len(chain) * self.block_size + num_partial
 
     def fork(self, parent_id: int, child_id: int, depth: int | None = None) -> None:
@@ -231,16 +254,65 @@ class BlockManager:
             parent.depth if depth is None else depth,
             list(parent.digests),
             parent.window_begin,
+            parent.exact_len,
         )
 
-    def free(self, seq_id: int) -> None:
-        """Closes a table. Its indexed blocks stay cached, the others are free at once."""
+    def free(self, seq_id: int, returns: bool = False) -> None:
+        """Closes a table. Its indexed blocks stay cached, the others are free at once.
+
+        Args:
+            seq_id: whose.
+            returns: the sequence goes on later and will want its blocks again; until `add` or `forget`.
+        """
         table = self._tables.pop(seq_id)
+        if returns:
+            self._awaited.note(seq_id, table)
+        self._pins.capture(seq_id, table)
         for block_id in table.block_ids[table.window_begin :]:
             self.windows.release(self._pool[block_id])
         # From the end, so that a cached leaf is older than its parent.
         for block_id in reversed(table.block_ids):
             self._pool.release(self._pool[block_id])
+
+    def forget(self, seq_id: int) -> None:
+        """A sequence without a table will not come back; does nothing where it was not awaited."""
+        self._awaited.forget(seq_id)
+
+    def await_fork(self, parent_id: int, child_id: int) -> None:
+        """A sequence was forked that has no table: its child will come for the same blocks. Does nothing otherwise."""
+        self._awaited.fork(parent_id, child_id)
+
+    def pin(self, seq_id: int) -> None:
+        """From now on full blocks of the sequence are not evicted when its table is closed; until `unpin` or `reset`.
+
+        Twice is fine. What is pinned cannot be used for anything else: where too much is, `reserve` says so.
+        """
+        self._pins.add(seq_id)
+
+    def unpin(self, seq_id: int) -> None:
+        """Its blocks may be evicted again; one that is not pinned is left alone."""
+        self._pins.discard(seq_id)
+
+    def observe(self, seq_id: int, mass: Sequence[float]) -> None:
+        """Takes in how much attention the blocks of a sequence received in one decode step.
+
+        Importance is an exponential moving average of a block's mass, as a multiple of what an average block of its
+        table receives. So a block that was never measured (1) is an average one, neither better nor worse than all
+        that were, and blocks of short and long tables can be compared. A shared block is measured by each of its
+        branches, one after the other: its average is over its last readers. Their number does not count here: it is in
+        the depth (`rksc`) and in who will come back (`cost`).
+
+        Args:
+            seq_id: has a table.
+            mass: of each of its blocks in order, mean over heads and layers. Where it is longer than the table or
+                shorter, what both have is taken. What is not finite is left out.
+        """
+        block_ids = self._tables[seq_id].block_ids
+        num_blocks = min(len(block_ids), len(mass))
+        for block_id, one in zip(block_ids, mass, strict=False):
+            if math.isfinite(one):  # NaN has no order: it would hide all other candidates
+                block = self._pool[block_id]
+                block.importance += IMPORTANCE_RATE * (one * num_blocks - block.importance)
 
     # Writing
 
@@ -273,14 +345,15 @@ class BlockManager:
         if not self.can_reserve(seq_id, num_tokens):
             windows = self.windows
             raise CacheFullError(
-                f"{needed} blocks are needed, {self.num_free} are free and {self.num_cached} evictable of "
-                f"{self.num_blocks}"
+                f"{needed} blocks are needed, {self.num_free} are free and {self.num_cached - self.num_pinned} "
+                f"evictable of {self.num_blocks}"
                 + (
                     f", for windows {windows.num_free} and {windows.num_cached} of {windows.num_blocks}"
                     if windows.num_blocks
                     else ""
                 )
                 + "; raise kv_cache_bytes"
+                + self.pin_advice
             )
         copies: list[BlockCopy] = []
         place = len(table.token_ids) // size
@@ -307,6 +380,11 @@ class BlockManager:
             self._index_next(table)
         self._slide(table)
 
+    def keep_out_of_index(self, seq_id: int, num_tokens: int) -> None:
+        """From position num_tokens on the table's KV is approximate: no other prompt may find it; forks share it."""
+        table = self._tables[seq_id]
+        table.exact_len = min(table.exact_len, num_tokens)
+
     def rewind(self, seq_id: int, num_tokens: int) -> None:
         """Forgets the KV of positions from num_tokens on; with a window, of the last one only."""
         table, size = self._tables[seq_id], self.block_size
@@ -323,38 +401,11 @@ class BlockManager:
         del table.block_ids[keep:]
 
     def reset(self) -> None:
-        """Forgets every block that is merely cached."""
+        """Forgets every block that is merely cached, and unpins all."""
+        self._pins.clear()
         self._pool.reset()
 
     # Inside: the index
-
-    def _find(self, token_ids: Sequence[int], salt: bytes) -> tuple[list[Block], Block | None, int]:
-        """(full blocks, the block to copy from, how many of its tokens agree)."""
-        usable = token_ids[:-1]
-        chain = self._in_window(self._index.chain(usable, salt))
-        begin = len(chain) * self.block_size
-        rest = tuple(usable[begin : begin + self.block_size])
-        best, num_best = None, 0
-        for block in self._index.following(chain, salt):
-            if self.windows.num_blocks and block.window_id is None:
-                continue
-            num_equal = 0
-            while num_equal < len(rest) and block.token_ids[num_equal] == rest[num_equal]:
-                num_equal += 1
-            if num_equal > num_best:
-                best, num_best = block, num_equal
-        return chain, best, num_best
-
-    def _in_window(self, chain: list[Block]) -> list[Block]:
-        """As much of a cached chain as has the window before its end."""
-        missing = -1  # last place without room in the window pool
-        num_usable = 0
-        for place, block in enumerate(chain):
-            if block.window_id is None:
-                missing = place
-            if missing < self.windows.first_needed((place + 1) * self.block_size):
-                num_usable = place + 1
-        return chain[:num_usable]
 
     def _slide(self, table: Table) -> None:
         """Gives up what has left the table's window."""
@@ -374,8 +425,13 @@ class BlockManager:
         previous = table.digests[-1] if place else b""
         digest = block_digest(previous, table.salt, token_ids)
         table.digests.append(digest)
+        if len(table.digests) * size > table.exact_len:
+            return
         block = self._pool[table.block_ids[place]]
         parent = self._pool[table.block_ids[place - 1]] if place else None
+        lost = self._pool.log.computed(digest)
+        if lost is not None:
+            block.depth = min(block.depth, lost.depth)  # whose branch computes it again says nothing about its place
         if parent is not None and parent.digest != previous:
             return
         if (equal := self._index.get(digest)) is not None:
@@ -383,6 +439,7 @@ class BlockManager:
                 self._replace(table, place, equal)
             return
         self._index.insert(block, parent, digest, token_ids, table.salt)
+        self._pool.set_awaited(block, self._awaited.count(digest))
 
     def _replace(self, table: Table, place: int, equal: Block) -> None:
         """Puts an indexed block in place of the table's own, which holds the same; with its window, if that is lost."""
@@ -405,7 +462,7 @@ class BlockManager:
         if place >= len(table.block_ids):
             return False
         block = self._pool[table.block_ids[place]]
-        return block.num_references > 1 or bool(block.children)
+        return block.num_references > 1 or bool(block.children) or block.num_pins > 0
 
     def _append_block(self, table: Table) -> Block:
         """Adds an own block to the table; the caller knows that there is one."""
@@ -432,22 +489,17 @@ class BlockManager:
         """
         references, views = [0] * self.num_blocks, [0] * self.num_blocks
         for seq_id, table in self._tables.items():
-            size = self.block_size
-            assert len(table.block_ids) * size >= len(table.token_ids), f"table {seq_id} is too short"
-            assert len(table.digests) == len(table.token_ids) // size, f"digests of table {seq_id}"
-            assert len(set(table.block_ids)) == len(table.block_ids), f"table {seq_id} repeats a block"
-            for block_id in table.block_ids[table.window_begin :]:
-                views[block_id] += 1
-            needed = self.windows.first_needed(len(table.token_ids))
-            assert min(table.window_begin, len(table.block_ids)) <= needed, f"table {seq_id} lost what is in its window"
-            digest = b""
             for place, block_id in enumerate(table.block_ids):
                 references[block_id] += 1
-                if place < len(table.digests):
-                    tokens = table.token_ids[place * size : (place + 1) * size]
-                    digest = block_digest(digest, table.salt, tokens)
-                    assert table.digests[place] == digest, f"digest {place} of table {seq_id}"
-                    block = self._pool[block_id]
-                    assert block.digest in (None, digest), f"block {block_id} is indexed as another's"
-                    assert block.digest is None or block.salt == table.salt, f"block {block_id}: another salt's"
+                views[block_id] += place >= table.window_begin
+            blocks = [self._pool[block_id] for block_id in table.block_ids]
+            first_in_view = self.windows.first_needed(len(table.token_ids))
+            table.check(f"table {seq_id}", self.block_size, blocks, first_in_view)
+        pins = self._pins.check(self._tables, views)
+        for block_id in range(self.num_blocks):
+            block = self._pool[block_id]
+            assert block.num_pins == pins[block_id], f"block {block_id}: wrong count of pins"
+            expected = 0 if block.digest is None else self._awaited.count(block.digest)
+            assert block.num_awaited == expected, f"block {block_id}: wrong count of those who will come back"
+        self._awaited.check(self._tables)
         self._pool.check(references, views)

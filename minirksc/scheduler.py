@@ -107,6 +107,8 @@ class Scheduler:
         request.state = RequestState.FINISHED
         sequence = request.sequence
         if sequence.seq_id not in self.blocks:
+            if not sequence.kept:
+                self.blocks.forget(sequence.seq_id)
             return
         if sequence.kept:
             self.keep(sequence)
@@ -118,6 +120,8 @@ class Scheduler:
         self.idle.pop(sequence.seq_id, None)
         if sequence.seq_id in self.blocks:
             self.blocks.free(sequence.seq_id)
+        else:
+            self.blocks.forget(sequence.seq_id)
 
     def schedule(self) -> Schedule:
         """Chooses the next step and reserves its blocks."""
@@ -157,6 +161,8 @@ class Scheduler:
         seq_id = request.sequence.seq_id
         first = self.blocks.num_tokens(seq_id)
         num_tokens = min(self._num_pending(request), budget, self.blocks.windows.max_chunk_tokens)
+        if self._should_wait(request, num_tokens, self._num_pending(request)):
+            return None
         while not self.blocks.can_reserve(seq_id, first + num_tokens):
             if self._reclaim():
                 continue
@@ -215,13 +221,17 @@ class Scheduler:
                 blocks.rewind(seq_id, first)
         cached = blocks.num_tokens(seq_id)
         num_tokens = min(len(sequence.token_ids) - cached, budget, blocks.windows.max_chunk_tokens)
+        if self._should_wait(request, num_tokens, len(sequence.token_ids) - cached):
+            if is_new:
+                blocks.free(seq_id, returns=True)
+            return None
         # Room for the whole prompt is asked for at once: a chunk that starts and cannot end helps nobody.
         while not (
             blocks.can_hold(seq_id, len(sequence.token_ids)) and blocks.can_reserve(seq_id, cached + num_tokens)
         ):
             if not self._reclaim():
                 if is_new:
-                    blocks.free(seq_id)
+                    blocks.free(seq_id, returns=True)
                 return None
         if request.num_cached_tokens is None:
             request.num_cached_tokens = cached if is_new else 0
@@ -230,6 +240,11 @@ class Scheduler:
         self.running.append(request)  # before its blocks change, so that `preempt_all` knows of them
         copies = copies + blocks.reserve(seq_id, cached + num_tokens)
         return ScheduledRequest(request, cached, num_tokens, copies, is_decode=False)
+
+    def _should_wait(self, request: Request, num_tokens: int, num_pending: int) -> bool:
+        """True when a request at a gate would be cut now and fits whole into a later step: gates decide at its end."""
+        is_cut = num_tokens < num_pending <= self.max_batch_tokens - len(self.running)
+        return request.seat is not None and is_cut and num_tokens < self.blocks.windows.max_chunk_tokens
 
     def _leader_is_computing(self, request: Request) -> bool:
         """True when a running prefill will soon offer more of this prompt than the cache does now."""
@@ -261,10 +276,10 @@ class Scheduler:
             victim = next((seq_id for seq_id in waiting if seq_id in self.blocks), None)
             if victim is None:
                 return False
-            self.blocks.free(victim)
+            self.blocks.free(victim, returns=True)
         else:
             del self.idle[idle]
-            self.blocks.free(idle)
+            self.blocks.free(idle, returns=True)
         self.num_preemptions += 1
         return True
 
@@ -278,7 +293,8 @@ class Scheduler:
         """Takes a running request's blocks; it is the next to be admitted, and computed anew."""
         self.running.remove(request)
         if request.sequence.seq_id in self.blocks:
-            self.blocks.free(request.sequence.seq_id)
+            returns = not self._is_outdated(request.sequence)  # of an outdated one nothing is wanted again
+            self.blocks.free(request.sequence.seq_id, returns=returns)
         request.state = RequestState.WAITING
         self.waiting.appendleft(request)
 
@@ -304,5 +320,5 @@ class Scheduler:
             f"{needed * self.block_bytes.full} bytes; the cache has "
             f"{self.blocks.num_blocks * self.block_bytes.full} bytes "
             f"({self.blocks.num_blocks} blocks of {self.blocks.block_size} tokens); "
-            "raise kv_cache_bytes (--kv-cache-bytes), or shorten the prompt"
+            "raise kv_cache_bytes (--kv-cache-bytes), or shorten the prompt" + self.blocks.pin_advice
         )

@@ -1,0 +1,330 @@
+"""W5, eviction: how many tokens tree searches compute again in a cache that is too small, policy by policy.
+
+    python -m bench.rsbcm_eviction
+    python -m bench.rsbcm_eviction --quick --parts counts
+    python -m bench.rsbcm_eviction --parts times --kinds best-first --problems 6 --concurrency 6 --repeats 3
+
+The workload is that of `bench.tree_search`: several problems under way on one cache, behind one prefix of worked
+examples, each a search of some depth and beam. The working set is every block that an unlimited pool would hold in the
+end; a pool is a share of it.
+
+Part "counts" needs no model: the real scheduler and block manager, and a next token that is a hash (see
+`bench.fake_engine`). Tokens computed again are those prefilled beyond what an unlimited pool prefills: evicted blocks,
+and the ends of preempted requests that never filled a block. The policies are joined by Belady's rule, which knows the
+future. Attention is not measured there, so that `rksc` ranks by depth alone.
+
+Part "times" runs the same searches on a model, all arms in turn from an empty cache, and compares their tokens. With
+the defaults one arm takes minutes on a CPU: choose one kind and fewer problems.
+"""
+
+import argparse
+import re
+import sys
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bench.belady import Belady, Recorder
+from bench.fake_engine import VOCAB_SIZE, FakeEngine
+from bench.harness import ROOT, Arm, Measured, check_work, environment, measure, print_arms, print_environment
+from bench.prompts import EXAMPLES, few_shot_ids, opening_ids, read_examples
+from bench.rsbcm_report import print_counts, write_report
+from bench.tree_search import KINDS, Hint, Service, Shape
+from bench.tree_search import Path as NodePath
+from minirksc.errors import CacheFullError
+from minirksc.eviction import POLICIES
+from minirksc.rsbcm import BlockManager
+
+SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
+TIMED_SHARES = (0.25, 0.5)
+AMPLE = 1.25
+"""Of the working set, which is counted without the model: its tokens make a few blocks more or fewer."""
+HINT_TOKENS = 6
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every run does.
+
+    Attributes:
+        shape: of the searches.
+        prompts: token ids, one a problem.
+        hint: how each child begins.
+        block_size: tokens a block.
+    """
+
+    shape: Shape
+    prompts: Sequence[list[int]]
+    hint: Hint
+    block_size: int
+
+
+def questions(options: argparse.Namespace, num_problems: int) -> list[str]:
+    """One a problem; where there are fewer, they come again under another number."""
+    examples = EXAMPLES if options.data is None else read_examples(options.data)
+    return [f"Problem {i + 1}: {examples[i % len(examples)][0]}\nAnswer:" for i in range(num_problems)]
+
+
+def word_ids(text: str) -> list[int]:
+    """Words and marks as token ids: about as many as a tokenizer makes."""
+    return [zlib.crc32(word.encode()) % VOCAB_SIZE for word in re.findall(r"\w+|[^\w\s]", text)]
+
+
+def make_work(shape: Shape, options: argparse.Namespace) -> Work:
+    """Work without a tokenizer."""
+    prefix = word_ids(" ".join(f"Question: {asked} Answer: {answered}" for asked, answered in EXAMPLES))
+    prefix = (prefix * (options.prefix_tokens // len(prefix) + 1))[: options.prefix_tokens]
+    prompts = [prefix + word_ids(question) for question in questions(options, shape.num_problems)]
+
+    def hint(problem: int, path: NodePath) -> list[int]:
+        return word_ids(f"Approach number {path[-1] + 1} is :")
+
+    return Work(shape, prompts, hint, options.block_size)
+
+
+def count(work: Work, num_blocks: int, policy: str, recorder: Recorder | None = None) -> tuple[FakeEngine, Any]:
+    """One run without a model: the engine afterwards, and the tokens of all nodes.
+
+    Args:
+        work: to do.
+        num_blocks: of the pool.
+        policy: of eviction; "belady" needs the recorder of an earlier run, all others fill it, where there is one.
+        recorder: see policy.
+
+    Raises:
+        RuntimeError: the pool cannot hold what one request needs.
+    """
+    if policy == "belady":
+        assert recorder is not None
+        oracle = Belady(recorder)
+        engine = FakeEngine(BlockManager(num_blocks, work.block_size, oracle.belady), on_finish=oracle.finished)
+    else:
+        on_finish = None if recorder is None else recorder.finished
+        engine = FakeEngine(BlockManager(num_blocks, work.block_size, policy), on_finish=on_finish)
+    tokens = Service(engine, work.prompts, work.shape, work.hint).run()
+    return engine, tokens
+
+
+def ample(work: Work) -> tuple[FakeEngine, Any, Recorder]:
+    """The same in a pool that never runs out."""
+    recorder = Recorder(work.block_size)
+    num_nodes = work.shape.num_problems * (work.shape.depth + 3) * (work.shape.branches + 1)
+    longest = max(map(len, work.prompts)) + work.shape.depth * (work.shape.tokens + HINT_TOKENS)
+    engine, tokens = count(work, num_nodes * (longest // work.block_size + 1), "lru", recorder)
+    return engine, tokens, recorder
+
+
+def count_all(shapes: Sequence[Shape], options: argparse.Namespace) -> list[Row]:
+    """Part "counts": one row a search, seed, pool and policy.
+
+    Raises:
+        RuntimeError: the tokens of two runs differ, which would make this a comparison of unequal work.
+    """
+    rows: list[Row] = []
+    for shape in shapes:
+        for seed in range(options.seeds):
+            work = make_work(replace(shape, seed=seed), options)
+            reference, tokens, recorder = ample(work)
+            working_set = reference.blocks.num_cached
+            print(f"{shape.kind}, seed {seed}: {working_set} blocks", file=sys.stderr, flush=True)
+            for share in options.shares:
+                for policy in [*options.policies, "belady"]:
+                    row: Row = {"part": "counts", **asdict(work.shape), "share": share, "policy": policy}
+                    row |= {"working_set_blocks": working_set, "peak_held_blocks": reference.peak_used_blocks}
+                    row |= {"num_blocks": max(1, round(share * working_set))}
+                    row["num_prefilled_tokens_ample"] = reference.num_prefilled_tokens
+                    try:
+                        engine, got = count(work, row["num_blocks"], policy, recorder)
+                    except (CacheFullError, RuntimeError) as error:
+                        rows.append(row | {"failed": str(error.__cause__ or error)})
+                        continue
+                    if got != tokens:
+                        raise RuntimeError(f"{policy} on {row['num_blocks']} blocks: other tokens than an ample pool's")
+                    rows.append(row | _counts(engine, reference))
+    return rows
+
+
+def _counts(engine: FakeEngine, reference: FakeEngine) -> Row:
+    evictions = engine.blocks.evictions
+    return {
+        "num_recomputed_tokens": engine.num_prefilled_tokens - reference.num_prefilled_tokens,
+        "num_recomputed_block_tokens": engine.blocks.num_recomputed_tokens,
+        "num_decoded_tokens": engine.num_decoded_tokens,
+        "num_evicted_blocks": engine.blocks.num_evicted_blocks,
+        "share_needed_again": sum(e.needed_again for e in evictions) / len(evictions) if evictions else 0.0,
+        "num_preemptions": engine.scheduler.num_preemptions,
+    }
+
+
+def timed_arms(shapes: Sequence[Shape], options: argparse.Namespace) -> list[Arm]:
+    """Part "times": one arm a search, pool and policy, all on one model and one cache tensor."""
+    from minirksc import LLM
+    from minirksc.engine import Engine
+    from minirksc.runner import Runner
+
+    # Its own cache is not used: all arms share one that is as large as the working set.
+    llm = LLM(
+        options.model,
+        dtype=options.dtype,
+        threads=options.threads,
+        block_size=options.block_size,
+        kv_cache_bytes="64MiB",
+    )
+    loaded, config, tokenizer = llm.engine, llm.config, llm.tokenizer
+    if tokenizer is None:
+        sys.exit(f"{options.model} has no tokenizer, and the prompts of part times are text")
+    if loaded.blocks.windows.num_blocks:
+        sys.exit(f"{options.model} has layers with a window; part times is for models without")
+    prefix = few_shot_ids(tokenizer, EXAMPLES, options.prefix_tokens)
+    arms: list[Arm] = []
+    for shape in shapes:
+        openings = opening_ids(tokenizer, shape.branches, HINT_TOKENS)
+        texts = questions(options, shape.num_problems)
+        prompts = [prefix + tokenizer.encode("\n\n" + text, add_special_tokens=False) for text in texts]
+        work = Work(shape, prompts, lambda problem, path, o=openings: o[path[-1]], options.block_size)  # type: ignore[misc]
+        working_set = ample(work)[0].blocks.num_cached
+        runner = Runner(
+            loaded.runner.model, round(AMPLE * working_set), 0, options.block_size, loaded.runner.cache.dtype
+        )
+
+        def run(work: Work, num_blocks: int, policy: str, runner: Runner = runner) -> Measured:
+            engine = Engine(
+                runner,
+                BlockManager(num_blocks, work.block_size, policy),
+                config,
+                loaded.block_bytes,
+                loaded.max_model_len,
+                frozenset(),
+                tokenizer,
+            )
+            begin = time.perf_counter()
+            tokens = Service(engine, work.prompts, work.shape, work.hint).run()
+            total_s = time.perf_counter() - begin
+            stats = engine.stats()
+            token_ids = [tokens[node][-work.shape.tokens :] for node in sorted(tokens) if node[1]]
+            return {"total_s": total_s, **{name: stats[name] for name in TIMED_STATS}, "token_ids": token_ids}
+
+        for share in (AMPLE, *TIMED_SHARES):
+            for policy in options.policies if share < 1 else options.policies[:1]:
+                num_blocks = round(share * working_set)
+                try:
+                    count(work, num_blocks, policy)
+                except (CacheFullError, RuntimeError) as error:
+                    print(f"left out: {shape.kind} {share:.0%} {policy}: {error.__cause__ or error}", file=sys.stderr)
+                    continue
+
+                def one(work: Work = work, num_blocks: int = num_blocks, policy: str = policy) -> Measured:
+                    return run(work, num_blocks, policy)
+
+                arms.append(Arm("minirksc", str(llm.stats()["dtype"]), f"{shape.kind} {share:.0%} {policy}", one))
+    return arms
+
+
+TIMED_STATS = ("prefill_s", "decode_s", "num_prefilled_tokens", "num_evicted_blocks", "num_preemptions")
+
+
+def make_shapes(options: argparse.Namespace) -> list[Shape]:
+    """One a kind of search."""
+    return [
+        Shape(
+            kind=kind,
+            branches=options.branches,
+            beam=options.beam,
+            depth=options.depth,
+            tokens=options.tokens,
+            num_open=options.open,
+            num_problems=options.problems,
+            concurrency=options.concurrency,
+        )
+        for kind in options.kinds
+    ]
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.rsbcm_eviction",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = {"parts": ("counts", "times"), "kinds": KINDS, "policies": tuple(POLICIES)}
+    for name, known in names.items():
+        default = ["counts"] if name == "parts" else list(known)
+        parser.add_argument(
+            f"--{name}", type=_some_of(known), default=default, help=f"of {','.join(known)} ({','.join(default)})"
+        )
+    shape = Shape()
+    numbers = {
+        "branches": (shape.branches, "children a round"),
+        "beam": (shape.beam, "nodes that a round expands"),
+        "depth": (shape.depth, "of the deepest node"),
+        "tokens": (shape.tokens, "that each node decodes"),
+        "open": (shape.num_open, "most nodes that stay open between rounds"),
+        "problems": (shape.num_problems, "in all"),
+        "concurrency": (shape.concurrency, "problems under way at a time"),
+        "seeds": (3, "searches of other scores, of which counts are shown as median and range"),
+        "prefix-tokens": (256, "worked examples before each problem"),
+        "block-size": (16, "tokens a block"),
+        "threads": (2, "of the CPU, for part times"),
+        "repeats": (5, "measured runs of each arm of part times"),
+        "warmup": (1, "runs before those"),
+    }
+    for name, (default, text) in numbers.items():
+        parser.add_argument(f"--{name}", type=_number, default=default, help=f"{text} (%(default)s)")
+    parser.add_argument("--model", default="smollm2-135m", help="of part times: alias or folder (%(default)s)")
+    parser.add_argument("--dtype", default="auto", help="that it computes in (%(default)s)")
+    parser.add_argument("--data", type=Path, help="JSONL with question and answer: the problems")
+    parser.add_argument("--quick", action="store_true", help="4 problems of depth 3, one seed, one repeat")
+    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results", help="folder (bench/results)")
+    options = parser.parse_args(arguments)
+    options.shares = SHARES
+    if options.quick:
+        options.problems = options.concurrency = 4
+        options.depth, options.tokens, options.seeds, options.repeats, options.warmup = 3, 16, 1, 1, 0
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the benchmark; prints tables, writes JSONL, a picture and a page."""
+    options = parse(arguments)
+    shapes = make_shapes(options)
+    rows = count_all(shapes, options) if "counts" in options.parts else []
+    arms = timed_arms(shapes, options) if "times" in options.parts else []
+    if arms:
+        measure(arms, options.repeats, options.warmup)
+        for shape in shapes:
+            own = [arm for arm in arms if arm.setting.startswith(f"{shape.kind} ")]
+            check_work(own, len(own[0].measured[0]["token_ids"]), shape.tokens)
+            columns = {"total_s": "total s", "prefill_s": "steps with a prefill s", "num_prefilled_tokens": "prefilled"}
+            print_arms(f"W5 {shape.kind}", own, columns, own[0])
+        print_environment(options.threads)
+    print_counts(rows)
+    facts = environment(options.threads)
+    for file in write_report(options.output, rows, arms, vars(options), facts):
+        print(f"results: {file}")
+
+
+def _some_of(known: Sequence[str]) -> Any:
+    def parse_names(text: str) -> list[str]:
+        names = text.split(",")
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: unknown; choose from {', '.join(known)}")
+        return names
+
+    return parse_names
+
+
+def _number(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} must not be negative")
+    return value
+
+
+if __name__ == "__main__":
+    main()
