@@ -4,12 +4,12 @@ A branch is a handle on a kept sequence of one engine. Everything goes by token 
 is never tokenised again. Blocks are shared until one branch writes into a block that another one holds.
 """
 
-import math
 from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING
 
 from minirksc.errors import BranchError
 from minirksc.request import Request, Sequence
+from minirksc.signals import TokenSignals, mean_top1
 
 if TYPE_CHECKING:
     from minirksc.llm import LLM
@@ -22,6 +22,10 @@ class Branch:
         parent: the branch that it was forked from; None for a root.
         finish_reason: how the last `LLM.extend` ended on it; None before the first.
         logprobs: of its generated tokens, those of its ancestors included.
+        exit_layer: of a root, layers that its prompt went through before a depth gate ended it; None: all.
+        num_saved_layer_rows: of a root, its tokens times the layers that a depth gate spared them.
+        num_cached_tokens: of a root, tokens of its prompt that were found in the prefix cache.
+        signals: how sure the model was of each of them; see `minirksc.signals`.
         output_token_ids: generated tokens, hints and prompt excluded, those of its ancestors included.
     """
 
@@ -33,9 +37,12 @@ class Branch:
         self.parent = parent
         self.pruned = False
         self.finish_reason: str | None = None
+        self.exit_layer: int | None = None
+        self.num_saved_layer_rows = 0
+        self.num_cached_tokens = 0
         self.output_token_ids: list[int] = list(parent.output_token_ids) if parent else []
         self.logprobs: list[float] = list(parent.logprobs) if parent else []
-        self._top1: list[float] = list(parent._top1) if parent else []
+        self.signals: TokenSignals = parent.signals + TokenSignals() if parent else TokenSignals()
 
     def fork(self, n: int) -> list["Branch"]:
         """Makes n children that continue from here; no token is computed and no block copied.
@@ -72,6 +79,19 @@ class Branch:
             self.pruned = True
             self._llm.engine.release(self._sequence)
 
+    def pin(self) -> None:
+        """Keeps its blocks from eviction, also once nobody uses them, until `unpin` or `LLM.reset_prefix_cache`.
+
+        Raises:
+            BranchError: it was pruned.
+        """
+        self._check_usable()
+        self._llm.engine.blocks.pin(self.seq_id)
+
+    def unpin(self) -> None:
+        """Takes `pin` back; also after the branch was pruned."""
+        self._llm.engine.blocks.unpin(self.seq_id)
+
     @property
     def token_ids(self) -> list[int]:
         """All tokens, the prompt included."""
@@ -91,7 +111,7 @@ class Branch:
     @property
     def confidence(self) -> float:
         """Mean probability of the likeliest token at each generated position; nan when there is none."""
-        return sum(self._top1) / len(self._top1) if self._top1 else math.nan
+        return mean_top1(self.signals)
 
     @property
     def num_shared_tokens(self) -> int:
@@ -99,6 +119,15 @@ class Branch:
         blocks = self._llm.engine.blocks
         seq_id = self._sequence.seq_id
         return blocks.num_shared_tokens(seq_id) if seq_id in blocks else 0
+
+    @property
+    def seq_id(self) -> int:
+        """Its sequence in the engine's block manager."""
+        return self._sequence.seq_id
+
+    def has_kv(self, positions: SequenceOf[int]) -> bool:
+        """Whether the KV of these tokens is there right now, in all layers."""
+        return not self.pruned and self._llm.engine.blocks.holds(self.seq_id, positions)
 
     @property
     def depth(self) -> int:
@@ -128,9 +157,37 @@ class Branch:
         self.finish_reason = request.finish_reason
         self.output_token_ids += request.output_token_ids
         self.logprobs += request.logprobs
-        self._top1 += request.top1_probabilities
+        self.signals += request.signals
         self._num_hidden_chars = 0
         checker = request.checker
         if checker is not None and isinstance(checker.stop_reason, str):
             shown = self._llm.decode(request.output_token_ids)
             self._num_hidden_chars = len(shown) - len(checker.text)
+
+
+class BranchProgress:
+    """A branch while `LLM.extend` decodes it; ancestors' tokens count with its own."""
+
+    def __init__(self, branch: Branch, request: Request) -> None:
+        self._branch = branch
+        self._request = request
+
+    @property
+    def num_tokens(self) -> int:
+        """Generated so far."""
+        return len(self._branch.output_token_ids) + len(self._request.output_token_ids)
+
+    @property
+    def signals(self) -> TokenSignals:
+        """How sure the model was of each generated token."""
+        return self._branch.signals + self._request.signals
+
+    @property
+    def text(self) -> str:
+        """Generated so far; never half a character or the beginning of a stop string."""
+        return self._branch.text + self._request.text
+
+    @property
+    def finished(self) -> bool:
+        """True when it has ended."""
+        return self._request.finished

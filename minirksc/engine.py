@@ -14,10 +14,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from minirksc.batch import LogitsRows, build_batch
+from minirksc.batch import ForwardBatch, LogitsRows, build_batch
 from minirksc.config import EngineConfig, SamplingParams
+from minirksc.depth import Depth
 from minirksc.errors import NumericalError, PromptError
+from minirksc.eviction import BY_IMPORTANCE
+from minirksc.gates import Seat
 from minirksc.kernels.attention_batch import KEY_CHUNK
+from minirksc.models.decoder import MassSample
+from minirksc.models.spec import ArchSpec
 from minirksc.request import LogitsCallback, Request, Sequence, Stats
 from minirksc.rsbcm import BlockBytes, BlockManager
 from minirksc.runner import Runner
@@ -27,6 +32,8 @@ from minirksc.stopping import StopChecker
 from minirksc.tokenizer import Detokenizer, Tokenizer
 
 SEED_RANGE = 2**64
+MASS_INTERVAL = 16
+"""Decode steps between two that measure attention: its cost, under one more attention a sampled layer, is then < 1%."""
 NO_STOP = frozenset[int]()
 
 
@@ -79,6 +86,10 @@ class Engine:
         self._num_steps = 0
         self._num_prefilled_tokens = 0
         self._num_decoded_tokens = 0
+        self._num_decode_steps = 0
+        self._mass_layers = _mass_layers(spec) if config.eviction in BY_IMPORTANCE else ()
+        self._num_layer_rows = 0
+        self._num_saved_layer_rows = 0
         self._prefill_s = 0.0
         self._decode_s = 0.0
         self._num_tokens_in_decode_s = 0
@@ -129,6 +140,8 @@ class Engine:
         if parent.seq_id in self.blocks:
             self.blocks.fork(parent.seq_id, child.seq_id, child.depth)
             self.scheduler.keep(child)
+        else:
+            self.blocks.await_fork(parent.seq_id, child.seq_id)
         return child
 
     def add_request(
@@ -140,6 +153,7 @@ class Engine:
         prefill_only: bool = False,
         logits_start: int | None = None,
         on_logits: LogitsCallback | None = None,
+        seat: Seat | None = None,
     ) -> Request:
         """Queues a generation on a sequence.
 
@@ -150,6 +164,7 @@ class Engine:
             prefill_only: compute the KV of what is there and sample nothing.
             logits_start: see `Request`.
             on_logits: see `Request`.
+            seat: see `Request`.
 
         Raises:
             PromptError: prompt and max_tokens do not fit into max_model_len.
@@ -166,17 +181,23 @@ class Engine:
             checker=checker,
             logits_start=logits_start,
             on_logits=on_logits,
+            seat=seat,
         )
         self.scheduler.add(request)
         return request
 
-    def abort(self, request: Request) -> None:
-        """Ends a request at any moment of its life; its blocks are free at once, unless a branch keeps them."""
+    def abort(self, request: Request, reason: str = "abort") -> None:
+        """Ends a request at any moment of its life; its blocks are free at once, unless a branch keeps them.
+
+        Args:
+            request: one that has finished stays as it is.
+            reason: its finish_reason.
+        """
         if request.finished:
             return
         if request.checker is not None:
             request.checker.flush()
-        self._finish(request, "abort")
+        self._finish(request, reason)
 
     def release(self, sequence: Sequence) -> None:
         """Gives back the blocks of a kept sequence that no request runs on."""
@@ -210,28 +231,67 @@ class Engine:
             return step.failed
         start = time.perf_counter()
         batch = build_batch(step, self.blocks, self._windows, self.runner.model.device, self._key_chunk)
-        logits = self.runner.forward(batch)  # [rows, vocab]
-        for rows in batch.wanted:
+        depth = self._depth(step.scheduled, batch)
+        mass = self._mass_sample(step.scheduled)
+        logits = self.runner.forward(batch, depth, mass)  # [rows, vocab]
+        if mass is not None:
+            self._observe(step.scheduled, mass)
+        wanted, left = (batch.wanted, {}) if depth is None else (depth.wanted, depth.left)
+        for rows in wanted:
             request = rows.item.request
             if request.on_logits is not None and request.logits_start is not None:
                 begin = rows.begin + max(0, request.logits_start - rows.first)
                 request.on_logits(rows.first + begin - rows.begin, logits[begin : rows.end])
                 if rows.item.completes:
                     request.logits_start = None  # it has them all: if it is computed anew, then not for these
-        drawn = self._sample(logits, batch.wanted)
-        # KV of a request whose logits are not finite must not reach the prefix cache.
+        drawn = self._sample(logits, wanted)
+        # KV of a request whose logits are not finite must not reach the prefix cache, nor what a gate left half made.
         failed = {request for request, one in drawn if one.failure is not None}
-        self.scheduler.commit([item for item in step.scheduled if item.request not in failed])
+        stored = [item for item in step.scheduled if item.request not in failed and item.request not in left]
+        for request, position in ({} if depth is None else depth.borrowed).items():
+            self.blocks.keep_out_of_index(request.sequence.seq_id, position)
+        self.scheduler.commit(stored)
         for request, one in drawn:
             self._update(request, one)
-        prefilled = [i.request for i in step.scheduled if i.completes and i.request.checker is None]
+        for request, num_layers in left.items():
+            request.exit_layer = num_layers
+            if request.sequence.kept:
+                seq_id = request.sequence.seq_id
+                self.blocks.rewind(seq_id, self.blocks.num_tokens(seq_id))  # the blocks of what was half computed
+            self._finish(request, "gate")
+        prefilled = [i.request for i in stored if i.completes and i.request.checker is None]
         for request in prefilled:
             self._finish(request, "stop")
-        self._count(step.scheduled, time.perf_counter() - start)
-        return [*step.failed, *(request for request, _ in drawn), *prefilled]
+        self._count(step.scheduled, depth, time.perf_counter() - start)
+        return [*step.failed, *(request for request, _ in drawn), *left, *prefilled]
+
+    def _depth(self, items: list[ScheduledRequest], batch: ForwardBatch) -> Depth | None:
+        """Gates of a step; None where no request sits at one."""
+        if all(item.request.seat is None for item in items):
+            return None
+        windows = [layer.window for layer in self.runner.model.spec.layers]
+        return Depth(items, batch, windows, self._kv_table, self.runner.copy_kv)
+
+    def _mass_sample(self, items: list[ScheduledRequest]) -> MassSample | None:
+        """Attention is measured in some decode steps, where the eviction policy asks for it; None: not in this one."""
+        if not self._mass_layers or not all(item.is_decode for item in items):
+            return None
+        self._num_decode_steps += 1
+        return MassSample(self._mass_layers) if self._num_decode_steps % MASS_INTERVAL == 0 else None
+
+    def _observe(self, items: list[ScheduledRequest], mass: MassSample) -> None:
+        rows = torch.stack(mass.masses).mean(0).tolist()  # [sequences, blocks]
+        for item, row in zip(items, rows, strict=True):
+            self.blocks.observe(item.request.sequence.seq_id, row)
+
+    def _kv_table(self, seq_id: int, window: int | None) -> list[int]:
+        return self.blocks.block_table(seq_id) if window is None else self.blocks.window_table(seq_id)
 
     def stats(self) -> Stats:
         """Counters since start and the state of the cache.
+
+        num_layer_rows are tokens times the layers that computed them, num_saved_layer_rows those that gates made
+        unnecessary; tokens that left between layers are not in num_prefilled_tokens.
 
         Where layers with a window have a pool apart, `num_window_blocks_*` count its blocks, and `kv_bytes_used_window`
         is what they hold; all other layers are in `num_blocks_*` and `kv_bytes_used_full`.
@@ -242,10 +302,14 @@ class Engine:
             "num_prefilled_tokens": self._num_prefilled_tokens,
             "num_decoded_tokens": self._num_decoded_tokens,
             "num_cached_tokens": self.scheduler.num_cached_tokens,
+            "num_layer_rows": self._num_layer_rows,
+            "num_saved_layer_rows": self._num_saved_layer_rows,
             "prefill_s": self._prefill_s,
             "decode_s": self._decode_s,
             "decode_tokens_per_s": self._num_tokens_in_decode_s / self._decode_s if self._decode_s else 0.0,
             "num_evicted_blocks": blocks.num_evicted_blocks,
+            "num_recomputed_tokens": blocks.num_recomputed_tokens,
+            "num_blocks_pinned": blocks.num_pinned,
             "num_preemptions": self.scheduler.num_preemptions,
             "num_blocks_total": blocks.num_blocks,
             "num_blocks_used": blocks.num_used,
@@ -319,7 +383,8 @@ class Engine:
         request.sequence.token_ids.append(drawn.token_id)
         request.output_token_ids.append(drawn.token_id)
         request.logprobs.append(drawn.logprob)
-        request.top1_probabilities.append(drawn.top1_probability)
+        request.signals.top1.append(drawn.top1_probability)
+        request.signals.self_certainty.append(drawn.self_certainty)
         if drawn.top_logprobs is not None:
             request.top_logprobs.append(drawn.top_logprobs)
         request.checker.push(drawn.token_id)
@@ -330,12 +395,24 @@ class Engine:
         request.finish_reason = reason
         self.scheduler.finish(request)
 
-    def _count(self, scheduled: list[ScheduledRequest], seconds: float) -> None:
+    def _count(self, scheduled: list[ScheduledRequest], depth: Depth | None, seconds: float) -> None:
         self._num_steps += 1
+        num_layers = self.runner.model.spec.num_layers
+        num_rows = sum(item.num_tokens for item in scheduled)
         num_prefilled = sum(item.num_tokens for item in scheduled if not item.is_decode)
+        if depth is not None:
+            num_prefilled -= depth.num_dropped_rows
+            self._num_saved_layer_rows += num_rows * num_layers - depth.num_layer_rows
+        self._num_layer_rows += num_rows * num_layers if depth is None else depth.num_layer_rows
         self._num_prefilled_tokens += num_prefilled
         if num_prefilled:
             self._prefill_s += seconds
         else:
             self._decode_s += seconds
             self._num_tokens_in_decode_s += len(scheduled)
+
+
+def _mass_layers(spec: ArchSpec) -> tuple[int, ...]:
+    """Where attention is measured: in three layers spread over the depth, of those that see everything if there are."""
+    layers = [index for index, layer in enumerate(spec.layers) if layer.window is None] or range(spec.num_layers)
+    return tuple(sorted({layers[len(layers) * part // 4] for part in (1, 2, 3)}))

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minirksc.branch import Branch
+from minirksc.asks import Probe, make_probe
+from minirksc.branch import Branch, BranchProgress
 from minirksc.config import EngineConfig, SamplingParams
 from minirksc.engine import Engine
 from minirksc.errors import (
@@ -26,10 +27,12 @@ from minirksc.errors import (
     NumericalError,
     TokenizerError,
 )
+from minirksc.eviction_log import Eviction
+from minirksc.gates import DepthGate, Seat
 from minirksc.loading import load
 from minirksc.models.spec import ArchSpec
 from minirksc.prompts import Prompt, params_list, prompt_list, text_and_ids
-from minirksc.request import CompletionOutput, Request, RequestOutput, Stats, StreamChunk
+from minirksc.request import CompletionOutput, Request, RequestOutput, Sequence, Stats, StreamChunk
 from minirksc.sampling import top_logprobs_of
 from minirksc.scoring import score_requests
 from minirksc.tokenizer import Tokenizer
@@ -87,6 +90,7 @@ class LLM:
         self.sampling_defaults = loaded.sampling_defaults
         self._load_s = loaded.load_s
         self._num_seeds = 0
+        self._lenses: dict[tuple[int, ...] | None, Callable[[Tensor], Tensor]] = {}
 
     @property
     def engine(self) -> Engine:
@@ -103,6 +107,7 @@ class LLM:
         """Frees model and cache; a second call does nothing."""
         if self._engine is not None:
             self._engine = None
+            self._lenses.clear()
             if self.config.threads is not None:
                 torch.set_num_threads(self._threads_before)
 
@@ -248,21 +253,57 @@ class LLM:
         Raises:
             PromptError, CacheFullError, TokenizerError.
         """
-        _, token_ids = self._encode(prompt)
-        sequence = self.engine.new_sequence(token_ids, share=share, seed=self._next_seed() if seed is None else seed)
-        sequence.kept = True
+        return self.branches([prompt], share=share, seed=seed)[0]
+
+    def branches(
+        self,
+        prompts: SequenceOf[Prompt],
+        *,
+        share: bool = True,
+        seed: int | None = None,
+        seats: SequenceOf[Seat | None] | None = None,
+    ) -> list[Branch]:
+        """Root branches, their prompts computed together.
+
+        Args:
+            prompts: each text or token ids.
+            share: as in `branch`.
+            seed: as in `branch`, the same for all; None: the next of this LLM's, one a branch.
+            seats: at depth gates, one a prompt, None for none. A branch whose prompt left has `exit_layer` and no KV:
+                prune it, or have its prompt computed by whatever is done with it next.
+
+        Raises:
+            PromptError, CacheFullError, TokenizerError: none of them is made.
+        """
+        requests: list[Request] = []
+        sequences: list[Sequence] = []
         params = self._resolve(SamplingParams())
         try:
-            self._run_all([self.engine.add_request(sequence, params, prefill_only=True)])
+            for index, prompt in enumerate(prompts):
+                _, token_ids = self._encode(prompt)
+                own_seed = self._next_seed() if seed is None else seed
+                sequences.append(self.engine.new_sequence(token_ids, share=share, seed=own_seed))
+                sequences[-1].kept = True
+                seat = None if seats is None else seats[index]
+                requests.append(self.engine.add_request(sequences[-1], params, prefill_only=True, seat=seat))
+            self._run_all(requests)
         except BaseException:
-            self.engine.release(sequence)  # nobody has a handle on it
+            self._abort(requests)
+            for sequence in sequences:  # nobody has a handle on them
+                self.engine.release(sequence)
             raise
-        return Branch(self, sequence)
+        made = [Branch(self, sequence) for sequence in sequences]
+        for branch, request in zip(made, requests, strict=True):
+            branch.exit_layer = request.exit_layer
+            branch.num_saved_layer_rows = request.num_saved_layer_rows
+            branch.num_cached_tokens = request.num_cached_tokens or 0
+        return made
 
     def extend(
         self,
         branches: SequenceOf[Branch],
         params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        on_step: Callable[[SequenceOf[BranchProgress]], Mapping[int, str]] | None = None,
     ) -> None:
         """Decodes branches together, each until its own stop; results are in the branches.
 
@@ -272,6 +313,8 @@ class LLM:
         Args:
             branches: distinct branches of this LLM.
             params: for all, or one a branch; without n and the logprobs options.
+            on_step: called after each step with the progress of every branch; names branches that stop here and why:
+                index -> finish_reason.
 
         Raises:
             BranchError: one is pruned, foreign or given twice.
@@ -291,7 +334,11 @@ class LLM:
             for branch, one in pairs:
                 sequence = branch._sequence
                 requests.append(self.engine.add_request(sequence, self._resolve(one), seed=sequence.branch_seed))
-            self._run_all(requests)
+            progress = [BranchProgress(branch, request) for branch, request in zip(branches, requests, strict=True)]
+            for _ in self._run(requests):
+                for index, reason in on_step(progress).items() if on_step else ():
+                    self.engine.abort(requests[index], reason)
+            self._raise_first_error(requests)
         finally:
             self._abort(requests)
             for branch, request in zip(branches, requests, strict=False):
@@ -300,29 +347,35 @@ class LLM:
     def score(
         self,
         branches: SequenceOf[Branch],
-        question: str | SequenceOf[int],
+        question: str | SequenceOf[int] | SequenceOf[SequenceOf[int]],
         choices: SequenceOf[str | SequenceOf[int]],
+        gate: DepthGate | None = None,
     ) -> Tensor:
         """How probable each choice is as the continuation of `question` after each branch.
 
-        One batched pass; the branches stay as they were.
+        One batched pass; the branches stay as they were. Choices of one token each are read off one row of logits;
+        of longer ones the whole sequence is scored.
 
         Args:
             branches: of this LLM.
-            question: text or token ids, appended to each branch for this pass only.
+            question: text or token ids, appended to each branch for this pass only; or token ids for each branch.
             choices: at least two, text or token ids.
+            gate: at which all sit, each by its index. Whoever left has NaN for a result: the gate knows what it saw.
 
         Returns:
             `[branches, choices]` float32; each row sums to 1.
 
         Raises:
             BranchError, PromptError, CacheFullError, NumericalError.
+            ConfigError: too few choices, not one question a branch, or a gate with choices of several tokens.
         """
         for branch in branches:
             branch._check_owner(self)
         choice_ids = [self.encode_fragment(choice) for choice in choices]
         if len(choice_ids) < 2 or not all(choice_ids):
             raise ConfigError(f"score() needs at least two choices of at least one token, got {choices!r}")
+        if gate is not None and max(map(len, choice_ids)) > 1:
+            raise ConfigError(f"a gate reads one row of logits a branch; choices {choice_ids} have more than one token")
         scores = torch.full((len(branches), len(choice_ids)), math.nan)
         sequences = [branch._sequence for branch in branches]
         requests: list[Request] = []
@@ -331,18 +384,36 @@ class LLM:
                 score_requests(
                     self.engine,
                     sequences,
-                    self.encode_fragment(question),
+                    self._questions(question, len(branches)),
                     choice_ids,
                     self._resolve(SamplingParams()),
                     scores,
+                    gate,
                 )
             )
             self._run_all(requests)
         finally:
             self._abort(requests)
-        if not scores.isfinite().all():
+        left = [request.exit_layer is not None for request in requests]
+        rows = scores if gate is None else scores[[not has_left for has_left in left]]
+        if not rows.isfinite().all():
             raise NumericalError("the model gave NaN or infinite logits for a choice; try dtype='float32'")
         return scores.softmax(-1)
+
+    def _questions(
+        self, question: str | SequenceOf[int] | SequenceOf[SequenceOf[int]], num_branches: int
+    ) -> list[list[int]]:
+        """Token ids of the question of each branch."""
+        if isinstance(question, str) or all(isinstance(token, int) for token in question):
+            return [self.encode_fragment(question)] * num_branches  # type: ignore[arg-type]
+        if len(question) != num_branches:
+            raise ConfigError(f"{len(question)} questions for {num_branches} branches; give one, or one a branch")
+        return [list(tokens) for tokens in question]  # type: ignore[arg-type]
+
+    def probe(self, tau: float | None, *, aligned: bool, uncalibrated: bool) -> Probe:
+        """A gate that compares wordings of a problem, for seats of `branches`; see `minirksc.asks.make_probe`."""
+        can_move_kv = self.engine.runner.model.can_move_kv
+        return make_probe(self.spec, tau, aligned=aligned, can_move_kv=can_move_kv, uncalibrated=uncalibrated)
 
     # Housekeeping
 
@@ -361,6 +432,21 @@ class LLM:
             "num_graph_steps": 0 if runner.graphs is None else runner.graphs.num_steps,
             "eager_steps": {} if runner.graphs is None else dict(runner.graphs.eager_steps),
         }
+
+    def evictions(self) -> list[Eviction]:
+        """What had to make room in the prefix cache lately, oldest first: why, and whether it was needed again."""
+        return self.engine.blocks.evictions
+
+    def lens(self, token_ids: SequenceOf[int] | None = None) -> Callable[[Tensor], Tensor]:
+        """Reads hidden states of any layer as logits; see `Decoder.lens`. Kept, since making it copies the head.
+
+        Args:
+            token_ids: whose logits; None: all of the vocabulary.
+        """
+        key = None if token_ids is None else tuple(token_ids)
+        if key not in self._lenses:
+            self._lenses[key] = self.engine.runner.model.lens(key)
+        return self._lenses[key]
 
     def reset_prefix_cache(self) -> None:
         """Forgets every cached block that no sequence uses."""
@@ -449,6 +535,9 @@ class LLM:
                 pass
         finally:
             self._abort(requests)
+        self._raise_first_error(requests)
+
+    def _raise_first_error(self, requests: SequenceOf[Request]) -> None:
         for request in requests:
             if request.error is not None:
                 raise request.error

@@ -10,6 +10,8 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from minirksc.config import SamplingParams
+from minirksc.gates import Seat
+from minirksc.signals import TokenSignals
 from minirksc.stopping import StopChecker
 
 if TYPE_CHECKING:
@@ -63,9 +65,13 @@ class Request:
         checker: decides when it ends and what text is final; None: it only computes the prompt's KV.
         logits_start: logits of positions from here on go to on_logits; None: no logits wanted.
         on_logits: see `LogitsCallback`; after a preemption in the midst of them positions may come twice.
+        seat: its place at a depth gate; None: it goes through all layers.
         num_cached_tokens: prompt tokens whose KV was found and not computed, at first admission.
-        output_token_ids, logprobs, top1_probabilities: one entry a generated token.
-        finish_reason: "stop", "length", "abort" or "error" at the end.
+        output_token_ids, logprobs, signals: one entry a generated token.
+        finish_reason: "stop", "length", "abort" or "error" at the end; "gate" when a gate ended it, or what
+            `Engine.abort` was given.
+        exit_layer: layers that it went through before a gate ended it; None: all.
+        num_saved_layer_rows: its tokens times the layers that a gate spared them.
     """
 
     request_id: int
@@ -76,13 +82,16 @@ class Request:
     checker: StopChecker | None
     logits_start: int | None = None
     on_logits: LogitsCallback | None = None
+    seat: Seat | None = None
     state: RequestState = RequestState.WAITING
     num_cached_tokens: int | None = None
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
-    top1_probabilities: list[float] = field(default_factory=list)
+    signals: TokenSignals = field(default_factory=TokenSignals)
     finish_reason: str | None = None
+    exit_layer: int | None = None
+    num_saved_layer_rows: int = 0
     error: Exception | None = None
 
     @property
@@ -97,7 +106,9 @@ class Request:
 
     @property
     def uses_cache(self) -> bool:
-        """Cached tokens have no logits, so a request that wants those of its prompt computes it whole."""
+        """Cached tokens have no logits and no hidden states: who wants those of its prompt computes it whole."""
+        if self.seat is not None and self.seat.sees_all:
+            return False
         return self.logits_start is None or self.logits_start >= len(self.sequence.token_ids) - 1
 
 
@@ -133,6 +144,7 @@ class RequestOutput:
         prompt: the text, None when token ids were given.
         prompt_token_ids: what the model saw.
         outputs: one a sample.
+        seat: its place at a depth gate; None: it goes through all layers.
         num_cached_tokens: prompt tokens that the first sample took from the prefix cache.
         prompt_logprobs: per prompt token {token id: logprob} (None for the first); None unless asked for.
         error: why the prompt failed, when errors are returned instead of raised.

@@ -5,8 +5,9 @@ from torch import Tensor
 
 from minirksc.batch import ForwardBatch
 from minirksc.decode_graphs import DecodeGraphs
+from minirksc.depth import Depth
 from minirksc.kv_cache import KvCache
-from minirksc.models.decoder import Decoder
+from minirksc.models.decoder import Decoder, MassSample
 
 
 class Runner:
@@ -33,11 +34,17 @@ class Runner:
         )
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch) -> Tensor:
-        """Copies blocks, writes the new KV, and returns logits `[rows, vocab]` float32."""
+    def forward(self, batch: ForwardBatch, depth: Depth | None = None, mass: MassSample | None = None) -> Tensor:
+        """Copies blocks, writes the new KV, and returns logits `[rows, vocab]` float32.
+
+        Args:
+            batch: the step.
+            depth: its gates; the logits are then those of `depth.wanted`.
+            mass: see `Decoder.forward`.
+        """
         if batch.copies:
             self.cache.copy(batch.copies)
-        if self.graphs is not None:
+        if self.graphs is not None and depth is None and mass is None:
             logits = self.graphs.forward(batch)
             if logits is not None:
                 return logits
@@ -48,4 +55,10 @@ class Runner:
             batch.attention,
             self.cache.layers,
             batch.logits_rows,
+            depth,
+            mass,
         )
+
+    def copy_kv(self, layer: int, sources: Tensor, destinations: Tensor, shifts: Tensor) -> None:
+        """Copies KV within one layer's cache; see `Decoder.copy_kv`."""
+        self.model.copy_kv(layer, self.cache.layers[layer], sources, destinations, shifts)

@@ -51,7 +51,7 @@ class Sampled:
         logprob: under the model's distribution.
         top_logprobs: the chosen token and the top k, likeliest first; None unless asked for.
         top1_probability: of the likeliest token.
-        entropy: of the model's distribution, nats.
+        self_certainty: divergence of the uniform distribution from the model's, nats; see `minirksc.signals`.
         failure: what is wrong with the row's logits; None when nothing is.
     """
 
@@ -59,7 +59,7 @@ class Sampled:
     logprob: float
     top_logprobs: dict[int, float] | None
     top1_probability: float
-    entropy: float
+    self_certainty: float
     failure: str | None = None
 
 
@@ -91,19 +91,19 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow], confidence: Callable[[Te
         token_ids.tolist(),
         chosen.tolist(),
         sure.top1_probability.tolist(),
-        sure.entropy.tolist(),
+        sure.self_certainty(logits.shape[-1]).tolist(),
         sure.logsumexp.tolist(),
         top_ids.tolist(),
         (top_values - sure.logsumexp.unsqueeze(-1)).tolist(),
     )
     drawn = []
-    for i, (token_id, logprob, top1, entropy, lse, ids, values) in enumerate(zip(*columns, strict=True)):
+    for i, (token_id, logprob, top1, certainty, lse, ids, values) in enumerate(zip(*columns, strict=True)):
         if not abs(lse) < float("inf"):  # NaN, or an infinity
-            drawn.append(Sampled(-1, 0.0, None, top1, entropy, _describe(logits[i])))
+            drawn.append(Sampled(-1, 0.0, None, top1, certainty, _describe(logits[i])))
             continue
         num_top = rows[i].params.logprobs
         top = None if num_top is None else _ranked(token_id, logprob, ids, values, num_top)
-        drawn.append(Sampled(token_id, logprob, top, top1, entropy))
+        drawn.append(Sampled(token_id, logprob, top, top1, certainty))
     return drawn
 
 

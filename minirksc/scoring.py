@@ -12,36 +12,40 @@ from torch import Tensor
 from minirksc.config import SamplingParams
 from minirksc.engine import Engine
 from minirksc.errors import MinirkscError
+from minirksc.gates import DepthGate, Seat
 from minirksc.request import LogitsCallback, Request, Sequence
 
 
 def score_requests(
     engine: Engine,
     sequences: SequenceOf[Sequence],
-    question: list[int],
+    questions: SequenceOf[list[int]],
     choices: list[list[int]],
     params: SamplingParams,
     out: Tensor,
+    gate: DepthGate | None = None,
 ) -> Iterator[Request]:
     """Queues requests that fill `out`, one after the other as they are asked for.
 
     Args:
         engine: that owns the sequences.
         sequences: stay as they are.
-        question: tokens that follow each sequence.
+        questions: tokens that follow each sequence.
         choices: tokens of each choice.
         params: resolved; nothing is sampled.
         out: `[sequences, choices]` float32; gets logits or log-probabilities, whose softmax over a row is the
             distribution over the choices.
+        gate: at which all sit, by their place; with choices of one token each.
 
     Raises:
         PromptError, CacheFullError: a sequence and its question do not fit.
     """
     single = all(len(choice) == 1 for choice in choices)
     columns = [choice[0] for choice in choices]
-    for row, sequence in zip(out, sequences, strict=True):
+    for place, (row, sequence, question) in enumerate(zip(out, sequences, questions, strict=True)):
         if single:
-            yield _request(engine, sequence, question, [], params, _store_columns(row, columns))
+            seat = None if gate is None else Seat(gate, place)
+            yield _request(engine, sequence, question, [], params, _store_columns(row, columns), seat)
         else:
             for index, choice in enumerate(choices):
                 yield _request(engine, sequence, question, choice, params, _store_sum(row, index, choice))
@@ -54,6 +58,7 @@ def _request(
     tail: list[int],
     params: SamplingParams,
     on_logits: LogitsCallback,
+    seat: Seat | None = None,
 ) -> Request:
     child = engine.fork_sequence(sequence, index=0)
     child.kept = False
@@ -62,7 +67,7 @@ def _request(
         child.token_ids += [*question, *tail]
         # The logits at a position are those of the token after it: the first ones wanted are the question's last.
         start = len(child.token_ids) - 1 - len(tail)
-        return engine.add_request(child, params, prefill_only=True, logits_start=start, on_logits=on_logits)
+        return engine.add_request(child, params, prefill_only=True, logits_start=start, on_logits=on_logits, seat=seat)
     except MinirkscError:
         engine.release(child)
         raise

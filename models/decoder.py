@@ -4,7 +4,9 @@ Explicit from end to end: whatever a forward pass needs is an argument. Knows no
 scheduling or who owns the cache.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from minirksc.kernels.attention_batch import AttentionBatch
@@ -17,6 +19,42 @@ from minirksc.models.rope import Rotary
 from minirksc.models.spec import ArchSpec
 from torch import Tensor
 from torch.nn import functional as F
+
+
+@dataclass(frozen=True, slots=True)
+class Narrowed:
+    """What is left of a batch.
+
+    Attributes:
+        rows: `[rows]` int64, places in the stream that go on; may be none.
+        attention: where their queries and keys are, by the window of the layers.
+        logits_rows: `[logits]` int64, places among `rows` whose logits are wanted.
+    """
+
+    rows: Tensor
+    attention: Mapping[int | None, AttentionBatch]
+    logits_rows: Tensor
+
+
+class DepthControl(Protocol):
+    """Whoever may make the batch smaller between layers."""
+
+    def after_layer(self, layer: int, stream: ResidualStream) -> Narrowed | None:
+        """Called after each layer with the stream as it left it; None: nothing changes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class MassSample:
+    """What KV blocks receive of the attention in a few layers.
+
+    Attributes:
+        layers: where it is measured.
+        masses: one of each, `[sequences, blocks]` float32, mean over heads; a row sums to 1.
+    """
+
+    layers: Collection[int]
+    masses: list[Tensor] = field(default_factory=list)
 
 
 class Decoder:
@@ -77,6 +115,8 @@ class Decoder:
         attention: Mapping[int | None, AttentionBatch],
         cache: Sequence[LayerCache],
         logits_rows: Tensor | None,
+        depth: DepthControl | None = None,
+        mass: MassSample | None = None,
     ) -> Tensor:
         """Runs a flattened batch through all layers.
 
@@ -87,6 +127,8 @@ class Decoder:
             attention: where queries and keys are, for layers of each window.
             cache: of each layer, written at the batch's slots.
             logits_rows: `[rows]` int64, tokens whose logits are wanted; None: all.
+            depth: may take rows out between layers; their logits are not computed.
+            mass: gains the attention mass of KV blocks; only where every sequence has one token.
 
         Returns:
             Logits `[rows, vocab]` float32.
@@ -104,14 +146,69 @@ class Decoder:
             table = None if own.rope is None else tables[own.rope]
             shared = None if own.kv_layer is None else shared_kv[own.kv_layer]
             layer_input = None if inputs is None else inputs[index]
-            kv = layer(stream, table, growth, layer_cache, attention[own.window], shared, layer_input)
+            masses = mass.masses if mass is not None and index in mass.layers else None
+            kv = layer(stream, table, growth, layer_cache, attention[own.window], shared, layer_input, masses)
             if index in self._kv_sources:
                 shared_kv[index] = kv
+            narrowed = None if depth is None else depth.after_layer(index, stream)
+            if narrowed is not None:
+                rows, attention, logits_rows = narrowed.rows, narrowed.attention, narrowed.logits_rows
+                if len(rows) == 0:
+                    break
+                stream.keep(rows)
+                tables = {rope: (cos[rows], sin[rows]) for rope, (cos, sin) in tables.items()}
+                growth = None if growth is None else growth[rows]
+                inputs = None if inputs is None else inputs[:, rows]
+                shared_kv = {source: kv[rows] for source, kv in shared_kv.items()}
         if logits_rows is not None:
             if len(logits_rows) == 0:
                 return hidden.new_empty((0, self.spec.vocab_size), dtype=torch.float32)
             stream.keep(logits_rows)
-        logits = self.head(stream.normed(self.norm))
+        return self._logits(stream.normed(self.norm), self.head)
+
+    def lens(self, token_ids: Sequence[int] | None = None) -> Callable[[Tensor], Tensor]:
+        """The logit lens: reads hidden states of any layer as if they were the last one's.
+
+        Args:
+            token_ids: whose logits; None: all of the vocabulary.
+
+        Returns:
+            From the residual stream `[rows, hidden]` to logits `[rows, tokens]` float32: final norm, then these rows
+            of the head.
+
+        Source: nostalgebraist 2020, "interpreting GPT: the logit lens" (lesswrong.com/posts/AcKRB8wDpdaN6v6ru).
+        """
+        head = self.head if token_ids is None else self.head.rows(token_ids)
+
+        def read(hidden: Tensor) -> Tensor:
+            return self._logits(self.backend.rms_norm(hidden, self.norm, self.spec.norm_eps), head)
+
+        return read
+
+    @property
+    def can_move_kv(self) -> bool:
+        """Whether `copy_kv` can turn the keys of every layer."""
+        return all(rotary.can_shift for rotary in self._rotaries.values())
+
+    def copy_kv(
+        self, index: int, layer_cache: LayerCache, sources: Tensor, destinations: Tensor, shifts: Tensor
+    ) -> None:
+        """Copies KV within one layer's cache, keys turned on to their new positions.
+
+        Args:
+            index: of the layer. Where it reads another layer's cache, there is nothing to copy.
+            layer_cache: of the layer.
+            sources: `[tokens]` int64 slots.
+            destinations: `[tokens]` int64 slots, none of which is a source.
+            shifts: `[tokens]` int64, new position minus old.
+        """
+        layer = self.spec.layers[index]
+        if layer.kv_layer is None:
+            tables = None if layer.rope is None else self._rotaries[layer.rope].shift_tables(shifts)
+            self.backend.copy_rotated(layer_cache, sources, destinations, tables)
+
+    def _logits(self, normed: Tensor, head: Linear) -> Tensor:
+        logits = head(normed)
         if self.spec.final_softcap is not None:
             logits = logits.div_(self.spec.final_softcap).tanh_().mul_(self.spec.final_softcap)
         return logits.float()

@@ -49,6 +49,16 @@ class ResidualStream:
             self._hidden.add_(update)
         return self._hidden
 
+    def at(self, rows: Tensor) -> Tensor:
+        """A copy of the sum at the tokens `[rows]` int64; the stream stays as it is."""
+        hidden = self._hidden[rows]
+        if self._update is None:
+            return hidden
+        update = self._update[rows]
+        if self._update_norm is not None:
+            update = self._backend.rms_norm(update, self._update_norm, self._eps)
+        return hidden.add_(update)
+
     def keep(self, rows: Tensor) -> None:
         """Goes on with the tokens `[rows]` int64 alone."""
         self._hidden = self._hidden[rows]
@@ -98,6 +108,7 @@ class DecoderLayer:
         attention: AttentionBatch,
         shared_kv: Tensor | None,
         layer_input: Tensor | None,
+        masses: list[Tensor] | None = None,
     ) -> Tensor:
         """Runs the layer on a flattened batch.
 
@@ -109,6 +120,7 @@ class DecoderLayer:
             attention: where queries and keys are.
             shared_kv: new keys and values of the layer whose cache this one reads; None: it has its own.
             layer_input: `[tokens, layer_input_size]`, see `LayerInputs`; None for none.
+            masses: gains what each KV block received of the attention, `[sequences, blocks]` float32; None: not asked.
 
         Returns:
             The new keys and values as the cache holds them, `[tokens, 2, num_kv_heads, head_dim]`.
@@ -119,7 +131,12 @@ class DecoderLayer:
         own_cache = layer_cache if shared_kv is None else None
         ops.kv_store(qkv, num_heads, *norms, rope_tables, query_growth, own_cache, attention.slots)
         q, kv = qkv[:, :num_heads], self._new_kv(qkv) if shared_kv is None else shared_kv
-        attended = ops.paged_attention(q, kv, layer_cache, attention, spec.query_scale, spec.attn_softcap)
+        given = q, kv, layer_cache, attention, spec.query_scale, spec.attn_softcap
+        if masses is None:
+            attended = ops.paged_attention(*given)
+        else:
+            attended, mass = ops.paged_attention_mass(*given)
+            masses.append(mass)
         stream.add(self.o(attended.flatten(1)), self.attn_post_norm)
 
         gate_up = self.gate_up(stream.normed(self.mlp_norm))

@@ -164,7 +164,7 @@ def test_a_branch_survives_an_interruption_before_its_copies_are_made(llm, monke
             branch.prune()
         return tokens
 
-    def interrupted(batch):
+    def interrupted(batch, depth, mass):
         assert batch.copies
         raise KeyboardInterrupt
 

@@ -1,0 +1,97 @@
+"""Depth gates: the one mechanism by which a request leaves a forward pass between two layers.
+
+A request may sit at a gate. After the layers that the gate names, it is shown the hidden rows of its requests and says
+which of them leave. What has left is not computed any further: the batch really is smaller in the layers above.
+
+The rule for the KV of what was not computed: a request that left as a whole has no KV above that layer, so the step
+stores none of its tokens: its block table ends where it ended before, and nobody can read what was half written. Of a
+request of which only some tokens left, the gate says whose KV they have in the layers above (`Borrow`).
+
+A gate knows rows, layers and hidden states; neither the model nor the cache. One that finds NaN lets its row go on.
+Without a gate a step does nothing of this.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class GateRows:
+    """The requests of one gate that are in the batch, in one order.
+
+    Attributes:
+        rows: the name of each, as its request gave it.
+        ends: True where the last token of the request's sequence is among these.
+        positions: of each one's tokens in this step.
+        last: gives `[requests, hidden]`, the residual stream of each one's last token, in the model's dtype.
+        hidden: called with an index, gives `[tokens, hidden]` of that request.
+    """
+
+    rows: Sequence[int]
+    ends: Sequence[bool]
+    positions: Sequence[range]
+    last: Callable[[], "Tensor"]
+    hidden: Callable[[int], "Tensor"]
+
+
+@dataclass(frozen=True, slots=True)
+class Borrow:
+    """Some tokens of a request leave and use another sequence's KV from here on, its keys turned to their positions.
+
+    Attributes:
+        offsets: which of the request's tokens in this step leave, at least one, ascending; never the last one.
+        seq_id: whose KV.
+        positions: of the borrowed tokens in that sequence.
+    """
+
+    offsets: Sequence[int]
+    seq_id: int
+    positions: Sequence[int]
+
+
+LEAVE = None
+"""The request leaves as a whole, and is finished."""
+
+Verdicts = Mapping[int, Borrow | None]
+"""What leaves, by row; a row that is not in it goes on."""
+
+
+class DepthGate(Protocol):
+    """Decides between layers.
+
+    Attributes:
+        layers: after which it is asked, counted from 0. All others cost nothing.
+    """
+
+    @property
+    def layers(self) -> Collection[int]:
+        """After which it is asked."""
+        ...
+
+    def after_layer(self, layer: int, rows: GateRows) -> Verdicts:
+        """Names what leaves.
+
+        Args:
+            layer: that has just been computed.
+            rows: those still in the batch; at least one.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Where a request sits.
+
+    Attributes:
+        gate: the gate.
+        row: its name there.
+        sees_all: all its tokens are computed, none is taken from the prefix cache.
+    """
+
+    gate: DepthGate
+    row: int
+    sees_all: bool = False
