@@ -6,8 +6,10 @@ markers only.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from decimal import Decimal
+from typing import Any
 
 from minirksc.errors import ConfigError
 
@@ -92,6 +94,18 @@ def choose(answers: Sequence[str | None], scores: Sequence[float], rule: str) ->
     return max(candidates, key=lambda index: scores[index])
 
 
+def agreement(answers: Sequence[str | None]) -> dict[str, Any]:
+    """How far candidates agree, without knowing what is right.
+
+    Returns:
+        votes: answer -> how many give it, most first; num_without: how many give none; share: of all candidates, those
+        with the commonest answer, 0 when there is none.
+    """
+    counts = Counter(answer for answer in answers if answer is not None)
+    share = max(counts.values(), default=0) / max(len(answers), 1)
+    return {"votes": dict(counts.most_common()), "num_without": answers.count(None), "share": share}
+
+
 SELECT_RULES = ("score", "vote", "weighted_vote")
 
 
@@ -172,3 +186,4 @@ _PARSERS: dict[str, Callable[[str], str | None]] = {
     "boolean": _boolean,
     "text": _text,
 }
+ANSWER_KINDS = tuple(_PARSERS)

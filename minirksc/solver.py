@@ -2,9 +2,13 @@
 
 The prompt is computed once; branch k is a fork of it that begins its answer with hint k. All
 branches are decoded together; for depth > 1 the best `beam` of them are forked again, the others
-pruned. Then the model is asked about each answer, and one is selected. Nothing is approximated
-here, unless the engine's cache is int8: sharing="none" and "exact" give the same tokens up to
-rounding, since the random numbers depend on seed, path and position alone.
+pruned. Then the model is asked about the answers, as far as the gates of `minirksc.cgee` leave
+anything to ask, and one is selected.
+
+With sharing "none" or "exact" and verify="always" nothing is approximated, unless the engine's cache
+is int8: both give the same tokens up to rounding, since the random numbers depend on seed, path and
+position alone. What else approximates says so in the result: `BranchResult.sharing`, `exit_layer`
+and `finish_reason`, `SolveResult.gates`.
 
 Whatever happens, nothing but the prefix cache is left in the engine afterwards.
 
@@ -13,173 +17,25 @@ Source: Sekar 2026, arXiv 2606.09937 (branches, verification, score = p(YES) * s
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from minirksc.answers import SELECT_RULES, AnswerParser, check_parser, choose, parse_answer
-from minirksc.config import SamplingParams
+from minirksc.answers import parse_answer
+from minirksc.cgee import DEFAULT_GATES, NO_GATES, PAPER_GATES, DecodeRule, Gates
 from minirksc.errors import ConfigError
+from minirksc.gates_file import read_gates, settings_of
+from minirksc.guard import refusal
+from minirksc.judge import Judge
+from minirksc.results import BranchResult, SolveResult
+from minirksc.solver_config import DEFAULT_SAMPLING, MAX_BRANCHES, SolverConfig, Tokens
+from minirksc.trace import make_trace
 from minirksc.tree import Node, Tree
 from minirksc.verify import Candidate, Verifier
 
 if TYPE_CHECKING:
+    from minirksc.asks import Probe
     from minirksc.llm import LLM
 
-Tokens = str | Sequence[int]
-"""Text or token ids."""
-
-MAX_BRANCHES = 1024
-DEFAULT_SAMPLING = SamplingParams(temperature=0.8, top_p=0.95, seed=0)
-"""Branches must differ, so not greedy; a fixed seed, so that a solve can be repeated."""
-_RULES = {
-    "sharing": ("none", "exact"),
-    "verify": ("always", "never"),
-    "verify_style": ("append", "standalone"),
-    "select": SELECT_RULES,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class SolverConfig:
-    """How a problem is solved.
-
-    Attributes:
-        branches: candidates in the air at a time, 1..1024.
-        depth: rounds of decoding; before each further one the best branches are forked again.
-        beam: how many branches go on into the next round, at most `branches`.
-        tokens_per_step: most tokens that a branch decodes in a round.
-        hints: how the answer of each branch begins, as text or token ids, one a branch; None:
-            "Approach #1:" and so on. Deeper branches get none.
-        sampling: of all branches, its max_tokens replaced by tokens_per_step; None:
-            `DEFAULT_SAMPLING`. Without a seed it is 0. Stop strings are looked for within a round.
-        sharing: "exact": one prefill for all; "none": every branch computes all its tokens, for
-            comparison.
-        verify: "always", or "never": the score is the confidence alone.
-        verify_style: "append" or "standalone", see `minirksc.verify`.
-        select: "score", "vote" or "weighted_vote", see `minirksc.answers.choose`.
-        chat: put a problem given as text through the checkpoint's chat template, where it has one.
-        answer_parser: "auto", "number", "choice", "boolean", "text", or a function; see
-            `minirksc.answers.parse_answer`.
-
-    Raises:
-        ConfigError: a value is out of range, or the values contradict each other.
-    """
-
-    branches: int = 8
-    depth: int = 1
-    beam: int = 2
-    tokens_per_step: int = 32
-    hints: Sequence[Tokens] | None = None
-    sampling: SamplingParams | None = None
-    sharing: str = "exact"
-    verify: str = "always"
-    verify_style: str = "append"
-    select: str = "score"
-    chat: bool = True
-    answer_parser: AnswerParser = "auto"
-
-    def __post_init__(self) -> None:
-        if self.branches == 1 and self.beam == SolverConfig.beam:
-            object.__setattr__(self, "beam", 1)  # the default must not make branches=1 an error
-        _check_int("branches", self.branches, MAX_BRANCHES)
-        _check_int("depth", self.depth, None)
-        _check_int("beam", self.beam, self.branches)
-        _check_int("tokens_per_step", self.tokens_per_step, None)
-        for name, allowed in _RULES.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name}={getattr(self, name)!r}; use one of {', '.join(allowed)}")
-        if self.sampling is not None and self.sampling.n != 1:
-            raise ConfigError(f"sampling has n={self.sampling.n}; leave it at 1 and set branches")
-        check_parser(self.answer_parser)
-        if self.hints is not None:
-            if isinstance(self.hints, str) or len(self.hints) != self.branches:
-                raise ConfigError(f"hints={self.hints!r} must have one entry a branch, {self.branches}")
-            hints = tuple(hint if isinstance(hint, str) else tuple(hint) for hint in self.hints)
-            object.__setattr__(self, "hints", hints)
-
-    @property
-    def step_sampling(self) -> SamplingParams:
-        """Sampling parameters of one round."""
-        sampling = self.sampling or DEFAULT_SAMPLING
-        # One seed for all: branches differ by their paths.
-        seed = 0 if sampling.seed is None else sampling.seed
-        min_tokens = min(sampling.min_tokens, self.tokens_per_step)
-        return replace(sampling, max_tokens=self.tokens_per_step, min_tokens=min_tokens, seed=seed)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data that JSON can hold."""
-        plain = asdict(self)
-        plain["sampling"] = _plain(asdict(self.step_sampling))
-        if callable(self.answer_parser):
-            plain["answer_parser"] = getattr(self.answer_parser, "__name__", "function")
-        return dict(_plain(plain))
-
-
-@dataclass(frozen=True)
-class BranchResult:
-    """One candidate at the end.
-
-    Attributes:
-        text: generated text, prompt and hint excluded.
-        token_ids: the same as generated tokens.
-        score: what it was ranked by.
-        confidence: mean probability of the likeliest token at each generated position.
-        verification: p(YES); None where nobody asked.
-        sharing: what it got: "exact" when num_shared_tokens > 0, else "none".
-        similarity, exit_layer: of gates that did not run here: None.
-        finish_reason: "stop" or "length".
-        parsed: its answer in normal form; None when it gives none.
-        depth: round in which it was decoded last, from 1.
-        path: index of each fork from the prompt to here.
-        hint: how its answer was made to begin (text; token ids are decoded where possible).
-        num_shared_tokens: tokens whose KV it took from another branch or the prefix cache when it
-            started.
-        num_own_tokens: all its other tokens, prompt included.
-    """
-
-    text: str
-    token_ids: list[int]
-    score: float
-    confidence: float
-    verification: float | None
-    sharing: str
-    similarity: float | None
-    exit_layer: int | None
-    finish_reason: str | None
-    parsed: str | None
-    depth: int
-    path: tuple[int, ...]
-    hint: str
-    num_shared_tokens: int
-    num_own_tokens: int
-
-
-@dataclass(frozen=True)
-class SolveResult:
-    """What a problem gave.
-
-    Attributes:
-        answer: text of the chosen branch.
-        parsed: its answer in normal form; None when it gives none.
-        best: index of the chosen branch.
-        branches: those that were left at the end.
-        stats: seconds by phase (prefill_s: prompts; decode_s: hints and decoding; verify_s;
-            total_s), what the engine counted meanwhile (num_prefilled_tokens and so on),
-            blocks_used_peak (blocks in use, the most that was seen between phases).
-        trace: config, problem, nodes of the tree and events in order, as plain data that JSON can
-            hold.
-    """
-
-    answer: str
-    parsed: str | None
-    best: int
-    branches: list[BranchResult]
-    stats: dict[str, float]
-    trace: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data that JSON can hold."""
-        return dict(_plain(asdict(self)))
+__all__ = ["DEFAULT_SAMPLING", "MAX_BRANCHES", "SolveResult", "Solver", "SolverConfig"]
 
 
 class Solver:
@@ -198,6 +54,7 @@ class Solver:
         self.config = config or SolverConfig()
         if llm.tokenizer is None:
             self._check_needs_no_text()
+        self.gates = self._gates()
 
     def solve(
         self,
@@ -211,12 +68,13 @@ class Solver:
             problem: text, or the token ids of a whole prompt (never put through the chat template).
             phrasings: one wording a branch, used instead of `problem` as its prompt; the standalone
                 verification still asks about `problem`. What differing wordings share is their
-                common beginning.
+                common beginning, and with semantic sharing perhaps all of the first.
             on_event: called with each event of the trace as it happens.
 
         Raises:
             ConfigError: not one wording a branch, or text without a tokenizer.
-            PromptError, CacheFullError, NumericalError: from the engine.
+            PromptError, CacheFullError: from the engine.
+            NumericalError: from the engine, for all branches; a branch that fails alone is left out.
         """
         config = self.config
         wordings = [problem] * config.branches if phrasings is None else list(phrasings)
@@ -225,80 +83,140 @@ class Solver:
         prompts = [self._prompt_ids(wording) for wording in wordings]
         chats = [self._is_chat(wording) for wording in wordings]
         hints = config.hints or [_default_hint(k, chat) for k, chat in enumerate(chats)]
-        tree = Tree(self.llm, share=config.sharing == "exact", on_event=on_event)
+        tree = Tree(self.llm, share=config.sharing != "none", on_event=on_event)
         try:
-            nodes = self._search(tree, problem, prompts, hints, chats[0])
-            best, parsed = self._select(tree, nodes)
+            probe, refusals = self._probe(wordings, tree)
+            nodes = tree.plant(prompts, hints, probe, refusals)
+            best, parsed = self._search(tree, nodes, problem, chats[0])
             tree.finish()
         finally:
             tree.close()
-        return self._result(tree, nodes, best, parsed, problem, phrasings)
+        return self._result(tree, best, parsed, problem, phrasings)
 
-    def _search(
-        self,
-        tree: Tree,
-        problem: Tokens,
-        prompts: list[list[int]],
-        hints: Sequence[Tokens],
-        chat: bool,
-    ) -> list[Node]:
-        """Grows the tree; returns the candidates, all scored."""
+    def _search(self, tree: Tree, nodes: list[Node], problem: Tokens, chat: bool) -> tuple[Node, dict[int, str | None]]:
+        """Grows the tree; returns the chosen node, and the answers of all that were left by node_id."""
         config = self.config
         verifier = None
-        if config.verify == "always":
-            share = config.sharing == "exact"
-            verifier = Verifier(self.llm, config.verify_style, chat=chat, share=share)
-        nodes = tree.plant(prompts, hints)
+        if config.verify != "never":
+            verifier = Verifier(self.llm, config.verify_style, chat=chat, share=config.sharing != "none")
+
+        def ask(asked: Sequence[Node]) -> None:
+            self._ask(tree, asked, verifier, problem)
+
+        rule = self._decode_rule("off")
         for level in range(1, config.depth + 1):
-            tree.extend([node for node in nodes if not node.finished], config.step_sampling)
-            self._score(tree, [node for node in nodes if node.score is None], verifier, problem)
+            is_last = level == config.depth
+            rule = self._decode_rule(config.decode_exit_mode if is_last else "off")
+            open_nodes = [node for node in nodes if not node.finished]
+            well = tree.extend(open_nodes, config.step_sampling, rule if is_last else None)
+            nodes = [node for node in nodes if node.finished or node in well]
+            if is_last:
+                break
+            ask([node for node in nodes if node.score is None])
             survivors = sorted(nodes, key=lambda node: -(node.score or 0.0))[: config.beam]
-            if level == config.depth or all(node.finished for node in survivors):
+            if all(node.finished for node in survivors):
                 break
             nodes = tree.expand(nodes, survivors, config.branches)
-        return nodes
+        self._note_decode_exit(tree, nodes, rule)
+        answers = [parse_answer(node.text, config.answer_parser) for node in nodes]
+        judge = Judge(tree, self.gates, config.select, None if verifier is None else ask)
+        best = nodes[judge.choose(nodes, answers, rule)]
+        with tree.phase("select", nodes) as event:
+            event.update(rule=config.select, parsed=list(answers), best=best.node_id)
+        return best, {node.node_id: answer for node, answer in zip(nodes, answers, strict=True)}
 
-    def _score(self, tree: Tree, nodes: list[Node], verifier: Verifier | None, problem: Tokens) -> None:
+    def _note_decode_exit(self, tree: Tree, nodes: Sequence[Node], rule: DecodeRule) -> None:
+        if rule.leader is not None:
+            mode = self.config.decode_exit_mode
+            reason = "the others stopped" if mode == "keep_leader" else "all stopped"
+            calibrated = self.gates.is_calibrated
+            tree.note("decode_exit", mode, reason, node=nodes[rule.leader], calibrated=calibrated)
+        elif rule.consensus is not None:
+            tree.note("consensus", "the others stopped", f"the vote for {rule.consensus!r} could not be lost any more")
+
+    def _ask(self, tree: Tree, nodes: Sequence[Node], verifier: Verifier | None, problem: Tokens) -> None:
+        """Sets verification and score."""
         if verifier is not None:
             with tree.phase("verify", nodes) as event:
-                candidates = [Candidate(node.branch, self._answer_ids(node)) for node in nodes]
-                event["probabilities"] = verifier.probabilities(problem, candidates)
-            for node, probability in zip(nodes, event["probabilities"], strict=True):
-                node.verification = probability
+                candidates = [Candidate(tree.exact_branch(node), self._answer_ids(node)) for node in nodes]
+                verdicts = verifier.ask(problem, candidates, self.gates.layer_exit)
+                event["probabilities"] = [verdict.probability for verdict in verdicts]
+            for node, verdict in zip(nodes, verdicts, strict=True):
+                node.verification, node.exit_layer = verdict.probability, verdict.exit_layer
+                if verdict.saw_nan:
+                    tree.note("layer_exit", "goes on", "a hidden state was not finite", node=node)
+                elif verdict.exit_layer is not None:
+                    reason = f"the margin of YES is clear: p(YES) {verdict.probability:.3f}"
+                    tree.note(
+                        "layer_exit",
+                        "leaves",
+                        reason,
+                        node=node,
+                        layer=verdict.exit_layer,
+                        value=verdict.margin,
+                        threshold=getattr(self.gates.layer_exit, "margin", None),
+                        calibrated=self.gates.is_calibrated,
+                    )
         for node in nodes:
             if node.verification is None:
                 node.score = node.confidence
             else:
                 node.score = node.verification * math.sqrt(node.confidence)
 
-    def _select(self, tree: Tree, nodes: list[Node]) -> tuple[int, list[str | None]]:
-        """Index of the chosen node, and what each node's answer is."""
-        with tree.phase("select", nodes) as event:
-            parser = self.config.answer_parser
-            parsed = [parse_answer(node.text, parser) for node in nodes]
-            best = choose(parsed, [node.score or 0.0 for node in nodes], self.config.select)
-            event.update(rule=self.config.select, parsed=list(parsed), best=nodes[best].node_id)
-        return best, parsed
+    def _decode_rule(self, mode: str) -> DecodeRule:
+        config = self.config
+        return DecodeRule(self.gates, mode, config.select, lambda text: parse_answer(text, config.answer_parser))
+
+    def _gates(self) -> Gates:
+        config = self.config
+        if config.verify != "auto":
+            return NO_GATES
+        if config.policy == "paper":
+            return PAPER_GATES
+        if config.gates is None:
+            return DEFAULT_GATES
+        if isinstance(config.gates, Gates):
+            return config.gates
+        return read_gates(config.gates, self.llm.model_path, settings_of(config, self.llm))
+
+    def _probe(self, wordings: Sequence[Tokens], tree: Tree) -> tuple["Probe | None", list[str | None]]:
+        """What compares wordings, and why some are not even compared."""
+        config = self.config
+        if config.sharing != "semantic" or all(wording == wordings[0] for wording in wordings):
+            return None, []
+        texts = [wording if isinstance(wording, str) else self.llm.decode(wording) for wording in wordings]
+        is_aligned = config.sharing_mode == "aligned"
+        probe = self.llm.probe(config.tau, aligned=is_aligned, uncalibrated=config.uncalibrated)
+        return probe, [refusal(texts[0], text) for text in texts]
 
     def _result(
         self,
         tree: Tree,
-        nodes: list[Node],
-        best: int,
-        parsed: list[str | None],
+        best: Node,
+        parsed: dict[int, str | None],
         problem: Tokens,
         phrasings: Sequence[Tokens] | None,
     ) -> SolveResult:
-        branches = [_branch_result(node, answer) for node, answer in zip(nodes, parsed, strict=True)]
-        trace = {
-            "config": self.config.to_dict(),
-            "problem": _plain(problem),
-            "phrasings": _plain(phrasings),
-            "nodes": [_plain(node.to_dict()) for node in tree.nodes],
-            "best": nodes[best].node_id,
-            "events": tree.events,
-        }
-        return SolveResult(nodes[best].text, parsed[best], best, branches, tree.stats, trace)
+        nodes = [tree.nodes[node_id] for node_id in parsed]
+        failed = [node for node in tree.nodes if node.error is not None]
+        trace = make_trace(
+            tree,
+            best,
+            parsed,
+            model=str(self.llm.config.model),
+            config=self.config,
+            problem=problem,
+            phrasings=phrasings,
+        )
+        return SolveResult(
+            answer=best.text,
+            parsed=parsed[best.node_id],
+            best=nodes.index(best),
+            branches=[_branch_result(node, parsed.get(node.node_id)) for node in [*nodes, *failed]],
+            stats=tree.stats,
+            gates=self.gates.source,
+            trace=trace,
+        )
 
     def _answer_ids(self, node: Node) -> list[int]:
         """Hint and generated tokens, without the end-of-sequence token."""
@@ -335,19 +253,12 @@ class Solver:
             raise ConfigError(f"{self.llm.model_path} has no tokenizer; use {', '.join(remedies)}")
 
 
-def _check_int(name: str, value: object, most: int | None) -> None:
-    limit = "at least 1" if most is None else f"in 1..{most}"
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1 or value > (most or value):
-        raise ConfigError(f"{name}={value!r} must be a whole number {limit}")
-
-
 def _default_hint(index: int, chat: bool) -> str:
     # In a conversation it begins the assistant's turn; in plain text, a paragraph.
     return f"Approach #{index + 1}:" if chat else f"\n\nApproach #{index + 1}:"
 
 
-def _branch_result(node: Node, parsed: str | None) -> BranchResult:
-    assert node.score is not None
+def _branch_result(node: Node, answer: str | None) -> BranchResult:
     return BranchResult(
         text=node.text,
         token_ids=node.output_ids,
@@ -355,22 +266,15 @@ def _branch_result(node: Node, parsed: str | None) -> BranchResult:
         confidence=node.confidence,
         verification=node.verification,
         sharing=node.sharing,
-        similarity=None,
-        exit_layer=None,
+        similarity=node.similarity,
+        exit_layer=node.exit_layer,
         finish_reason=node.branch.finish_reason,
-        parsed=parsed,
+        parsed=answer,
         depth=node.depth,
         path=tuple(node.branch.path),
         hint=node.hint,
         num_shared_tokens=node.num_shared_tokens,
         num_own_tokens=node.num_tokens - node.num_shared_tokens,
+        num_saved_tokens=node.num_saved_tokens,
+        error=node.error,
     )
-
-
-def _plain(value: Any) -> Any:
-    """The same data with lists for every other sequence, and strings as keys."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    return value

@@ -6,18 +6,29 @@ in the end.
 
 With share=False no branch takes a token of KV from another: each is prefilled from scratch, also
 when a deeper round begins. Paths, and with them the random numbers, are those of the shared tree.
+
+With semantic sharing a wording may run on the KV of the first one (`minirksc.asks`). Whoever is to judge such a
+branch gets `exact_branch` instead: the first wording's own KV, and the answer computed on it.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from minirksc.errors import NumericalError
+from minirksc.gates import Seat
+from minirksc.signals import SIGNALS
+
 if TYPE_CHECKING:
-    from minirksc.branch import Branch
+    from minirksc.asks import Probe
+    from minirksc.branch import Branch, BranchProgress
     from minirksc.config import SamplingParams
     from minirksc.llm import LLM
+
+OnStep = Callable[[Sequence["BranchProgress"]], Mapping[int, str]]
+"""See `LLM.extend`."""
 
 _SECONDS = {"prefill": "prefill_s", "extend": "decode_s", "verify": "verify_s"}
 
@@ -35,11 +46,17 @@ class Node:
         num_prompt_tokens: where the answer, hint included, begins in the branch's tokens.
         num_cached_tokens: of its prompt, found in the prefix cache.
         num_shared_tokens: whose KV it took from others when it started.
+        num_saved_tokens: prompt tokens, counted by layers, that semantic sharing did not compute.
+        is_semantic: it runs on KV of another wording.
+        is_approximate: some of its KV is not what its own tokens would give.
+        similarity: of its wording to the first; None where they were not compared.
         output_ids: generated tokens, its ancestors' included.
         text: of output_ids.
         confidence: mean probability of the likeliest token over output_ids.
         verification: p(YES); None where nobody asked.
+        exit_layer: layers that the pass of the question went through, where it left early.
         score: None until it has been scored.
+        error: why it failed; a failed node is not among those that go on.
     """
 
     node_id: int
@@ -50,11 +67,17 @@ class Node:
     num_prompt_tokens: int
     num_cached_tokens: int = 0
     num_shared_tokens: int = 0
+    num_saved_tokens: float = 0.0
+    is_semantic: bool = False
+    is_approximate: bool = False
+    similarity: float | None = None
     output_ids: list[int] = field(default_factory=list)
     text: str = ""
     confidence: float = 0.0
     verification: float | None = None
+    exit_layer: int | None = None
     score: float | None = None
+    error: str | None = None
     num_tokens: int = 0
 
     @property
@@ -65,10 +88,12 @@ class Node:
     @property
     def sharing(self) -> str:
         """What it got, not what was asked for."""
+        if self.is_semantic:
+            return "semantic"
         return "exact" if self.num_shared_tokens else "none"
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, without the branch."""
+        """As plain data, without the branch; see `minirksc.trace_schema`."""
         return {
             "id": self.node_id,
             "parent": self.parent_id,
@@ -76,14 +101,22 @@ class Node:
             "depth": self.depth,
             "hint": self.hint,
             "text": self.text,
+            "token_ids": list(self.output_ids),
             "num_tokens": self.num_tokens,
             "num_output_tokens": len(self.output_ids),
             "num_shared_tokens": self.num_shared_tokens,
+            "num_own_tokens": self.num_tokens - self.num_shared_tokens,
+            "num_saved_tokens": self.num_saved_tokens,
             "sharing": self.sharing,
+            "similarity": self.similarity,
             "confidence": self.confidence,
+            "signals": {name: signal(self.branch.signals) for name, signal in SIGNALS.items()},
+            "verified": self.verification is not None,
             "verification": self.verification,
+            "exit_layer": self.exit_layer,
             "score": self.score,
             "finish_reason": self.branch.finish_reason,
+            "error": self.error,
         }
 
 
@@ -97,6 +130,7 @@ class Tree:
 
     Attributes:
         nodes: all that were ever made, in order.
+        gates: what each gate decided, in order; plain data.
         events: what happened, in order; plain data, at_s and seconds on the clock of this solve.
         stats: filled by `finish`.
     """
@@ -104,11 +138,13 @@ class Tree:
     def __init__(self, llm: "LLM", *, share: bool, on_event: Callable[[dict[str, Any]], None] | None = None) -> None:
         self.nodes: list[Node] = []
         self.events: list[dict[str, Any]] = []
+        self.gates: list[dict[str, Any]] = []
         self.stats: dict[str, float] = dict.fromkeys(_SECONDS.values(), 0.0)
         self._llm = llm
         self._share = share
         self._on_event = on_event
         self._live: dict[int, Branch] = {}
+        self._first_root: Branch | None = None  # that others may run on
         self._start = time.perf_counter()
         self._counters = self._count()
         self._blocks_used_peak = 0
@@ -129,41 +165,96 @@ class Tree:
         if self._on_event is not None:
             self._on_event(event)
 
-    def plant(self, prompts: Sequence[list[int]], hints: Sequence[str | Sequence[int]]) -> list[Node]:
+    def note(self, gate: str, decision: str, reason: str, *, node: Node | None = None, **values: Any) -> None:
+        """Notes what a gate decided: its value, threshold and layer, where it has them."""
+        entry = {"gate": gate, "node": None if node is None else node.node_id, "layer": None, "value": None}
+        entry |= {"threshold": None, "calibrated": None, **values, "decision": decision, "reason": reason}
+        self.gates.append({**entry, "at_s": time.perf_counter() - self._start})
+
+    def plant(
+        self,
+        prompts: Sequence[list[int]],
+        hints: Sequence[str | Sequence[int]],
+        probe: "Probe | None" = None,
+        refusals: Sequence[str | None] = (),
+    ) -> list[Node]:
         """The first round: one branch a prompt; equal prompts are computed once.
 
         Args:
-            prompts: token ids, one a branch.
+            prompts: token ids, one a branch; the first is the one that others may run on.
             hints: how each branch's answer begins.
+            probe: compares the others with the first; None: each is computed.
+            refusals: of each prompt, why it is not even compared; None: it is.
         """
         nodes: list[Node] = []
         with self.phase("prefill", nodes) as event:
             groups: dict[Any, list[int]] = {}
             for index, prompt in enumerate(prompts):
                 groups.setdefault(tuple(prompt) if self._share else index, []).append(index)
-            roots: list[Branch] = []
-            grown: dict[int, tuple[Branch, int]] = {}  # index -> branch, cached tokens
-            for indices in groups.values():
-                root, num_cached = self._root(prompts[indices[0]])
-                roots.append(root)
-                branches = self._fork(root, indices)
-                grown.update((i, (b, num_cached)) for i, b in zip(indices, branches, strict=True))
-            self._prune(roots)
+            members = list(groups.values())
+            if probe is None:
+                roots = self._roots([prompts[indices[0]] for indices in members])
+            else:
+                roots = self._probed_roots([prompts[indices[0]] for indices in members], probe, members, refusals)
+            grown: dict[int, tuple[Branch, Branch]] = {}  # index -> branch, its root
+            substituted = [place for place, root in enumerate(roots) if root.exit_layer is not None]
+            for place, (root, indices) in enumerate(zip(roots, members, strict=True)):
+                if place in substituted:
+                    continue
+                stands_for = substituted if place == 0 else []
+                own = sorted([*indices, *(i for other in stands_for for i in members[other])])
+                branches = self._fork(root, own)
+                grown.update((i, (b, root)) for i, b in zip(own, branches, strict=True))
             for index, hint in enumerate(hints):
-                branch, num_cached = grown[index]
-                nodes.append(self._node(branch, None, self._text_of(hint), len(prompts[index]), num_cached))
+                branch, root = grown[index]
+                nodes.append(self._node(branch, None, self._text_of(hint), root.num_tokens, root.num_cached_tokens))
+            if probe is not None:
+                self._note_probes(nodes, members, roots, probe, refusals)
+            self._prune([root for root in roots if not (root is roots[0] and any(n.is_approximate for n in nodes))])
             self._measure_sharing(nodes)
             for node, hint in zip(nodes, hints, strict=True):
                 node.branch.append(hint)
             event["num_prompts"] = len(groups)
         return nodes
 
-    def extend(self, nodes: Sequence[Node], params: "SamplingParams") -> None:
-        """Decodes nodes together."""
+    def exact_branch(self, node: Node) -> "Branch":
+        """A branch for whoever judges: the node's own where that is exact, else its answer on the first wording."""
+        if not node.is_approximate:
+            return node.branch
+        assert self._first_root is not None
+        (branch,) = self._fork(self._first_root, [0])
+        branch.append(node.branch.token_ids[node.num_prompt_tokens :])
+        return branch
+
+    def extend(self, nodes: Sequence[Node], params: "SamplingParams", on_step: OnStep | None = None) -> list[Node]:
+        """Decodes nodes together.
+
+        Args:
+            nodes: that go on.
+            params: of all.
+            on_step: may stop some early, see `LLM.extend`.
+
+        Returns:
+            Those that did not fail.
+
+        Raises:
+            NumericalError: all failed.
+        """
         with self.phase("extend", nodes):
-            self._llm.extend([node.branch for node in nodes], params)
+            error = None
+            try:
+                self._llm.extend([node.branch for node in nodes], params, on_step)
+            except NumericalError as one:
+                error = one
             for node in nodes:
                 self._read(node)
+                if node.branch.finish_reason == "error":
+                    node.error = str(error)
+        well = [node for node in nodes if node.error is None]
+        if error is not None and not well:
+            raise error
+        self._prune([node.branch for node in nodes if node.error is not None])
+        return well
 
     def expand(self, nodes: Sequence[Node], survivors: Sequence[Node], width: int) -> list[Node]:
         """The next round: survivors are forked up to `width` nodes, the others pruned.
@@ -188,6 +279,21 @@ class Tree:
             event["survivors"] = [node.node_id for node in survivors]
         return finished + kids
 
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token as text; half a character is shown as the tokenizer does."""
+        return [self._decode([token_id]) for token_id in token_ids]
+
+    def blocks(self) -> dict[str, Any]:
+        """What the cache did meanwhile, as plain data."""
+        num_evicted = int(self.stats["num_evicted_blocks"])
+        evictions = self._llm.evictions()[-num_evicted:] if num_evicted else []
+        return {
+            "size": int(self._llm.stats()["block_size"]),
+            "used_peak": self._blocks_used_peak,
+            "evicted": num_evicted,
+            "evictions": [{**asdict(eviction), "priority": list(eviction.priority)} for eviction in evictions],
+        }
+
     def finish(self) -> None:
         """Completes `stats`."""
         for name, value in self._count().items():
@@ -199,12 +305,56 @@ class Tree:
         """Prunes every branch that is left; twice is fine."""
         self._prune(list(self._live.values()))
 
-    def _root(self, prompt: Sequence[int]) -> tuple["Branch", int]:
-        """A new root, and how many of its tokens came from the prefix cache."""
-        before = self._llm.stats()["num_cached_tokens"]
-        root = self._llm.branch(prompt, share=self._share)
-        self._live[id(root)] = root
-        return root, int(self._llm.stats()["num_cached_tokens"] - before)
+    def _roots(self, prompts: Sequence[Sequence[int]], seats: Sequence[Seat | None] | None = None) -> list["Branch"]:
+        roots = self._llm.branches(prompts, share=self._share, seats=seats)
+        self._live.update((id(root), root) for root in roots)
+        return roots
+
+    def _probed_roots(
+        self, prompts: Sequence[list[int]], probe: "Probe", members: Sequence[list[int]], refusals: Sequence[str | None]
+    ) -> list["Branch"]:
+        """The first prompt is computed; the others start, and leave where the probe says so."""
+        for row, prompt in enumerate(prompts):
+            probe.watch(row, prompt)
+        (first,) = self._roots(prompts[:1], [Seat(probe, 0, sees_all=True)])
+        self._first_root = probe.root = first
+        is_refused = [refusals[indices[0]] is not None for indices in members]
+        seats = [None if refused else Seat(probe, row) for row, refused in enumerate(is_refused)]
+        return [first, *(self._roots(prompts[1:], seats[1:]) if len(prompts) > 1 else [])]
+
+    def _note_probes(
+        self,
+        nodes: Sequence[Node],
+        members: Sequence[list[int]],
+        roots: Sequence["Branch"],
+        probe: "Probe",
+        refusals: Sequence[str | None],
+    ) -> None:
+        num_layers = self._llm.spec.num_layers
+        for row, (indices, root) in enumerate(zip(members, roots, strict=True)):
+            if row == 0:
+                continue
+            is_accepted = row in probe.accepted
+            for node in (nodes[i] for i in indices):
+                node.similarity = probe.similarities.get(row)
+                node.is_semantic = is_accepted
+                node.is_approximate = is_accepted and root.exit_layer is None
+                if is_accepted:
+                    node.num_saved_tokens = root.num_saved_layer_rows / num_layers
+            node, refusal = nodes[indices[0]], refusals[indices[0]]
+            if refusal is not None:
+                self.note("guard", decision="computed", reason=refusal, node=node)
+                continue
+            saved = f"{root.num_saved_layer_rows / num_layers:.1f} prompt tokens saved"
+            self.note(
+                "share",
+                decision=probe.mode if is_accepted else "computed",
+                reason=saved if is_accepted else probe.why_not(row),
+                node=node,
+                value=node.similarity,
+                threshold=probe.tau,
+                layer=probe.depth,
+            )
 
     def _fork(self, branch: "Branch", indices: Sequence[int]) -> list["Branch"]:
         """The forks with these indices: a path must not depend on what else was planted."""
@@ -221,7 +371,7 @@ class Tree:
 
     def _replant(self, branch: "Branch", index: int) -> "Branch":
         """Child `index` of a branch, all its tokens computed anew."""
-        child, _ = self._root(branch.token_ids)
+        (child,) = self._roots([branch.token_ids])
         for step in (*branch.path, index):
             ancestor = child
             (child,) = self._fork(ancestor, [step])
@@ -240,6 +390,8 @@ class Tree:
         )
         if parent is not None:
             node.output_ids, node.confidence = list(parent.output_ids), parent.confidence
+            node.is_semantic, node.is_approximate = parent.is_semantic, parent.is_approximate
+            node.similarity = parent.similarity
         self.nodes.append(node)
         return node
 

@@ -14,14 +14,17 @@ stays where it is.
 Source: Sekar 2026, arXiv 2606.09937 (question and standalone style).
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from minirksc.errors import ChatTemplateError, ConfigError
 
 if TYPE_CHECKING:
     from minirksc.branch import Branch
+    from minirksc.cgee import EntropyRule, MarginRule
+    from minirksc.gates import DepthGate
     from minirksc.llm import LLM
     from minirksc.tokenizer import Tokenizer
 
@@ -43,6 +46,23 @@ class Candidate:
 
     branch: "Branch"
     answer_ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the model says about one answer.
+
+    Attributes:
+        probability: p(YES) of the two answers.
+        exit_layer: layers that its row went through, where it left the pass early.
+        margin: YES - NO in logits, as it was there.
+        saw_nan: a gate saw a hidden state that was not finite, and let the row go on.
+    """
+
+    probability: float
+    exit_layer: int | None = None
+    margin: float | None = None
+    saw_nan: bool = False
 
 
 class Verifier:
@@ -74,32 +94,48 @@ class Verifier:
         # An answer that stopped by itself has closed its turn; the others' turns are closed here.
         self._closing, self._question = _split_after_eos(self._encode(after), llm.tokenizer)
 
-    def probabilities(self, problem: str | Sequence[int], candidates: Sequence[Candidate]) -> list[float]:
-        """p(YES) of each candidate; the branches stay as they were.
+    def ask(
+        self,
+        problem: str | Sequence[int],
+        candidates: Sequence[Candidate],
+        rule: "MarginRule | EntropyRule | None" = None,
+    ) -> list["Verdict"]:
+        """Asks about candidates in one pass; the branches stay as they were.
 
         Args:
             problem: for the standalone style: text or token ids.
             candidates: distinct branches.
+            rule: lets rows leave the pass early; needs answers of one token each, see `can_exit`.
 
         Raises:
             PromptError, CacheFullError, NumericalError: as `LLM.score`.
         """
+        gate = None
+        if rule is not None and self.can_exit:
+            choices = (self._choices[0][0], self._choices[1][0])
+            gate = rule.gate(self._llm.lens, choices, self._llm.spec.num_layers)
         if self._style == "append":
-            return self._append([candidate.branch for candidate in candidates])
-        return self._standalone(problem, candidates)
+            branches = [candidate.branch for candidate in candidates]
+            closings = [[] if self._is_closed(branch) else self._closing for branch in branches]
+            scores = self._score(branches, [[*closing, *self._question] for closing in closings], gate)
+        else:
+            scores = self._standalone(problem, candidates, gate)
+        verdicts = [Verdict(score) for score in scores]
+        if gate is not None:
+            for row, margin in gate.margins.items():
+                verdicts[row] = Verdict((1 + math.tanh(margin / 2)) / 2, gate.exit_layers[row], margin)
+            for row in gate.problems:
+                verdicts[row] = replace(verdicts[row], saw_nan=True)
+        return verdicts
 
-    def _append(self, branches: Sequence["Branch"]) -> list[float]:
-        scores = [0.0] * len(branches)
-        for closed in (False, True):
-            rows = [i for i, branch in enumerate(branches) if self._is_closed(branch) is closed]
-            if rows:
-                question = self._question if closed else [*self._closing, *self._question]
-                asked = self._ask([branches[i] for i in rows], question)
-                for i, probability in zip(rows, asked, strict=True):
-                    scores[i] = probability
-        return scores
+    @property
+    def can_exit(self) -> bool:
+        """True when the answers are one token each: only then does a layer have a margin between them."""
+        return all(len(choice) == 1 for choice in self._choices)
 
-    def _standalone(self, problem: str | Sequence[int], candidates: Sequence[Candidate]) -> list[float]:
+    def _standalone(
+        self, problem: str | Sequence[int], candidates: Sequence[Candidate], gate: "DepthGate | None"
+    ) -> list[float]:
         prompt = [*self._before, *self._problem_ids(problem), *self._between]
         open_branches: list[Branch] = []
         try:
@@ -113,13 +149,13 @@ class Verifier:
                 asked = open_branches
             for branch, candidate in zip(asked, candidates, strict=True):
                 branch.append(candidate.answer_ids)
-            return self._ask(asked, [*self._closing, *self._question])
+            return self._score(asked, [*self._closing, *self._question], gate)
         finally:
             for branch in open_branches:
                 branch.prune()
 
-    def _ask(self, branches: Sequence["Branch"], question: Sequence[int]) -> list[float]:
-        scores = self._llm.score(branches, question, choices=self._choices)  # [branches, 2]
+    def _score(self, branches: Sequence["Branch"], question: Any, gate: "DepthGate | None") -> list[float]:
+        scores = self._llm.score(branches, question, self._choices, gate)  # [branches, 2]
         return [float(row[0]) for row in scores]
 
     def _choice_ids(self, choices: Sequence[str]) -> list[list[int]]:

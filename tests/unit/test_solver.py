@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from minirksc.config import SamplingParams
 from minirksc.errors import ChatTemplateError, ConfigError
 from minirksc.llm import LLM
+from minirksc.signals import TokenSignals, mean_top1
 from minirksc.solver import Solver, SolverConfig
 
 EOS, BOS = 1, 2
@@ -58,7 +60,8 @@ class FakeBranch:
         self.path = () if parent is None else (*parent.path, index)
         self.depth = len(self.path)
         self.output_token_ids = list(parent.output_token_ids) if parent else []
-        self.top1 = list(parent.top1) if parent else []
+        self.signals = parent.signals + TokenSignals() if parent else TokenSignals()
+        self.exit_layer, self.num_saved_layer_rows, self.num_cached_tokens = None, 0, 0
         self.finish_reason, self.pruned, self.num_forks, self.hidden = None, False, 0, 0
         llm.live.append(self)
         llm.peak = max(llm.peak, len(llm.live))
@@ -92,7 +95,7 @@ class FakeBranch:
 
     @property
     def confidence(self):
-        return sum(self.top1) / len(self.top1) if self.top1 else math.nan
+        return mean_top1(self.signals)
 
     @property
     def num_shared_tokens(self):
@@ -104,6 +107,8 @@ class FakeLLM:
     """Says `say(path)` ("$" ends it), else random letters keyed by seed, path and position."""
 
     model_path = "fake"
+    config = SimpleNamespace(model="fake")
+    spec = SimpleNamespace(num_layers=4)
 
     def __init__(self, say=None, judge=None, tokenizer=None, no_tokenizer=False):
         self.say = say or (lambda path: None)
@@ -122,7 +127,14 @@ class FakeLLM:
 
     def stats(self):
         used = len({id(cell) for branch in self.live for cell in branch.cells})
-        return {**self.counts, "num_blocks_used": used, "dtype": "float32"}
+        state = {"num_blocks_used": used, "block_size": BLOCK, "num_evicted_blocks": 0, "dtype": "float32"}
+        return {**self.counts, **state}
+
+    def evictions(self):
+        return []
+
+    def branches(self, prompts, *, share=True, seats=None):
+        return [self.branch(prompt, share=share) for prompt in prompts]
 
     def branch(self, prompt, *, share=True):
         self._maybe_fail("branch")
@@ -130,12 +142,13 @@ class FakeLLM:
         cells = next((self.cache[k] for k in self._keys(ids)[::-1] if k in self.cache), []) if share else []
         self.counts["num_cached_tokens"] += len(cells)
         branch = FakeBranch(self, ids, list(cells))
+        branch.num_cached_tokens = len(cells)
         self._compute(branch)
         if share:
             self.cache.update((key, branch.cells[: len(key)]) for key in self._keys(ids))
         return branch
 
-    def extend(self, branches, params):
+    def extend(self, branches, params, on_step=None):
         self._maybe_fail("extend")
         self.params.append(params)
         for branch in branches:
@@ -151,18 +164,19 @@ class FakeLLM:
                     token = self.fragment(script)[done + step] if done + step < len(script) else ord(".")
                 branch.token_ids.append(token)
                 branch.output_token_ids.append(token)
-                branch.top1.append(0.5 + rng.random() / 2)
+                branch.signals += TokenSignals([0.5 + rng.random() / 2], [rng.random()])
                 self.counts["num_decoded_tokens"] += 1
                 stop = next((x for x in params.stop if branch.text[start:].endswith(x)), "")
                 if token == EOS or stop:
                     branch.finish_reason, branch.hidden = "stop", len(stop)
                     break
 
-    def score(self, branches, question, choices):
+    def score(self, branches, question, choices, gate=None):
         self._maybe_fail("score")
         self.choices = ["".join(map(chr, ids)) for ids in choices]
         rows = []
-        for branch in branches:
+        one_each = bool(question) and isinstance(question[0], list)
+        for branch, question in zip(branches, question if one_each else [question] * len(branches), strict=True):
             self.counts["num_prefilled_tokens"] += len(branch.token_ids) - len(branch.cells) + len(question)
             ids = [*branch.token_ids, *self.fragment(question)]
             self.asked.append("".join("$" if i == EOS else "^" if i == BOS else chr(i) for i in ids))
@@ -184,7 +198,7 @@ class FakeLLM:
 
 
 def solve(llm, problem=PROBLEM, phrasings=None, on_event=None, **options):
-    return Solver(llm, SolverConfig(**options)).solve(problem, phrasings, on_event)
+    return Solver(llm, SolverConfig(**{"verify": "always", **options})).solve(problem, phrasings, on_event)
 
 
 def one_of(*texts):
@@ -464,8 +478,15 @@ def test_a_stop_string_is_not_part_of_the_text(sharing):
         (dict(tokens_per_step=0), "tokens_per_step=0"),
         (dict(hints=["a"] * 7), "one entry a branch, 8"),
         (dict(branches=3, hints="abc"), "one entry a branch"),
-        (dict(sharing="semantic"), "use one of none, exact"),
-        (dict(verify="auto"), "use one of always, never"),
+        (dict(sharing="fuzzy"), "use one of none, exact, semantic"),
+        (dict(verify="sometimes"), "use one of auto, always, never"),
+        (dict(verify="always", policy="paper"), "policy='paper' needs verify='auto'"),
+        (dict(verify="never", decode_exit="stop_all"), "decode_exit='stop_all' needs verify='auto'"),
+        (dict(verify="always", gates="g.json"), "gates='g.json' needs verify='auto'"),
+        (dict(verify="auto", policy="paper", gates="g.json"), "leave gates out"),
+        (dict(verify="auto", decode_exit="all"), "use one of auto, off, keep_leader, stop_all"),
+        (dict(sharing_mode="aligned"), "sharing_mode='aligned' needs sharing='semantic'"),
+        (dict(sharing="semantic", tau=float("nan")), "tau=nan must be a number"),
         (dict(verify_style="both"), "append, standalone"),
         (dict(select="best"), "weighted_vote"),
         (dict(answer_parser="numbers"), "number"),

@@ -1,0 +1,251 @@
+"""The content guard: may one wording of a problem stand for another, as far as that can be read off the text?
+
+It is no statistic. Out of each wording it reads the facts on which an answer may hang, in their order: numbers,
+operators, brackets, quoted strings, option letters, and every word but a short list of those that English can
+exchange without saying something else. Each fact has one normal form: "three" is 3, "isn't" is "is not", "5 km" is
+"5 kilometers". Two wordings pass only if they give the same sequence. A fact too many is another problem, so is one
+that is missing, and so are the same facts in another order: "Tom gives Anna 3" is not "Anna gives Tom 3".
+
+Where in doubt it refuses. Synonyms, moved clauses and other languages than English come out as differences, which
+costs the computation that would have been saved; the other mistake would cost the answer. What it cannot see are
+differences that only words of the short list make, such as "a boat" for "the boat", and what a courtesy or an
+instruction by itself adds, such as "Explain your answer.".
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+
+class Fact(NamedTuple):
+    """One thing on which an answer may hang.
+
+    Attributes:
+        kind: "number", "unit", "word", ...
+        text: its normal form.
+    """
+
+    kind: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.text!r}"
+
+
+def refusal(root: str, branch: str) -> str | None:
+    """Why the first wording must not stand for the second.
+
+    Args:
+        root: the wording whose KV would be used.
+        branch: the wording that it would stand for.
+
+    Returns:
+        A short reason that names what differs; None if nothing does. It is None either way round or neither.
+    """
+    ours, theirs = facts(root), facts(branch)
+    if ours == theirs:
+        return None
+    for fact in Counter(theirs) - Counter(ours):
+        return f"{fact} is {_how_often(fact, ours)} the first wording"
+    for fact in Counter(ours) - Counter(theirs):
+        return f"{fact} of the first wording is {_how_often(fact, theirs)} the second"
+    here, there = next((a, b) for a, b in zip(ours, theirs, strict=True) if a != b)
+    return f"{here} and {there} come in another order"
+
+
+def facts(text: str) -> list[Fact]:
+    """The facts of one wording, in their order."""
+    found: list[Fact] = []
+    for pattern, replacement in _PHRASES:
+        text = pattern.sub(replacement, text)
+    for part in _PARTS.split(text):
+        if not all(match.lastgroup == "word" and _is_empty(match[0]) for match in _TOKEN.finditer(part)):
+            found += _facts_of_part(part)
+    return found
+
+
+# Numbers stand before words, so that "10ml" is a number and a unit. A minus is one only where a number or a variable
+# follows: all other dashes are hyphens or punctuation.
+_TOKEN = re.compile(
+    r"""
+    (?P<quote> "[^"\n]*" | “[^”\n]*” | «[^»\n]*» | `[^`\n]*` | (?<!\w)['‘][^'’\n]+['’](?!\w) )
+    | (?P<option> \([A-J]\) | ^[A-J][.)](?=\s) )
+    | (?P<ordinal> [0-9]+(?:st|nd|rd|th)\b )
+    | (?P<number> \d+(?:,\d{3})+(?:\.\d+)?(?!\d) | \d+(?:[.:/]\d+)* | \.\d+ | [½⅓⅔¼¾⅕⅛] )
+    | (?P<currency> [$€£¥₹] )
+    | (?P<word> % | ° | [^\W\d_]+(?:['’][^\W\d_]+)* )
+    | (?P<operator> [-−–](?=\s?[\d(.$]) | (?<=\b[a-z]\s)[-−–](?=\s[a-z]\b) | (?<=\d)! | [+*/×÷=<>^≤≥≠±√²³()\[\]{}] )
+    """,
+    re.VERBOSE,
+)
+_PARTS = re.compile(r"(?<=[.!?:])\s+|\n+")
+_SIGNS = {"−": "-", "–": "-", "×": "*", "÷": "/", "[": "(", "]": ")"}
+_CURRENCIES = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee"}
+_FRACTIONS = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅛": "1/8"}
+_PHRASES = (
+    (re.compile(r"\bin all\b", re.IGNORECASE), "in total"),
+    (re.compile(r"\baltogether\b", re.IGNORECASE), "in total"),
+    (re.compile(r"\b(all|any\w*|every\w*|no\w*) but\b", re.IGNORECASE), r"\1 except"),
+    (re.compile(r"\b[Cc]an(?:not|['’]t)\b"), "can not"),
+    (re.compile(r"\b[Ww]on['’]t\b"), "will not"),
+    (re.compile(r"(?<=[a-z])n['’]t\b"), " not"),
+    (re.compile(r"\ban?(?= (?:second|minute|hour|day|night|week|month|year)\b)"), "each"),  # "$5 an hour"
+    (re.compile(r"\b[Ww]hat (?:number|amount) of(?: money)?\b"), "how many"),
+    (re.compile(r"\b[Hh]ow much money\b"), "how many"),
+)
+
+# Kind -> words with a normal form of their own, or whose kind a reason should name; "a=b" gives a the form b, and a
+# plural in -s that of its singular.
+_TABLE = {
+    "number": """
+        half=1/2 halves=1/2 dozen=12
+    """,
+    "ordinal": """
+        first=1st third=3rd fourth=4th fifth=5th sixth=6th seventh=7th eighth=8th ninth=9th tenth=10th
+    """,
+    "operator": """
+        plus=+ minus=- times=* multiplied=* divided=/ equal== equals== twice=2* double=2* thrice=3* triple=3*
+    """,
+    "negation": """
+        not no never none nothing nobody neither nor without except unless
+    """,
+    "comparison": """
+        more less fewer than before after until till=until or
+    """,
+    "quantity": """
+        each per=each every=each total left remaining=left
+    """,
+    "unit": """
+        percent %=percent °=degree degree second sec=second minute min=minute hour hr=hour day week month year
+        millimeter mm=millimeter millimetre=millimeter centimeter cm=centimeter centimetre=centimeter meter
+        metre=meter kilometer km=kilometer kilometre=kilometer inch inches=inch foot feet=foot ft=foot yard mile
+        gram kilogram kg=kilogram milligram mg=milligram ounce oz=ounce pound lb=pound ton milliliter
+        ml=milliliter millilitre=milliliter liter litre=liter gallon quart dollar cent euro
+    """,
+    "word": """
+        mom=mother dad=father
+    """,
+}
+_KNOWN = {
+    word.partition("=")[0]: Fact(kind, word.partition("=")[2] or word)
+    for kind, words in _TABLE.items()
+    for word in words.split()
+}
+
+# May come, go and be exchanged for one another. Pronouns, prepositions and tenses are not among them: "from" for "to",
+# or "will" for "did", can change an answer.
+_ORDINARY_WORDS = """
+    a an the is are be do does of and this that it what how many much so because since while whereas but however
+    then also too please with
+"""
+_ORDINARY = frozenset(_ORDINARY_WORDS.split())
+_ENDINGS = frozenset(["s", "re"])  # "it's" is "it is"; but "he'll", "he'd"
+# A sentence or heading of nothing but these and ordinary words tells the reader what to do, and the problem nothing.
+_INSTRUCTION_WORDS = """
+    answer answers below by can carefully exercise explain explaining explanation final find following for get
+    give help here i in know known let me my now out problem question read reasoning show solution solve step
+    steps task thank thanks there think through to us word work write you your
+"""
+_INSTRUCTIONS = frozenset(_INSTRUCTION_WORDS.split())
+
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+    " eighteen nineteen"
+)
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_SMALL = {word: value for value, word in enumerate(_ONES.split())}
+_SMALL |= {word: 10 * value for value, word in enumerate(_TENS.split(), 2)}
+_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
+
+
+def _facts_of_part(text: str) -> Iterator[Fact]:
+    """Those of one sentence or line."""
+    matches = list(_TOKEN.finditer(text))
+    at = 0
+    while at < len(matches):
+        kind, token = matches[at].lastgroup, matches[at][0]
+        number, length = _spoken_number(_run_of_words(text, matches, at))
+        following = matches[at + 1] if at + 1 < len(matches) else None
+        if length:
+            yield Fact("number", str(number))
+        elif kind == "currency" and following and following.lastgroup == "number":
+            yield Fact("number", _digits(following[0]))  # "$5" as "5 dollars"
+            yield Fact("unit", _CURRENCIES[token])
+            length = 2
+        elif kind == "quote":
+            yield Fact("quote", " ".join(token[1:-1].split()))
+        elif kind == "number":
+            yield Fact("number", _digits(token))
+        elif kind == "currency":
+            yield Fact("unit", _CURRENCIES[token])
+        elif kind == "operator":
+            yield Fact("operator", _SIGNS.get(token, token))
+        elif kind == "word":
+            yield from _facts_of_word(token)
+        else:
+            yield Fact(str(kind), token.strip("().") or token)
+        at += length or 1
+
+
+def _facts_of_word(token: str) -> Iterator[Fact]:
+    base, *rest = re.split("['’]", token.lower())
+    singular = base[:-1] if len(base) > 3 and base.endswith("s") else base
+    if known := _KNOWN.get(base) or _KNOWN.get(singular):
+        yield known
+    elif base not in _ORDINARY:
+        yield Fact("word", base)
+    for ending in rest:
+        if ending not in _ENDINGS:
+            yield Fact("word", ending)
+
+
+def _is_empty(word: str) -> bool:
+    """Whether a sentence of such words only tells the problem nothing: "Show how you solve this."."""
+    base, *rest = re.split("['’]", word.lower())
+    return (base in _ORDINARY or base in _INSTRUCTIONS) and _ENDINGS.issuperset(rest)
+
+
+def _digits(token: str) -> str:
+    """1,250.50 -> 1250.5; fractions and times of day stay what they are."""
+    if token in _FRACTIONS:
+        return _FRACTIONS[token]
+    whole, point, decimals = token.replace(",", "").partition(".")
+    decimals = decimals.rstrip("0")
+    return (whole.lstrip("0") or "0") + (point + decimals if decimals else "")
+
+
+def _run_of_words(text: str, matches: list[re.Match[str]], at: int) -> list[str]:
+    """The words from a place on that only spaces and hyphens part, as far as a number in words may reach."""
+    words: list[str] = []
+    end = matches[at].start()
+    for match in matches[at : at + 16]:
+        if match.lastgroup != "word" or text[end : match.start()].strip(" -"):
+            break
+        words.append(match[0].lower())
+        end = match.end()
+    return words
+
+
+def _spoken_number(words: list[str]) -> tuple[int, int]:
+    """The number that a text begins with in words, and how many words that takes; (0, 0) for none."""
+    total = current = length = 0
+    limit = 10**12  # what the next word must stay below: "twenty five" is one number, "five twenty" two
+    for place, word in enumerate(words):
+        if word in _SMALL and _SMALL[word] < limit:
+            current += _SMALL[word]
+            limit = 10 if _SMALL[word] >= 20 else 0
+        elif word == "hundred" and current < 100:
+            current, limit = 100 * (current or 1), 100
+        elif word in _SCALES and (current or not length):
+            total, current, limit = total + _SCALES[word] * (current or 1), 0, 1000
+        elif word == "and" and length and limit >= 100 and words[place + 1 : place + 2] and words[place + 1] in _SMALL:
+            continue
+        else:
+            break
+        length = place + 1
+    return total + current, length
+
+
+def _how_often(fact: Fact, others: list[Fact]) -> str:
+    return "less often in" if fact in others else "not in"

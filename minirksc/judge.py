@@ -1,0 +1,120 @@
+"""Who wins: asks about the branches of the last round, as far as the gates leave anything to ask, and chooses.
+
+The gates themselves are in `minirksc.cgee`; here is the order in which they are tried. What each one saw and decided
+goes into the trace.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from minirksc.answers import choose
+from minirksc.cgee import DecodeRule, Gates, best_and_rest, leader, standing
+from minirksc.signals import SIGNALS
+
+if TYPE_CHECKING:
+    from minirksc.tree import Node, Tree
+
+ASK_FIRST = 2
+"""Branches that are asked before it is looked who can still win: one alone settles little, all settle nothing."""
+
+
+class Judge:
+    """Chooses among the branches of one solve.
+
+    Args:
+        tree: whose trace says what was decided.
+        gates: which are on.
+        select: how the answer is chosen, see `answers.choose`.
+        ask: sets verification and score of nodes; None: nobody is ever asked, and a score is the confidence.
+    """
+
+    def __init__(self, tree: "Tree", gates: Gates, select: str, ask: Callable[[Sequence["Node"]], None] | None) -> None:
+        self._tree = tree
+        self._gates = gates
+        self._select = select
+        self._ask = ask
+
+    def choose(self, nodes: Sequence["Node"], answers: Sequence[str | None], rule: DecodeRule) -> int:
+        """Index of the branch that wins.
+
+        Args:
+            nodes: of the last round; those that had finished in an earlier one have their scores.
+            answers: that they give.
+            rule: what happened while they were decoded.
+        """
+        if rule.leader is not None:
+            _score_by_confidence(nodes)
+            return rule.leader
+        if self._ask is None:
+            _score_by_confidence(nodes)
+        elif not self._gates.exact:
+            return self._after_skip(nodes, answers, self._ask_everybody)
+        else:
+            best, threats = self._standing(nodes, answers)
+            if threats:
+                return self._after_skip(nodes, answers, self._ask_while_open)
+            if any(node.score is None for node in nodes):
+                reason = f"all that can win answer {answers[best]!r}"
+                self._tree.note("agreement", decision="nobody is asked", reason=reason)
+                _score_by_confidence(nodes)
+                return best
+        return choose(answers, [node.score or 0.0 for node in nodes], self._select)
+
+    def _after_skip(
+        self,
+        nodes: Sequence["Node"],
+        answers: Sequence[str | None],
+        ask: Callable[[Sequence["Node"], Sequence[str | None]], int],
+    ) -> int:
+        """Asks, unless one branch leads decisively by its confidence."""
+        gates = self._gates
+        if not gates.skip:
+            return ask(nodes, answers)
+        values = [SIGNALS[gates.signal](node.branch.signals) for node in nodes]
+        rivals = answers if gates.compares_answers else None
+        best = leader(values, rivals, gates.skip)
+        _, top, rest = best_and_rest(values, rivals)
+        self._tree.note(
+            "skip",
+            value=gates.skip[0].distance(top, rest),
+            threshold=gates.skip[0].gap,
+            decision="ask" if best is None else "nobody is asked",
+            reason=f"{gates.signal} {', '.join(f'{value:.3f}' for value in values)}",
+            calibrated=gates.is_calibrated,
+        )
+        if best is None:
+            return ask(nodes, answers)
+        _score_by_confidence(nodes)
+        return best
+
+    def _ask_everybody(self, nodes: Sequence["Node"], answers: Sequence[str | None]) -> int:
+        assert self._ask is not None
+        self._ask([node for node in nodes if node.score is None])
+        return choose(answers, [node.score or 0.0 for node in nodes], self._select)
+
+    def _ask_while_open(self, nodes: Sequence["Node"], answers: Sequence[str | None]) -> int:
+        """The likeliest first; then whoever can still change the answer."""
+        assert self._ask is not None
+        best, threats = self._standing(nodes, answers)
+        num_at_once = ASK_FIRST
+        while threats:
+            self._ask([nodes[i] for i in threats[:num_at_once]])
+            num_at_once = len(nodes)
+            best, threats = self._standing(nodes, answers)
+        num_spared = sum(node.score is None for node in nodes)
+        if num_spared:
+            reason = "whatever they would score, the answer stays"
+            self._tree.note("bound", value=num_spared, decision=f"{num_spared} not asked", reason=reason)
+        return best
+
+    def _standing(self, nodes: Sequence["Node"], answers: Sequence[str | None]) -> tuple[int, list[int]]:
+        bounds = [math.sqrt(node.confidence) for node in nodes]  # p(YES) is at most 1
+        return standing(answers, [node.score for node in nodes], bounds, self._select)
+
+
+def _score_by_confidence(nodes: Sequence["Node"]) -> None:
+    """For those that nobody was asked about: there is nothing else to rank them by."""
+    for node in nodes:
+        if node.score is None:
+            node.score = node.confidence

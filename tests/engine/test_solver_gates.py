@@ -1,0 +1,160 @@
+"""The gates in a real solve: exact ones keep the answer, failures and small caches keep the result."""
+
+import math
+
+import pytest
+import torch
+
+from minirksc import LLM, SamplingParams, Solver, SolverConfig, verify
+from minirksc.cgee import EXACT_GATES, PAPER_GATES, Gates, Lead, MarginRule
+from minirksc.errors import NumericalError
+
+PROBLEM = "a baker bakes 12 loaves and gives 3 of them away. how many are left?"
+LAYERS = 6
+
+
+@pytest.fixture(autouse=True)
+def choices_of_one_token(monkeypatch):
+    monkeypatch.setattr(verify, "_PLAIN_CHOICES", ("Y", "N"))
+
+
+@pytest.fixture()
+def llm(tiny_llama):
+    with LLM(tiny_llama(layers=LAYERS, tokenizer=True), block_size=8, kv_cache_bytes="4MiB") as llm:
+        yield llm
+        assert llm.stats()["num_blocks_used"] == 0
+        llm.engine.blocks.check_integrity()
+
+
+def solve(llm, problem=PROBLEM, **options):
+    llm.reset_prefix_cache()
+    config = {"branches": 6, "tokens_per_step": 8, "answer_parser": lambda text: text[:1] or None} | options
+    return Solver(llm, SolverConfig(**config)).solve(problem)
+
+
+def same_tokens(one, other):
+    return [b.token_ids for b in one.branches] == [b.token_ids for b in other.branches]
+
+
+@pytest.mark.parametrize("select", ["score", "vote", "weighted_vote"])
+@pytest.mark.parametrize("verify_style", ["append", "standalone"])
+@pytest.mark.parametrize("seed", range(4))
+def test_exact_gates_give_the_answer_of_asking_everybody(llm, select, verify_style, seed):
+    options = dict(select=select, verify_style=verify_style, sampling=SamplingParams(temperature=1.5, seed=seed))
+    full = solve(llm, verify="always", **options)
+    gated = solve(llm, gates=EXACT_GATES, decode_exit="off", **options)
+    assert gated.parsed == full.parsed and gated.gates == "exact"
+    if select != "vote":  # a vote may stop branches whose text then is shorter
+        assert same_tokens(gated, full)
+    for one, other in zip(gated.branches, full.branches, strict=True):
+        if one.verification is not None:
+            assert one.verification == pytest.approx(other.verification, abs=1e-5)
+    assert all(b.exit_layer is None for b in gated.branches)
+
+
+def test_layer_exit_saves_layers_and_says_so(llm):
+    full = solve(llm, verify="always")
+    gates = Gates(exact=False, layer_exit=MarginRule(margin=0.0, patience=1), source="uncalibrated")
+    gated = solve(llm, gates=gates, decode_exit="off")
+    assert same_tokens(gated, full)
+    assert [b.exit_layer for b in gated.branches] == [LAYERS // 2 + 1] * 6
+    assert gated.stats["num_saved_layer_rows"] > 0 and gated.gates == "uncalibrated"
+    notes = [gate for gate in gated.trace["gates"] if gate["gate"] == "layer_exit"]
+    assert len(notes) == 6 and all(note["calibrated"] is False for note in notes)
+
+
+def test_never_clear_margins_change_nothing(llm):
+    full = solve(llm, verify="always")
+    gates = Gates(exact=False, layer_exit=MarginRule(margin=1e9), source="calibrated")
+    gated = solve(llm, gates=gates, decode_exit="off")
+    assert [(b.token_ids, b.score) for b in gated.branches] == [(b.token_ids, b.score) for b in full.branches]
+
+
+def test_a_decode_exit_keeps_the_leader_whole(llm):
+    full = solve(llm, verify="always", tokens_per_step=24)
+    gates = Gates(decode_exit=(Lead(),), decode_min_tokens=5, source="uncalibrated")
+    gated = solve(llm, gates=gates, tokens_per_step=24)
+    best = gated.branches[gated.best]
+    assert best.token_ids == full.branches[gated.best].token_ids
+    stopped = [b for i, b in enumerate(gated.branches) if i != gated.best]
+    assert {b.finish_reason for b in stopped} <= {"early_exit", "stop"}
+    assert all(len(b.token_ids) >= 5 for b in stopped)
+    assert gated.stats["num_decoded_tokens"] < full.stats["num_decoded_tokens"]
+    assert gated.stats["verify_s"] == 0
+    assert [note["decision"] for note in gated.trace["gates"]] == ["keep_leader"]
+
+
+def test_the_published_policy_stops_everybody(llm):
+    gates = Gates(exact=False, decode_exit=(Lead(),), decode_min_tokens=3, source="paper")
+    gated = solve(llm, gates=gates, decode_exit="stop_all", tokens_per_step=24)
+    assert all(len(b.token_ids) == 3 or b.finish_reason == "stop" for b in gated.branches)
+    paper = solve(llm, policy="paper", verify_style="standalone")
+    assert paper.gates == "paper" and Solver(llm, SolverConfig(policy="paper")).gates is PAPER_GATES
+
+
+def test_a_skip_asks_nobody(llm):
+    gates = Gates(skip=(Lead(),), source="uncalibrated")
+    gated = solve(llm, gates=gates, decode_exit="off", answer_parser=lambda text: None)
+    assert all(b.verification is None and b.score == b.confidence for b in gated.branches)
+    assert gated.branches[gated.best].confidence == max(b.confidence for b in gated.branches)
+    assert gated.stats["verify_s"] == 0
+
+
+def test_choices_of_several_tokens_are_scored_whole_and_have_no_layer_exit(llm, monkeypatch):
+    monkeypatch.setattr(verify, "_PLAIN_CHOICES", (" no way", " no"))  # they begin alike
+    gates = Gates(exact=False, layer_exit=MarginRule(margin=0.0, patience=1), source="uncalibrated")
+    gated = solve(llm, gates=gates, decode_exit="off")
+    full = solve(llm, verify="always")
+    assert all(b.exit_layer is None for b in gated.branches)
+    assert [b.score for b in gated.branches] == [b.score for b in full.branches]
+
+
+def test_a_branch_that_fails_is_left_out_and_all_of_them_are_an_error(llm, monkeypatch):
+    sample = llm.engine._sample
+    broken = {"paths": {(1,), (4,)}}
+
+    def spoil(logits, wanted):
+        logits = logits.clone()
+        for rows in wanted:
+            if rows.item.request.sequence.path in broken["paths"] and rows.item.request.checker is not None:
+                logits[rows.begin : rows.end] = math.nan
+        return sample(logits, wanted)
+
+    monkeypatch.setattr(llm.engine, "_sample", spoil)
+    result = solve(llm)
+    assert len(result.branches) == 6
+    failed = [b for b in result.branches if b.error]
+    assert [b.path for b in failed] == [(1,), (4,)] and all("NaN" in b.error for b in failed)
+    assert all(b.finish_reason == "error" and b.parsed is None and b.score is None for b in failed)
+    assert result.branches[result.best].error is None
+    assert [node["error"] is not None for node in result.trace["nodes"]] == [i in (1, 4) for i in range(6)]
+    broken["paths"] = {(i,) for i in range(6)}
+    with pytest.raises(NumericalError, match="NaN"):
+        solve(llm)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_cache_too_small_for_all_branches_at_once_gives_the_same_result(tiny_llama, depth):
+    model = tiny_llama(layers=LAYERS, tokenizer=True)
+    results = []
+    for blocks in (400, 24):  # one sequence and its question need 19
+        with LLM(model, block_size=8, kv_cache_bytes=f"{blocks * 8 * LAYERS * 2 * 2 * 24 * 4}") as llm:
+            assert llm.stats()["num_blocks_total"] == blocks
+            results.append(solve(llm, verify="always", tokens_per_step=10, depth=depth))
+            preemptions = llm.stats()["num_preemptions"]
+    assert preemptions > 0
+    ample, small = results
+    assert same_tokens(ample, small)
+    assert [b.score for b in small.branches] == pytest.approx([b.score for b in ample.branches], abs=1e-5)
+    assert small.parsed == ample.parsed
+
+
+def test_a_gate_that_sees_nan_lets_its_row_go_on_and_reports_it(llm, monkeypatch):
+    full = solve(llm, verify="always")
+    lens = llm.lens([5, 6])
+    monkeypatch.setattr(llm, "lens", lambda token_ids: lambda hidden: lens(hidden) * math.nan)
+    gates = Gates(exact=False, layer_exit=MarginRule(margin=0.0, patience=1), source="uncalibrated")
+    gated = solve(llm, gates=gates, decode_exit="off")
+    assert [b.score for b in gated.branches] == pytest.approx([b.score for b in full.branches])
+    assert [gate["decision"] for gate in gated.trace["gates"]] == ["goes on"] * 6
+    assert torch.isfinite(torch.tensor([b.score for b in gated.branches])).all()
