@@ -18,6 +18,7 @@ from rich.text import Text
 
 from minirksc.config import NEUTRAL, SamplingParams
 from minirksc.errors import ConfigError, MinirkscError
+from minirksc.trace_page import trace_page
 
 if TYPE_CHECKING:
     from minirksc.llm import LLM
@@ -59,6 +60,17 @@ def check_writable(path: Path, option: str) -> None:
     """
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ConfigError(f"{option} {path} cannot be written; choose a file in a folder that exists and is yours")
+
+
+def check_trace(path: Path, option: str) -> None:
+    """That a trace can be written there later, as its ending says.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if path.suffix.lower() not in (".json", ".html"):
+        raise ConfigError(f"{option} {path} must end in .json (plain data) or .html (a page to read)")
+    check_writable(path, option)
 
 
 def generation_as_dict(result: "RequestOutput", stats: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -111,10 +123,19 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     Raises:
         MinirkscError: it cannot be written.
     """
-    try:
-        path.write_text(to_json(record) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise MinirkscError(f"{path} cannot be written: {error}") from error
+    _write(path, to_json(record) + "\n")
+
+
+def write_trace(path: Path, trace: dict[str, Any]) -> None:
+    """A trace as JSON, or as a page where the file's name ends in .html.
+
+    Raises:
+        MinirkscError: it cannot be written.
+    """
+    if path.suffix.lower() == ".html":
+        _write(path, trace_page(trace))
+    else:
+        write_json(path, trace)
 
 
 def print_stream(chunks: "Iterable[StreamChunk]") -> None:
@@ -144,11 +165,11 @@ def print_solve(result: "SolveResult") -> None:
     for index, branch in enumerate(result.branches):
         table.add_row(
             f"{'>' if index == result.best else ''}{index + 1}",
-            f"{branch.score:.3f}",
+            "-" if branch.score is None else f"{branch.score:.3f}",
             "-" if branch.verification is None else f"{branch.verification:.3f}",
             f"{branch.confidence:.3f}",
             str(branch.num_own_tokens),
-            str(branch.num_shared_tokens),
+            f"{branch.num_shared_tokens}{'~' if branch.sharing == 'semantic' else ''}",
             branch.finish_reason or "-",
             _one_line(branch.parsed or "-")[:12],
             _one_line(branch.text),
@@ -161,10 +182,23 @@ def print_solve(result: "SolveResult") -> None:
         f"decoding {stats['decode_s']:.2f}, verifying {stats['verify_s']:.2f}; "
         f"{stats['num_prefilled_tokens']} tokens prefilled, {stats['num_decoded_tokens']} decoded\n"
     )
+    for line in _what_gates_did(result):
+        console.print(_one_line(line))
     print(f"Branch {result.best + 1}: {result.answer.strip()}", flush=True)
     best = result.branches[result.best]
     if best.finish_reason == "length":
         note(f"the answer was cut at {len(best.token_ids)} tokens (--tokens-per-step)")
+
+
+def _what_gates_did(result: "SolveResult") -> list[str]:
+    """What was not computed, and which of it is an approximation; nothing where all was."""
+    lines = [f"{gate['gate']}: {gate['decision']} ({gate['reason']})" for gate in result.trace["gates"]]
+    told = [line for line, gate in zip(lines, result.trace["gates"], strict=True) if gate["decision"] != "ask"]
+    if any(gate["calibrated"] is False and gate["decision"] != "ask" for gate in result.trace["gates"]):
+        told.append(f"{result.gates} thresholds: approximate, not tested on this model; --verify always goes without")
+    if any(branch.sharing == "semantic" for branch in result.branches):
+        told.append("~ runs on the KV of the first wording: approximate; --sharing exact goes without")
+    return [*told, ""] if told else []
 
 
 def print_defaults(llm: "LLM", params: SamplingParams) -> None:
@@ -229,6 +263,13 @@ class Progress:
         if self._status is not None:
             done = PHASES.get(str(event["event"]), str(event["event"]))
             self._status.update(f"{done}: {event['seconds']:.2f} s; going on ...")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise MinirkscError(f"{path} cannot be written: {error}") from error
 
 
 def _one_line(text: str) -> Text:

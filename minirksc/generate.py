@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from minirksc import __version__, cli_batch, cli_output
-from minirksc.answers import SELECT_RULES
+from minirksc.answers import ANSWER_KINDS, SELECT_RULES
 from minirksc.cli_output import drop_stdout, is_terminal, note
 from minirksc.config import BACKENDS, DTYPES, EVICTIONS, KV_CACHE_DTYPES, KV_SPLITS, EngineConfig, SamplingParams
 from minirksc.errors import ConfigError, MinirkscError
@@ -55,10 +55,24 @@ SOLVER: Options = {
         int,
         f"most tokens of a branch in a round (default: {DEFAULT_TOKENS_PER_STEP}); x --depth in all",
     ),
-    "sharing": (("exact", "none"), "exact: the prompt is computed once (default); none: by every branch"),
-    "verify": (("always", "never"), "ask the model about each answer (default: always)"),
+    "sharing": (
+        ("exact", "semantic", "none"),
+        "exact: what begins alike is computed once (default); semantic: also wordings that mean the same; none",
+    ),
+    "sharing_mode": (("substitute", "aligned"), "semantic: the first wording instead (default), or parts of its KV"),
+    "tau": (float, "semantic: least similarity that is accepted (default: as tested for the model)"),
+    "verify": (
+        ("auto", "always", "never"),
+        "ask the model about the answers: as far as gates leave a doubt (default), about each in full, or not",
+    ),
     "verify_style": (("append", "standalone"), "after the branch (default), or as a prompt of its own"),
+    "policy": (("rksc", "paper"), "gates: ours (default), or every published rule and constant"),
+    "decode_exit": (
+        ("auto", "off", "keep_leader", "stop_all"),
+        "once a branch leads decisively: go on, the others stop (default), or all stop and are cut off",
+    ),
     "select": (SELECT_RULES, "which branch is the answer (default: score)"),
+    "answer_parser": (ANSWER_KINDS, "what an answer looks like (default: auto)"),
 }
 ENGINE: Options = {
     "dtype": (DTYPES, "numbers to compute in (default: auto)"),
@@ -73,8 +87,8 @@ ENGINE: Options = {
     "kv_split": (KV_SPLITS, "how a GPU's programs share long contexts (default: fixed, whatever else is in the batch)"),
     "eviction": (EVICTIONS, "which cached block goes first (default: rksc)"),
 }
-SWITCHES = ("chat", "json", "stats", "ignore_eos", "enforce_eager")
-SOLVER_FILES = ("hints", "phrasings", "trace")
+SWITCHES = ("chat", "json", "stats", "ignore_eos", "enforce_eager", "uncalibrated")
+SOLVER_FILES = ("hints", "phrasings", "gates", "uncalibrated", "trace")
 WITHOUT_SOLVER = {
     "n": "--branches says how many",
     "logprobs": "leave one out",
@@ -172,11 +186,14 @@ def build_parser() -> Parser:
     add("--ignore-eos", action="store_true", default=None, help="go on after the end token")
 
     group = parser.add_argument_group("solver (these need --branches; default sampling: temperature 0.8, top-p 0.95)")
-    _add_options(group, SOLVER, partial(SolverConfig, branches=MAX_BRANCHES))
+    _add_options(group, SOLVER, partial(SolverConfig, branches=MAX_BRANCHES, sharing="semantic"))
     add = group.add_argument
     add("--hints", metavar="FILE", help="how each branch begins, one a line (default: Approach #1: and so on)")
     add("--phrasings", metavar="FILE", help="one wording of the problem a branch, one a line")
-    add("--trace", metavar="FILE.json", help="write the tree and every decision")
+    add("--gates", metavar="FILE.json", help="thresholds of the gates, from python -m minirksc.calibrate")
+    insist_help = "allow semantic sharing on a model for which no threshold was tested"
+    add("--uncalibrated", action="store_true", default=None, help=insist_help)
+    add("--trace", metavar="FILE.json|FILE.html", help="write the tree and every decision, as data or as a page")
 
     add = parser.add_argument_group("batch").add_argument
     add("--input", metavar="FILE.jsonl", help="one prompt a line: text, {prompt}, {messages} or {prompt_token_ids}")
@@ -240,7 +257,7 @@ class Job:
         self.solver_config = self._solver_config() if self.is_solving else None
         self.phrasings = self._lines_for_branches("phrasings")
         if options.trace is not None:
-            cli_output.check_writable(Path(options.trace), "--trace")
+            cli_output.check_trace(Path(options.trace), self._label("trace"))
         self.batch = None if options.input is None else cli_batch.Batch(Path(options.input), Path(options.output))
         self.prompt = "" if self.batch else self._read_prompt()
 
@@ -285,7 +302,7 @@ class Job:
         else:
             cli_output.print_solve(result)
         if self.options.trace is not None:
-            cli_output.write_json(Path(self.options.trace), result.trace)
+            cli_output.write_trace(Path(self.options.trace), result.trace)
 
     def _solve(self, llm: "LLM", problem: Any) -> Any:
         with cli_output.Progress(enabled=self.batch is None and is_terminal(sys.stderr)) as progress:
@@ -323,7 +340,7 @@ class Job:
         return replace(DEFAULT_SAMPLING, max_tokens=self.tokens_per_step, **values)
 
     def _solver_config(self) -> SolverConfig:
-        values = {**self._given(SOLVER), "tokens_per_step": self.tokens_per_step}
+        values = {**self._given([*SOLVER, "gates", "uncalibrated"]), "tokens_per_step": self.tokens_per_step}
         hints = self._lines_for_branches("hints")
         return SolverConfig(sampling=self.params, hints=hints, chat=self.options.chat is not False, **values)
 
@@ -333,6 +350,10 @@ class Job:
         if path is None:
             return None
         lines = cli_batch.read_lines(Path(path))
+        same = next((i for i, line in enumerate(lines) if line in lines[:i]), None)
+        if name == "phrasings" and same is not None:
+            first = lines.index(lines[same])
+            note(f"{self._label(name)} {path}: lines {first + 1} and {same + 1} are the same wording")
         if len(lines) != self.options.branches:
             counts = f"{len(lines)} lines for {self.options.branches} branches"
             raise UsageError(f"{self._label(name)} has {counts}; give one a branch")

@@ -131,7 +131,11 @@ def test_hints_and_phrasings_come_from_files(run, tmp_path):
         (["x", "--branches", "2", "--verify", "never", "--verify-style", "append"], "--verify-style does not go"),
         (["x", "--branches", "2", "--min-tokens", "200"], f"--tokens-per-step {DEFAULT_TOKENS_PER_STEP}"),
         (["x", "--branches", "2", "--trace", "no/such/t.json"], "--trace no/such/t.json cannot be written"),
-        (["x", "--branches", "2", "--sharing", "semantic"], "invalid choice"),
+        (["x", "--branches", "2", "--sharing", "fuzzy"], "invalid choice"),
+        (["x", "--branches", "2", "--tau", "0.9"], "needs sharing='semantic'"),
+        (["x", "--branches", "2", "--policy", "paper", "--gates", "g"], "leave gates out"),
+        (["x", "--branches", "2", "--verify", "never", "--decode-exit", "off"], "needs verify='auto'"),
+        (["x", "--uncalibrated"], "needs --branches"), (["x", "--gates", "g.json"], "needs --branches"),
         (["x", "--hints", "no/such", "--branches", "2"], "no/such"),
         (["x", "--logprobs", "2"], "--json"), (["x", "--input", "f"], "go together"),
         (["x", "--output", "f"], "go together"), (["x", "--input", "f", "--output", "o"], "does not go with PROMPT"),
@@ -257,10 +261,11 @@ def test_no_error_shows_a_traceback_unless_asked(error, monkeypatch, capsys):
 
 def result_with(text, finish_reason="stop"):
     branch = BranchResult(
-        text, [1, 2], 0.5, float("nan"), None, "exact", None, None, finish_reason, text, 1, (0,), "", 3, 4
+        text, [1, 2], 0.5, float("nan"), None, "exact", None, None, finish_reason, text, 1, (0,), "", 3, 4, 0.0, None
     )  # fmt: skip
     stats = dict.fromkeys(("total_s", "prefill_s", "decode_s", "verify_s"), 0.0)
-    return SolveResult(text, text, 0, [branch], {**stats, "num_prefilled_tokens": 1, "num_decoded_tokens": 2}, {})
+    stats |= {"num_prefilled_tokens": 1, "num_decoded_tokens": 2}
+    return SolveResult(text, text, 0, [branch], stats, "exact", {"gates": []})
 
 
 @pytest.mark.parametrize("text", [r"\[/b] x", r"a \[x^2\] b", "[red]x[/red]", "[/]", ""])
