@@ -200,10 +200,18 @@ class Threshold:
     tau: float
 
 
-THRESHOLDS: dict[tuple[str, int, int, int], Threshold] = {}
-"""By model_type, layers, hidden size and vocabulary: what was measured holds for checkpoints like those alone."""
+THRESHOLDS = {
+    ("llama", 30, 576, 49152): Threshold("alignment", 0.75),  # SmolLM2-135M
+    ("gemma3_text", 18, 640, 262144): Threshold("alignment", 0.75),  # Gemma 3 270M
+}
+"""By model_type, layers, hidden size and vocabulary: what was measured holds for checkpoints like those alone.
 
-UNTESTED = Threshold("alignment", 0.95)
+Of 604 adversarial wordings the guard let none pass, so that the gate is a second line of defence: at 0.75 it keeps 93%
+of the minor paraphrases that the guard lets pass. On its own no gate is good enough: each ranks a changed number above a
+harmless paraphrase.
+"""
+
+UNTESTED = Threshold("alignment", 0.75)
 """For a model without an entry, where the caller insists."""
 
 

@@ -1,0 +1,180 @@
+"""What semantic sharing saves and what it changes, in the engine: W4 wordings of the same problems.
+
+    python -m bench.asks_sharing --data problems.jsonl --model smollm2-135m --quick
+
+For each problem, its first wording is computed, and then another wording of it four times, in turns: without semantic
+sharing; with a probe that rejects it; accepted and substituted; accepted and aligned. Two workloads:
+- short: the wordings of `bench.phrasings` alone, minor and other templates;
+- long: an instruction in other words, then a long text that all have in common (worked examples), then the problem.
+  Exact sharing finds nothing here, since the difference comes first.
+
+Reported: seconds of the wording's prefill against unshared, tokens by layers that the engine counted as saved, and
+whether the greedy answer is that of the unshared run of the same wording. The guard and the gate decide as they do in
+the solver; what they refuse is counted and left out of the rest.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.harness import environment, summarise
+from bench.intervals import clopper_pearson
+from bench.phrasings import wordings
+from bench.prompts import EXAMPLES
+from bench.report import Page, new_stem, plain_options, write_jsonl, write_page
+from bench.word_problems import read_problems
+from minirksc import LLM, SamplingParams
+from minirksc.answers import parse_answer
+from minirksc.gates import Seat
+from minirksc.guard import refusal
+
+REJECT, ACCEPT = 2.0, -10.0
+INSTRUCTIONS = (
+    "Solve the last of these problems step by step.",
+    "Please solve the last of these problems, step by step. Thank you.",
+)
+
+
+def short_pairs(file: Path, limit: int) -> list[tuple[str, str, str]]:
+    """(kind, first wording, other wording) of paraphrases."""
+    problems = read_problems(file)[:limit]
+    return [(one.kind, one.root, one.text) for one in wordings(problems) if one.kind in ("minor", "template")]
+
+
+def long_pairs(file: Path, limit: int) -> list[tuple[str, str, str]]:
+    """The same with a differently worded beginning, and worked examples between it and the problem."""
+    examples = "\n\n".join(f"Problem: {question}\nSolution: {answer}" for question, answer in EXAMPLES)
+    pairs = []
+    for problem in read_problems(file)[:limit]:
+        first, other = (f"{line}\n\n{examples}\n\nProblem: {problem.question}\nSolution:" for line in INSTRUCTIONS)
+        pairs.append(("long", first, other))
+    return pairs
+
+
+class Pair:
+    """Runs of one pair of wordings.
+
+    Args:
+        llm: the model.
+        first: wording that is computed before.
+        other: wording that may run on it.
+        tokens: decoded greedily.
+    """
+
+    def __init__(self, llm: LLM, first: str, other: str, tokens: int) -> None:
+        self._llm = llm
+        tokenizer = llm.need_tokenizer("text")
+        self.ids = [tokenizer.encode(text) for text in (first, other)]
+        self._params = SamplingParams(temperature=0, max_tokens=tokens)
+
+    def run(self, tau: float | None, mode: str) -> dict[str, Any]:
+        """From an empty prefix cache; mode "unshared" has no probe."""
+        llm = self._llm
+        llm.reset_prefix_cache()
+        aligned = mode == "aligned"
+        probe = None if mode == "unshared" else llm.probe(tau, aligned=aligned, uncalibrated=True)
+        seats: list[Seat | None] = [None, None]
+        if probe is not None:
+            seats = [Seat(probe, row, sees_all=row == 0) for row in (0, 1)]
+            for row, ids in enumerate(self.ids):
+                probe.watch(row, ids)
+        (root,) = llm.branches(self.ids[:1], seats=seats[:1])
+        if probe is not None:
+            probe.root = root
+        begin = time.perf_counter()
+        (branch,) = llm.branches(self.ids[1:], seats=seats[1:])
+        seconds = time.perf_counter() - begin
+        goes_on = root if branch.exit_layer is not None else branch
+        llm.extend([goes_on], self._params)
+        result = {
+            "mode": mode,
+            "prefill_s": seconds,
+            "saved_tokens": branch.num_saved_layer_rows / llm.spec.num_layers,
+            "accepted": probe is not None and 1 in probe.accepted,
+            "similarity": None if probe is None else probe.similarities.get(1),
+            "answer": parse_answer(goes_on.text, "number"),
+            "token_ids": goes_on.output_token_ids,
+        }
+        for one in (root, branch):
+            one.prune()
+        return result
+
+
+MODES = ("unshared", "rejected", "substitute", "aligned")
+
+
+def measure(llm: LLM, pairs: Sequence[tuple[str, str, str]], tokens: int) -> list[dict[str, Any]]:
+    """One row a pair."""
+    rows = []
+    for index, (kind, first, other) in enumerate(pairs):
+        pair = Pair(llm, first, other, tokens)
+        reason = refusal(first, other)
+        natural = None if reason else pair.run(None, "substitute")
+        row: dict[str, Any] = {"kind": kind, "num_tokens": len(pair.ids[1]), "refusal": reason}
+        row["similarity"] = None if natural is None else natural["similarity"]
+        row["accepted"] = natural is not None and natural["accepted"]
+        if row["accepted"]:
+            # Another order each time, so that no mode always runs on caches that another has warmed.
+            for mode in (*MODES[index % 4 :], *MODES[: index % 4]):
+                row[mode] = pair.run(REJECT if mode == "rejected" else ACCEPT, mode)
+        rows.append(row)
+        print(
+            f"{index + 1}/{len(pairs)} {kind}: {'accepted' if row['accepted'] else reason or 'not alike'}", flush=True
+        )
+    return rows
+
+
+def page_of(model: str, rows: Sequence[dict[str, Any]]) -> Page:
+    """One page."""
+    page = Page(f"Semantic sharing in the engine: {model}")
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        own = [row for row in rows if row["kind"] == kind]
+        accepted = [row for row in own if row["accepted"]]
+        page.heading(kind)
+        refused, lengths = sum(row["refusal"] is not None for row in own), summarise([row["num_tokens"] for row in own])
+        page.text(f"{len(own)} pairs of {lengths} tokens; the guard refuses {refused}, {len(accepted)} are accepted.")
+        if not accepted:
+            continue
+        table = []
+        for mode in MODES:
+            ratios = summarise([row[mode]["prefill_s"] / row["unshared"]["prefill_s"] for row in accepted])
+            saved = summarise([row[mode]["saved_tokens"] / row["num_tokens"] for row in accepted])
+            same = sum(row[mode]["answer"] == row["unshared"]["answer"] for row in accepted)
+            tokens = sum(row[mode]["token_ids"] == row["unshared"]["token_ids"] for row in accepted)
+            interval = clopper_pearson(same, len(accepted))
+            answers = f"{same}/{len(accepted)} ({interval.low:.0%} .. {interval.high:.0%})"
+            table.append([mode, str(ratios), str(saved), answers, f"{tokens}/{len(accepted)}"])
+        page.table(["", "prefill s / unshared", "saved tokens / tokens", "same answer", "same tokens"], table)
+    return page
+
+
+def main() -> None:
+    """Runs the benchmark; prints the page, writes JSONL and markdown."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.asks_sharing", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="JSONL with question and answer")
+    parser.add_argument("--model", default="smollm2-135m", help="alias or checkpoint folder (%(default)s)")
+    parser.add_argument("--limit", type=int, default=60, help="problems (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=48, help="decoded of each (%(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="4 problems")
+    parser.add_argument("--output", type=Path, default=Path("bench/results"), help="folder (%(default)s)")
+    options = parser.parse_args()
+    limit = 4 if options.quick else options.limit
+    torch.set_num_threads(options.threads)
+    with LLM(options.model, threads=options.threads, kv_cache_bytes="1GiB") as llm:
+        pairs = [*short_pairs(options.data, limit), *long_pairs(options.data, max(limit // 3, 2))]
+        rows = measure(llm, pairs, options.tokens)
+    stem = new_stem(options.output, "asks_sharing")
+    write_jsonl(stem.with_suffix(".jsonl"), rows, {**plain_options(options), **environment(options.threads)})
+    page = page_of(options.model, rows)
+    write_page(stem, page, options.threads)
+
+
+if __name__ == "__main__":
+    main()
