@@ -101,6 +101,7 @@ def minirksc_arm(llm: LLM, work: Work, sharing: str, style: str) -> Arm:
         hints=work.hints,
         sampling=SamplingParams(temperature=0, ignore_eos=True),
         sharing=sharing,
+        verify="always",
         verify_style=style,
         answer_parser="text",
     )

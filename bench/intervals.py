@@ -1,0 +1,100 @@
+"""How sure one can be of what was counted or measured over some problems: exact and resampled intervals, a paired test.
+
+A problem is the unit: problems are independent, the branches of one are not.
+
+Sources: Clopper and Pearson 1934, Biometrika 26(4); Efron 1979, Annals of Statistics 7(1): the percentile bootstrap;
+McNemar 1947, Psychometrika 12(2), in its exact form.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from minirksc.binomial import tail, upper_bound
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate, and between what the truth lies with the confidence that was asked for."""
+
+    estimate: float
+    low: float
+    high: float
+
+    def show(self, form: str = ".3g") -> str:
+        """As text, each number in one format."""
+        return f"{self.estimate:{form}} [{self.low:{form}}, {self.high:{form}}]"
+
+
+def clopper_pearson(count: int, total: int, confidence: float = 0.95) -> Interval:
+    """Two-sided exact interval of a rate; for a one-sided bound see `minirksc.binomial.upper_bound`.
+
+    Args:
+        count: 0..total.
+        total: trials; of none nothing is known, and the estimate is NaN.
+        confidence: 0..1.
+    """
+    if not 0 <= count <= total:
+        raise ValueError(f"{count} of {total}: the count must be in 0..total")
+    side = 1 - (1 - confidence) / 2
+    estimate = count / total if total else float("nan")
+    return Interval(estimate, 1 - upper_bound(total - count, total, side), upper_bound(count, total, side))
+
+
+def bootstrap(
+    values: Sequence[float],
+    statistic: Callable[[Sequence[float]], float] = fmean,
+    confidence: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Percentile interval of a statistic, problems drawn with replacement.
+
+    For a paired comparison the values are the differences or ratios, one a problem. Values that are all equal give an
+    interval without width: that says nothing about rare problems, `clopper_pearson` of their number does.
+
+    Args:
+        values: one a problem, at least one.
+        statistic: of values.
+        confidence: 0..1.
+        resamples: how often it is drawn.
+        seed: of the draws.
+    """
+    if not values:
+        raise ValueError("no values: the bootstrap needs at least one")
+    draws = random.Random(seed)
+    found = sorted(statistic(draws.choices(values, k=len(values))) for _ in range(resamples))
+    margin = (1 - confidence) / 2
+    low, high = (found[min(int(share * resamples), resamples - 1)] for share in (margin, 1 - margin))
+    return Interval(statistic(values), low, high)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two ways to do the same problems, right or wrong.
+
+    Attributes:
+        only_first: problems that the first has right and the second wrong.
+        only_second: the other way round.
+        p_value: of so uneven a split, or a more uneven one, if both were equally good.
+    """
+
+    only_first: int
+    only_second: int
+    p_value: float
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> Paired:
+    """Exact two-sided McNemar test; problems that both have right, or wrong, say nothing.
+
+    Args:
+        first: whether each problem is right.
+        second: of the same problems.
+    """
+    pairs = list(zip(first, second, strict=True))
+    only_first, only_second = pairs.count((True, False)), pairs.count((False, True))
+    discordant = only_first + only_second
+    return Paired(only_first, only_second, min(1.0, 2 * tail(min(only_first, only_second), discordant, 0.5)))

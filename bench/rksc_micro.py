@@ -1,0 +1,197 @@
+"""Single steps: what a row that leaves early saves, what gates cost that are off, what measuring attention costs.
+
+Started by `python -m bench.rksc --micro`. Everything runs behind one prompt of --prefix-tokens that all rows share.
+- score: one pass that asks about each branch with `NUM_QUESTION_TOKENS` tokens. Half of the rows leave after half of
+  the layers; everybody is looked at from there on, and nobody leaves; a gate that is never asked; no gate.
+- decode: steps of all branches, with and without a seat at a gate that is never asked, and on an engine that measures
+  no attention, since its eviction does not need it.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from bench.intervals import Interval, bootstrap
+from bench.measured import Row, keep_only, load, take_turns
+from bench.prompts import EXAMPLES, few_shot_ids
+from bench.report import Page, names, ratios, spread, values
+from minirksc import LLM, SamplingParams
+from minirksc.branch import Branch
+from minirksc.cgee import MarginRule
+from minirksc.engine import MASS_INTERVAL
+from minirksc.gates import LEAVE, DepthGate, GateRows, Seat, Verdicts
+
+NUM_QUESTION_TOKENS = 16
+NUM_STEPS = 2 * MASS_INTERVAL
+"""Of a decode measurement: attention is measured in exactly two of them."""
+
+ENOUGH = 10
+"""Of fewer repetitions an interval says too little for a verdict."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What an arm should take at most, relative to another one.
+
+    Attributes:
+        arm, base: the two.
+        most: seconds of the arm / seconds of the base; None: it is only reported.
+        what: in words.
+    """
+
+    arm: str
+    base: str
+    most: float | None
+    what: str
+
+    def verdict(self, relative: Interval) -> str:
+        """Whether it is met, as far as the interval says."""
+        if self.most is None:
+            return ""
+        if relative.high <= self.most:
+            return "met"
+        return "not met" if relative.low > self.most else "undecided"
+
+
+GOALS = (
+    Goal("score, half leaves", "score, no gate", 0.80, "half of the rows leave after half of the layers"),
+    Goal("score, all watched", "score, no gate", None, "everybody is looked at from half of the layers on"),
+    Goal("score, gate never asked", "score, no gate", 1.01, "a gate that is off, in the pass of the question"),
+    Goal("decode, gate never asked", "decode, no gate", 1.01, "a gate that is off, in a decode step"),
+    Goal("decode, no gate", "decode, no mass", 1.02, "measuring attention for eviction (rksc against lru)"),
+)
+
+
+class Leaving:
+    """A depth gate at which given rows leave after one layer.
+
+    Args:
+        layers: after which it is asked.
+        rows: that leave.
+    """
+
+    def __init__(self, layers: Collection[int], rows: Collection[int]) -> None:
+        self.layers = layers
+        self._rows = rows
+
+    def after_layer(self, layer: int, rows: GateRows) -> Verdicts:
+        """See `minirksc.gates.DepthGate`."""
+        return {row: LEAVE for row in rows.rows if row in self._rows}
+
+
+def make_arms(llm: LLM, without_mass: LLM, options: argparse.Namespace) -> dict[str, Callable[[int], Row]]:
+    """Every arm, by name.
+
+    Args:
+        llm: the engine.
+        without_mass: the same with an eviction policy that needs no attention.
+        options: of the command line.
+    """
+    tokenizer = llm.need_tokenizer("bench.rksc")
+    text = few_shot_ids(tokenizer, EXAMPLES, options.prefix_tokens + 2048)
+    prompt, rest = text[: options.prefix_tokens], text[options.prefix_tokens :]
+    branches = llm.branch(prompt).fork(options.branches)
+    without_mass.branch(prompt).prune()  # what it computed stays in the prefix cache
+    num_layers = llm.spec.num_layers
+    yes, no = (tokenizer.encode(word, add_special_tokens=False)[0] for word in (" YES", " NO"))
+    watching = MarginRule(margin=float("inf"))
+
+    def score(make_gate: Callable[[], DepthGate | None]) -> Callable[[int], Row]:
+        def one(index: int) -> Row:
+            # Other questions in each pass: nothing may be found in the prefix cache.
+            questions = [window(rest, index * len(branches) + row) for row in range(len(branches))]
+            return _counted(llm, lambda: llm.score(branches, questions, [[yes], [no]], make_gate()))
+
+        return one
+
+    half = range(len(branches) // 2)
+    return {
+        "score, no gate": score(lambda: None),
+        "score, half leaves": score(lambda: Leaving((num_layers // 2 - 1,), half)),
+        "score, all watched": score(lambda: watching.gate(llm.lens, (yes, no), num_layers)),
+        "score, gate never asked": score(lambda: Leaving((), ())),
+        "decode, no gate": lambda index: decode(llm, prompt, branches, index, None),
+        "decode, gate never asked": lambda index: decode(llm, prompt, branches, index, Leaving((), ())),
+        "decode, no mass": lambda index: decode(without_mass, prompt, branches, index, None),
+    }
+
+
+def window(token_ids: Sequence[int], number: int) -> list[int]:
+    """`NUM_QUESTION_TOKENS` tokens, others for each number until the text is used up."""
+    begin = number % (len(token_ids) - NUM_QUESTION_TOKENS + 1)
+    return list(token_ids[begin : begin + NUM_QUESTION_TOKENS])
+
+
+def decode(llm: LLM, prompt: list[int], branches: Sequence[Branch], index: int, gate: DepthGate | None) -> Row:
+    """`NUM_STEPS` decode steps of one sequence a branch, after the prompt and one more token of its own."""
+    engine = llm.engine
+    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=NUM_STEPS + 1).resolved(llm.sampling_defaults)
+    requests = []
+    for row in range(len(branches)):
+        sequence = engine.new_sequence([*prompt, prompt[row - len(branches)]])
+        seat = None if gate is None else Seat(gate, row)
+        requests.append(engine.add_request(sequence, params, seed=index, seat=seat))
+    while not all(request.output_token_ids for request in requests):
+        engine.step()
+
+    def steps() -> None:
+        while engine.has_work:
+            engine.step()
+
+    measured = _counted(llm, steps)
+    assert measured["num_decoded_tokens"] == NUM_STEPS * len(branches), "all must have begun in the same step"
+    return {**measured, "seconds": measured["seconds"] / NUM_STEPS}
+
+
+def measure_all(options: argparse.Namespace) -> list[Row]:
+    """Every arm, for every dtype."""
+    rows = []
+    for dtype in options.dtypes:
+        with load(options, dtype) as llm, load(options, dtype, eviction="lru") as without_mass:
+            arms = make_arms(llm, without_mass, options)
+            chosen = {name: arms[name] for name in keep_only(arms, options.only)}
+            turns = take_turns(chosen, range(options.micro_repeats), options.warmup)
+            rows += [{"part": "micro", "dtype": llm.stats()["dtype"], **row} for turn in turns for row in turn]
+    return rows
+
+
+def make_page(rows: Sequence[Row], options: argparse.Namespace) -> Page:
+    """The page."""
+    page = Page("What gates cost and save within one step")
+    page.text(
+        f"{options.branches} rows behind one prompt of {options.prefix_tokens} tokens; questions of "
+        f"{NUM_QUESTION_TOKENS} tokens; {NUM_STEPS} decode steps a measurement, with attention measured in every "
+        f"{MASS_INTERVAL}th. Median (p10 .. p90); relative time: median within a repetition, with its 95% interval "
+        "over repetitions."
+    )
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        own = [row for row in rows if row["dtype"] == dtype]
+        page.heading(dtype)
+        table = []
+        for arm in names(own):
+            layer_rows = f"{median(values(own, arm, 'num_layer_rows')):.0f}"
+            table.append([arm, spread(values(own, arm, "seconds"), 1000), layer_rows])
+        page.table(["arm", "ms a pass or step", "layer rows"], table)
+        comparisons: list[list[Any]] = []
+        for goal in GOALS:
+            relative = [1 / ratio for ratio in ratios(own, goal.arm, goal.base, "seconds")]
+            if relative:
+                found = bootstrap(relative, median)
+                verdict = goal.verdict(found) if len(relative) >= ENOUGH else "too few"
+                most = "-" if goal.most is None else f"{goal.most:.2f}"
+                comparisons.append([goal.what, found.show(".3f"), most, verdict])
+        page.table(["what", "relative time [95%]", "goal: at most", ""], comparisons)
+    return page
+
+
+def _counted(llm: LLM, work: Callable[[], object]) -> Row:
+    before = llm.stats()
+    begin = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - begin
+    after = llm.stats()
+    counters = ("num_layer_rows", "num_prefilled_tokens", "num_decoded_tokens")
+    return {"seconds": seconds, **{name: after[name] - before[name] for name in counters}}
