@@ -12,7 +12,7 @@ FOLDERS = {"minirksc": "minirksc.", "kernels": "minirksc.kernels.", "models": "m
 
 # From the bottom up. A module imports from the layers below its own; a package, from itself too.
 LAYERS = (
-    ("errors", "eviction", "gates", "guard", "signals", "trace_schema", "trace_html", "trace_style"),
+    ("errors", "eviction", "binomial", "gates", "guard", "signals", "trace_schema", "trace_html", "trace_style"),
     ("window_pool", "prefix_index", "eviction_log"),
     ("block_pool", "block_table", "prefix_search"),
     ("awaited", "pins"),
@@ -33,10 +33,13 @@ LAYERS = (
     ("loading", "branch", "prompts", "scoring"),
     ("llm",),
     ("verify", "tree", "judge"),
-    ("solver",),
+    ("solver", "evidence"),
+    ("collect", "evidence_file", "trials"),
+    ("calibration",),
     ("cli_output",),
     ("cli_batch",),
     ("generate", "models.__main__"),
+    ("calibrate",),
 )
 # Stricter than their layer.
 ONLY = {
@@ -92,6 +95,10 @@ NO_TORCH = (
     "trace",
     "trace_page",
     "solver",
+    "gates_file",
+    "collect",
+    "evidence_file",
+    "calibration",
     "models.spec",
 )
 # What changes the whole process or depends on its environment, and the modules that may use it all the same.
@@ -111,7 +118,7 @@ PROCESS_STATE = {
     "torch.cuda.manual_seed_all": set(),
     "random.seed": set(),
     "numpy.random.seed": set(),
-    "os.environ": {"minirksc.generate", "minirksc.checkpoints"},  # the command lines
+    "os.environ": {"minirksc.generate", "minirksc.calibrate", "minirksc.checkpoints"},  # the command lines
     "os.getenv": set(),
     "os.putenv": set(),
     "os.chdir": set(),
