@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from bench.harness import environment
 from minirksc.binomial import errors_allowed, tail, upper_bound
-from minirksc.calibration import KINDS, calibrate
+from minirksc.calibration import KINDS, calibrate, fit_correction
 from minirksc.cgee import DEFAULT_GATES, EXACT_GATES, PAPER_GATES, Gates
 from minirksc.evidence import Evidence, Replay
 from minirksc.evidence_file import read_evidence
@@ -45,6 +45,8 @@ ARMS: dict[str, tuple[str, ...]] = {
 BUDGETS = (0.005, 0.01, 0.02, 0.05, 0.1)
 SHARE = 2 / 3
 """Of the problems, those that calibrate."""
+FIT_SHARE = 0.1
+"""Of the problems, the first, those that fit what layer exits read; they are in no division."""
 
 
 class Risk:
@@ -57,10 +59,13 @@ class Risk:
 
     def __init__(self, evidence: Sequence[Evidence], options: argparse.Namespace) -> None:
         self._options = options
-        self._evidence = evidence
+        num_fit = round(FIT_SHARE * len(evidence))
+        # Lines a layer are fitted once, on problems that no division has: else each would replay everything anew.
+        self._correction = fit_correction(evidence[:num_fit])
+        self._evidence = evidence[num_fit:]
         self.trials = self._trials(options.decode_exit)
         self._right: dict[Gates, np.ndarray] = {}
-        self.is_known = all(one.reference is not None for one in evidence)
+        self.is_known = all(one.reference is not None for one in self._evidence)
 
     def split(self, number: int, budget: float) -> list[Row]:
         """One row an arm for one division; less where the problems are too few."""
@@ -73,7 +78,15 @@ class Risk:
             if kinds == ("decode_exit",) and self._options.decode_exit == "off":
                 continue
             kinds = tuple(kind for kind in kinds if kind != "decode_exit" or self._options.decode_exit != "off")
-            found = calibrate(self.trials, budget, self._options.confidence, among=among, seed=number, kinds=kinds)
+            found = calibrate(
+                self.trials,
+                budget,
+                self._options.confidence,
+                among=among,
+                seed=number,
+                kinds=kinds,
+                correction=self._correction,
+            )
             step = found.certified
             row: Row = {"split": number, "budget": budget, "arm": arm, "certified": step is not None}
             row |= {"num_calibration": size, "num_ordering": found.num_ordering, "num_test": len(test)}

@@ -207,8 +207,8 @@ THRESHOLDS = {
 """By model_type, layers, hidden size and vocabulary: what was measured holds for checkpoints like those alone.
 
 Of 604 adversarial wordings the guard let none pass, so that the gate is a second line of defence: at 0.75 it keeps 93%
-of the minor paraphrases that the guard lets pass. On its own no gate is good enough: each ranks a changed number above a
-harmless paraphrase.
+of the minor paraphrases that the guard lets pass. On its own no gate is good enough: each ranks a changed number above
+a harmless paraphrase.
 """
 
 UNTESTED = Threshold("alignment", 0.75)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from minirksc import __version__
 from minirksc.answers import SELECT_RULES, check_parser
 from minirksc.binomial import problems_needed, smallest_budget
-from minirksc.calibration import KINDS, Calibration, calibrate, variants
+from minirksc.calibration import KINDS, Calibration, calibrate
 from minirksc.cgee import Gates, MarginRule
 from minirksc.cli_output import check_writable, drop_stdout, is_terminal, note, print_json
 from minirksc.collect import BRANCHES_AT_ONCE, Collector
@@ -205,8 +205,7 @@ class Job:
         signal = self._options.signal or "auto"
         signals = tuple(SIGNALS) if signal == "auto" else (signal,)
         kinds = [kind for kind in KINDS if kind != "decode_exit" or self.config.decode_exit_mode != "off"]
-        total, disable = len(variants(signals, kinds)), not is_terminal(sys.stderr)
-        with tqdm(total=total, unit="variant", disable=disable) as bar:
+        with tqdm(desc="ordering", unit="variant", disable=not is_terminal(sys.stderr)) as bar:
             return calibrate(
                 trials,
                 self.budget,
@@ -332,7 +331,7 @@ def print_table(found: Calibration, accuracy: dict[str, float] | None) -> None:
         exit_rule = gates.layer_exit
         table.add_row(
             f"{gates.skip[0].gap:g}" if gates.skip else "off",
-            f"{exit_rule.margin:g} x {exit_rule.patience}" if isinstance(exit_rule, MarginRule) else "off",
+            _shown_exit(exit_rule) if isinstance(exit_rule, MarginRule) else "off",
             f"{gates.decode_exit[0].gap:g}" if gates.decode_exit else "off",
             f"{result.num_changed}/{result.num_problems}",
             f"{step.bound:.2%}",
@@ -351,6 +350,11 @@ def print_table(found: Calibration, accuracy: dict[str, float] | None) -> None:
         console.print(f"right answers: {accuracy['before']:.1%} without gates, {accuracy['after']:.1%} with them")
     if certified is found.steps[0]:
         console.print("Only the exact gates were certified; more problems or a larger budget may allow more.")
+
+
+def _shown_exit(rule: MarginRule) -> str:
+    start = "" if rule.start is None else f" from {rule.start}"
+    return f"{rule.margin:g} x {rule.patience}{start}"
 
 
 def _accuracy(replays: Sequence[Replay], gates: Gates) -> dict[str, float] | None:

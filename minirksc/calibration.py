@@ -15,21 +15,25 @@ the sequence; the other part tests it (as Pareto testing does: Laufer-Goldshtein
    which it changes no larger share of the ordering part than the test could accept.
 2. In a sequence all its gates go together from off to their limits in equal steps, and beyond: an order by counts alone
    would put one gate at its limit first, and end there.
-3. There is one sequence for each set of gates, signal and patience. The one that saves most by the ordering part, up to
-   where the test would be expected to end, is the one that is tested; of equals that with fewer gates, since one that
-   saves nothing can still end the sequence.
+3. What a layer exit reads in each layer is corrected by a line fitted to the ordering part (`fit_correction`).
+4. There is one sequence for each set of gates, signal, patience and start. The one that saves most by the ordering
+   part, up to where the test would be expected to end, is the one that is tested.
 
 Without an ordering part every limit is the end of the grid, and the sequence that of the first variant: skip alone.
 """
 
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
+
+import numpy as np
 
 from minirksc.binomial import errors_allowed, problems_needed, tail, upper_bound
 from minirksc.cgee import EXACT_GATES, Gates, Lead, MarginRule
+from minirksc.evidence import Evidence
 from minirksc.signals import SIGNALS
 from minirksc.trials import Tally, Trials
 
@@ -40,7 +44,11 @@ MARGINS = (64.0, 48.0, 32.0, 24.0, 20.0, 18.0, 16.0, 14.0, 12.0, 10.0, 8.0, 6.0,
 """Of layer exits, logits; strict to loose. Through the lens, middle layers can be twenty logits sure of nothing."""
 
 PATIENCES = (3, 2)
+STARTS = (0.5, 0.7, 0.85)
+"""Share of the layers after which a layer exit begins to look."""
+
 KINDS = ("skip", "decode_exit", "layer_exit")
+MIN_TO_FIT = 50
 BEYOND = 1.5
 """How far a sequence goes on, in multiples of the limits: the ordering part is small."""
 
@@ -53,12 +61,16 @@ class Variant:
         kinds: gates that approximate, of `KINDS`.
         signal: of leads.
         patience: of layer exits.
+        start: the first layer that they look at; None: half of all.
+        correction: of what they read, see `fit_correction`.
         decode_min_tokens: before a decode exit.
     """
 
     kinds: tuple[str, ...]
     signal: str = "mean_top1"
     patience: int = 3
+    start: int | None = None
+    correction: tuple[tuple[float, float], ...] | None = None
     decode_min_tokens: int = Gates.decode_min_tokens
 
     def gates(self, levels: dict[str, int]) -> Gates:
@@ -69,7 +81,9 @@ class Variant:
         if level := levels.get("decode_exit", 0):
             gates = replace(gates, decode_exit=(Lead(gap=GAPS[level - 1]),))
         if level := levels.get("layer_exit", 0):
-            gates = replace(gates, layer_exit=MarginRule(MARGINS[level - 1], self.patience))
+            gates = replace(
+                gates, layer_exit=MarginRule(MARGINS[level - 1], self.patience, self.start, self.correction)
+            )
         return gates
 
 
@@ -140,6 +154,7 @@ def calibrate(
     seed: int = 0,
     signals: Sequence[str] = tuple(SIGNALS),
     kinds: Sequence[str] = KINDS,
+    correction: tuple[tuple[float, float], ...] | None = None,
     on_variant: Callable[[], object] = lambda: None,
 ) -> Calibration:
     """Finds the loosest gates whose rate of changed decisions is at most `budget`.
@@ -152,6 +167,7 @@ def calibrate(
         seed: of the division into ordering and test part.
         signals: candidates for what leads are measured on; the first is the plainest.
         kinds: of `KINDS`, gates that may be used.
+        correction: of layer exits, from problems that are not among these; None: fitted to the ordering part.
         on_variant: called after each of `variants` has been looked at.
     """
     shuffled = list(range(len(trials.replays)) if among is None else among)
@@ -160,7 +176,10 @@ def calibrate(
     ordering, test = shuffled[:num_ordering], shuffled[num_ordering:]
     accepted = max(errors_allowed(len(test), budget, confidence), 0) / max(len(test), 1)
     chooser = _Chooser(trials, ordering, accepted)
-    variant, sequence = chooser.choose(variants(signals, kinds), on_variant)
+    correction = correction or fit_correction([trials.replays[index].evidence for index in ordering])
+    if correction is None:  # raw margins say nothing
+        kinds = [kind for kind in kinds if kind != "layer_exit"] or kinds
+    variant, sequence = chooser.choose(variants(signals, kinds, correction), on_variant)
     steps = run_tests(sequence, lambda gates: trials.tally(gates, test), budget, confidence)
     return Calibration(steps, variant, num_ordering, len(test))
 
@@ -199,16 +218,59 @@ def ordering_size(num_problems: int, budget: float, confidence: float) -> int:
     return max(0, min(num_problems // 3, num_problems - problems_needed(budget, confidence)))
 
 
-def variants(signals: Sequence[str], kinds: Sequence[str]) -> list[Variant]:
-    """Every set of gates with every signal and patience that matters to it; the smallest sets first."""
+def variants(
+    signals: Sequence[str], kinds: Sequence[str], correction: tuple[tuple[float, float], ...] | None = None
+) -> list[Variant]:
+    """Every set of gates with every signal, patience and start that matters to it; the smallest sets first.
+
+    Args:
+        signals: of leads.
+        kinds: of `KINDS`.
+        correction: of layer exits, one entry a layer.
+    """
     found: list[Variant] = []
+    num_layers = 0 if correction is None else len(correction)
+    starts = [round(share * num_layers) for share in STARTS] if correction else [None]
     for size in range(1, len(kinds) + 1):
         for some in combinations(kinds, size):
-            has_lead = "skip" in some or "decode_exit" in some
+            has_lead, has_exit = "skip" in some or "decode_exit" in some, "layer_exit" in some
             for signal in signals if has_lead else signals[:1]:
-                for patience in PATIENCES if "layer_exit" in some else PATIENCES[:1]:
-                    found.append(Variant(some, signal, patience))
+                if not has_exit:
+                    found.append(Variant(some, signal))
+                    continue
+                for patience, start in product(PATIENCES[:1] if has_lead else PATIENCES, starts):
+                    found.append(Variant(some, signal, patience, start, correction))
     return found
+
+
+def fit_correction(evidence: Sequence[Evidence]) -> tuple[tuple[float, float], ...] | None:
+    """A line a layer from the margin that a lens reads there to the last layer's, by least squares over all branches.
+
+    Args:
+        evidence: problems.
+
+    Returns:
+        (slope, offset) of each layer, (1, 0) for the last; None where too little is known: fewer than `MIN_TO_FIT`
+        branches with finite margins.
+
+    Source: a tuned lens with two parameters, after Belrose et al. 2023, arXiv 2303.08112.
+    """
+    branches = [branch for one in evidence for branch in one.branches if branch.margins]
+    margins = np.array([branch.margins for branch in branches], dtype=float)  # [branches, layers - 1]
+    last = np.array([_logit(branch.probability) for branch in branches])  # [branches]
+    is_known = np.isfinite(margins).all(-1) & np.isfinite(last) if len(branches) else np.zeros(0, dtype=bool)
+    if is_known.sum() < MIN_TO_FIT:
+        return None
+    margins, last = margins[is_known], last[is_known]
+    centred = margins - margins.mean(0)
+    variance = (centred**2).mean(0)
+    slopes = np.where(variance > 0, (centred * (last - last.mean())[:, None]).mean(0) / np.maximum(variance, 1e-12), 0)
+    offsets = last.mean() - slopes * margins.mean(0)
+    return (*zip(slopes.tolist(), offsets.tolist(), strict=True), (1.0, 0.0))
+
+
+def _logit(probability: float) -> float:
+    return math.log(probability / (1 - probability)) if 0 < probability < 1 else math.nan
 
 
 def sequence_of(variant: Variant, limits: dict[str, int]) -> list[Gates]:

@@ -414,7 +414,7 @@ class Gates:
 
 NO_GATES = Gates(exact=False)
 EXACT_GATES = Gates()
-DEFAULT_GATES = Gates(skip=(Lead(gap=0.25),), decode_exit=(Lead(gap=0.25),), source="uncalibrated")
+DEFAULT_GATES = Gates(skip=(Lead(gap=0.2),), decode_exit=(Lead(gap=0.3),), source="uncalibrated")
 """Without a calibration: leads that are rare, and no layer exit, since margins say nothing before their correction."""
 PAPER_GATES = Gates(
     exact=False,

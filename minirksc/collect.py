@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from minirksc.cgee import LayerExit, MarginRule
 from minirksc.errors import ConfigError, MinirkscError, NumericalError
 from minirksc.evidence import BranchEvidence, Evidence, Failed
-from minirksc.solver import Solver, SolverConfig, _default_hint
+from minirksc.solver import Solver, SolverConfig, default_hint
 from minirksc.tree import Node, Tree
 from minirksc.verify import Candidate, Verdict, Verifier
 
@@ -108,7 +108,7 @@ class Collector(Solver):
 
     def _plant(self, one: _Solve) -> list[Node]:
         branches, chat = self.config.branches, self._is_chat(one.problem)
-        hints = self.config.hints or [_default_hint(k, chat) for k in range(branches)]
+        hints = self.config.hints or [default_hint(k, chat) for k in range(branches)]
         return one.tree.plant([self._prompt_ids(one.problem)] * branches, hints)
 
     def _extend(self, solves: Sequence[_Solve]) -> None:

@@ -244,8 +244,14 @@ def _gates(values: Mapping[str, Any]) -> Gates:
         signal=values["signal"],
         skip=tuple(Lead(**lead) for lead in values["skip"]),
         compares_answers=values["compares_answers"],
-        layer_exit=None if layer_exit is None else MarginRule(**layer_exit),
+        layer_exit=None if layer_exit is None else _margin_rule(layer_exit),
         decode_exit=tuple(Lead(**lead) for lead in values["decode_exit"]),
         decode_min_tokens=values["decode_min_tokens"],
         source="calibrated",
     )
+
+
+def _margin_rule(values: Mapping[str, Any]) -> MarginRule:
+    lines = values["correction"]
+    correction = None if lines is None else tuple((float(slope), float(offset)) for slope, offset in lines)
+    return MarginRule(values["margin"], values["patience"], values["start"], correction)

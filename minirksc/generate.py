@@ -20,6 +20,7 @@ from minirksc.answers import ANSWER_KINDS, SELECT_RULES
 from minirksc.cli_output import drop_stdout, is_terminal, note
 from minirksc.config import BACKENDS, DTYPES, EVICTIONS, KV_CACHE_DTYPES, KV_SPLITS, EngineConfig, SamplingParams
 from minirksc.errors import ConfigError, MinirkscError
+from minirksc.gates_file import read_gates_file, settings_of
 from minirksc.solver import DEFAULT_SAMPLING, MAX_BRANCHES, Solver, SolverConfig
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flag = unknown[0].split("=")[0]
             if not flag.startswith("-"):
-                raise UsageError(f"unexpected argument {flag!r}; put the prompt into quotes")
+                raise UsageError(f"unexpected argument {flag!r}; put text with spaces into quotes")
             close = difflib.get_close_matches(flag, ["--no-chat", *map(_flag, names)], n=2)
             raise UsageError(f"unknown option {flag!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
         missing = [name for name in names if getattr(options, name) is None]
@@ -273,6 +274,7 @@ class Job:
             )
             if self.options.stats:
                 cli_output.print_defaults(llm, self.params)
+            self._note_gates(llm)
             if self.batch is not None:
                 self.batch.run(llm, self.params, prepare, self._solve if self.is_solving else None)
             elif self.is_solving:
@@ -307,6 +309,13 @@ class Job:
     def _solve(self, llm: "LLM", problem: Any) -> Any:
         with cli_output.Progress(enabled=self.batch is None and is_terminal(sys.stderr)) as progress:
             return Solver(llm, self.solver_config).solve(problem, self.phrasings, on_event=progress.on_event)
+
+    def _note_gates(self, llm: "LLM") -> None:
+        """Says where the gates' file was made under other settings, so that its promise does not hold."""
+        if self.options.gates is not None and self.solver_config is not None:
+            file = read_gates_file(self.options.gates, llm.model_path)
+            for difference in file.differences(settings_of(self.solver_config, llm)):
+                note(f"--gates {self.options.gates}: {difference}; here they count as uncalibrated")
 
     def _check_combinations(self) -> None:
         options = self.options

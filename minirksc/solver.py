@@ -82,7 +82,7 @@ class Solver:
             raise ConfigError(f"{len(wordings)} phrasings for {config.branches} branches; give one a branch")
         prompts = [self._prompt_ids(wording) for wording in wordings]
         chats = [self._is_chat(wording) for wording in wordings]
-        hints = config.hints or [_default_hint(k, chat) for k, chat in enumerate(chats)]
+        hints = config.hints or [default_hint(k, chat) for k, chat in enumerate(chats)]
         tree = Tree(self.llm, share=config.sharing != "none", on_event=on_event)
         try:
             probe, refusals = self._probe(wordings, tree)
@@ -253,7 +253,8 @@ class Solver:
             raise ConfigError(f"{self.llm.model_path} has no tokenizer; use {', '.join(remedies)}")
 
 
-def _default_hint(index: int, chat: bool) -> str:
+def default_hint(index: int, chat: bool) -> str:
+    """How the answer of a branch begins where nobody says."""
     # In a conversation it begins the assistant's turn; in plain text, a paragraph.
     return f"Approach #{index + 1}:" if chat else f"\n\nApproach #{index + 1}:"
 

@@ -118,7 +118,7 @@ def test_hints_and_phrasings_come_from_files(run, tmp_path):
     ("arguments", "message"),
     [
         (["x", "--brnches", "2"], "did you mean --branches"), (["x", "--temp", "1"], "unknown option '--temp'"),
-        (["x", "--nochat"], "--no-chat"), (["x", "y"], "put the prompt into quotes"), (["x", "--stats=1"], "--stats"),
+        (["x", "--nochat"], "--no-chat"), (["x", "y"], "into quotes"), (["x", "--stats=1"], "--stats"),
         (["x", "--depth", "2"], "--depth needs --branches"), (["x", "--trace", "f"], "--trace needs --branches"),
         (["x", "--hints", "f"], "--hints needs"), (["x", "--select", "vote"], "--select needs"),
         (["x", "--branches", "2", "--n", "2"], "--n does not go with --branches"),

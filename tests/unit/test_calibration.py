@@ -15,6 +15,7 @@ from minirksc.calibration import (
     MARGINS,
     Variant,
     calibrate,
+    fit_correction,
     ordering_size,
     run_tests,
     sequence_of,
@@ -143,7 +144,7 @@ def test_a_tally_counts_what_replays_say(trials):
 
 
 def test_every_variant_has_a_sequence_from_nothing_to_loose_without_repetitions():
-    found = variants(["mean_top1", "tail"], KINDS)
+    found = variants(["mean_top1", "tail"], KINDS, ((0.5, 1.0),) * 6)
     assert len(set(found)) == len(found)
     assert {one.kinds for one in found} >= {("skip",), ("layer_exit",), ("decode_exit",), KINDS}
     for variant in found:
@@ -280,3 +281,26 @@ def test_exact_gates_never_change_a_decision(seed, select):
     outcome = replay.outcome(Variant(KINDS).gates({}))
     assert not outcome.differs(replay.reference)
     assert outcome.num_rows <= outcome.num_rows_full == replay.reference.num_rows
+
+
+def test_the_correction_is_the_line_from_a_layers_margin_to_the_last_ones():
+    rng = random.Random(3)
+    made = []
+    for _ in range(40):
+        branches = []
+        for branch in evidence(rng).branches:
+            last = math.log(branch.probability / (1 - branch.probability))
+            margins = [7.0, 3 * last + 2, -last, last + rng.gauss(0, 0.01), math.inf if not made else last]
+            branches.append(BranchEvidence(**{**vars(branch), "margins": margins}))
+        made.append(Evidence(branches, 6, 12.0))
+    constant, steep, turned, noisy, same, last = fit_correction(made)
+    assert constant[0] == 0
+    assert steep == pytest.approx((1 / 3, -2 / 3)) and turned == pytest.approx((-1, 0), abs=1e-9)
+    assert noisy == pytest.approx((1, 0), abs=0.02) and same == pytest.approx((1, 0)) and last == (1.0, 0.0)
+    assert fit_correction(made[:5]) is None  # too few
+
+
+def test_without_enough_to_correct_by_there_is_no_layer_exit():
+    trials = Trials(replays(60, 1))
+    found = calibrate(trials, 0.2, 0.9, among=range(20))
+    assert "layer_exit" not in found.variant.kinds

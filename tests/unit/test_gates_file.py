@@ -28,7 +28,7 @@ from minirksc.solver import Solver, SolverConfig
 GATES = Gates(
     signal="tail",
     skip=(Lead(gap=0.13),),
-    layer_exit=MarginRule(3.5, 2),
+    layer_exit=MarginRule(3.5, 2, 4, ((0.5, -1.0), (1.0, 0.0))),
     decode_exit=(Lead(0.1, 0.2, is_relative=False),),
     decode_min_tokens=9,
     source="calibrated",

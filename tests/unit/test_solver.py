@@ -176,9 +176,10 @@ class FakeLLM:
         self.choices = ["".join(map(chr, ids)) for ids in choices]
         rows = []
         one_each = bool(question) and isinstance(question[0], list)
-        for branch, question in zip(branches, question if one_each else [question] * len(branches), strict=True):
-            self.counts["num_prefilled_tokens"] += len(branch.token_ids) - len(branch.cells) + len(question)
-            ids = [*branch.token_ids, *self.fragment(question)]
+        questions = question if one_each else [question] * len(branches)
+        for branch, asked in zip(branches, questions, strict=True):
+            self.counts["num_prefilled_tokens"] += len(branch.token_ids) - len(branch.cells) + len(asked)
+            ids = [*branch.token_ids, *self.fragment(asked)]
             self.asked.append("".join("$" if i == EOS else "^" if i == BOS else chr(i) for i in ids))
             yes = self.judge(self.decode(ids))
             rows.append([yes, 1 - yes])
