@@ -219,11 +219,21 @@ class Detokenizer:
             return new
         self._num_shown = end
         if len(self._window) > self.MAX_WINDOW:  # bytes that are no character, or tokens without text
-            num_held = len(text) - end
-            self._window = self._window[-self.CONTEXT :]
-            self._is_first = self._is_first and end == 0
-            self._num_shown = max(0, len(self._decode()) - num_held)
+            self._shorten(text, len(text) - end)
         return new
+
+    def _shorten(self, text: str, num_held: int) -> None:
+        """Forgets the window's beginning, as far as it is out and bytes that are shown together are not parted."""
+        window, is_first = self._window, self._is_first
+        for size in range(self.CONTEXT, self.MAX_WINDOW):
+            self._window, self._is_first = window[:-size], is_first
+            before = self._decode()
+            self._window, self._is_first = window[-size:], is_first and not before
+            after = self._decode()
+            if before + after == text and len(after) >= num_held:
+                self._num_shown = len(after) - num_held
+                return
+        self._window, self._is_first = window, is_first
 
     def _restart(self) -> None:
         self._window = []

@@ -22,7 +22,7 @@ make_case, batches, NESTED, SCALE = cases.make_case, cases.batches, cases.NESTED
 
 FORMS = [paged_attention_mass_torch, paged_attention_mass_triton]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TOLERANCE = 2e-5  # float32 in all dtypes: only sums are in another order
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-4, torch.bfloat16: 2e-4}  # of q: that of the log-sum-exp
 
 
 def decode_case(lens, **options):
@@ -38,7 +38,7 @@ def check(case, softcap=None, scale=SCALE):
         out, mass = paged_attention_mass_torch(q, kv, cache, batch, scale, softcap)
         assert torch.equal(out, paged_attention_torch(q, kv, cache, batch, scale, softcap))
         assert mass.dtype == torch.float32 and mass.shape == expected.shape
-        torch.testing.assert_close(mass, expected, atol=TOLERANCE, rtol=TOLERANCE)
+        torch.testing.assert_close(mass, expected, atol=TOLERANCE[q.dtype], rtol=TOLERANCE[q.dtype])
     after = [tensor for tensor in (q, *cache) if tensor is not None]
     torch.testing.assert_close(after, before, equal_nan=True, atol=0, rtol=0)
 

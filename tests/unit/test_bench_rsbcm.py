@@ -90,7 +90,6 @@ def test_tokens_are_the_same_for_every_policy_and_pool(kind, policy, share, seed
     engine.blocks.check_integrity()
     assert got == tokens and engine.blocks.num_used == 0
     assert engine.num_decoded_tokens == reference.num_decoded_tokens
-    assert engine.num_prefilled_tokens >= reference.num_prefilled_tokens
     assert max(b.num_awaited for b in engine.blocks._pool._blocks) == 0
 
 
