@@ -19,6 +19,7 @@ import argparse
 import json
 import math
 import sys
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,9 +27,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import beta, rankdata
 
 from bench.harness import environment, load_transformers
+from bench.intervals import clopper_pearson
 from bench.phrasings import KINDS, LEVELS, Wording, wordings
 from bench.word_problems import read_problems
 from minirksc import LLM, SamplingParams
@@ -120,16 +121,15 @@ def auroc(alike: Sequence[float], other: Sequence[float]) -> float:
     """Probability that one of `alike` is above one of `other`, ties counting half; NaN where one is empty."""
     if not alike or not other:
         return math.nan
-    ranks = rankdata([*alike, *other])
-    return float((ranks[: len(alike)].sum() - len(alike) * (len(alike) + 1) / 2) / (len(alike) * len(other)))
+    ordered = sorted(other)
+    below = sum(bisect_left(ordered, value) + bisect_right(ordered, value) for value in alike)
+    return below / (2 * len(alike) * len(other))
 
 
 def bound(accepted: int, total: int, level: float = 0.95) -> tuple[float, float]:
     """Clopper-Pearson interval of a share."""
-    tail = (1 - level) / 2
-    low = float(beta.ppf(tail, accepted, total - accepted + 1)) if accepted else 0.0
-    high = float(beta.ppf(1 - tail, accepted + 1, total - accepted)) if accepted < total else 1.0
-    return low, high
+    interval = clopper_pearson(accepted, total, level)
+    return interval.low, interval.high
 
 
 def threshold(similarities: Sequence[float], total: int) -> float:

@@ -241,3 +241,19 @@ def make_probe(spec: ArchSpec, tau: float | None, *, aligned: bool, can_move_kv:
         )
     found = found or UNTESTED
     return Probe(GATES[found.gate], probe_depth(spec.num_layers), found.tau if tau is None else tau, aligned=aligned)
+
+
+def make_paper_probe(spec: ArchSpec, tau: float | None, *, aligned: bool) -> Probe:
+    """The published rule: sigma over all layers, and no guard (which is the caller's).
+
+    It is taken one layer before the last: after the last, leaving would save nothing at all.
+
+    Raises:
+        ConfigError: no tau, for which the paper gives no value; or aligned mode, which it has not.
+    """
+    if tau is None or aligned:
+        raise ConfigError(
+            "policy='paper' with semantic sharing substitutes from a similarity on for which the paper gives no value; "
+            "set tau, and leave sharing_mode out"
+        )
+    return Probe(GATES["sigma"], spec.num_layers - 1, tau, aligned=False)

@@ -12,9 +12,7 @@ for the budget, 2 for a wrong command line, 130 when interrupted.
 import argparse
 import hashlib
 import json
-import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,13 +24,22 @@ from minirksc.answers import SELECT_RULES, check_parser
 from minirksc.binomial import problems_needed, smallest_budget
 from minirksc.calibration import KINDS, Calibration, calibrate
 from minirksc.cgee import Gates, MarginRule
-from minirksc.cli_output import check_writable, drop_stdout, is_terminal, note, print_json
+from minirksc.cli_output import check_writable, is_terminal, note, print_json
 from minirksc.collect import BRANCHES_AT_ONCE, Collector
 from minirksc.errors import ConfigError, MinirkscError
 from minirksc.evidence import Failed, Replay
 from minirksc.evidence_file import EvidenceFile
 from minirksc.gates_file import GatesFile, fingerprint, settings_of, write_gates
-from minirksc.generate import DEFAULT_MODEL, DEFAULT_TOKENS_PER_STEP, ENGINE, SAMPLING, Options, Parser, UsageError
+from minirksc.generate import (
+    DEFAULT_MODEL,
+    DEFAULT_TOKENS_PER_STEP,
+    ENGINE,
+    SAMPLING,
+    Options,
+    Parser,
+    UsageError,
+    run_command,
+)
 from minirksc.signals import SIGNALS
 from minirksc.solver import DEFAULT_SAMPLING, SolverConfig
 from minirksc.trials import Trials
@@ -110,24 +117,7 @@ def main(arguments: Sequence[str] | None = None, make_llm: Callable[..., "LLM"] 
         arguments: None for the process's own.
         make_llm: called with the engine's options; None for `LLM`.
     """
-    try:
-        return _run(arguments, make_llm or _make_llm)
-    except UsageError as error:
-        note(f"error: {error} (--help lists the options)")
-        return 2
-    except KeyboardInterrupt:
-        note("interrupted", begin="\n" if is_terminal(sys.stderr) else "")
-        return 130
-    except BrokenPipeError:
-        drop_stdout()
-        return 0
-    except Exception as error:
-        if os.environ.get("MINIRKSC_DEBUG"):
-            traceback.print_exc()
-        known = isinstance(error, MinirkscError | OSError)
-        note(f"error: {error}" if known else f"error: unexpected {type(error).__name__}: {error}")
-        drop_stdout()
-        return 1
+    return run_command(build_parser, Job, arguments, make_llm)
 
 
 class Job:
@@ -393,25 +383,6 @@ def _add_table(group: Any, table: Options) -> None:
             group.add_argument(flag, choices=kind, help=text)
         else:
             group.add_argument(flag, type=kind, metavar={int: "N", float: "X"}.get(kind, "TEXT"), help=text)
-
-
-def _run(arguments: Sequence[str] | None, make_llm: Callable[..., "LLM"]) -> int:
-    try:
-        options = build_parser().parse(arguments)
-    except SystemExit as end:  # --help and --version
-        sys.stdout.flush()
-        return int(end.code or 0)
-    try:
-        job = Job(options)
-    except ConfigError as error:
-        raise UsageError(str(error)) from error
-    return job.run(make_llm)
-
-
-def _make_llm(**options: Any) -> "LLM":
-    from minirksc.llm import LLM  # torch is imported here, after everything that can be checked without it
-
-    return LLM(**options)
 
 
 if __name__ == "__main__":

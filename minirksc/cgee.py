@@ -73,7 +73,7 @@ def best_and_rest(values: Sequence[float], answers: Sequence[str | None] | None)
     return best, values[best], max(rivals, default=0.0)
 
 
-def leader(values: Sequence[float], answers: Sequence[str | None] | None, leads: Sequence[Lead]) -> int | None:
+def leader_of(values: Sequence[float], answers: Sequence[str | None] | None, leads: Sequence[Lead]) -> int | None:
     """Who leads by any of the rules; None: nobody does, or a value is not finite.
 
     Args:
@@ -324,10 +324,10 @@ class DecodeRule:
             return {}
         if self._select == "vote" and self._gates.exact and self._vote_is_over(progress, len(live)):
             return dict.fromkeys(live, "consensus")
-        if self._mode == "off" or min(one.num_tokens for one in progress) < self._gates.decode_min_tokens:
+        if self._mode == "off" or min(progress[i].num_tokens for i in live) < self._gates.decode_min_tokens:
             return {}
         signal = SIGNALS[self._gates.signal]
-        self.leader = leader([signal(one.signals) for one in progress], None, self._gates.decode_exit)
+        self.leader = leader_of([signal(one.signals) for one in progress], None, self._gates.decode_exit)
         if self.leader is None:
             return {}
         keeps = self._mode == "keep_leader"
@@ -393,7 +393,7 @@ class Gates:
         compares_answers: a lead is over the best branch with another answer.
         layer_exit: G3; None: never.
         decode_exit: leads that end decoding; none: never.
-        decode_min_tokens: that every branch must have before.
+        decode_min_tokens: that every branch under way must have before.
         source: "exact", "paper", "uncalibrated" or, of a calibration file, "calibrated".
     """
 

@@ -276,7 +276,7 @@ class Replay:
         notes: Any = _Notes()
         judged: Any = nodes  # the judge needs of a node no more than `_Judged` has
         put: Any = ask
-        best = Judge(notes, gates, self._select, put).choose(judged, decoded.answers, decoded.rule)
+        best = Judge(notes, gates, self._select, put).choose(judged, decoded.answers, decoded.rule.leader)
         layers = [exits[i][1] if i in asked and i in exits else None for i in range(len(nodes))]
         num_layers = evidence.num_layers
         return Outcome(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from minirksc import __version__, cli_batch, cli_output
 from minirksc.answers import ANSWER_KINDS, SELECT_RULES
@@ -214,10 +214,37 @@ def main(arguments: Sequence[str] | None = None, make_llm: Callable[..., "LLM"] 
         arguments: None for the process's own.
         make_llm: called with the engine's options; None for `LLM`.
     """
+    return run_command(build_parser, Job, arguments, make_llm)
+
+
+class RunnableJob(Protocol):
+    """A checked command line."""
+
+    def run(self, make_llm: Callable[..., "LLM"]) -> int:
+        """Does the work; returns the exit code."""
+        ...
+
+
+def run_command(
+    make_parser: Callable[[], Parser],
+    make_job: Callable[[argparse.Namespace], RunnableJob],
+    arguments: Sequence[str] | None,
+    make_llm: Callable[..., "LLM"] | None,
+) -> int:
+    """Parses, checks and runs; every error becomes one line on stderr and an exit code."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # text must not die on a narrow terminal encoding
     try:
-        return _run(arguments, make_llm or _make_llm)
+        try:
+            options = make_parser().parse(arguments)
+        except SystemExit as end:  # --help and --version
+            sys.stdout.flush()
+            return int(end.code or 0)
+        try:
+            job = make_job(options)
+        except ConfigError as error:
+            raise UsageError(str(error)) from error
+        return job.run(make_llm or _make_llm)
     except UsageError as error:
         note(f"error: {error} (--help lists the options)")
         return 2
@@ -384,19 +411,6 @@ class Job:
     def _label(self, name: str, flag: str = "") -> str:
         """An option as the user gave it: flag or variable."""
         return _variable(name) if name in self.options.variables else flag or _flag(name)
-
-
-def _run(arguments: Sequence[str] | None, make_llm: Callable[..., "LLM"]) -> int:
-    try:
-        options = build_parser().parse(arguments)
-    except SystemExit as end:  # --help and --version
-        sys.stdout.flush()
-        return int(end.code or 0)
-    try:
-        job = Job(options)
-    except ConfigError as error:
-        raise UsageError(str(error)) from error
-    return job.run(make_llm)
 
 
 def _make_llm(**options: Any) -> "LLM":

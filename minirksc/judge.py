@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from minirksc.answers import choose
-from minirksc.cgee import DecodeRule, Gates, best_and_rest, leader, standing
+from minirksc.cgee import Gates, best_and_rest, leader_of, standing
 from minirksc.signals import SIGNALS
 
 if TYPE_CHECKING:
@@ -35,17 +35,17 @@ class Judge:
         self._select = select
         self._ask = ask
 
-    def choose(self, nodes: Sequence["Node"], answers: Sequence[str | None], rule: DecodeRule) -> int:
+    def choose(self, nodes: Sequence["Node"], answers: Sequence[str | None], leader: int | None) -> int:
         """Index of the branch that wins.
 
         Args:
             nodes: of the last round; those that had finished in an earlier one have their scores.
             answers: that they give.
-            rule: what happened while they were decoded.
+            leader: index of the one that led decisively while they were decoded; None: none did.
         """
-        if rule.leader is not None:
+        if leader is not None:
             _score_by_confidence(nodes)
-            return rule.leader
+            return leader
         if self._ask is None:
             _score_by_confidence(nodes)
         elif not self._gates.exact:
@@ -73,7 +73,7 @@ class Judge:
             return ask(nodes, answers)
         values = [SIGNALS[gates.signal](node.branch.signals) for node in nodes]
         rivals = answers if gates.compares_answers else None
-        best = leader(values, rivals, gates.skip)
+        best = leader_of(values, rivals, gates.skip)
         _, top, rest = best_and_rest(values, rivals)
         self._tree.note(
             "skip",

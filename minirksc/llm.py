@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minirksc.asks import Probe, make_probe
+from minirksc.asks import Probe, make_paper_probe, make_probe
 from minirksc.branch import Branch, BranchProgress
 from minirksc.config import EngineConfig, SamplingParams
 from minirksc.engine import Engine
@@ -414,6 +414,10 @@ class LLM:
         """A gate that compares wordings of a problem, for seats of `branches`; see `minirksc.asks.make_probe`."""
         can_move_kv = self.engine.runner.model.can_move_kv
         return make_probe(self.spec, tau, aligned=aligned, can_move_kv=can_move_kv, uncalibrated=uncalibrated)
+
+    def paper_probe(self, tau: float | None, *, aligned: bool) -> Probe:
+        """The paper's own rule as such a gate; see `minirksc.asks.make_paper_probe`."""
+        return make_paper_probe(self.spec, tau, aligned=aligned)
 
     # Housekeeping
 

@@ -82,8 +82,16 @@ class Sigma:
         return min(1.0, float(similarity_torch(theirs[None], ours, weights))) if _finite(ours, theirs) else math.nan
 
 
+class _AtDeepest:
+    """A gate that looks at one layer."""
+
+    def layers(self, depth: int) -> Sequence[int]:
+        """The deepest."""
+        return [depth - 1]
+
+
 @dataclass(frozen=True)
-class Pooled:
+class Pooled(_AtDeepest):
     """Distance of the two mean states, in units of how far the root's tokens lie from their own mean.
 
     Two texts give no corpus to centre by, so the root is its own: its mean is the origin. The first token is left out,
@@ -91,10 +99,6 @@ class Pooled:
     """
 
     name: str = "pooled"
-
-    def layers(self, depth: int) -> Sequence[int]:
-        """The deepest."""
-        return [depth - 1]
 
     def similarity(self, root: PrefixStates, branch: PrefixStates) -> float:
         """1 - |mean_b - mean_r| / rms |h_r - mean_r|."""
@@ -105,7 +109,7 @@ class Pooled:
 
 
 @dataclass(frozen=True)
-class Whitened:
+class Whitened(_AtDeepest):
     """`Pooled` with every dimension in units of its own spread, so that no few dimensions decide alone.
 
     A handful of dimensions with huge values dominate raw cosines (Timkey and van Schijndel 2021, arXiv 2109.04404). A
@@ -113,10 +117,6 @@ class Whitened:
     """
 
     name: str = "whitened"
-
-    def layers(self, depth: int) -> Sequence[int]:
-        """The deepest."""
-        return [depth - 1]
 
     def similarity(self, root: PrefixStates, branch: PrefixStates) -> float:
         """1 - rms over dimensions of (mean_b - mean_r) / std_r."""
@@ -126,7 +126,7 @@ class Whitened:
 
 
 @dataclass(frozen=True)
-class Alignment:
+class Alignment(_AtDeepest):
     """Deviation of the tokens that both wordings have, and the share of those that only one of them has.
 
     Tokens are matched by their ids, in order. A matched token deviates by |h_b - h_r| / |h_r|, at most 1; an unmatched
@@ -141,10 +141,6 @@ class Alignment:
 
     emphasis: float = 2.0
     name: str = "alignment"
-
-    def layers(self, depth: int) -> Sequence[int]:
-        """The deepest."""
-        return [depth - 1]
 
     def similarity(self, root: PrefixStates, branch: PrefixStates) -> float:
         """1 - the mean deviation over the tokens of both wordings."""
@@ -162,7 +158,7 @@ class Alignment:
 
 
 @dataclass(frozen=True)
-class Nearest:
+class Nearest(_AtDeepest):
     """The worst of the tokens that one wording has and the other has not, each held against its nearest stand-in.
 
     A minor paraphrase replaces words by words that mean the same, so each replaced token should have a near one among
@@ -177,10 +173,6 @@ class Nearest:
 
     count: int = 2
     name: str = "nearest"
-
-    def layers(self, depth: int) -> Sequence[int]:
-        """The deepest."""
-        return [depth - 1]
 
     def similarity(self, root: PrefixStates, branch: PrefixStates) -> float:
         """The mean of the smallest cosines; 1 where all tokens match."""

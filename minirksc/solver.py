@@ -103,36 +103,39 @@ class Solver:
         def ask(asked: Sequence[Node]) -> None:
             self._ask(tree, asked, verifier, problem)
 
-        rule = self._decode_rule("off")
+        leader = None
         for level in range(1, config.depth + 1):
             is_last = level == config.depth
-            rule = self._decode_rule(config.decode_exit_mode if is_last else "off")
             open_nodes = [node for node in nodes if not node.finished]
-            well = tree.extend(open_nodes, config.step_sampling, rule if is_last else None)
+            # One that finished in an earlier round is a rival that is not under way: then nobody stops early.
+            rule = self._decode_rule() if is_last and len(open_nodes) == len(nodes) else None
+            well = tree.extend(open_nodes, config.step_sampling, rule)
             nodes = [node for node in nodes if node.finished or node in well]
             if is_last:
+                leader = None if rule is None else self._led_by(tree, rule, open_nodes)
                 break
             ask([node for node in nodes if node.score is None])
             survivors = sorted(nodes, key=lambda node: -(node.score or 0.0))[: config.beam]
             if all(node.finished for node in survivors):
                 break
             nodes = tree.expand(nodes, survivors, config.branches)
-        self._note_decode_exit(tree, nodes, rule)
         answers = [parse_answer(node.text, config.answer_parser) for node in nodes]
         judge = Judge(tree, self.gates, config.select, None if verifier is None else ask)
-        best = nodes[judge.choose(nodes, answers, rule)]
+        best = nodes[judge.choose(nodes, answers, nodes.index(leader) if leader in nodes else None)]
         with tree.phase("select", nodes) as event:
             event.update(rule=config.select, parsed=list(answers), best=best.node_id)
         return best, {node.node_id: answer for node, answer in zip(nodes, answers, strict=True)}
 
-    def _note_decode_exit(self, tree: Tree, nodes: Sequence[Node], rule: DecodeRule) -> None:
-        if rule.leader is not None:
-            mode = self.config.decode_exit_mode
-            reason = "the others stopped" if mode == "keep_leader" else "all stopped"
-            calibrated = self.gates.is_calibrated
-            tree.note("decode_exit", mode, reason, node=nodes[rule.leader], calibrated=calibrated)
-        elif rule.consensus is not None:
+    def _led_by(self, tree: Tree, rule: DecodeRule, nodes: Sequence[Node]) -> Node | None:
+        """Who led decisively while these nodes were decoded."""
+        if rule.consensus is not None:
             tree.note("consensus", "the others stopped", f"the vote for {rule.consensus!r} could not be lost any more")
+        if rule.leader is None:
+            return None
+        mode = self.config.decode_exit_mode
+        reason = "the others stopped" if mode == "keep_leader" else "all stopped"
+        tree.note("decode_exit", mode, reason, node=nodes[rule.leader], calibrated=self.gates.is_calibrated)
+        return nodes[rule.leader]
 
     def _ask(self, tree: Tree, nodes: Sequence[Node], verifier: Verifier | None, problem: Tokens) -> None:
         """Sets verification and score."""
@@ -163,9 +166,9 @@ class Solver:
             else:
                 node.score = node.verification * math.sqrt(node.confidence)
 
-    def _decode_rule(self, mode: str) -> DecodeRule:
-        config = self.config
-        return DecodeRule(self.gates, mode, config.select, lambda text: parse_answer(text, config.answer_parser))
+    def _decode_rule(self) -> DecodeRule:
+        config, parser = self.config, self.config.answer_parser
+        return DecodeRule(self.gates, config.decode_exit_mode, config.select, lambda text: parse_answer(text, parser))
 
     def _gates(self) -> Gates:
         config = self.config
@@ -184,6 +187,8 @@ class Solver:
         config = self.config
         if config.sharing != "semantic" or all(wording == wordings[0] for wording in wordings):
             return None, []
+        if config.policy == "paper":
+            return self.llm.paper_probe(config.tau, aligned=config.sharing_mode == "aligned"), [None] * len(wordings)
         texts = [wording if isinstance(wording, str) else self.llm.decode(wording) for wording in wordings]
         is_aligned = config.sharing_mode == "aligned"
         probe = self.llm.probe(config.tau, aligned=is_aligned, uncalibrated=config.uncalibrated)

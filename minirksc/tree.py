@@ -251,7 +251,7 @@ class Tree:
                 if node.branch.finish_reason == "error":
                     node.error = str(error)
         well = [node for node in nodes if node.error is None]
-        if error is not None and not well:
+        if error is not None and (not well or len(well) == len(nodes)):  # all, or none that can be named
             raise error
         self._prune([node.branch for node in nodes if node.error is not None])
         return well

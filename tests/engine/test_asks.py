@@ -195,3 +195,13 @@ def test_what_may_be_borrowed():
     moved = [1, 2, 3, *root]
     assert reusable(moved, root) == [(i + 3, i) for i in range(AFTER_SPLICE, 100)]
     assert reusable([1, *root[: MIN_RUN - 1], 2], root) == []
+
+
+def test_the_published_rule_is_sigma_over_all_layers_without_a_guard(llm):
+    result = solve(llm, tau=-9.0, policy="paper", verify="auto", uncalibrated=False)
+    assert [b.sharing for b in result.branches[1:3]] == ["semantic", "semantic"]  # a changed number too
+    share = [gate for gate in result.trace["gates"] if gate["gate"] == "share"]
+    assert [gate["layer"] for gate in share] == [LAYERS - 1] * 2
+    for options in ({"tau": None}, {"tau": 0.9, "sharing_mode": "aligned"}):
+        with pytest.raises(ConfigError, match="gives no value"):
+            solve(llm, policy="paper", verify="auto", **options)

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from minirksc import LLM, SamplingParams, Solver, SolverConfig, verify
-from minirksc.cgee import EXACT_GATES, PAPER_GATES, Gates, Lead, MarginRule
+from minirksc import LLM, SamplingParams, Solver, SolverConfig, solver, verify
+from minirksc.cgee import EXACT_GATES, PAPER_GATES, DecodeRule, Gates, Lead, MarginRule
 from minirksc.errors import NumericalError
 
 PROBLEM = "a baker bakes 12 loaves and gives 3 of them away. how many are left?"
@@ -130,6 +130,66 @@ def test_a_branch_that_fails_is_left_out_and_all_of_them_are_an_error(llm, monke
     assert [node["error"] is not None for node in result.trace["nodes"]] == [i in (1, 4) for i in range(6)]
     broken["paths"] = {(i,) for i in range(6)}
     with pytest.raises(NumericalError, match="NaN"):
+        solve(llm)
+
+
+def test_the_leader_is_the_same_branch_where_another_one_failed(llm, monkeypatch):
+    # Branch 0 fails in its second token: whoever leads stands one place earlier among those that are left.
+    sample, leads = llm.engine._sample, []
+
+    def spoil(logits, wanted):
+        logits = logits.clone()
+        for rows in wanted:
+            request = rows.item.request
+            if request.sequence.path == (0,) and len(request.output_token_ids) == 1:
+                logits[rows.begin : rows.end] = math.nan
+        return sample(logits, wanted)
+
+    class Noted(DecodeRule):
+        def __call__(self, progress):
+            stopped = super().__call__(progress)
+            if stopped:
+                leads.append(progress[self.leader]._branch.path)
+            return stopped
+
+    monkeypatch.setattr(llm.engine, "_sample", spoil)
+    monkeypatch.setattr(solver, "DecodeRule", Noted)
+    gates = Gates(decode_exit=(Lead(),), decode_min_tokens=3, source="uncalibrated")
+    result = solve(llm, gates=gates, tokens_per_step=12)
+    assert [b.path for b in result.branches if b.error] == [(0,)]
+    assert len(leads) == 1 and result.branches[result.best].path == leads[0]
+    (note,) = result.trace["gates"]
+    assert tuple(result.trace["nodes"][note["node"]]["path"]) == leads[0]
+
+
+def test_a_branch_that_finished_before_is_a_rival_that_nobody_stops_for(llm):
+    def finish_first(path):
+        return path == (0,)
+
+    extend = llm.extend
+
+    def ends_early(branches, params, on_step=None):
+        extend(branches, params, on_step)
+        for branch in branches:
+            if finish_first(branch.path):
+                branch.finish_reason = "stop"
+
+    llm.extend = ends_early
+    gates = Gates(decode_exit=(Lead(),), decode_min_tokens=1, source="uncalibrated")
+    for select in ("score", "vote"):
+        result = solve(llm, gates=gates, depth=2, beam=6, branches=6, select=select, tokens_per_step=6)
+        assert (0,) in [b.path for b in result.branches]
+        assert "early_exit" not in [b.finish_reason for b in result.branches]
+        assert "consensus" not in [b.finish_reason for b in result.branches]
+    del llm.extend
+
+
+def test_an_error_of_no_branch_in_particular_is_not_swallowed(llm, monkeypatch):
+    def fail(branches, params, on_step=None):
+        raise NumericalError("somewhere")
+
+    monkeypatch.setattr(llm, "extend", fail)
+    with pytest.raises(NumericalError, match="somewhere"):
         solve(llm)
 
 

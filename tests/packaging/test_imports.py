@@ -118,7 +118,7 @@ PROCESS_STATE = {
     "torch.cuda.manual_seed_all": set(),
     "random.seed": set(),
     "numpy.random.seed": set(),
-    "os.environ": {"minirksc.generate", "minirksc.calibrate", "minirksc.checkpoints"},  # the command lines
+    "os.environ": {"minirksc.generate", "minirksc.checkpoints"},  # the command lines
     "os.getenv": set(),
     "os.putenv": set(),
     "os.chdir": set(),

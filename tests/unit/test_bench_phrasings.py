@@ -168,7 +168,6 @@ def test_a_condition_moves_to_the_end():
 
 
 def gates_module():
-    pytest.importorskip("scipy")
     return importlib.import_module("bench.asks_gates")
 
 

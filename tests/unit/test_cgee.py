@@ -17,7 +17,7 @@ from minirksc.cgee import (
     Gates,
     LayerExit,
     Lead,
-    leader,
+    leader_of,
     standing,
 )
 from minirksc.gates import LEAVE, GateRows
@@ -93,14 +93,14 @@ def test_a_majority_needs_no_scores_and_a_tie_does():
     ],
 )
 def test_a_lead(values, answers, lead, expected):
-    assert leader(values, answers, [lead]) == expected
-    assert leader(values, answers, []) is None
+    assert leader_of(values, answers, [lead]) == expected
+    assert leader_of(values, answers, []) is None
 
 
 def test_the_published_rules_are_alternatives():
-    assert leader([0.65, 0.59], None, PAPER_GATES.skip) == 0  # the relative rule alone
-    assert leader([0.90, 0.83], None, PAPER_GATES.skip) == 0  # the absolute rule alone
-    assert leader([0.62, 0.3], None, PAPER_GATES.skip) is None
+    assert leader_of([0.65, 0.59], None, PAPER_GATES.skip) == 0  # the relative rule alone
+    assert leader_of([0.90, 0.83], None, PAPER_GATES.skip) == 0  # the absolute rule alone
+    assert leader_of([0.62, 0.3], None, PAPER_GATES.skip) is None
 
 
 # Layer exit
@@ -222,6 +222,12 @@ def test_the_others_stop_once_one_leads():
     assert rule(state) == {1: "early_exit"}
     assert rule.leader == 0
     assert rule(state) == {}  # once
+
+
+def test_one_that_ended_early_keeps_nobody_waiting():
+    rule = rule_of()
+    assert rule(progress(([0.9] * 2, "", False), ([0.2], "", True))) == {}  # nobody is left to stop
+    assert rule.leader == 0
 
 
 def test_all_stop_as_published():
