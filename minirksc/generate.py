@@ -352,6 +352,8 @@ class Job:
             raise UsageError(f"{self._label(name)} does not go with --branches; {WITHOUT_SOLVER[name]}")
         if options.beam is not None and (options.depth or 1) == 1:
             raise UsageError(f"{self._label('beam')} needs --depth 2 or more: nothing is forked again")
+        if options.sharing == "semantic" and options.phrasings is None:
+            raise UsageError(f"{self._label('sharing')} semantic compares wordings; give them with --phrasings")
         if options.verify_style is not None and options.verify == "never":
             raise UsageError(f"{self._label('verify_style')} does not go with {self._label('verify')} never")
         for name in ("system", "chat_template_kwargs"):

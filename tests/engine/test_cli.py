@@ -133,6 +133,7 @@ def test_hints_and_phrasings_come_from_files(run, tmp_path):
         (["x", "--branches", "2", "--trace", "no/such/t.json"], "--trace no/such/t.json cannot be written"),
         (["x", "--branches", "2", "--sharing", "fuzzy"], "invalid choice"),
         (["x", "--branches", "2", "--tau", "0.9"], "needs sharing='semantic'"),
+        (["x", "--branches", "2", "--sharing", "semantic"], "give them with --phrasings"),
         (["x", "--branches", "2", "--policy", "paper", "--gates", "g"], "leave gates out"),
         (["x", "--branches", "2", "--verify", "never", "--decode-exit", "off"], "needs verify='auto'"),
         (["x", "--uncalibrated"], "needs --branches"), (["x", "--gates", "g.json"], "needs --branches"),
