@@ -199,6 +199,8 @@ def _weights(weights: Weights | None, width: int) -> list[str]:
             INDENT,
         )
     run = f'{_size(weights.run_bytes)}, which is what dtype="auto" runs here'
+    if weights.run_dtype == "float32" and "float32" not in weights.stored:
+        run += ", or half where float16 holds a matrix exactly"
     if weights.packed_head_bytes:
         run += f", and {_size(weights.packed_head_bytes)} for the tied embedding once more, packed as the head"
     rows = [
