@@ -15,7 +15,7 @@ import torch
 from minirksc.kernels.attention_batch import AttentionBatch
 from minirksc.kernels.block_mass import check_decode
 from minirksc.kernels.layer_cache import LayerCache
-from minirksc.kernels.paged_attention_torch import Attend, AttentionPlan, Keys, Slots, decode, make_plan
+from minirksc.kernels.paged_attention_torch import Attend, Keys, OwnKeys, Slots, decode, make_plan
 from minirksc.kernels.prefix_attention import own_ranges
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -37,7 +37,8 @@ def paged_attention_mass_torch(
     width = max(map(len, batch.kv_tables))
     mass = torch.zeros((len(q), width), dtype=torch.float32, device=q.device)
     weigh = _Weigh(at_places.float(), lse, cache.keys(), scale, softcap)
-    _add_own(mass, weigh, plan, columns)
+    for own, column in zip(plan.own, columns, strict=True):
+        mass[own.begin : own.end].scatter_add_(1, column, weigh.own(own))
     for segment, keys in plan.shared:
         weights = weigh(segment.row_begin, segment.row_end, keys)  # [places, keys], whole blocks
         blocks = weights.unflatten(1, (-1, batch.block_size)).sum(-1)
@@ -68,24 +69,20 @@ class _Weigh:
         ]
         return torch.cat(weights, 1)
 
-    def rows(self, slots: Tensor, mask: Tensor | None) -> Tensor:
-        """Of all places, each over as many keys of its own.
-
-        Args:
-            slots: `[places * keys]` int64.
-            mask: `[places, 1, 1, keys]` float32, 0 or -inf; None: nothing to mask.
-
-        Returns:
-            `[places, keys]` float32.
-        """
-        num_places, num_heads, _ = self.q.shape
+    def own(self, own: OwnKeys) -> Tensor:
+        """Of some places, each over the keys that it reads alone: `[places, longest]` float32, 0 for padding."""
+        if own.end - own.begin == 1:
+            return self(own.begin, own.end, own.keys)
+        assert isinstance(own.keys, Tensor)
+        q = self.q[own.begin : own.end]
+        num_places, num_heads, head_dim = q.shape
         num_kv_heads = self.cache.kv.shape[2]
-        keys = self.cache.gather(slots).view(num_places, -1, num_kv_heads, self.q.shape[2]).float()
-        grouped = self.q.unflatten(1, (num_kv_heads, -1)).flatten(0, 1)  # [places * num_kv_heads, group, head_dim]
-        lse = self.lse.reshape(len(grouped), -1, 1)
+        keys = self.cache.gather(own.keys).view(num_places, -1, num_kv_heads, head_dim).float()
+        grouped = q.unflatten(1, (num_kv_heads, -1)).flatten(0, 1)  # [places * num_kv_heads, group, head_dim]
+        lse = self.lse[own.begin : own.end].reshape(len(grouped), -1, 1)
         weights = self._weights(grouped, keys.permute(0, 2, 3, 1).flatten(0, 1), lse)
         weights = weights.view(num_places, num_heads, -1).mean(1)
-        return weights if mask is None else weights.masked_fill_(mask[:, 0, 0] != 0, 0.0)
+        return weights if own.mask is None else weights.masked_fill_(own.mask[:, 0, 0] != 0, 0.0)
 
     def _weights(self, q: Tensor, keys: Tensor, lse: Tensor) -> Tensor:
         """`[batch, queries, keys]` of q `[batch, queries, head_dim]`, keys `[batch, head_dim, keys]` and lse alike."""
@@ -105,22 +102,8 @@ class _Weigh:
                 yield self.cache.run(first, min(PIECE, begin + length - first))[:, 0].float()
 
 
-def _add_own(mass: Tensor, weigh: _Weigh, plan: AttentionPlan, columns: Tensor | list[Tensor]) -> None:
-    """What each place reads alone, into `[places, blocks]`."""
-    if plan.own_slots is not None:
-        assert isinstance(columns, Tensor)
-        mass.scatter_add_(1, columns, weigh.rows(plan.own_slots, plan.own_mask))
-        return
-    for place, (keys, column) in enumerate(zip(plan.own, columns, strict=True)):
-        mass[place].index_add_(0, column, weigh(place, place + 1, keys)[0])
-
-
-def _own_columns(batch: AttentionBatch) -> Tensor | list[Tensor]:
-    """The block of each key that a place reads alone, in the plan's order.
-
-    Returns:
-        `[places, keys]` int64 where the plan gathers these keys, padded with 0; else one `[keys]` a place.
-    """
+def _own_columns(batch: AttentionBatch) -> list[Tensor]:
+    """For each part of the plan, the block of each key that its places read alone: `[places, longest]` int64."""
     plan = batch.plan("torch", make_plan)
     order = range(plan.num_decode) if plan.rows is None else plan.rows.tolist()
     segments = [segment for segment, _ in plan.shared]
@@ -129,4 +112,4 @@ def _own_columns(batch: AttentionBatch) -> Tensor | list[Tensor]:
         context_len = batch.context_lens[i]
         ranges = own_ranges(place, batch.first_visible(context_len - 1), context_len, segments, batch.block_size)
         columns.append(torch.cat([torch.arange(*keys, device=batch.device) for keys in ranges]) // batch.block_size)
-    return columns if plan.own_slots is None else pad_sequence(columns, batch_first=True)
+    return [pad_sequence(columns[own.begin : own.end], batch_first=True) for own in plan.own]

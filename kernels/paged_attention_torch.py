@@ -3,7 +3,7 @@
 Partial results over disjoint keys are merged by it:
 - the prefix that several decode rows share is read once for all of them (`prefix_attention`);
 - a run of consecutive block ids is a view of the cache, never a copy (int8 is multiplied out where it is read);
-- what short decode rows do not share is gathered into one small reused buffer, so that they make one call;
+- what short decode rows do not share is gathered into a small reused buffer, so that many make one call;
 - a prefill attends to its past as to a shared prefix, and to its own new keys causally;
 - a prefill that the window or a soft cap touches goes in tiles of queries, each over the keys it can see.
 Slots that no sequence owns, or that have left the window, are never read, whatever they hold.
@@ -19,7 +19,7 @@ from minirksc.kernels.prefix_attention import Segment, in_view, merge_into, own_
 from torch import Tensor
 
 MAX_GATHER_TOKENS = 4096
-"""Padded tokens of the decode rows' own keys up to which one gather and one call beat a call a row."""
+"""Padded tokens of decode rows' own keys up to which one gather and one call for them beat a call a row."""
 
 MAX_RUNS = 8
 """Above so many runs a sequence's keys are gathered instead of attended run by run."""
@@ -54,6 +54,22 @@ class Prefill:
 
 
 @dataclass(slots=True)
+class OwnKeys:
+    """What decode rows at places [begin, end) read alone.
+
+    Attributes:
+        begin, end: the places.
+        keys: of a single place, where they are; of several, `[places * longest]` int64 slots that are gathered.
+        mask: `[places, 1, 1, longest]` float32, 0 or -inf; None: nothing to mask.
+    """
+
+    begin: int
+    end: int
+    keys: Keys
+    mask: Tensor | None = None
+
+
+@dataclass(slots=True)
 class AttentionPlan:
     """What the torch form does in each layer; made once a step.
 
@@ -66,10 +82,8 @@ class AttentionPlan:
         Tensor | None
     )  # [num_decode] int64: batch row of each place; None: place i is row i, and there are no prefills
     shared: list[tuple[Segment, Keys]]
-    own: list[Keys]  # per place, what it reads alone; empty where own_slots has it
-    own_slots: Tensor | None  # [num_decode * longest] int64
-    own_mask: Tensor | None  # [num_decode, 1, 1, longest] float32, 0 or -inf; None: nothing to mask
-    own_kv: Tensor | None = None  # [num_decode * longest, 2, num_kv_heads, head_dim], the cache's dtype; for all layers
+    own: list[OwnKeys]  # in the order of places, of which they are all
+    gathered: Tensor | None = None  # [slots, 2, num_kv_heads, head_dim], the cache's dtype: a buffer for all layers
     masks: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)  # of tiles, for all layers
 
 
@@ -254,19 +268,28 @@ def decode(q: Tensor, cache: Slots, plan: AttentionPlan, attend: Attend) -> tupl
 
 
 def _decode_own(q: Tensor, cache: Slots, plan: AttentionPlan, attend: Attend) -> tuple[Tensor, Tensor]:
-    """Each place over the keys that it reads alone; one call, or one a place where keys are many."""
-    if plan.own_slots is None:
-        parts = [_over_keys(q[i : i + 1], cache, keys, attend) for i, keys in enumerate(plan.own)]
-        return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+    """Each place over the keys that it reads alone."""
+    parts = [_over_own_keys(q[own.begin : own.end], cache, own, plan, attend) for own in plan.own]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+
+
+def _over_own_keys(q: Tensor, cache: Slots, own: OwnKeys, plan: AttentionPlan, attend: Attend) -> tuple[Tensor, Tensor]:
+    """Attention of q `[places, num_heads, head_dim]`, each over its own keys; as `_over_keys`."""
     num_rows, num_heads, head_dim = q.shape
+    if num_rows == 1:
+        return _over_keys(q, cache, own.keys, attend)
+    assert isinstance(own.keys, Tensor)
     shape = cache.kv.shape[1:]  # (2, num_kv_heads, head_dim)
-    if plan.own_kv is None or plan.own_kv.shape[1:] != shape:
+    if plan.gathered is None or plan.gathered.shape[1:] != shape:
         # One buffer for all layers of a shape: a fresh one each would cost its page faults.
-        plan.own_kv = cache.kv.new_empty(len(plan.own_slots), *shape)
-    kv = cache.gather(plan.own_slots, out=plan.own_kv).view(num_rows, -1, *shape)
+        longest = max(len(one.keys) for one in plan.own if one.end - one.begin > 1)
+        plan.gathered = cache.kv.new_empty(longest, *shape)
+    kv = cache.gather(own.keys, out=plan.gathered[: len(own.keys)]).view(num_rows, -1, *shape)
     # The heads of a group become queries of their KV head: their keys are then read once.
     packed = q.view(num_rows, shape[1], -1, head_dim).transpose(1, 2)
-    out, lse = attend(packed, kv, mask=plan.own_mask)  # [rows, group, num_kv_heads, head_dim]
+    out, lse = attend(packed, kv, mask=own.mask)  # [rows, group, num_kv_heads, head_dim]
     return (
         out.transpose(1, 2).reshape(num_rows, num_heads, head_dim),
         lse.transpose(1, 2).reshape(num_rows, num_heads),
@@ -310,15 +333,12 @@ def make_plan(batch: AttentionBatch) -> AttentionPlan:
     ]
     rows = [batch.cu_seqlens_q[i] for i in decode]
     in_order = not prefills and rows == list(range(len(rows)))
-    own_slots, own_mask = _own_gather(own, device)
     return AttentionPlan(
         prefills=prefills,
         num_decode=len(decode),
         rows=None if in_order else torch.tensor(rows, dtype=torch.int64, device=device),
         shared=[(segment, _keys(runs, device)) for segment, runs in shared],
-        own=[] if own_slots is not None else [_keys(runs, device) for runs in own],
-        own_slots=own_slots,
-        own_mask=own_mask,
+        own=[_own_keys(own, begin, end, device) for begin, end in _groups([_num_keys(runs) for runs in own])],
     )
 
 
@@ -345,21 +365,38 @@ def _runs(table: Sequence[int], begin: int, end: int, block_size: int) -> list[R
     return runs
 
 
-def _own_gather(own: list[list[Run]], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """Slots and mask of the rows' own keys, padded to the longest row; (None, None): a call a row.
+def _groups(lens: Sequence[int]) -> list[tuple[int, int]]:
+    """Places [begin, end) whose own keys, so many each, are gathered together."""
+    groups: list[tuple[int, int]] = []
+    begin, longest = 0, 0
+    for place, length in enumerate(lens):
+        longest = max(longest, length)
+        if longest * (place + 1 - begin) > MAX_GATHER_TOKENS and place > begin:
+            groups.append((begin, place))
+            begin, longest = place, length
+    return [*groups, (begin, len(lens))] if lens else []
 
-    Padding repeats a slot that the row owns: it holds finite numbers, so that a weight of zero hides it.
+
+def _own_keys(own: list[list[Run]], begin: int, end: int, device: torch.device) -> OwnKeys:
+    """Of places [begin, end), padded to the longest.
+
+    Padding repeats a slot that the place owns: it holds finite numbers, so that a weight of zero hides it.
     """
-    lens = [sum(n for _, n in runs) for runs in own]
-    longest = max(lens, default=0)
-    if len(lens) < 2 or longest * len(lens) > MAX_GATHER_TOKENS:
-        return None, None
+    some = own[begin:end]
+    if len(some) == 1:
+        return OwnKeys(begin, end, _keys(some[0], device))
+    lens = [_num_keys(runs) for runs in some]
+    longest = max(lens)
     slots, mask = [], []
-    for runs, length in zip(own, lens, strict=True):
-        slots += [slot for begin, n in runs for slot in range(begin, begin + n)]
+    for runs, length in zip(some, lens, strict=True):
+        slots += [slot for first, n in runs for slot in range(first, first + n)]
         slots += [runs[0][0]] * (longest - length)
         mask += [0.0] * length + [float("-inf")] * (longest - length)
     own_slots = torch.tensor(slots, device=device)
     if min(lens) == longest:
-        return own_slots, None
-    return own_slots, torch.tensor(mask, device=device).view(len(lens), 1, 1, longest)
+        return OwnKeys(begin, end, own_slots)
+    return OwnKeys(begin, end, own_slots, torch.tensor(mask, device=device).view(len(lens), 1, 1, longest))
+
+
+def _num_keys(runs: Sequence[Run]) -> int:
+    return sum(n for _, n in runs)

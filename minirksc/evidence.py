@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from minirksc.answers import AnswerParser, parse_answer
-from minirksc.cgee import NO_GATES, DecodeRule, Gates, MarginRule
+from minirksc.cgee import NO_GATES, DecodeRule, Gates, MarginRule, leader_of
 from minirksc.errors import ConfigError
 from minirksc.gates import GateRows
 from minirksc.judge import Judge
-from minirksc.signals import TokenSignals, mean_top1
+from minirksc.signals import SIGNALS, TokenSignals, mean_top1
 
 
 @dataclass(frozen=True)
@@ -242,6 +242,8 @@ class Replay:
         self._answers: dict[tuple[int, int], str | None] = {}
         self._ends: dict[tuple[object, ...], _Decoded] = {}
         self._exits: dict[MarginRule, dict[int, tuple[float, int]]] = {}
+        self._values: dict[tuple[object, ...], list[float]] = {}
+        self._outcomes: dict[tuple[object, ...], Outcome] = {}
         self.reference = self.outcome(NO_GATES)
         """Without gates."""
 
@@ -257,9 +259,26 @@ class Replay:
         Raises:
             ConfigError: the gates have a layer exit that margins do not decide, as the paper's.
         """
-        evidence = self.evidence
         exits = self._layer_exits(gates)
         decoded = self._decode(gates)
+        # All that an outcome depends on: most thresholds differ in nothing that a problem shows.
+        rule, ends, skipped_to = decoded.rule, tuple(decoded.num_tokens), self._skipped_to(gates, decoded)
+        seen = (gates.exact, rule.leader, rule.consensus, ends, skipped_to, tuple(exits.items()))
+        if seen not in self._outcomes:
+            self._outcomes[seen] = self._judge(gates, decoded, exits)
+        return self._outcomes[seen]
+
+    def _skipped_to(self, gates: Gates, decoded: "_Decoded") -> int | None:
+        """Who is chosen unasked if anybody must be asked; None: they are asked."""
+        if not gates.skip:
+            return None
+        key = (gates.signal, *decoded.num_tokens)
+        if key not in self._values:
+            self._values[key] = [SIGNALS[gates.signal](signals) for signals in decoded.signals]
+        return leader_of(self._values[key], decoded.answers if gates.compares_answers else None, gates.skip)
+
+    def _judge(self, gates: Gates, decoded: "_Decoded", exits: Mapping[int, tuple[float, int]]) -> Outcome:
+        evidence = self.evidence
         nodes = [_Judged(i, signals, mean_top1(signals)) for i, signals in enumerate(decoded.signals)]
         asked: set[int] = set()
 

@@ -6,7 +6,6 @@ Everything here is a loop over `Engine.step`. Nothing is approximated, unless kv
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,25 +28,13 @@ from minirksc.errors import (
 )
 from minirksc.eviction_log import Eviction
 from minirksc.gates import DepthGate, Seat
+from minirksc.job import Job
 from minirksc.loading import load
 from minirksc.models.spec import ArchSpec
 from minirksc.prompts import Prompt, params_list, prompt_list, text_and_ids
-from minirksc.request import CompletionOutput, Request, RequestOutput, Sequence, Stats, StreamChunk
-from minirksc.sampling import top_logprobs_of
+from minirksc.request import Request, RequestOutput, Sequence, Stats, StreamChunk
 from minirksc.scoring import score_requests
 from minirksc.tokenizer import Tokenizer
-
-
-@dataclass(slots=True)
-class _Job:
-    """One prompt on its way: its n requests, or the error that kept it from starting."""
-
-    prompt: str | None
-    token_ids: list[int]
-    params: SamplingParams
-    requests: list[Request]
-    prompt_logprobs: dict[int, dict[int, float]]
-    error: Exception | None = None
 
 
 class LLM:
@@ -146,7 +133,7 @@ class LLM:
             PromptError, CacheFullError, NumericalError, TokenizerError: unless return_errors.
         """
         items = prompt_list(prompts)
-        jobs: list[_Job] = []
+        jobs: list[Job] = []
         try:
             for prompt, one in zip(items, params_list(params, len(items)), strict=True):
                 jobs.append(self._start(prompt, one, return_errors))
@@ -156,7 +143,7 @@ class LLM:
                     bar.update(sum(request.finished for request in requests) - bar.n)
         finally:
             self._abort(request for job in jobs for request in job.requests)
-        results = [self._result(job) for job in jobs]
+        results = [job.result() for job in jobs]
         for result in results:
             if result.error is not None and not return_errors:
                 raise result.error
@@ -190,7 +177,7 @@ class LLM:
                         )
         finally:
             self._abort(job.requests)
-        return self._result(job)
+        return job.result()
 
     def chat(
         self,
@@ -491,24 +478,12 @@ class LLM:
         self._num_seeds += 1
         return self.config.seed + self._num_seeds - 1
 
-    def _start(self, prompt: Prompt, params: SamplingParams, return_errors: bool) -> _Job:
-        job = _Job(None, [], params, [], {})
+    def _start(self, prompt: Prompt, params: SamplingParams, return_errors: bool) -> Job:
+        job = Job(None, [], params)
         try:
             job.prompt, job.token_ids = self._encode(prompt)
             job.params = params = self._resolve(params)
-            seed = self._next_seed() if params.seed is None else params.seed
-            for index in range(params.n):
-                wants_prompt = index == 0 and params.prompt_logprobs is not None
-                job.requests.append(
-                    self.engine.add_request(
-                        self.engine.new_sequence(job.token_ids),
-                        # Sample i is what a request of its own with seed + i would give.
-                        replace(params, n=1, seed=None),
-                        seed=seed + index,
-                        logits_start=0 if wants_prompt else None,
-                        on_logits=self._prompt_logprobs_into(job) if wants_prompt else None,
-                    )
-                )
+            job.add_requests(self.engine, self._next_seed() if params.seed is None else params.seed)
         except MinirkscError as error:
             self._abort(job.requests)
             if not return_errors:
@@ -516,15 +491,6 @@ class LLM:
             job.requests.clear()
             job.error = error
         return job
-
-    def _prompt_logprobs_into(self, job: _Job) -> Callable[[int, Tensor], None]:
-        def store(first: int, logits: Tensor) -> None:
-            # The logits at position p are those of the token at p + 1.
-            following = job.token_ids[first + 1 : first + 1 + len(logits)]
-            top = top_logprobs_of(logits[: len(following)], following, job.params.prompt_logprobs or 0)
-            job.prompt_logprobs.update(enumerate(top, start=first + 1))
-
-        return store
 
     def _run(self, requests: SequenceOf[Request]) -> Iterator[None]:
         """Steps the engine until all of these have finished; a pause after every step."""
@@ -551,35 +517,6 @@ class LLM:
         if self._engine is not None:
             for request in requests:
                 self._engine.abort(request)
-
-    def _result(self, job: _Job) -> RequestOutput:
-        error = job.error or next((r.error for r in job.requests if r.error), None)
-        prompt_logprobs: list[dict[int, float] | None] | None = None
-        if job.params.prompt_logprobs is not None:
-            prompt_logprobs = [job.prompt_logprobs.get(p) for p in range(len(job.token_ids))]
-        return RequestOutput(
-            request_id=job.requests[0].request_id if job.requests else -1,
-            prompt=job.prompt,
-            prompt_token_ids=job.token_ids,
-            outputs=[_completion(i, r) for i, r in enumerate(job.requests) if r.error is None],
-            num_cached_tokens=(job.requests[0].num_cached_tokens or 0) if job.requests else 0,
-            prompt_logprobs=prompt_logprobs,
-            error=error,
-        )
-
-
-def _completion(index: int, request: Request) -> CompletionOutput:
-    checker = request.checker
-    assert checker is not None
-    return CompletionOutput(
-        index=index,
-        text=request.text,
-        token_ids=request.output_token_ids,
-        cumulative_logprob=sum(request.logprobs),
-        logprobs=request.top_logprobs if request.params.logprobs is not None else None,
-        finish_reason=request.finish_reason,
-        stop_reason=checker.stop_reason,
-    )
 
 
 def _store(out: Tensor, first: int, rows: Tensor) -> None:

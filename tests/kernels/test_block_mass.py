@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from minirksc.kernels import block_mass_torch
+from minirksc.kernels import paged_attention_torch as attention_torch
 from minirksc.kernels.backend import BACKENDS
 from minirksc.kernels.block_mass import paged_attention_mass_reference, paged_attention_mass_triton
 from minirksc.kernels.block_mass_torch import paged_attention_mass_torch
@@ -94,7 +95,20 @@ def test_long_contexts_row_by_row_and_in_pieces(window):
     options = {"block_size": 16, "head_dim": 8, "window": window}
     for more in ({}, {"consecutive": True}, {"is_int8": True}, {"dtype": torch.bfloat16}):
         case = decode_case([2100, 2300], **options, **more)
-        assert (case[3].plan("torch", make_plan).own_slots is None) == (window != 700)
+        assert len(case[3].plan("torch", make_plan).own) == (1 if window == 700 else 2)
+        check(case)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("apart", [None, "own"])
+def test_rows_that_are_gathered_in_several_parts(window, apart, monkeypatch):
+    monkeypatch.setattr(attention_torch, "MAX_GATHER_TOKENS", 24)
+    prefix = [40, 41]
+    tables = [[*prefix, 50], [42, 43, 44, 45, 46], *([*prefix, i] for i in range(60, 65)), [70], [71, 72]]
+    for options in ({}, {"is_int8": True}, {"dtype": torch.float16}):
+        case = decode_case([10, 19, 9, 10, 11, 12, 10, 4, 5], tables=tables, window=window, apart=apart, **options)
+        sizes = [own.end - own.begin for own in case[3].plan("torch", make_plan).own]
+        assert max(sizes) > 1 and len(sizes) > 2
         check(case)
 
 

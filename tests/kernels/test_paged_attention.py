@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from minirksc.kernels import paged_attention_torch
 from minirksc.kernels.paged_attention import paged_attention_reference
 from minirksc.kernels.paged_attention_torch import make_plan
 from minirksc.kernels.paged_attention_torch import paged_attention_torch as paged_attention
@@ -184,10 +185,14 @@ def test_layers_of_other_shapes_use_the_same_plan():
 
 
 @settings(max_examples=250, deadline=None)
-@given(case=batches(), softcap=st.sampled_from([None, None, 0.3, 2.0, 50.0]))
-def test_random_batches(case, softcap):
+@given(
+    case=batches(), softcap=st.sampled_from([None, None, 0.3, 2.0, 50.0]), max_gather=st.sampled_from([4096, 30, 10])
+)
+def test_random_batches(case, softcap, max_gather):
     queries, lens, options = case
-    check(make_case(queries, lens, **options), softcap)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paged_attention_torch, "MAX_GATHER_TOKENS", max_gather)
+        check(make_case(queries, lens, **options), softcap)
 
 
 @settings(max_examples=200, deadline=None)

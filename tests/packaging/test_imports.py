@@ -30,7 +30,7 @@ LAYERS = (
     ("decode_graphs", "depth"),
     ("runner",),
     ("engine",),
-    ("loading", "branch", "prompts", "scoring"),
+    ("loading", "branch", "prompts", "scoring", "job"),
     ("llm",),
     ("verify", "tree", "judge"),
     ("solver", "evidence"),

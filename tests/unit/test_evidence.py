@@ -201,8 +201,7 @@ def test_the_papers_layer_exit_does_not_follow_from_margins():
         replay(Evidence([branch(), branch()], 4, 1.0), PAPER_GATES)
 
 
-@given(st.integers(0, 10_000), any_gates.map(lambda gates: replace(gates, exact=True)), rules, modes)
-def test_costs_are_within_those_of_asking_everybody(seed, gates, select, mode):
+def random_branches(seed):
     rng = random.Random(seed)
     branches = []
     for _ in range(rng.randint(1, 5)):
@@ -210,6 +209,20 @@ def test_costs_are_within_those_of_asking_everybody(seed, gates, select, mode):
         text = "".join(rng.choice("123 ") for _ in range(size))
         margins = [rng.gauss(0, 1) for _ in range(5)]
         branches.append(branch(text, [rng.random() for _ in range(size)], rng.random(), margins))
+    return branches
+
+
+@given(st.integers(0, 10_000), st.lists(any_gates, min_size=2, max_size=6), rules, modes)
+def test_what_a_replay_remembers_of_other_gates_changes_nothing(seed, several, select, mode):
+    evidence = Evidence(random_branches(seed), 6, 7.0)
+    one = Replay(evidence, select=select, decode_mode=mode)
+    for gates in several:
+        assert one.outcome(gates) == replay(evidence, gates, mode, select=select)
+
+
+@given(st.integers(0, 10_000), any_gates.map(lambda gates: replace(gates, exact=True)), rules, modes)
+def test_costs_are_within_those_of_asking_everybody(seed, gates, select, mode):
+    branches = random_branches(seed)
     outcome = replay(Evidence(branches, 6, 7.0), gates, mode, select=select)
     assert 0 <= outcome.num_asked <= len(branches)
     assert 0 <= outcome.num_question_rows <= outcome.num_question_rows_full
