@@ -32,9 +32,14 @@ class HalfWeight:
         chunks: packed by `quantized.linear_prepack_fp16`.
         exponent: numbers were multiplied by 2 to this.
         chunk_rows: of each chunk but the last.
+        num_numbers: of the matrix.
+
+    Attributes:
+        num_bytes: that a product reads.
     """
 
-    def __init__(self, chunks: Sequence[torch.ScriptObject], exponent: int, chunk_rows: int) -> None:
+    def __init__(self, chunks: Sequence[torch.ScriptObject], exponent: int, chunk_rows: int, num_numbers: int) -> None:
+        self.num_bytes = 2 * num_numbers
         self._chunks = chunks
         self._factor = 2.0**-exponent
         self._chunk_rows = chunk_rows
@@ -77,4 +82,4 @@ def _pack(weight: Tensor, exponent: int) -> HalfWeight | None:
         if not (torch.equal(scaled.half().float(), scaled) and math.isfinite(float(scaled.sum()))):
             return None
         chunks.append(torch.ops.quantized.linear_prepack_fp16(scaled.contiguous(), None))
-    return HalfWeight(chunks, exponent, chunk_rows)
+    return HalfWeight(chunks, exponent, chunk_rows, weight.numel())

@@ -37,6 +37,7 @@ class PlainWeight:
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
+        self.num_bytes = weight.numel() * weight.itemsize
 
     def rows(self, indices: Sequence[int]) -> Tensor:
         """These rows, `[indices, in_features]`."""
@@ -52,6 +53,7 @@ class OneDnnWeight:
 
     def __init__(self, weight: Tensor) -> None:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self.num_bytes = weight.numel() * weight.itemsize
 
     def rows(self, indices: Sequence[int]) -> Tensor:
         """These rows, `[indices, in_features]`; unpacks all."""
@@ -80,6 +82,11 @@ class Linear:
         self._dtype = weight.dtype
         self._weight = _pack(weight) if prepack and weight.device.type == "cpu" else PlainWeight(weight)
         self._bias = bias
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the weight, as it is read in each pass."""
+        return self._weight.num_bytes
 
     def rows(self, indices: Sequence[int]) -> "Linear":
         """The layer that computes these outputs alone."""

@@ -214,7 +214,8 @@ def print_stats(stats: dict[str, Any]) -> None:
     """Counters, one line a subject."""
     approximation = " (int8, approximate)" if stats["kv_cache_dtype"] == "int8" else ""
     lines = [
-        f"model: {stats['dtype']} on {stats['device']}, {stats['threads']} threads, {stats['backend']} backend, "
+        f"model: {stats['dtype']}, matrices of {stats['weight_bytes'] / 1e6:.0f} MB, on {stats['device']}, "
+        f"{stats['threads']} threads, {stats['backend']} backend, "
         f"loaded in {stats['load_s']:.2f} s",
         f"tokens: {stats['num_prefilled_tokens']} prefilled, {stats['num_cached_tokens']} from the cache, "
         f"{stats['num_decoded_tokens']} decoded, in {stats['num_steps']} steps",

@@ -417,6 +417,7 @@ class LLM:
             "load_s": self._load_s,
             "dtype": str(model.dtype).removeprefix("torch."),
             "kv_cache_dtype": str(runner.cache.dtype).removeprefix("torch."),
+            "weight_bytes": model.weight_bytes,
             "device": str(model.device),
             "threads": torch.get_num_threads(),
             "backend": model.backend.name,

@@ -107,6 +107,14 @@ class Decoder:
         """Of weights and activations, and of the KV cache unless it is kept in another."""
         return self.embed.dtype
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of the matrices that every pass reads, as they are packed; norms and the embedding's rows are few."""
+        linears = [self.head, *(linear for layer in self.layers for linear in layer.linears)]
+        if self.layer_inputs is not None:
+            linears.append(self.layer_inputs.project)
+        return sum(linear.num_bytes for linear in linears)
+
     def forward(
         self,
         token_ids: Tensor,

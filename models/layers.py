@@ -99,6 +99,11 @@ class DecoderLayer:
         self.input_norm = norm("input_norm")
         self.scale = weights.get("scale")  # [1]
 
+    @property
+    def linears(self) -> list[Linear]:
+        """All that multiply."""
+        return [one for one in vars(self).values() if isinstance(one, Linear)]
+
     def __call__(
         self,
         stream: ResidualStream,

@@ -89,7 +89,7 @@ def test_a_checkpoint_of_16_bits_is_read_in_16_bits(dtype, monkeypatch):
     # As on a processor that does not compute in them.
     monkeypatch.setattr("minirksc.kernels.linear.computes_in", lambda dtype, device: dtype == torch.float32)
     layer = Linear(bfloat16_numbers(16, 32).to(dtype))
-    assert isinstance(layer._weight, HalfWeight)
+    assert isinstance(layer._weight, HalfWeight) and layer.num_bytes == 2 * 16 * 32
     assert layer(torch.ones(2, 32, dtype=dtype)).dtype == dtype
     assert isinstance(layer.rows([3, 1])._weight, HalfWeight)
 

@@ -1,0 +1,266 @@
+"""How close a step comes to what this machine can do, and where the rest of the time goes.
+
+    python -m bench.roofline
+    python -m bench.roofline --model FOLDER --quick
+
+The machine's own limits come first, with the same threads: bytes a second that summing a large array reads, and
+float32 operations a second of a large product. A step cannot take less than its bytes at the one, nor than its
+operations at the other; its bound is the larger of the two. Counted are
+- bytes: the matrices as they are packed, once; keys and values that somebody attends to, each block once;
+- operations: two a parameter of a matrix and token (the head's for one token a sequence), and four a number of a key
+  and query head that attend to each other.
+
+Phases: the prompt alone; decode steps of one sequence behind it; of all branches that share it. Each is timed by
+itself, median of --repeats. Then it runs once more under torch's profiler, which slows it down: from that run come the
+shares of the groups of operators, of all that the operators took; "between them" is what the timed run took beyond
+what the profiler saw in operators.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from bench.harness import ROOT, environment, summarise
+from bench.measured import Row, positive
+from bench.prompts import EXAMPLES, few_shot_ids
+from bench.report import Page, new_stem, plain_options, write_jsonl, write_page
+from minirksc import LLM, SamplingParams
+
+NUM_STEPS = 16
+LIMIT_REPEATS = 5
+LIMIT_BYTES = 2**29
+"""Of the array that is summed: many times what caches hold."""
+
+LIMIT_SIZE = 2048
+"""Rows and columns of the product."""
+
+GROUPS = {
+    "products with weights": ("linear_dynamic_fp16", "mkldnn", "aten::addmm", "aten::mm", "aten::linear"),
+    "attention": ("scaled_dot_product", "aten::bmm", "aten::baddbmm", "aten::lerp", "aten::logaddexp", "aten::sigmoid"),
+    "choosing tokens": ("topk", "sort", "logsumexp", "softmax", "aten::exp", "cumsum", "argmax", "aten::max"),
+}
+"""Group -> parts of operators' names; the first that fits counts. What fits none is "other operators"."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the machine can do.
+
+    Attributes:
+        bytes_per_s: read from memory.
+        flops_per_s: float32.
+    """
+
+    bytes_per_s: float
+    flops_per_s: float
+
+    def bound_s(self, num_bytes: float, num_flops: float) -> float:
+        """Least seconds of work that reads and computes so much."""
+        return max(num_bytes / self.bytes_per_s, num_flops / self.flops_per_s)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a phase needs at least.
+
+    Attributes:
+        num_bytes: that are read.
+        num_flops: that are computed.
+    """
+
+    num_bytes: float
+    num_flops: float
+
+
+def measure_limits() -> Limits:
+    """The best of some attempts at either."""
+    array = torch.ones(LIMIT_BYTES // 4)
+    square = torch.randn(LIMIT_SIZE, LIMIT_SIZE)
+    sum_s = min(_seconds(lambda: array.sum()) for _ in range(LIMIT_REPEATS))
+    product_s = min(_seconds(lambda: square @ square) for _ in range(LIMIT_REPEATS))
+    return Limits(LIMIT_BYTES / sum_s, 2 * LIMIT_SIZE**3 / product_s)
+
+
+def work_of(llm: LLM, contexts: Sequence[int], num_distinct: int, num_logits: int) -> Work:
+    """Of one pass.
+
+    Args:
+        llm: the model.
+        contexts: keys that each token attends to, one entry a token.
+        num_distinct: keys that are read by anybody, each counted once; a window leaves no more than its own.
+        num_logits: rows of logits.
+    """
+    spec, model = llm.spec, llm.engine.runner.model
+    num_flops: float = 2 * num_logits * spec.vocab_size * spec.hidden_size
+    num_bytes: float = model.weight_bytes
+    for layer in spec.layers:
+        heads = 2 * spec.num_heads + 2 * layer.num_kv_heads  # of queries, output, keys and values
+        num_numbers = spec.hidden_size * (heads * layer.head_dim + 3 * layer.intermediate_size)
+        most = layer.window or max(num_distinct, *contexts)
+        num_pairs = sum(min(context, most) for context in contexts)
+        num_flops += 2 * len(contexts) * num_numbers + 4 * spec.num_heads * layer.head_dim * num_pairs
+        num_bytes += min(num_distinct, most) * 2 * layer.num_kv_heads * layer.head_dim * model.dtype.itemsize
+    return Work(num_bytes, num_flops)
+
+
+class Phases:
+    """Runs of each phase on one engine.
+
+    Args:
+        llm: the engine.
+        prompt: token ids.
+        num_branches: of the last phase.
+    """
+
+    def __init__(self, llm: LLM, prompt: list[int], num_branches: int) -> None:
+        self._llm = llm
+        self._prompt = prompt
+        self._num_branches = num_branches
+        self._params = SamplingParams(temperature=0.8, top_p=0.95, ignore_eos=True, max_tokens=NUM_STEPS + 1, seed=0)
+
+    def prefill(self) -> float:
+        """Seconds of the prompt, from an empty cache."""
+        self._llm.reset_prefix_cache()
+        return _seconds(lambda: self._llm.branch(self._prompt).prune())
+
+    def decode(self, num_sequences: int) -> float:
+        """Seconds of a decode step of sequences that share the prompt."""
+        engine = self._llm.engine
+        params = self._params.resolved({})
+        own = [[*self._prompt, self._prompt[-1 - row]] for row in range(num_sequences)]
+        requests = [engine.add_request(engine.new_sequence(ids), params, seed=row) for row, ids in enumerate(own)]
+        while not all(request.output_token_ids for request in requests):
+            engine.step()
+
+        def steps() -> None:
+            while engine.has_work:
+                engine.step()
+
+        return _seconds(steps) / NUM_STEPS
+
+    def all(self) -> dict[str, tuple[Callable[[], float], Work]]:
+        """Phase -> (what runs it, what it needs at least)."""
+        length, several = len(self._prompt), self._num_branches
+        behind = length + 1 + NUM_STEPS // 2  # on average
+        each = NUM_STEPS // 2 + 1
+        llm = self._llm
+        return {
+            f"prompt of {length}": (self.prefill, work_of(llm, range(1, length + 1), length, 0)),
+            "decode, 1 sequence": (lambda: self.decode(1), work_of(llm, [behind], behind, 1)),
+            f"decode, {several} branches": (
+                lambda: self.decode(several),
+                work_of(llm, [behind] * several, length + several * each, several),
+            ),
+        }
+
+
+def measure(llm: LLM, prompt: list[int], num_branches: int, repeats: int) -> list[Row]:
+    """One row a phase."""
+    rows: list[Row] = []
+    phases = Phases(llm, prompt, num_branches).all()
+    seconds: dict[str, list[float]] = {name: [] for name in phases}
+    for repeat in range(repeats + 1):
+        for name, (run, _) in phases.items():
+            one = run()
+            if repeat:  # the first warms up
+                seconds[name].append(one)
+    for name, (run, work) in phases.items():
+        groups = _shares(run)
+        calls = 1 if name.startswith("prompt") else NUM_STEPS
+        rows.append(
+            {
+                "phase": name,
+                "seconds": seconds[name],
+                "num_bytes": work.num_bytes,
+                "num_flops": work.num_flops,
+                "operator_s": {group: one / calls for group, one in groups.items()},
+            }
+        )
+    return rows
+
+
+def _shares(run: Callable[[], float]) -> dict[str, float]:
+    """Seconds that operators took by themselves, by group."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run()
+    found = dict.fromkeys([*GROUPS, "other operators"], 0.0)
+    for event in profiler.key_averages():
+        group = next((name for name, parts in GROUPS.items() if any(p in event.key for p in parts)), "other operators")
+        found[group] += event.self_cpu_time_total / 1e6
+    return found
+
+
+def make_page(rows: Sequence[Row], limits: Limits, options: argparse.Namespace, dtype: str) -> Page:
+    """The page."""
+    page = Page("How close a step comes to the machine's limits")
+    page.text(
+        f"{options.model}, {dtype}, {options.threads} threads. This machine reads {limits.bytes_per_s / 1e9:.1f} GB/s "
+        f"and computes {limits.flops_per_s / 1e9:.0f} GFLOP/s in float32, by its best of {LIMIT_REPEATS} attempts. "
+        "Median (p10 .. p90)."
+    )
+    table = []
+    for row in rows:
+        bound = limits.bound_s(row["num_bytes"], row["num_flops"])
+        seconds = median(row["seconds"])
+        table.append(
+            [
+                row["phase"],
+                summarise([one * 1e3 for one in row["seconds"]]),
+                f"{bound * 1e3:.1f}",
+                f"{seconds / bound:.2f}",
+                f"{row['num_bytes'] / seconds / 1e9:.1f}",
+                f"{row['num_flops'] / seconds / 1e9:.0f}",
+            ]
+        )
+    page.table(["phase", "ms", "bound ms", "times the bound", "GB/s", "GFLOP/s"], table)
+    names = list(rows[0]["operator_s"])
+    table = []
+    for row in rows:
+        total = median(row["seconds"])
+        seen = [row["operator_s"][name] for name in names]
+        table.append([row["phase"], *(f"{one * 1e3:.1f}" for one in seen), f"{(total - sum(seen)) * 1e3:.1f}"])
+    page.text("Where the time goes, ms a step; operators under the profiler, which slows the small ones down:")
+    page.table(["phase", *names, "between them"], table)
+    return page
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    """Runs the benchmark; prints the page, writes JSONL and markdown."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.roofline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m", help="alias or checkpoint folder (%(default)s)")
+    parser.add_argument("--dtype", default="auto", help="that it computes in (%(default)s)")
+    parser.add_argument("--threads", type=positive, default=2, help="of the CPU (%(default)s)")
+    parser.add_argument("--branches", type=positive, default=8, help="that share the prompt (%(default)s)")
+    parser.add_argument("--prefix-tokens", type=positive, default=1024, help="of the prompt (%(default)s)")
+    parser.add_argument("--repeats", type=positive, default=7, help="of each phase (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="2 repetitions")
+    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results", help="folder (bench/results)")
+    options = parser.parse_args()
+    with LLM(options.model, dtype=options.dtype, threads=options.threads, kv_cache_bytes="1GiB") as llm:
+        limits = measure_limits()
+        prompt = few_shot_ids(llm.need_tokenizer("bench.roofline"), EXAMPLES, options.prefix_tokens)
+        rows = measure(llm, prompt, options.branches, 2 if options.quick else options.repeats)
+        dtype = llm.stats()["dtype"]
+    stem = new_stem(options.output, "roofline")
+    common = {"bytes_per_s": limits.bytes_per_s, "flops_per_s": limits.flops_per_s, "dtype": dtype}
+    write_jsonl(stem.with_suffix(".jsonl"), rows, common | plain_options(options) | environment(options.threads))
+    write_page(stem, make_page(rows, limits, options, dtype), options.threads)
+
+
+if __name__ == "__main__":
+    main()
