@@ -55,12 +55,14 @@ class Work:
         prompts: token ids, one a problem.
         hint: how each child begins.
         block_size: tokens a block.
+        batch_requests: that run at a time; the more, the more of a small pool is taken by what runs.
     """
 
     shape: Shape
     prompts: Sequence[list[int]]
     hint: Hint
     block_size: int
+    batch_requests: int
 
 
 def questions(options: argparse.Namespace, num_problems: int) -> list[str]:
@@ -83,7 +85,7 @@ def make_work(shape: Shape, options: argparse.Namespace) -> Work:
     def hint(problem: int, path: NodePath) -> list[int]:
         return word_ids(f"Approach number {path[-1] + 1} is :")
 
-    return Work(shape, prompts, hint, options.block_size)
+    return Work(shape, prompts, hint, options.block_size, options.batch_requests)
 
 
 def count(work: Work, num_blocks: int, policy: str, recorder: Recorder | None = None) -> tuple[FakeEngine, Any]:
@@ -101,10 +103,11 @@ def count(work: Work, num_blocks: int, policy: str, recorder: Recorder | None = 
     if policy == "belady":
         assert recorder is not None
         oracle = Belady(recorder)
-        engine = FakeEngine(BlockManager(num_blocks, work.block_size, oracle.belady), on_finish=oracle.finished)
+        blocks, on_finish = BlockManager(num_blocks, work.block_size, oracle.belady), oracle.finished
     else:
+        blocks = BlockManager(num_blocks, work.block_size, policy)
         on_finish = None if recorder is None else recorder.finished
-        engine = FakeEngine(BlockManager(num_blocks, work.block_size, policy), on_finish=on_finish)
+    engine = FakeEngine(blocks, max_batch_requests=work.batch_requests, on_finish=on_finish)
     tokens = Service(engine, work.prompts, work.shape, work.hint).run()
     return engine, tokens
 
@@ -173,6 +176,7 @@ def timed_arms(shapes: Sequence[Shape], options: argparse.Namespace) -> list[Arm
         threads=options.threads,
         block_size=options.block_size,
         kv_cache_bytes="64MiB",
+        max_batch_requests=options.batch_requests,
     )
     loaded, config, tokenizer = llm.engine, llm.config, llm.tokenizer
     if tokenizer is None:
@@ -185,7 +189,11 @@ def timed_arms(shapes: Sequence[Shape], options: argparse.Namespace) -> list[Arm
         openings = opening_ids(tokenizer, shape.branches, HINT_TOKENS)
         texts = questions(options, shape.num_problems)
         prompts = [prefix + tokenizer.encode("\n\n" + text, add_special_tokens=False) for text in texts]
-        work = Work(shape, prompts, lambda problem, path, o=openings: o[path[-1]], options.block_size)  # type: ignore[misc]
+
+        def hint(problem: int, path: NodePath, openings: list[list[int]] = openings) -> list[int]:
+            return openings[path[-1]]
+
+        work = Work(shape, prompts, hint, options.block_size, options.batch_requests)
         working_set = ample(work)[0].blocks.num_cached
         runner = Runner(
             loaded.runner.model, round(AMPLE * working_set), 0, options.block_size, loaded.runner.cache.dtype
@@ -266,6 +274,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "open": (shape.num_open, "most nodes that stay open between rounds"),
         "problems": (shape.num_problems, "in all"),
         "concurrency": (shape.concurrency, "problems under way at a time"),
+        "batch-requests": (16, "requests that run at a time"),
         "seeds": (3, "searches of other scores, of which counts are shown as median and range"),
         "prefix-tokens": (256, "worked examples before each problem"),
         "block-size": (16, "tokens a block"),
