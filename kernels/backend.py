@@ -1,8 +1,9 @@
 """The backend: which form of each op the engine runs on, chosen once at construction."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Literal
 
 import torch
 from minirksc.kernels.attention_batch import AttentionBatch
@@ -21,7 +22,17 @@ from minirksc.kernels.kv_copy import (
 )
 from minirksc.kernels.kv_store import kv_store_reference, kv_store_torch, kv_store_triton
 from minirksc.kernels.layer_cache import LayerCache
+from minirksc.kernels.linear import Pack, PlainWeight, pack_native, pack_torch
+from minirksc.kernels.native_ops import (
+    add_rms_norm_native,
+    confidence_native,
+    gated_act_native,
+    kv_store_native,
+    rms_norm_native,
+    why_not,
+)
 from minirksc.kernels.paged_attention import paged_attention_reference, paged_attention_triton
+from minirksc.kernels.paged_attention_native import paged_attention_native
 from minirksc.kernels.paged_attention_torch import paged_attention_torch
 from minirksc.kernels.rms_norm import (
     add_rms_norm_reference,
@@ -46,17 +57,17 @@ class Backend:
         name: as in the options.
         device_type: where it runs; None: anywhere.
         block_sizes: tokens a KV block that its kernels can have; None: any number.
-        prepack: weights are packed for the CPU.
-        is_capturable: a step reads nothing back from the device, so that it can be recorded as a CUDA graph; one with
-            `paged_attention_mass` cannot.
+        pack: makes the form of a weight.
+        recording: how a decode step can be recorded, unless it has `paged_attention_mass`: as a CUDA "graph", since
+            nothing is read back from the device; as a "tape" of compiled operations; None: not at all.
         splits_keys: heeds `AttentionBatch.key_chunk`.
     """
 
     name: str
     device_type: str | None
     block_sizes: tuple[int, ...] | None
-    prepack: bool
-    is_capturable: bool
+    pack: Pack
+    recording: Literal["graph", "tape"] | None
     splits_keys: bool
     rms_norm: Callable[[Tensor, Tensor | None, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, float], Tensor]
@@ -103,8 +114,8 @@ BACKENDS = {
             name="triton",
             device_type="cuda",
             block_sizes=(8, 16, 32, 64, 128),
-            prepack=False,
-            is_capturable=True,
+            pack=PlainWeight,
+            recording="graph",
             splits_keys=True,
             rms_norm=rms_norm_triton,
             add_rms_norm=add_rms_norm_triton,
@@ -121,8 +132,8 @@ BACKENDS = {
             name="torch",
             device_type="cpu",
             block_sizes=None,
-            prepack=True,
-            is_capturable=False,
+            pack=pack_torch,
+            recording=None,
             splits_keys=False,
             rms_norm=rms_norm_torch,
             add_rms_norm=add_rms_norm_torch,
@@ -136,11 +147,29 @@ BACKENDS = {
             similarity=similarity_torch,
         ),
         Backend(
+            name="native",
+            device_type="cpu",
+            block_sizes=None,
+            pack=pack_native,
+            recording="tape",
+            splits_keys=False,
+            rms_norm=rms_norm_native,
+            add_rms_norm=add_rms_norm_native,
+            gated_act=gated_act_native,
+            kv_store=kv_store_native,
+            copy_blocks=copy_blocks_torch,
+            copy_rotated=copy_rotated_torch,
+            paged_attention=paged_attention_native,
+            paged_attention_mass=paged_attention_mass_torch,
+            confidence=confidence_native,
+            similarity=similarity_torch,
+        ),
+        Backend(
             name="reference",
             device_type=None,
             block_sizes=None,
-            prepack=False,
-            is_capturable=False,
+            pack=PlainWeight,
+            recording=None,
             splits_keys=False,
             rms_norm=rms_norm_reference,
             add_rms_norm=add_rms_norm_reference,
@@ -157,22 +186,28 @@ BACKENDS = {
 }
 
 
-def choose_backend(name: str, device: torch.device) -> Backend:
-    """The backend of that name; "auto" is the device's: triton on a GPU, torch on a CPU.
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dims: Iterable[int]) -> Backend:
+    """The backend of that name; "auto" is triton on a GPU, on a CPU native where it can serve, else torch.
 
     Triton's interpreter, which tests use, runs anywhere.
 
     Args:
         name: as in the options.
         device: of the model.
+        dtype: of its activations.
+        head_dims: of its layers.
 
     Raises:
-        ConfigError: the name is unknown, the backend does not run on the device, or Triton is not installed.
+        ConfigError: the name is unknown, the backend does not run on the device, cannot serve the model, or is not
+            installed.
     """
+    reason = why_not(dtype, head_dims)
     if name == "auto":
-        name = "torch" if device.type == "cpu" else "triton"
+        name = "triton" if device.type != "cpu" else "native" if reason is None else "torch"
     if name not in BACKENDS:
         raise ConfigError(f"backend {name!r} is unknown; choose one of auto, {', '.join(BACKENDS)}")
+    if name == "native" and device.type == "cpu" and reason is not None:
+        raise ConfigError(f"backend 'native' cannot serve this model: {reason}; use backend='auto'")
     if name == "triton" and not isinstance(triton, ModuleType):
         remedy = "use backend='auto'" if device.type == "cpu" else "pip install 'minirksc[gpu]', or use device='cpu'"
         raise ConfigError(f"backend 'triton' for {device}: Triton is not installed; {remedy}")

@@ -36,7 +36,10 @@ class HalfWeight:
 
     Attributes:
         num_bytes: that a product reads.
+        dtype: of what it multiplies.
     """
+
+    dtype = torch.float32
 
     def __init__(self, chunks: Sequence[torch.ScriptObject], exponent: int, chunk_rows: int, num_numbers: int) -> None:
         self.num_bytes = 2 * num_numbers
@@ -55,9 +58,9 @@ class HalfWeight:
             half = _pack(weight, MAX_EXPONENT - math.frexp(largest)[1]) if 0 < largest < math.inf else None
         return half
 
-    def rows(self, indices: Sequence[int]) -> Tensor:
-        """These rows as they were given, `[indices, in_features]` float32."""
-        return torch.stack([self._row(index) for index in indices])
+    def rows(self, indices: Tensor) -> Tensor:
+        """These rows as they were given, `[indices, in_features]` float32; unpacks a chunk for each."""
+        return torch.stack([self._row(index) for index in indices.tolist()])
 
     def _row(self, index: int) -> Tensor:
         chunk, row = divmod(index, self._chunk_rows)

@@ -1,15 +1,18 @@
 """Linear layer, y = x W^T + b, with its weight packed once for the processor that it runs on.
 
 Packing at load instead of at every call makes a decode step on a CPU about twice as fast. A CPU that computes in the
-weight's own 16 bits takes oneDNN's blocked layout. Any other computes in float32, since emulated 16-bit products are
-several times slower; it reads the weight in 16 bits all the same where float16 holds it exactly (`half_weight`), and
-else as float32 in oneDNN's layout. The packed weight is the only copy: the caller drops the plain one.
+weight's own 16 bits takes our panels (`native_weight`), or oneDNN's blocked layout where nothing is compiled. Any other
+computes in float32, since emulated 16-bit products are several times slower; it reads the weight in 16 bits all the
+same where they hold it exactly (`native_weight`, or `half_weight`), and else as float32 in oneDNN's layout. The packed
+weight is the only copy: the caller drops the plain one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from minirksc.kernels.half_weight import HalfWeight
+from minirksc.kernels.native_weight import Bf16Weight, WidenedWeight
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,19 +35,40 @@ def auto_dtype(stored: object, device: torch.device) -> torch.dtype:
     return dtype if computes_in(dtype, device) else torch.float32
 
 
+class Weight(Protocol):
+    """One form of a matrix `[out_features, in_features]`.
+
+    Attributes:
+        num_bytes: that a product reads.
+        dtype: of what it multiplies.
+    """
+
+    num_bytes: int
+    dtype: torch.dtype
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """These rows as they were given: `[indices]` int64 -> `[indices, in_features]`."""
+        ...
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`[tokens, in_features]` -> x W^T + bias, `[tokens, out_features]`, dtype of both."""
+        ...
+
+
 class PlainWeight:
     """A weight as it is: the reference, and what a GPU reads."""
 
     def __init__(self, weight: Tensor) -> None:
+        self.dtype = weight.dtype
         self._weight = weight
         self.num_bytes = weight.numel() * weight.itemsize
 
-    def rows(self, indices: Sequence[int]) -> Tensor:
-        """These rows, `[indices, in_features]`."""
-        return self._weight[list(indices)]
+    def rows(self, indices: Tensor) -> Tensor:
+        """As in `Weight`."""
+        return F.embedding(indices, self._weight)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """`[tokens, in_features]` -> x W^T + bias."""
+        """As in `Weight`."""
         return F.linear(x, self._weight, bias)
 
 
@@ -52,18 +76,44 @@ class OneDnnWeight:
     """A weight in the blocked layout of oneDNN for this processor."""
 
     def __init__(self, weight: Tensor) -> None:
+        self.dtype = weight.dtype
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
         self.num_bytes = weight.numel() * weight.itemsize
 
-    def rows(self, indices: Sequence[int]) -> Tensor:
-        """These rows, `[indices, in_features]`; unpacks all."""
+    def rows(self, indices: Tensor) -> Tensor:
+        """As in `Weight`; unpacks all."""
         dense: Tensor = self._packed.to_dense()
-        return dense[list(indices)]
+        return dense[indices]
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """`[tokens, in_features]` -> x W^T + bias."""
+        """As in `Weight`."""
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
         return out
+
+
+Pack = Callable[[Tensor], Weight]
+"""Makes the form of a matrix that a backend multiplies with."""
+
+
+def pack_torch(weight: Tensor) -> Weight:
+    """The best form that torch has for this CPU."""
+    if not computes_in(weight.dtype, weight.device):
+        weight = weight.float()
+    half = HalfWeight.pack(weight) if weight.dtype == torch.float32 else None
+    if half is not None:
+        return half
+    return OneDnnWeight(weight) if torch._C._has_mkldnn else PlainWeight(weight)
+
+
+def pack_native(weight: Tensor) -> Weight:
+    """The compiled form where there is one that is the fastest of this CPU; else torch's."""
+    computes = computes_in(weight.dtype, weight.device)
+    packed: Weight | None = None
+    if weight.dtype == torch.bfloat16 and computes:
+        packed = Bf16Weight.pack(weight)
+    elif torch.backends.cpu.get_cpu_capability() == "AVX2" and (weight.dtype == torch.float32 or not computes):
+        packed = WidenedWeight.pack(weight.float())
+    return pack_torch(weight) if packed is None else packed
 
 
 class Linear:
@@ -72,34 +122,38 @@ class Linear:
     Args:
         weight: `[out_features, in_features]`.
         bias: `[out_features]` or None.
-        prepack: pack for the CPU; False keeps the plain form (the reference).
+        pack: makes the form of the weight; `PlainWeight` is the reference.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, prepack: bool = True) -> None:
-        if prepack and not computes_in(weight.dtype, weight.device):
-            weight, bias = weight.float(), None if bias is None else bias.float()
-        self._prepack = prepack
-        self._dtype = weight.dtype
-        self._weight = _pack(weight) if prepack and weight.device.type == "cpu" else PlainWeight(weight)
-        self._bias = bias
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, pack: Pack = PlainWeight) -> None:
+        self._pack = pack
+        self._weight = pack(weight)
+        self._bias = None if bias is None else bias.to(self._weight.dtype)
 
     @property
     def num_bytes(self) -> int:
         """Of the weight, as it is read in each pass."""
         return self._weight.num_bytes
 
+    def embedder(self) -> Callable[[Tensor], Tensor] | None:
+        """Reads rows of the weight, where its form gives them as fast as a plain matrix does; else None."""
+        return self._weight.rows if isinstance(self._weight, PlainWeight | Bf16Weight | WidenedWeight) else None
+
     def rows(self, indices: Sequence[int]) -> "Linear":
         """The layer that computes these outputs alone."""
-        bias = None if self._bias is None else self._bias[list(indices)]
-        return Linear(self._weight.rows(indices), bias, self._prepack)
+        places = torch.tensor(list(indices), dtype=torch.int64)
+        bias = None if self._bias is None else self._bias[places]
+        return Linear(self._weight.rows(places), bias, self._pack)
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[tokens, in_features]` -> `[tokens, out_features]`, dtype of x."""
-        return self._weight(x.to(self._dtype), self._bias).to(x.dtype)
+        weight = self._weight
+        if x.dtype is weight.dtype:  # `to` costs more than asking, in each of a step's hundreds of products
+            return weight(x, self._bias)
+        return weight(x.to(weight.dtype), self._bias).to(x.dtype)
 
-
-def _pack(weight: Tensor) -> HalfWeight | OneDnnWeight | PlainWeight:
-    half = HalfWeight.pack(weight) if weight.dtype == torch.float32 else None
-    if half is not None:
-        return half
-    return OneDnnWeight(weight) if torch._C._has_mkldnn else PlainWeight(weight)
+    def in_float32(self, x: Tensor) -> Tensor:
+        """The same, `[tokens, out_features]` float32, not rounded to the dtype of x where that can be avoided."""
+        if isinstance(self._weight, Bf16Weight) and x.dtype is self._weight.dtype:
+            return self._weight(x, self._bias, in_float32=True)
+        return self(x).float()

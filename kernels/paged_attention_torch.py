@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 
 import torch
 from minirksc.kernels.attention_batch import AttentionBatch
+from minirksc.kernels.attention_reads import PrefillReads, Run, find_reads
 from minirksc.kernels.layer_cache import LayerCache, multiply_out
-from minirksc.kernels.prefix_attention import Segment, in_view, merge_into, own_ranges, shared_segments
+from minirksc.kernels.prefix_attention import Segment, merge_into
 from torch import Tensor
 
 MAX_GATHER_TOKENS = 4096
@@ -27,12 +28,11 @@ MAX_RUNS = 8
 TILE = 256
 """Queries of a tile; a window's mask wastes at most so many keys a query."""
 
-Run = tuple[int, int]
-"""(first slot, number of tokens) of keys that lie consecutively in the cache."""
-
-
 Keys = list[Run] | Tensor
 """Where keys are: few runs, or `[keys]` int64 slots."""
+
+Masks = dict[tuple[int, int, int], Tensor]
+"""Of tiles, by (queries, keys, window); made in the first layer, for all."""
 
 
 @dataclass(slots=True)
@@ -40,17 +40,12 @@ class Prefill:
     """New tokens of one sequence.
 
     Attributes:
-        begin, num_queries: its rows.
-        past: keys before the new ones, as far back as the first query sees.
-        num_past: how many.
-        is_cut: the window hides some of these keys from some of the queries.
+        reads: which keys.
+        past: where those before the new ones are.
     """
 
-    begin: int
-    num_queries: int
+    reads: PrefillReads
     past: Keys
-    num_past: int
-    is_cut: bool
 
 
 @dataclass(slots=True)
@@ -84,7 +79,7 @@ class AttentionPlan:
     shared: list[tuple[Segment, Keys]]
     own: list[OwnKeys]  # in the order of places, of which they are all
     gathered: Tensor | None = None  # [slots, 2, num_kv_heads, head_dim], the cache's dtype: a buffer for all layers
-    masks: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)  # of tiles, for all layers
+    masks: Masks = field(default_factory=dict)
 
 
 def paged_attention_torch(
@@ -97,12 +92,7 @@ def paged_attention_torch(
     if plan.rows is None:
         return decode(q, cache, plan, attend)[0]
     out = torch.empty_like(q)
-    for prefill in plan.prefills:
-        rows = slice(prefill.begin, prefill.begin + prefill.num_queries)
-        if prefill.is_cut or softcap is not None:
-            out[rows] = _prefill_in_tiles(q[rows], kv[rows], cache, prefill, plan, batch.window, attend)
-        else:
-            out[rows] = _prefill(q[rows], kv[rows], cache, prefill, attend)
+    attend_prefills(out, q, kv, cache, plan.prefills, plan.masks, batch.window, attend)
     if plan.num_decode:
         out[plan.rows] = decode(q[plan.rows], cache, plan, attend)[0]
     return out
@@ -207,10 +197,29 @@ def _over_keys(q: Tensor, cache: Slots, keys: Keys, attend: Attend) -> tuple[Ten
     return out[0], lse[0]
 
 
+def attend_prefills(
+    out: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    cache: Slots,
+    prefills: Sequence[Prefill],
+    masks: Masks,
+    window: int | None,
+    attend: Attend,
+) -> None:
+    """Fills in the rows of `out` that are prefills'; q, kv and out are the batch's."""
+    for prefill in prefills:
+        rows = slice(prefill.reads.begin, prefill.reads.begin + prefill.reads.num_queries)
+        if prefill.reads.is_cut or attend.softcap is not None:
+            out[rows] = _prefill_in_tiles(q[rows], kv[rows], cache, prefill, masks, window, attend)
+        else:
+            out[rows] = _prefill(q[rows], kv[rows], cache, prefill, attend)
+
+
 def _prefill(q: Tensor, kv: Tensor, cache: Slots, prefill: Prefill, attend: Attend) -> Tensor:
     """New tokens of one sequence: causal among themselves, all of the past visible."""
     out, lse = attend(q[None], kv[None], causal=True)
-    if prefill.num_past:
+    if prefill.reads.num_past:
         merge_into(out[0], lse[0], *_over_keys(q, cache, prefill.past, attend))
     return out[0]
 
@@ -220,22 +229,22 @@ def _prefill_in_tiles(
     kv: Tensor,
     cache: Slots,
     prefill: Prefill,
-    plan: AttentionPlan,
+    masks: Masks,
     window: int | None,
     attend: Attend,
 ) -> Tensor:
     """The same with a window or a soft cap: each tile of queries over the keys that some of them see."""
     past = prefill.past
     parts = [cache.gather(past)] if isinstance(past, Tensor) else [cache.run(*run) for run in past]
-    keys = torch.cat([*parts, kv]) if prefill.num_past else kv  # [num_past + queries, 2, num_kv_heads, head_dim]
+    keys = torch.cat([*parts, kv]) if prefill.reads.num_past else kv  # [num_past + queries, 2, num_kv_heads, head_dim]
     out = torch.empty_like(q)
     for begin in range(0, len(q), TILE):
         end = min(begin + TILE, len(q))
-        first = 0 if window is None else max(0, prefill.num_past + begin - window + 1)
-        shape = (end - begin, prefill.num_past + end - first, window or 0)
-        if shape not in plan.masks:
-            plan.masks[shape] = _tile_mask(*shape, device=q.device)
-        tile, _ = attend(q[None, begin:end], keys[None, first : prefill.num_past + end], mask=plan.masks[shape])
+        first = 0 if window is None else max(0, prefill.reads.num_past + begin - window + 1)
+        shape = (end - begin, prefill.reads.num_past + end - first, window or 0)
+        if shape not in masks:
+            masks[shape] = _tile_mask(*shape, device=q.device)
+        tile, _ = attend(q[None, begin:end], keys[None, first : prefill.reads.num_past + end], mask=masks[shape])
         out[begin:end] = tile[0]
     return out
 
@@ -298,48 +307,24 @@ def _over_own_keys(q: Tensor, cache: Slots, own: OwnKeys, plan: AttentionPlan, a
 
 def make_plan(batch: AttentionBatch) -> AttentionPlan:
     """Finds the calls that serve the batch."""
-    size, device = batch.block_size, batch.device
-    prefills: list[Prefill] = []
-    decode = []
-    for i, context_len in enumerate(batch.context_lens):
-        begin, end = batch.cu_seqlens_q[i], batch.cu_seqlens_q[i + 1]
-        if end - begin == 1:
-            decode.append(i)
-        else:
-            first_query = context_len - (end - begin)
-            first_key = batch.first_visible(first_query)
-            past = _keys(_runs(batch.kv_tables[i], first_key, first_query, size), device)
-            is_cut = batch.first_visible(context_len - 1) > first_key
-            prefills.append(Prefill(begin, end - begin, past, first_query - first_key, is_cut))
-    # The block that holds the newest key stays a row's own, so that every row has keys of its own.
-    order, segments = shared_segments(
-        [batch.block_tables[i] for i in decode],
-        [(batch.context_lens[i] - 1) // size for i in decode],
-    )
-    decode = [decode[place] for place in order]
-    first_keys = [batch.first_visible(batch.context_lens[i] - 1) for i in decode]
-    segments = in_view(segments, first_keys, size)
-    own = [
-        [
-            run
-            for begin, end in own_ranges(place, first_keys[place], batch.context_lens[i], segments, size)
-            for run in _runs(batch.kv_tables[i], begin, end, size)
-        ]
-        for place, i in enumerate(decode)
-    ]
-    shared = [
-        (s, _runs(batch.kv_tables[decode[s.row_begin]], s.block_begin * size, s.block_end * size, size))
-        for s in segments
-    ]
-    rows = [batch.cu_seqlens_q[i] for i in decode]
-    in_order = not prefills and rows == list(range(len(rows)))
+    device = batch.device
+    prefills, decode = find_reads(batch)
+    in_order = not prefills and decode.rows == list(range(len(decode.rows)))
     return AttentionPlan(
-        prefills=prefills,
-        num_decode=len(decode),
-        rows=None if in_order else torch.tensor(rows, dtype=torch.int64, device=device),
-        shared=[(segment, _keys(runs, device)) for segment, runs in shared],
-        own=[_own_keys(own, begin, end, device) for begin, end in _groups([_num_keys(runs) for runs in own])],
+        prefills=find_prefills(prefills, device),
+        num_decode=len(decode.rows),
+        rows=None if in_order else torch.tensor(decode.rows, dtype=torch.int64, device=device),
+        shared=[(segment, _keys(runs, device)) for segment, runs in decode.shared],
+        own=[
+            _own_keys(decode.own, begin, end, device)
+            for begin, end in _groups([_num_keys(runs) for runs in decode.own])
+        ],
     )
+
+
+def find_prefills(prefills: Sequence[PrefillReads], device: torch.device) -> list[Prefill]:
+    """The same with their keys as they are attended to."""
+    return [Prefill(reads, _keys(reads.runs(reads.first_key, reads.first_query), device)) for reads in prefills]
 
 
 def _keys(runs: list[Run], device: torch.device) -> Keys:
@@ -347,22 +332,6 @@ def _keys(runs: list[Run], device: torch.device) -> Keys:
     if len(runs) <= MAX_RUNS:
         return runs
     return torch.tensor([slot for begin, n in runs for slot in range(begin, begin + n)], device=device)
-
-
-def _runs(table: Sequence[int], begin: int, end: int, block_size: int) -> list[Run]:
-    """Slots of positions [begin, end) as runs."""
-    runs: list[Run] = []
-    position = begin
-    while position < end:
-        index, offset = divmod(position, block_size)
-        slot = table[index] * block_size + offset
-        n = min(block_size - offset, end - position)
-        if runs and runs[-1][0] + runs[-1][1] == slot:
-            runs[-1] = (runs[-1][0], runs[-1][1] + n)
-        else:
-            runs.append((slot, n))
-        position += n
-    return runs
 
 
 def _groups(lens: Sequence[int]) -> list[tuple[int, int]]:

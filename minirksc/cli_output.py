@@ -217,6 +217,7 @@ def print_stats(stats: dict[str, Any]) -> None:
         f"model: {stats['dtype']}, matrices of {stats['weight_bytes'] / 1e6:.0f} MB, on {stats['device']}, "
         f"{stats['threads']} threads, {stats['backend']} backend, "
         f"loaded in {stats['load_s']:.2f} s",
+        *([f"nothing compiled: {stats['backend_note']}"] if stats["backend_note"] else []),
         f"tokens: {stats['num_prefilled_tokens']} prefilled, {stats['num_cached_tokens']} from the cache, "
         f"{stats['num_decoded_tokens']} decoded, in {stats['num_steps']} steps",
         f"time: {stats['prefill_s']:.2f} s in steps with prefill, {stats['decode_s']:.2f} s in steps of decoding alone"
@@ -232,9 +233,9 @@ def print_stats(stats: dict[str, Any]) -> None:
             f"{stats['num_window_blocks_free']} free; in use {stats['kv_bytes_used_window'] / 2**20:.1f} MiB, beside "
             f"{stats['kv_bytes_used_full'] / 2**20:.1f} MiB of the layers that keep all"
         )
-    if stats["num_graph_steps"] or stats["eager_steps"]:
+    if stats["num_recorded_steps"] or stats["eager_steps"]:
         eager = "; ".join(f"{count} not ({reason})" for reason, count in stats["eager_steps"].items())
-        lines.append(f"CUDA graphs: {stats['num_graph_steps']} steps; {eager or 'no other'}")
+        lines.append(f"recorded steps: {stats['num_recorded_steps']}; others: {eager or 'none'}")
     print("\n".join(lines), file=sys.stderr)
 
 

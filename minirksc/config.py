@@ -25,7 +25,7 @@ NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetiti
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = ("auto", "int8")
 KV_SPLITS = ("fixed", "adaptive")
-BACKENDS = ("auto", "triton", "torch", "reference")
+BACKENDS = ("auto", "triton", "native", "torch", "reference")
 EVICTIONS = ("rksc", "cost", "lru", "lfu")
 
 
@@ -160,8 +160,8 @@ class EngineConfig:
         max_batch_requests: requests that run at once.
         max_model_len: longest sequence; None: what the model was made for.
         threads: of the CPU; None leaves torch's setting.
-        backend: "triton" (GPU), "torch" (CPU) or "reference"; "auto" is the device's.
-        enforce_eager: never record decode steps as CUDA graphs.
+        backend: "triton" (GPU), "native" (CPU, compiled), "torch" (CPU) or "reference"; "auto" is the device's best.
+        enforce_eager: never record decode steps, neither as CUDA graphs nor as tapes of compiled CPU operations.
         kv_split: how long contexts are cut among a GPU's programs. "fixed": at the same positions whatever else is in
             the batch; "adaptive": by how much there is to do, so that rounding depends on the batch.
         eviction: which cached block goes first: "rksc", "cost", "lru" or "lfu"; see `minirksc.eviction`.

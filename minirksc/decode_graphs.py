@@ -6,7 +6,7 @@ no keys, so that they neither read nor write the cache. A graph is recorded when
 that compiles the kernels and lets the libraries allocate; it stays until the engine is closed.
 
 Steps that no graph serves run as they are, and `eager_steps` says how many did and why. What is recorded must not
-read from the device: `Backend.is_capturable`.
+read from the device: `Backend.recording`.
 """
 
 from collections import Counter

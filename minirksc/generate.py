@@ -202,7 +202,7 @@ def build_parser() -> Parser:
 
     group = parser.add_argument_group("engine")
     _add_options(group, ENGINE, partial(EngineConfig, model=DEFAULT_MODEL))
-    eager_help = "never record decode steps as CUDA graphs"
+    eager_help = "never record decode steps, neither as CUDA graphs nor as tapes of compiled CPU operations"
     group.add_argument("--enforce-eager", action="store_true", default=None, help=eager_help)
     return parser
 

@@ -29,6 +29,7 @@ from minirksc.errors import (
 from minirksc.eviction_log import Eviction
 from minirksc.gates import DepthGate, Seat
 from minirksc.job import Job
+from minirksc.kernels.native_ops import why_not
 from minirksc.loading import load
 from minirksc.models.spec import ArchSpec
 from minirksc.prompts import Prompt, params_list, prompt_list, text_and_ids
@@ -412,6 +413,7 @@ class LLM:
         """Counters since start, and what the engine runs on; see the keys for units."""
         runner = self.engine.runner
         model = runner.model
+        head_dims = {layer.head_dim for layer in self.spec.layers}
         return {
             **self.engine.stats(),
             "load_s": self._load_s,
@@ -421,8 +423,10 @@ class LLM:
             "device": str(model.device),
             "threads": torch.get_num_threads(),
             "backend": model.backend.name,
-            "num_graph_steps": 0 if runner.graphs is None else runner.graphs.num_steps,
-            "eager_steps": {} if runner.graphs is None else dict(runner.graphs.eager_steps),
+            # Why a CPU does without the compiled operations.
+            "backend_note": None if model.backend.name != "torch" else why_not(model.dtype, head_dims),
+            "num_recorded_steps": 0 if runner.recorded is None else runner.recorded.num_steps,
+            "eager_steps": {} if runner.recorded is None else dict(runner.recorded.eager_steps),
         }
 
     def evictions(self) -> list[Eviction]:

@@ -12,6 +12,7 @@ from minirksc.checkpoints import resolve_model
 from minirksc.codecs import TOKENIZER_FILES
 from minirksc.config import EngineConfig
 from minirksc.decode_graphs import MAX_GRAPH_BATCH, CudaRecorder, DecodeGraphs
+from minirksc.decode_tapes import DecodeTapes
 from minirksc.engine import Engine
 from minirksc.errors import CacheFullError, ConfigError
 from minirksc.json_file import read_json_object
@@ -70,7 +71,7 @@ def load(config: EngineConfig) -> Loaded:
     generation = read_json_object(path / "generation_config.json")
     max_model_len = _choose_max_model_len(config.max_model_len, spec)
     config = replace(config, max_model_len=max_model_len)
-    backend = choose_backend(config.backend, device)
+    backend = choose_backend(config.backend, device, dtype, {layer.head_dim for layer in spec.layers})
     backend.check_block_size(config.block_size)
     if config.kv_split != "fixed" and not backend.splits_keys:
         raise ConfigError(
@@ -85,10 +86,13 @@ def load(config: EngineConfig) -> Loaded:
     size = block_bytes(spec, config.block_size, kv_dtype, window)
     num_blocks, num_window_blocks = _num_blocks(config, spec, size, window, device)
     runner = Runner(model, num_blocks, num_window_blocks, config.block_size, kv_dtype)
-    if backend.is_capturable and device.type == "cuda" and not config.enforce_eager:
+    layers = runner.cache.layers
+    if backend.recording == "graph" and device.type == "cuda" and not config.enforce_eager:
         max_batch = min(config.max_batch_requests, MAX_GRAPH_BATCH)
         recorder = CudaRecorder(device)
-        runner.graphs = DecodeGraphs(model, runner.cache.layers, config.block_size, max_batch, max_model_len, recorder)
+        runner.recorded = DecodeGraphs(model, layers, config.block_size, max_batch, max_model_len, recorder)
+    elif backend.recording == "tape" and not config.enforce_eager:
+        runner.recorded = DecodeTapes(model, layers)
     engine = Engine(
         runner,
         BlockManager(

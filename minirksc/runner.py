@@ -5,6 +5,7 @@ from torch import Tensor
 
 from minirksc.batch import ForwardBatch
 from minirksc.decode_graphs import DecodeGraphs
+from minirksc.decode_tapes import DecodeTapes
 from minirksc.depth import Depth
 from minirksc.kv_cache import KvCache
 from minirksc.models.decoder import Decoder, MassSample
@@ -21,21 +22,21 @@ class Runner:
         kv_dtype: of the KV cache: the model's or int8.
 
     Attributes:
-        graphs: serves decode steps where it can; None: every step runs as it is.
+        recorded: serves decode steps where it can; None: every step runs as it is.
     """
 
     def __init__(
         self, model: Decoder, num_blocks: int, num_window_blocks: int, block_size: int, kv_dtype: torch.dtype
     ) -> None:
         self.model = model
-        self.graphs: DecodeGraphs | None = None
+        self.recorded: DecodeGraphs | DecodeTapes | None = None
         self.cache = KvCache(
             model.spec, num_blocks, num_window_blocks, block_size, kv_dtype, model.device, model.backend.copy_blocks
         )
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, depth: Depth | None = None, mass: MassSample | None = None) -> Tensor:
-        """Copies blocks, writes the new KV, and returns logits `[rows, vocab]` float32.
+        """Copies blocks, writes the new KV, and returns logits `[rows, vocab]` float32, overwritten by the next step.
 
         Args:
             batch: the step.
@@ -44,8 +45,8 @@ class Runner:
         """
         if batch.copies:
             self.cache.copy(batch.copies)
-        if self.graphs is not None and depth is None and mass is None:
-            logits = self.graphs.forward(batch)
+        if self.recorded is not None and depth is None and mass is None:
+            logits = self.recorded.forward(batch)
             if logits is not None:
                 return logits
         return self.model.forward(

@@ -86,7 +86,8 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow], confidence: Callable[[Te
         token_ids[changed] = _draw(logits[changed], [rows[i] for i in changed])
     chosen = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1) - sure.logsumexp  # [rows]
     k = max((row.params.logprobs or 0 for row in rows), default=0)
-    top_values, top_ids = logits.topk(min(k, logits.shape[-1]))  # [rows, k]
+    # [rows, k]; a topk of nothing would still read the logits
+    top_values, top_ids = logits.topk(min(k, logits.shape[-1])) if k else (logits[:, :0], token_ids[:, None][:, :0])
     columns = (
         token_ids.tolist(),
         chosen.tolist(),

@@ -12,13 +12,12 @@ import torch
 from minirksc.kernels.attention_batch import AttentionBatch
 from minirksc.kernels.backend import Backend
 from minirksc.kernels.layer_cache import LayerCache
-from minirksc.kernels.linear import Linear
+from minirksc.kernels.linear import Linear, PlainWeight
 from minirksc.models.layer_inputs import LayerInputs
 from minirksc.models.layers import DecoderLayer, ResidualStream, norm_weight
 from minirksc.models.rope import Rotary
-from minirksc.models.spec import ArchSpec
+from minirksc.models.spec import ArchSpec, RopeSpec
 from torch import Tensor
-from torch.nn import functional as F
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +56,39 @@ class MassSample:
     masses: list[Tensor] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class LayerFeed:
+    """What the layers of a pass begin with.
+
+    Attributes:
+        hidden: `[tokens, hidden]`, the embedded tokens; becomes the residual stream.
+        tables: (cos, sin), each `[tokens, 1, rotary_dim]`, by the layers' rope.
+        growth: `[tokens, 1, 1]`, what queries are multiplied by; None: nothing.
+        inputs: `[layers, tokens, layer_input_size]`, see `LayerInputs`; None: none.
+    """
+
+    hidden: Tensor
+    tables: dict[RopeSpec, tuple[Tensor, Tensor]]
+    growth: Tensor | None
+    inputs: Tensor | None
+
+    def clone(self) -> "LayerFeed":
+        """A copy that shares nothing."""
+        tables = {rope: (cos.clone(), sin.clone()) for rope, (cos, sin) in self.tables.items()}
+        growth, inputs = (None if one is None else one.clone() for one in (self.growth, self.inputs))
+        return LayerFeed(self.hidden.clone(), tables, growth, inputs)
+
+    def copy_(self, other: "LayerFeed") -> None:
+        """Takes the numbers of another of the same shape."""
+        self.hidden.copy_(other.hidden)
+        for rope, tables in self.tables.items():
+            for own, given in zip(tables, other.tables[rope], strict=True):
+                own.copy_(given)
+        for mine, its in ((self.growth, other.growth), (self.inputs, other.inputs)):
+            if mine is not None and its is not None:
+                mine.copy_(its)
+
+
 class Decoder:
     """A causal language model ready to run.
 
@@ -65,6 +97,10 @@ class Decoder:
         weights: (name, tensor) pairs in the order of `models.weights.iter_weights`: embedding, layer after
             layer, final norm, head. Each tensor is packed as soon as it arrives and then dropped.
         backend: the form of every op.
+
+    Attributes:
+        device: where the weights are.
+        dtype: of activations, and of the KV cache unless it is kept in another.
     """
 
     def __init__(self, spec: ArchSpec, weights: Iterator[tuple[str, Tensor]], backend: Backend) -> None:
@@ -83,9 +119,13 @@ class Decoder:
                 of_layer = {}
             of_layer[rest] = tensor
         self._add_layer(of_layer)
-        self.embed = top["embed.weight"]  # [vocab, hidden]
+        embed = top["embed.weight"]  # [vocab, hidden]
+        self.device, self.dtype = embed.device, embed.dtype
         self.norm = norm_weight(spec, top["norm.weight"])
-        self.head = Linear(top.get("lm_head.weight", self.embed), prepack=backend.prepack)
+        self.head = Linear(top.get("lm_head.weight", embed), pack=backend.pack)
+        # [tokens] int64 -> [tokens, hidden]; a tied head that gives its rows is the only copy
+        tied = None if "lm_head.weight" in top else self.head.embedder()
+        self.embed = PlainWeight(embed).rows if tied is None else tied
         begin = "layer_inputs."
         of_inputs = {name.removeprefix(begin): tensor for name, tensor in top.items() if name.startswith(begin)}
         self.layer_inputs = None if spec.layer_input_size is None else LayerInputs(spec, of_inputs, backend)
@@ -96,16 +136,6 @@ class Decoder:
 
     def _add_layer(self, weights: Mapping[str, Tensor]) -> None:
         self.layers.append(DecoderLayer(self.spec, self.spec.layers[len(self.layers)], weights, self.backend))
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.embed.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of weights and activations, and of the KV cache unless it is kept in another."""
-        return self.embed.dtype
 
     @property
     def weight_bytes(self) -> int:
@@ -141,13 +171,33 @@ class Decoder:
         Returns:
             Logits `[rows, vocab]` float32.
         """
-        hidden = F.embedding(token_ids, self.embed)  # [tokens, hidden]
+        feed = self.feed(token_ids, positions, sequence_lens)
+        return self.capped(self.through_layers(feed, attention, cache, logits_rows, depth, mass))
+
+    def feed(self, token_ids: Tensor, positions: Tensor, sequence_lens: Tensor) -> LayerFeed:
+        """What the layers begin with; arguments as of `forward`."""
+        hidden = self.embed(token_ids).to(self.dtype)  # [tokens, hidden]
         if self.spec.embed_scale != 1:
             hidden = hidden.mul_(self._embed_scale)
-        tables = {rope: rotary.tables(positions, sequence_lens, self.dtype) for rope, rotary in self._rotaries.items()}
-        growth = self._query_growth(positions)
-        inputs = None if self.layer_inputs is None else self.layer_inputs(token_ids, hidden)
-        stream = ResidualStream(hidden, self.backend, self.spec.norm_eps)
+        return LayerFeed(
+            hidden,
+            {rope: rotary.tables(positions, sequence_lens, self.dtype) for rope, rotary in self._rotaries.items()},
+            self._query_growth(positions),
+            None if self.layer_inputs is None else self.layer_inputs(token_ids, hidden),
+        )
+
+    def through_layers(
+        self,
+        feed: LayerFeed,
+        attention: Mapping[int | None, AttentionBatch],
+        cache: Sequence[LayerCache],
+        logits_rows: Tensor | None,
+        depth: DepthControl | None = None,
+        mass: MassSample | None = None,
+    ) -> Tensor:
+        """Logits `[rows, vocab]` float32 before the cap; `feed` is overwritten. Arguments as of `forward`."""
+        tables, growth, inputs = feed.tables, feed.growth, feed.inputs
+        stream = ResidualStream(feed.hidden, self.backend, self.spec.norm_eps)
         shared_kv: dict[int, Tensor] = {}  # by the layer that made it
         for index, (layer, layer_cache) in enumerate(zip(self.layers, cache, strict=True)):
             own = layer.layer
@@ -170,9 +220,14 @@ class Decoder:
                 shared_kv = {source: kv[rows] for source, kv in shared_kv.items()}
         if logits_rows is not None:
             if len(logits_rows) == 0:
-                return hidden.new_empty((0, self.spec.vocab_size), dtype=torch.float32)
+                return feed.hidden.new_empty((0, self.spec.vocab_size), dtype=torch.float32)
             stream.keep(logits_rows)
-        return self._logits(stream.normed(self.norm), self.head)
+        return self.head.in_float32(stream.normed(self.norm))
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """The same under the soft cap of the architecture, if it has one; in place."""
+        cap = self.spec.final_softcap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     def lens(self, token_ids: Sequence[int] | None = None) -> Callable[[Tensor], Tensor]:
         """The logit lens: reads hidden states of any layer as if they were the last one's.
@@ -189,7 +244,7 @@ class Decoder:
         head = self.head if token_ids is None else self.head.rows(token_ids)
 
         def read(hidden: Tensor) -> Tensor:
-            return self._logits(self.backend.rms_norm(hidden, self.norm, self.spec.norm_eps), head)
+            return self.capped(head.in_float32(self.backend.rms_norm(hidden, self.norm, self.spec.norm_eps)))
 
         return read
 
@@ -214,12 +269,6 @@ class Decoder:
         if layer.kv_layer is None:
             tables = None if layer.rope is None else self._rotaries[layer.rope].shift_tables(shifts)
             self.backend.copy_rotated(layer_cache, sources, destinations, tables)
-
-    def _logits(self, normed: Tensor, head: Linear) -> Tensor:
-        logits = head(normed)
-        if self.spec.final_softcap is not None:
-            logits = logits.div_(self.spec.final_softcap).tanh_().mul_(self.spec.final_softcap)
-        return logits.float()
 
     def _query_growth(self, positions: Tensor) -> Tensor | None:
         """`[tokens, 1, 1]`, what queries at these positions are multiplied by."""

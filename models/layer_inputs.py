@@ -32,7 +32,7 @@ class LayerInputs:
         self.spec = spec
         self.backend = backend
         self.embed = weights["embed.weight"]  # [vocab, layers * size]
-        self.project = Linear(weights["project.weight"], prepack=backend.prepack)
+        self.project = Linear(weights["project.weight"], pack=backend.pack)
         self.norm = norm_weight(spec, weights["norm.weight"])
         self._embed_scale = torch.tensor(spec.layer_input_size**0.5, dtype=self.embed.dtype, device=self.embed.device)
 

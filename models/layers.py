@@ -77,7 +77,7 @@ class DecoderLayer:
 
     def __init__(self, spec: ArchSpec, layer: LayerSpec, weights: Mapping[str, Tensor], backend: Backend) -> None:
         def linear(name: str) -> Linear:
-            return Linear(weights[f"{name}.weight"], weights.get(f"{name}.bias"), backend.prepack)
+            return Linear(weights[f"{name}.weight"], weights.get(f"{name}.bias"), backend.pack)
 
         def norm(name: str) -> Tensor | None:
             return norm_weight(spec, weights.get(f"{name}.weight"))

@@ -33,8 +33,8 @@ def with_graphs(llm, max_batch=16, recorder=None):
     runner = llm.engine.runner
     recorder = recorder or Replayer()
     size = llm.engine.blocks.block_size
-    runner.graphs = DecodeGraphs(runner.model, runner.cache.layers, size, max_batch, 128, recorder)
-    return runner.graphs
+    runner.recorded = DecodeGraphs(runner.model, runner.cache.layers, size, max_batch, 128, recorder)
+    return runner.recorded
 
 
 @pytest.fixture

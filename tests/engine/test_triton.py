@@ -188,33 +188,34 @@ def test_logits_in_float16_are_near_those_of_the_reference(zoo_dir, model_type):
 
 # Which backend runs
 
+MODEL = (torch.float32, {64})
 
 def test_the_devices_backend_is_chosen():
-    assert choose_backend("auto", torch.device("cpu")).name == "torch"
-    assert choose_backend("auto", torch.device("cuda", 1)).name == "triton"
-    assert choose_backend("reference", torch.device("cuda")).name == "reference"
+    assert choose_backend("auto", torch.device("cpu"), *MODEL).name in ("native", "torch")
+    assert choose_backend("auto", torch.device("cuda", 1), *MODEL).name == "triton"
+    assert choose_backend("reference", torch.device("cuda"), *MODEL).name == "reference"
     with pytest.raises(ConfigError, match=r"'torch' runs on cpu, not on cuda:0.*backend='auto'"):
-        choose_backend("torch", torch.device("cuda", 0))
-    with pytest.raises(ConfigError, match=r"'cuda' is unknown.*auto, triton, torch, reference"):
-        choose_backend("cuda", torch.device("cpu"))
+        choose_backend("torch", torch.device("cuda", 0), *MODEL)
+    with pytest.raises(ConfigError, match=r"'cuda' is unknown.*auto, triton, torch, native, reference"):
+        choose_backend("cuda", torch.device("cpu"), *MODEL)
 
 
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
     import triton
 
-    assert choose_backend("triton", torch.device("cpu")).name == "triton"
+    assert choose_backend("triton", torch.device("cpu"), *MODEL).name == "triton"
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    assert choose_backend("triton", torch.device("cuda")).name == "triton"
+    assert choose_backend("triton", torch.device("cuda"), *MODEL).name == "triton"
     with pytest.raises(ConfigError, match=r"'triton' runs on cuda, not on cpu.*backend='auto'"):
-        choose_backend("triton", torch.device("cpu"))
+        choose_backend("triton", torch.device("cpu"), *MODEL)
 
 
 @pytest.mark.parametrize("name", ["triton", "auto"])
 def test_triton_that_is_not_installed(monkeypatch, name):
     monkeypatch.setattr("minirksc.kernels.backend.triton", object())
     with pytest.raises(ConfigError, match=r"not installed; pip install 'minirksc\[gpu\]'"):
-        choose_backend(name, torch.device("cuda"))
-    assert choose_backend("auto", torch.device("cpu")).name == "torch"
+        choose_backend(name, torch.device("cuda"), *MODEL)
+    assert choose_backend("auto", torch.device("cpu"), *MODEL).name in ("native", "torch")
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 12, 24, 256])

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from minirksc.kernels import half_weight
 from minirksc.kernels.half_weight import ENGINES, HalfWeight
-from minirksc.kernels.linear import Linear, OneDnnWeight
+from minirksc.kernels.linear import Linear, OneDnnWeight, pack_torch
 
 has_engine = pytest.mark.skipif(torch.backends.quantized.engine not in ENGINES, reason="torch has no FBGEMM here")
 
@@ -44,7 +44,7 @@ def test_the_product_is_that_of_the_weight_itself(rows, columns, tokens, exponen
         patch.setattr(half_weight, "CHUNK_NUMBERS", chunk)
         half = checked(weight * 2.0**exponent, tokens, bias)
         chosen = [rows - 1, 0, rows // 2]
-        assert torch.equal(half.rows(chosen), (weight * 2.0**exponent)[chosen])
+        assert torch.equal(half.rows(torch.tensor(chosen)), (weight * 2.0**exponent)[chosen])
 
 
 @has_engine
@@ -64,11 +64,11 @@ def test_what_float16_cannot_hold_stays_float32(hostile):
     weight[3, 4] = hostile
     assert HalfWeight.pack(weight) is None
     x = bfloat16_numbers(2, 16)
-    torch.testing.assert_close(Linear(weight)(x), x @ weight.T, equal_nan=True)
+    torch.testing.assert_close(Linear(weight, pack=pack_torch)(x), x @ weight.T, equal_nan=True)
 
 
 def test_zeros():
-    assert torch.equal(Linear(torch.zeros(4, 6))(torch.ones(2, 6)), torch.zeros(2, 4))
+    assert torch.equal(Linear(torch.zeros(4, 6), pack=pack_torch)(torch.ones(2, 6)), torch.zeros(2, 4))
 
 
 @has_engine
@@ -88,7 +88,7 @@ def test_nan_and_infinity_in_one_row_of_activations_stay_there():
 def test_a_checkpoint_of_16_bits_is_read_in_16_bits(dtype, monkeypatch):
     # As on a processor that does not compute in them.
     monkeypatch.setattr("minirksc.kernels.linear.computes_in", lambda dtype, device: dtype == torch.float32)
-    layer = Linear(bfloat16_numbers(16, 32).to(dtype))
+    layer = Linear(bfloat16_numbers(16, 32).to(dtype), pack=pack_torch)
     assert isinstance(layer._weight, HalfWeight) and layer.num_bytes == 2 * 16 * 32
     assert layer(torch.ones(2, 32, dtype=dtype)).dtype == dtype
     assert isinstance(layer.rows([3, 1])._weight, HalfWeight)
@@ -102,7 +102,7 @@ def test_another_engine_of_torch_is_left_alone(monkeypatch):
         pytest.skip("torch has no other engine here")
     torch.backends.quantized.engine = others[0]
     try:
-        assert isinstance(Linear(bfloat16_numbers(16, 32))._weight, OneDnnWeight)
+        assert isinstance(Linear(bfloat16_numbers(16, 32), pack=pack_torch)._weight, OneDnnWeight)
         assert torch.backends.quantized.engine == others[0]
     finally:
         torch.backends.quantized.engine = before

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from minirksc.kernels.linear import Linear
+from minirksc.kernels.linear import Linear, pack_native, pack_torch
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-1, torch.float16: 2e-2}
 
@@ -14,11 +14,12 @@ def randn(*shape, dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("tokens", [1, 2, 17])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_linear_packed_equals_plain(tokens, with_bias, dtype):
+@pytest.mark.parametrize("pack", [pack_torch, pack_native])
+def test_linear_packed_equals_plain(pack, tokens, with_bias, dtype):
     weight = randn(33, 20, dtype=dtype)
     bias = randn(33, dtype=dtype, seed=2) if with_bias else None
     x = randn(tokens, 20, dtype=dtype, seed=3)
-    plain = Linear(weight, bias, prepack=False)(x)
-    packed = Linear(weight, bias)(x)
+    plain = Linear(weight, bias)(x)
+    packed = Linear(weight, bias, pack)(x)
     assert packed.dtype == dtype
     torch.testing.assert_close(packed, plain, atol=TOLERANCE[dtype], rtol=2e-2)

@@ -27,7 +27,7 @@ LAYERS = (
     ("request", "checkpoints", "kv_cache", "asks"),
     ("scheduler",),
     ("batch",),
-    ("decode_graphs", "depth"),
+    ("decode_graphs", "decode_tapes", "depth"),
     ("runner",),
     ("engine",),
     ("loading", "branch", "prompts", "scoring", "job"),

@@ -1,0 +1,68 @@
+// What the extension offers. Pointers are of torch tensors; shapes and meanings are those of the Python references.
+// "is_bfloat16" says what `T*` below points to; null pointers stand for what is None in Python.
+#pragma once
+
+#include <cstdint>
+
+namespace minirksc {
+
+// norms.cpp: see kernels/rms_norm.py. `update` may be null: then out is the norm of hidden alone. Strides are of rows.
+void add_rms_norm(void* hidden, const void* update, const void* update_norm, const void* weight, void* out,
+                  int64_t rows, int64_t size, int64_t hidden_stride, int64_t update_stride, int64_t is_bfloat16,
+                  int64_t is_weight_float32, double eps);
+
+// gated_act.cpp: see kernels/gated_act.py. Activation: place in ACTIVATIONS.
+void gated_act(const void* gate_up, void* out, int64_t rows, int64_t intermediate, int64_t stride,
+               int64_t activation, int64_t is_bfloat16);
+
+// kv_store.cpp: see kernels/kv_store.py; the cache holds T.
+void kv_store(void* qkv, const void* q_norm, const void* k_norm, const void* cos, const void* sin, const void* growth,
+              void* cache, const int64_t* slots, int64_t tokens, int64_t token_stride, int64_t num_heads,
+              int64_t num_kv_heads, int64_t head_dim, int64_t rotary_dim, int64_t is_v_normed, int64_t is_bfloat16,
+              int64_t is_weight_float32, double eps);
+
+// confidence.cpp: see kernels/confidence.py. `results` are top-1 probability, entropy, log-sum-exp and mean logit of
+// all rows, one after the other.
+void confidence(const float* logits, int64_t* argmax, float* results, int64_t rows, int64_t vocab, int64_t stride);
+
+// What a step's attention does, as kernels/paged_attention_native.py makes it. A piece is PIECE numbers: places
+// [begin, end), runs [begin, end), its row of the partial results or -1, position of its first key, position of its first
+// query or -1.
+constexpr int64_t PIECE = 7;
+struct AttentionPlan {
+    const int64_t* rows;
+    const int64_t* pieces;
+    const int64_t* runs;
+    const int64_t* part_begins;
+    const int64_t* parts;
+    int64_t num_rows;
+    int64_t num_pieces;
+    float* partial_out;
+    float* partial_sums;
+};
+
+// attention.cpp; all keys of a piece are visible to all its places.
+void decode_attention(const void* q, const void* cache, void* out, const AttentionPlan* plan, int64_t q_stride,
+                      int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t is_bfloat16, double scale,
+                      double softcap);
+
+// attention_bf16.cpp: prompts too; only where has_bf16_products(), and head_dim in 32s. A window of 0 is none.
+void attention_bf16(const void* q, const void* cache, void* out, const AttentionPlan* plan, int64_t q_stride,
+                    int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t window, double scale,
+                    double softcap);
+
+// linear.cpp: see kernels/native_weight.py.
+int64_t pack_weight(const float* weight, uint32_t* packed, int64_t out_features, int64_t in_features);
+void unpack_rows(const uint32_t* packed, const int64_t* rows, float* out, int64_t num_rows, int64_t in_features);
+void linear(const float* x, const uint32_t* packed, const float* bias, float* out, int64_t rows, int64_t in_features,
+            int64_t out_features);
+
+// linear_bf16.cpp: see kernels/native_weight.py; only where has_bf16_products().
+int64_t has_bf16_products();
+void pack_weight_bf16(const uint32_t* weight, uint32_t* packed, int64_t out_features, int64_t in_features);
+void unpack_rows_bf16(const uint32_t* packed, const int64_t* rows, uint32_t* out, int64_t num_rows,
+                      int64_t in_features);
+void linear_bf16(const uint16_t* x, const uint16_t* packed, const uint16_t* bias, void* out, int64_t rows,
+                 int64_t in_features, int64_t out_features, int64_t is_out_float32);
+
+}  // namespace minirksc

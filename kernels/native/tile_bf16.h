@@ -1,0 +1,73 @@
+// What products of bfloat16 numbers are made of on a processor with AVX512-BF16: sums of a few rows by 16 C columns.
+//
+// One operand lies row after row; of the other, two consecutive numbers of a column lie side by side and 16 columns make
+// a register ("pairs"), so that one instruction adds 32 products to 16 float32 sums. A sum takes its products in the
+// order of the pairs, whatever rows it is computed beside.
+//
+// Include it after the standard headers: everything below is compiled for that processor alone, and what a standard
+// header defines must stay fit for any.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+
+namespace minirksc {
+namespace {
+
+constexpr int LANES = 16;
+
+// sums[r][c] += a[r] b[c] over all pairs. Strides are in numbers; `b` has C registers of a pair at each `b_stride`.
+template <int R, int C>
+inline __attribute__((always_inline)) void multiply(const uint16_t* a, int64_t a_stride, const uint16_t* b,
+                                                    int64_t b_stride, int64_t num_pairs, __m512 (&sums)[R][C]) {
+    for (int64_t pair = 0; pair < num_pairs; ++pair) {
+        __m512bh columns[C];
+        for (int c = 0; c < C; ++c) columns[c] = (__m512bh)_mm512_loadu_si512(b + pair * b_stride + c * 2 * LANES);
+        for (int r = 0; r < R; ++r) {
+            int32_t two;
+            std::memcpy(&two, a + r * a_stride + 2 * pair, sizeof two);
+            __m512bh row = (__m512bh)_mm512_set1_epi32(two);
+            for (int c = 0; c < C; ++c) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], row, columns[c]);
+        }
+    }
+}
+
+// f<R>(begin) for all rows, up to MAX of them at a time, in groups as equal as they can be.
+template <int MAX, typename F>
+inline void by_rows(int64_t num_rows, F f) {
+    int64_t num_groups = (num_rows + MAX - 1) / MAX;
+    for (int64_t group = 0; group < num_groups; ++group) {
+        int64_t begin = num_rows * group / num_groups, end = num_rows * (group + 1) / num_groups;
+        auto some = [&](auto self, auto count) {
+            if constexpr (count > 0) {
+                if (end - begin == count)
+                    f(count, begin);
+                else
+                    self(self, std::integral_constant<int, count - 1>());
+            }
+        };
+        some(some, std::integral_constant<int, MAX>());
+    }
+}
+
+// 2^x; 0 far below, NaN stays NaN. A polynomial of degree 6 on [-1/2, 1/2]: relative error 1e-7.
+inline __m512 exp2_of(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);
+    __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 r = _mm512_sub_ps(x, whole);
+    __m512 p = _mm512_set1_ps(1.54035304e-4f);  // log(2)^n / n!, n = 6 .. 0
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.33335581e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.61812911e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.55041087e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.40226507e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.93147181e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, whole);
+}
+
+}  // namespace
+}  // namespace minirksc

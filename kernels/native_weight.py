@@ -1,0 +1,127 @@
+"""bfloat16 weights packed for the compiled products (`kernels/native`).
+
+Decoding on a CPU waits for the weights, and a prompt for the arithmetic.
+- A processor that multiplies bfloat16 (AVX512-BF16) computes as it is stored, with sums in float32 (`linear_bf16.cpp`).
+- Any other computes in float32. A bfloat16 number is the upper half of a float32, and to widen it takes a shift, in a
+  register: so the weights are read in half the bytes, and nothing is rounded but the sums (`linear.cpp`). A matrix with
+  a number that bfloat16 cannot hold has no such form.
+
+A row's result does not depend on the rows that it is computed with: tokens are the same alone and in any batch.
+"""
+
+import torch
+from minirksc.kernels.native_ops import has_bf16_products, native, pointer
+from torch import Tensor
+
+BF16_PANEL = 32
+WIDENED_PANEL = 16
+"""Outputs that are packed side by side."""
+
+
+class Bf16Weight:
+    """A matrix in panels of 32 outputs, of each of which two consecutive inputs are one word.
+
+    Args:
+        packed: of `pack`.
+        shape: (out_features, in_features).
+
+    Attributes:
+        num_bytes: that a product reads.
+        dtype: of what it multiplies.
+    """
+
+    dtype = torch.bfloat16
+
+    def __init__(self, packed: Tensor, shape: tuple[int, int]) -> None:
+        self.num_bytes = packed.numel() * packed.itemsize
+        self._packed = packed  # [panels, in_features / 2, 32] int32
+        self._shape = shape
+
+    @staticmethod
+    def pack(weight: Tensor) -> "Bf16Weight | None":
+        """Packs `[out_features, in_features]` bfloat16; None: not on this processor, or an odd number of inputs."""
+        out_features, in_features = weight.shape
+        if not has_bf16_products or in_features % 2:
+            return None
+        weight = weight.contiguous()
+        packed = torch.empty(-(-out_features // BF16_PANEL), in_features // 2, BF16_PANEL, dtype=torch.int32)
+        native.pack_weight_bf16(weight.data_ptr(), packed.data_ptr(), out_features, in_features)
+        return Bf16Weight(packed, (out_features, in_features))
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """These rows as they were given, `[indices]` int64 -> `[indices, in_features]` bfloat16."""
+        out = torch.empty(len(indices), self._shape[1], dtype=self.dtype)
+        indices = indices.contiguous()
+        native.unpack_rows_bf16(self._packed.data_ptr(), indices.data_ptr(), out.data_ptr(), *out.shape)
+        return out
+
+    def __call__(self, x: Tensor, bias: Tensor | None, in_float32: bool = False) -> Tensor:
+        """`[tokens, in_features]` bfloat16 -> x W^T + bias, `[tokens, out_features]`; on request as it is summed up."""
+        x = x.contiguous()
+        out_features, in_features = self._shape
+        num_tokens = x.shape[0]
+        out = x.new_empty(num_tokens, out_features, dtype=torch.float32 if in_float32 else None)
+        native.linear_bf16(
+            x.data_ptr(),
+            self._packed.data_ptr(),
+            pointer(bias),
+            out.data_ptr(),
+            num_tokens,
+            in_features,
+            out_features,
+            in_float32,
+        )
+        return out
+
+
+class WidenedWeight:
+    """A matrix in panels of 16 outputs, of which i and i + 8 are one word; multiplied in float32.
+
+    Args:
+        packed: of `pack`.
+        shape: (out_features, in_features).
+
+    Attributes:
+        num_bytes: that a product reads.
+        dtype: of what it multiplies.
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, packed: Tensor, shape: tuple[int, int]) -> None:
+        self.num_bytes = packed.numel() * packed.itemsize
+        self._packed = packed  # [panels, in_features, 8] int32
+        self._shape = shape
+
+    @staticmethod
+    def pack(weight: Tensor) -> "WidenedWeight | None":
+        """Packs `[out_features, in_features]` float32; None: bfloat16 does not hold it exactly."""
+        weight = weight.contiguous()
+        out_features, in_features = weight.shape
+        packed = torch.empty(-(-out_features // WIDENED_PANEL), in_features, WIDENED_PANEL // 2, dtype=torch.int32)
+        is_exact = native.pack_weight(weight.data_ptr(), packed.data_ptr(), out_features, in_features)
+        return WidenedWeight(packed, (out_features, in_features)) if is_exact else None
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """These rows as they were given, `[indices]` int64 -> `[indices, in_features]` float32."""
+        out = torch.empty(len(indices), self._shape[1])
+        indices = indices.contiguous()
+        native.unpack_rows(self._packed.data_ptr(), indices.data_ptr(), out.data_ptr(), *out.shape)
+        return out
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`[tokens, in_features]` float32 -> x W^T + bias, `[tokens, out_features]`."""
+        x = x.contiguous()
+        out_features, in_features = self._shape
+        num_tokens = x.shape[0]
+        out = x.new_empty(num_tokens, out_features)
+        native.linear(
+            x.data_ptr(),
+            self._packed.data_ptr(),
+            pointer(bias),
+            out.data_ptr(),
+            num_tokens,
+            in_features,
+            out_features,
+        )
+        return out
