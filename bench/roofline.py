@@ -4,16 +4,16 @@
     python -m bench.roofline --model FOLDER --quick
 
 The machine's own limits come first, with the same threads: bytes a second that summing a large array reads, and
-float32 operations a second of a large product. A step cannot take less than its bytes at the one, nor than its
+operations a second of a large product in the model's dtype. A step cannot take less than its bytes at the one, nor than its
 operations at the other; its bound is the larger of the two. Counted are
 - bytes: the matrices as they are packed, once; keys and values that somebody attends to, each block once;
 - operations: two a parameter of a matrix and token (the head's for one token a sequence), and four a number of a key
   and query head that attend to each other.
 
 Phases: the prompt alone; decode steps of one sequence behind it; of all branches that share it. Each is timed by
-itself, median of --repeats. Then it runs once more under torch's profiler, which slows it down: from that run come the
-shares of the groups of operators, of all that the operators took; "between them" is what the timed run took beyond
-what the profiler saw in operators.
+itself, median of --repeats. Then it runs once more under torch's profiler, which slows it down, while the compiled
+operations measure themselves: from that run come the shares of the groups of operators, of all that the operators took;
+"between them" is what the timed run took beyond what was seen in operators.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from bench.measured import Row, positive
 from bench.prompts import EXAMPLES, few_shot_ids
 from bench.report import Page, new_stem, plain_options, write_jsonl, write_page
 from minirksc import LLM, SamplingParams
+from minirksc.kernels.native_ops import native
 
 NUM_STEPS = 16
 LIMIT_REPEATS = 5
@@ -40,9 +41,19 @@ LIMIT_SIZE = 2048
 """Rows and columns of the product."""
 
 GROUPS = {
-    "products with weights": ("linear_dynamic_fp16", "mkldnn", "aten::addmm", "aten::mm", "aten::linear"),
-    "attention": ("scaled_dot_product", "aten::bmm", "aten::baddbmm", "aten::lerp", "aten::logaddexp", "aten::sigmoid"),
-    "choosing tokens": ("topk", "sort", "logsumexp", "softmax", "aten::exp", "cumsum", "argmax", "aten::max"),
+    "products with weights": ("linear", "mkldnn", "aten::addmm", "aten::mm"),
+    "attention": ("attention", "aten::bmm", "aten::baddbmm", "aten::lerp", "aten::logaddexp", "aten::sigmoid"),
+    "choosing tokens": (
+        "confidence",
+        "topk",
+        "sort",
+        "logsumexp",
+        "softmax",
+        "aten::exp",
+        "cumsum",
+        "argmax",
+        "aten::max",
+    ),
 }
 """Group -> parts of operators' names; the first that fits counts. What fits none is "other operators"."""
 
@@ -53,7 +64,7 @@ class Limits:
 
     Attributes:
         bytes_per_s: read from memory.
-        flops_per_s: float32.
+        flops_per_s: in the model's dtype.
     """
 
     bytes_per_s: float
@@ -77,10 +88,10 @@ class Work:
     num_flops: float
 
 
-def measure_limits() -> Limits:
+def measure_limits(dtype: torch.dtype) -> Limits:
     """The best of some attempts at either."""
     array = torch.ones(LIMIT_BYTES // 4)
-    square = torch.randn(LIMIT_SIZE, LIMIT_SIZE)
+    square = torch.randn(LIMIT_SIZE, LIMIT_SIZE).to(dtype)
     sum_s = min(_seconds(lambda: array.sum()) for _ in range(LIMIT_REPEATS))
     product_s = min(_seconds(lambda: square @ square) for _ in range(LIMIT_REPEATS))
     return Limits(LIMIT_BYTES / sum_s, 2 * LIMIT_SIZE**3 / product_s)
@@ -188,12 +199,20 @@ def _shares(run: Callable[[], float]) -> dict[str, float]:
     """Seconds that operators took by themselves, by group."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        run()
+    operators: dict[str, float] = {}
+    if native is not None:
+        native.begin_timing()
+    try:
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            run()
+    finally:
+        if native is not None:
+            operators |= native.end_timing()
+    operators |= {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
     found = dict.fromkeys([*GROUPS, "other operators"], 0.0)
-    for event in profiler.key_averages():
-        group = next((name for name, parts in GROUPS.items() if any(p in event.key for p in parts)), "other operators")
-        found[group] += event.self_cpu_time_total / 1e6
+    for operator, seconds in operators.items():
+        group = next((name for name, parts in GROUPS.items() if any(p in operator for p in parts)), "other operators")
+        found[group] += seconds
     return found
 
 
@@ -202,7 +221,7 @@ def make_page(rows: Sequence[Row], limits: Limits, options: argparse.Namespace, 
     page = Page("How close a step comes to the machine's limits")
     page.text(
         f"{options.model}, {dtype}, {options.threads} threads. This machine reads {limits.bytes_per_s / 1e9:.1f} GB/s "
-        f"and computes {limits.flops_per_s / 1e9:.0f} GFLOP/s in float32, by its best of {LIMIT_REPEATS} attempts. "
+        f"and computes {limits.flops_per_s / 1e9:.0f} GFLOP/s in {dtype}, by its best of {LIMIT_REPEATS} attempts. "
         "Median (p10 .. p90)."
     )
     table = []
@@ -252,7 +271,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results", help="folder (bench/results)")
     options = parser.parse_args()
     with LLM(options.model, dtype=options.dtype, threads=options.threads, kv_cache_bytes="1GiB") as llm:
-        limits = measure_limits()
+        limits = measure_limits(llm.engine.runner.model.dtype)
         prompt = few_shot_ids(llm.need_tokenizer("bench.roofline"), EXAMPLES, options.prefix_tokens)
         rows = measure(llm, prompt, options.branches, 2 if options.quick else options.repeats)
         dtype = llm.stats()["dtype"]

@@ -10,6 +10,7 @@ from minirksc.kernels.attention_batch import AttentionBatch
 from minirksc.kernels.block_mass import paged_attention_mass_reference, paged_attention_mass_triton
 from minirksc.kernels.block_mass_torch import paged_attention_mass_torch
 from minirksc.kernels.confidence import Confidence, confidence_reference, confidence_torch, confidence_triton
+from minirksc.kernels.draw import Draw, draw_native, draw_torch
 from minirksc.kernels.gated_act import gated_act_reference, gated_act_torch, gated_act_triton
 from minirksc.kernels.jit import triton
 from minirksc.kernels.kv_copy import (
@@ -94,6 +95,7 @@ class Backend:
         [Tensor, Tensor, LayerCache, AttentionBatch, float, float | None], tuple[Tensor, Tensor]
     ]
     confidence: Callable[[Tensor], Confidence]
+    draw: Callable[[Tensor, Sequence[Draw]], Tensor]
     similarity: Callable[[Tensor, Tensor, Tensor], Tensor]
 
     def check_block_size(self, block_size: int) -> None:
@@ -126,6 +128,7 @@ BACKENDS = {
             paged_attention=paged_attention_triton,
             paged_attention_mass=paged_attention_mass_triton,
             confidence=confidence_triton,
+            draw=draw_torch,
             similarity=similarity_triton,
         ),
         Backend(
@@ -144,6 +147,7 @@ BACKENDS = {
             paged_attention=paged_attention_torch,
             paged_attention_mass=paged_attention_mass_torch,
             confidence=confidence_torch,
+            draw=draw_torch,
             similarity=similarity_torch,
         ),
         Backend(
@@ -162,6 +166,7 @@ BACKENDS = {
             paged_attention=paged_attention_native,
             paged_attention_mass=paged_attention_mass_torch,
             confidence=confidence_native,
+            draw=draw_native,
             similarity=similarity_torch,
         ),
         Backend(
@@ -180,6 +185,7 @@ BACKENDS = {
             paged_attention=paged_attention_reference,
             paged_attention_mass=paged_attention_mass_reference,
             confidence=confidence_reference,
+            draw=draw_torch,
             similarity=similarity_reference,
         ),
     )

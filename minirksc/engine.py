@@ -351,8 +351,8 @@ class Engine:
         if len(ends) < len(logits):
             logits = logits[[rows.end - 1 for rows in ends]]  # [requests, vocab]
         requests = [rows.item.request for rows in ends]
-        confidence = self.runner.model.backend.confidence
-        drawn = sample(logits, [self._sampling_row(r) for r in requests], confidence)
+        ops = self.runner.model.backend
+        drawn = sample(logits, [self._sampling_row(r) for r in requests], ops.confidence, ops.draw)
         return list(zip(requests, drawn, strict=True))
 
     def _sampling_row(self, request: Request) -> SamplingRow:

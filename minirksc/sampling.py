@@ -16,9 +16,10 @@ from torch import Tensor
 
 from minirksc.config import SamplingParams
 from minirksc.kernels.confidence import Confidence
+from minirksc.kernels.draw import Draw
 
 NEG_INF = float("-inf")
-FIRST_WIDTH = 512
+MIN_TEMPERATURE = 1e-6
 
 
 @dataclass(slots=True, frozen=True)
@@ -70,20 +71,28 @@ def uniform(seed: int, path: tuple[int, ...], position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
 
 
-def sample(logits: Tensor, rows: Sequence[SamplingRow], confidence: Callable[[Tensor], Confidence]) -> list[Sampled]:
+def sample(
+    logits: Tensor,
+    rows: Sequence[SamplingRow],
+    confidence: Callable[[Tensor], Confidence],
+    draw: Callable[[Tensor, Sequence[Draw]], Tensor],
+) -> list[Sampled]:
     """Draws one token a row.
 
     Args:
         logits: `[rows, vocab]` float32; not changed.
         rows: one a row.
-        confidence: `kernels.confidence`.
+        confidence: a form of `kernels.confidence`.
+        draw: a form of `kernels.draw`.
     """
     sure = confidence(logits)
     token_ids = sure.argmax
     changed = [i for i, row in enumerate(rows) if not _is_plain_greedy(row)]
-    if changed:
+    if len(changed) == len(rows) and not any(map(_changes_logits, rows)):
+        token_ids = _choose(logits, rows, draw)
+    elif changed:
         token_ids = token_ids.clone()
-        token_ids[changed] = _draw(logits[changed], [rows[i] for i in changed])
+        token_ids[changed] = _choose(logits[changed], [rows[i] for i in changed], draw)
     chosen = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1) - sure.logsumexp  # [rows]
     k = max((row.params.logprobs or 0 for row in rows), default=0)
     # [rows, k]; a topk of nothing would still read the logits
@@ -152,23 +161,31 @@ def _changes_logits(row: SamplingRow) -> bool:
     )
 
 
-def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+def _choose(logits: Tensor, rows: Sequence[SamplingRow], draw: Callable[[Tensor, Sequence[Draw]], Tensor]) -> Tensor:
     """Token ids `[rows]` of rows that are not plainly greedy; logits are the caller's to change."""
     for scores, row in zip(logits, rows, strict=True):
         if _changes_logits(row):
             _penalise(scores, row)
-    token_ids = logits.argmax(-1)
     sampled = [i for i, row in enumerate(rows) if row.params.temperature != 0]
-    # Truncation puts candidates in another order, and the order decides what a random number means: apart, so
-    # that no row's token depends on what its batch mates ask for.
-    for truncated in (False, True):
-        if group := [i for i in sampled if _is_truncated(rows[i]) is truncated]:
-            token_ids[group] = _draw_sampled(logits[group], [rows[i] for i in group], truncated)
+    draws = [_draw_of(rows[i]) for i in sampled]
+    if len(sampled) == len(rows):
+        return draw(logits, draws)
+    token_ids = logits.argmax(-1)
+    if sampled:
+        token_ids[sampled] = draw(logits[sampled], draws)
     return token_ids
 
 
-def _is_truncated(row: SamplingRow) -> bool:
-    return (row.params.top_k or 0) > 0 or row.params.top_p != 1
+def _draw_of(row: SamplingRow) -> Draw:
+    params = row.params
+    assert params.temperature is not None and params.top_p is not None
+    return Draw(
+        max(params.temperature, MIN_TEMPERATURE),
+        params.top_k or 0,
+        params.top_p,
+        params.min_p or 0.0,
+        uniform(row.seed, row.path, row.position),
+    )
 
 
 def _penalise(scores: Tensor, row: SamplingRow) -> None:
@@ -191,70 +208,6 @@ def _penalise(scores: Tensor, row: SamplingRow) -> None:
         scores[ids] -= params.presence_penalty + params.frequency_penalty * counts
     if row.forbidden_ids:
         scores[[i for i in row.forbidden_ids if i < len(scores)]] = NEG_INF
-
-
-def _draw_sampled(logits: Tensor, rows: Sequence[SamplingRow], truncated: bool) -> Tensor:
-    """Token ids `[rows]`, drawn with temperature and, if they are truncated, from fewer candidates."""
-
-    def column(name: str) -> Tensor:
-        values = [float(getattr(row.params, name)) for row in rows]
-        return torch.tensor(values, dtype=torch.float64, device=logits.device).unsqueeze(-1)
-
-    scores = logits.double() / column("temperature").clamp(min=1e-6)  # [rows, vocab]
-    ids = None
-    if truncated:
-        scores, ids = _truncate(scores, rows, column("top_p"))  # [rows, candidates]
-    probs = scores.softmax(-1)
-    if any(row.params.min_p for row in rows):
-        probs[probs < column("min_p") * probs.amax(-1, keepdim=True)] = 0
-    cumulative = probs.cumsum(-1)
-    u = [uniform(row.seed, row.path, row.position) for row in rows]
-    target = torch.tensor(u, dtype=torch.float64, device=logits.device).unsqueeze(-1)
-    # The first token whose cumulative probability exceeds u * total; one of probability zero never does.
-    drawn = torch.searchsorted(cumulative, target * cumulative[:, -1:], right=True)  # [rows, 1]
-    last = (probs > 0).cumsum(-1).argmax(-1, keepdim=True)  # where rounding takes u ~ 1 past the end
-    drawn = torch.minimum(drawn, last)
-    return (drawn if ids is None else ids.gather(-1, drawn)).squeeze(-1)
-
-
-def _truncate(scores: Tensor, rows: Sequence[SamplingRow], top_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Top_k, then top_p.
-
-    Args:
-        scores: `[rows, vocab]` float64.
-        rows: for their top_k.
-        top_p: `[rows, 1]` float64.
-
-    Returns:
-        (scores, token ids), each `[rows, candidates]`, likeliest first; -inf for what is left out.
-    """
-    vocab_size = scores.shape[-1]
-    top_k = [k if 0 < (k := row.params.top_k or 0) < vocab_size else vocab_size for row in rows]
-    limit = torch.tensor(top_k, device=scores.device).unsqueeze(-1)  # [rows, 1]
-    # Sorting a whole vocabulary is slow and its tail is almost never needed: try few, then more.
-    explicit = [2 * k for k in top_k if k < vocab_size]
-    width = min(vocab_size, max([FIRST_WIDTH, *explicit]))
-    while True:
-        columns = torch.arange(width, device=scores.device)
-        ids = scores.topk(width).indices.sort(-1).values
-        # Equal scores are taken in order of token id, which topk does not promise.
-        ordered, order = scores.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
-        ids = ids.gather(-1, order)
-        # Of the tokens as likely as the last candidate, topk took any: only those before them are sure.
-        border = ordered[:, -1:].clone()
-        num_sure = (ordered > border).sum(-1, keepdim=True)  # [rows, 1]
-        ordered[columns >= limit] = NEG_INF
-        all_of_them = (scores if width < vocab_size else ordered).logsumexp(-1, keepdim=True)
-        total = torch.where(limit <= width, ordered.logsumexp(-1, keepdim=True), all_of_them)
-        cumulative = (ordered - total).exp().cumsum(-1)
-        reached = ((cumulative > top_p) & (columns < num_sure)).any(-1, keepdim=True)
-        if width == vocab_size or bool(((limit <= num_sure) | reached | border.isneginf()).all()):
-            break
-        width = min(width * 16, vocab_size)
-    # A token stays while those before it do not reach top_p: at least one always does.
-    before = cumulative - (ordered - total).exp()
-    ordered[(before >= top_p) & (top_p < 1)] = NEG_INF
-    return ordered, ids
 
 
 def _describe(scores: Tensor) -> str:

@@ -1,12 +1,14 @@
 // The functions of ops.h as a Python module. Pointers come as integers (Tensor.data_ptr), None as the null pointer. What
-// a thread calls can be recorded, and done again in one call, on the same addresses.
+// a thread calls can be recorded, and done again in one call, on the same addresses; and measured.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include "ops.h"
 
+#include <chrono>
 #include <cstring>
 #include <iterator>
+#include <map>
 #include <memory>
 #include <tuple>
 #include <type_traits>
@@ -55,21 +57,39 @@ void replay_call(const int64_t* words) {
     replay_one<function>(words, (void (*)(Args...))nullptr, std::index_sequence_for<Args...>());
 }
 
+template <auto function, typename Result, typename... Args>
+constexpr Replay replay_of(Result (*)(Args...)) {
+    return replay_call<function, Args...>;
+}
+
+// Seconds of each operation, while a thread measures them.
+thread_local std::map<Replay, double>* timing = nullptr;
+
+template <typename Run>
+void timed(Replay which, Run run) {
+    if (timing == nullptr) return run();
+    auto begin = std::chrono::steady_clock::now();
+    run();
+    (*timing)[which] += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
 template <auto function, typename Result, typename... Args, size_t... I>
 PyObject* call_with(Result (*)(Args...), PyObject* const* objects, std::index_sequence<I...>) {
     std::tuple<Args...> args{from_python<Args>(objects[I])...};
     if (PyErr_Occurred()) return nullptr;
     if (recording != nullptr) {
-        int64_t words[] = {to_word((Replay)replay_call<function, Args...>), (int64_t)sizeof...(Args),
+        int64_t words[] = {to_word(replay_of<function>(function)), (int64_t)sizeof...(Args),
                            to_word(std::get<I>(args))...};
         recording->insert(recording->end(), std::begin(words), std::end(words));
     }
     long long result = 0;
     Py_BEGIN_ALLOW_THREADS;
-    if constexpr (std::is_void_v<Result>)
-        function(std::get<I>(args)...);
-    else
-        result = function(std::get<I>(args)...);
+    timed(replay_of<function>(function), [&] {
+        if constexpr (std::is_void_v<Result>)
+            function(std::get<I>(args)...);
+        else
+            result = function(std::get<I>(args)...);
+    });
     Py_END_ALLOW_THREADS;
     if constexpr (std::is_void_v<Result>) Py_RETURN_NONE;
     return PyLong_FromLongLong(result);
@@ -105,29 +125,66 @@ PyObject* replay(PyObject*, PyObject* tape) {
     if (PyBytes_AsStringAndSize(tape, &bytes, &size) < 0) return nullptr;
     Py_BEGIN_ALLOW_THREADS;
     const int64_t *word = (const int64_t*)bytes, *end = word + size / sizeof(int64_t);
-    for (; word < end; word += 2 + word[1]) from_word<Replay>(word[0])(word + 2);
+    for (; word < end; word += 2 + word[1]) {
+        Replay call = from_word<Replay>(word[0]);
+        timed(call, [&] { call(word + 2); });
+    }
     Py_END_ALLOW_THREADS;
     Py_RETURN_NONE;
 }
 
-#define METHOD(name) {#name, (PyCFunction)(void (*)())method<minirksc::name>, METH_FASTCALL, nullptr}
+#define OPERATIONS(X) \
+    X(add_rms_norm)   \
+    X(gated_act)      \
+    X(kv_store)       \
+    X(confidence)     \
+    X(draw)           \
+    X(decode_attention) \
+    X(attention_bf16) \
+    X(pack_weight)    \
+    X(unpack_rows)    \
+    X(linear)         \
+    X(has_bf16_products) \
+    X(pack_weight_bf16) \
+    X(unpack_rows_bf16) \
+    X(linear_bf16)
+
+#define NAME(name) {#name, replay_of<minirksc::name>(minirksc::name)},
+const struct {
+    const char* name;
+    Replay replay;
+} NAMES[] = {OPERATIONS(NAME)};
+
+PyObject* begin_timing(PyObject*, PyObject*) {
+    if (timing != nullptr) return PyErr_Format(PyExc_RuntimeError, "this thread is measuring already");
+    timing = new std::map<Replay, double>;
+    Py_RETURN_NONE;
+}
+
+// {name: seconds} of what was called and replayed.
+PyObject* end_timing(PyObject*, PyObject*) {
+    if (timing == nullptr) return PyErr_Format(PyExc_RuntimeError, "this thread is not measuring");
+    std::unique_ptr<std::map<Replay, double>> ended(timing);
+    timing = nullptr;
+    PyObject* seconds = PyDict_New();
+    for (const auto& one : NAMES) {
+        auto found = ended->find(one.replay);
+        if (seconds == nullptr || found == ended->end()) continue;
+        PyObject* value = PyFloat_FromDouble(found->second);
+        if (value == nullptr || PyDict_SetItemString(seconds, one.name, value) < 0) Py_CLEAR(seconds);
+        Py_XDECREF(value);
+    }
+    return seconds;
+}
+
+#define METHOD(name) {#name, (PyCFunction)(void (*)())method<minirksc::name>, METH_FASTCALL, nullptr},
 PyMethodDef METHODS[] = {
-    METHOD(add_rms_norm),
-    METHOD(gated_act),
-    METHOD(kv_store),
-    METHOD(confidence),
-    METHOD(decode_attention),
-    METHOD(attention_bf16),
-    METHOD(pack_weight),
-    METHOD(unpack_rows),
-    METHOD(linear),
-    METHOD(has_bf16_products),
-    METHOD(pack_weight_bf16),
-    METHOD(unpack_rows_bf16),
-    METHOD(linear_bf16),
+    OPERATIONS(METHOD)
     {"begin_recording", begin_recording, METH_NOARGS, nullptr},
     {"end_recording", end_recording, METH_NOARGS, nullptr},
     {"replay", replay, METH_O, nullptr},
+    {"begin_timing", begin_timing, METH_NOARGS, nullptr},
+    {"end_timing", end_timing, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, METHODS, nullptr, nullptr, nullptr, nullptr};

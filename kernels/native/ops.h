@@ -25,6 +25,10 @@ void kv_store(void* qkv, const void* q_norm, const void* k_norm, const void* cos
 // all rows, one after the other.
 void confidence(const float* logits, int64_t* argmax, float* results, int64_t rows, int64_t vocab, int64_t stride);
 
+// draw.cpp: see kernels/draw.py. `numbers` are temperature, top_p, min_p and uniform of each row.
+void draw(const float* logits, const double* numbers, const int64_t* top_k, int64_t* tokens, int64_t rows,
+          int64_t vocab, int64_t stride);
+
 // What a step's attention does, as kernels/paged_attention_native.py makes it. A piece is PIECE numbers: places
 // [begin, end), runs [begin, end), its row of the partial results or -1, position of its first key, position of its first
 // query or -1.

@@ -1,15 +1,19 @@
 """The sampler against plain arithmetic, and the keyed random numbers."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from minirksc.kernels.confidence import confidence_torch as confidence
+from minirksc.kernels.draw import draw_native, draw_torch
+from minirksc.kernels.native_ops import native
 
+from minirksc import sampling
 from minirksc.config import SamplingParams
-from minirksc.sampling import SamplingRow, sample, top_logprobs_of, uniform
+from minirksc.sampling import SamplingRow, top_logprobs_of, uniform
 
 
 def make_row(seed=0, path=(), position=0, prompt=(), output=(), forbidden=(), **options):
@@ -17,8 +21,17 @@ def make_row(seed=0, path=(), position=0, prompt=(), output=(), forbidden=(), **
     return SamplingRow(params, [*prompt, *output], output, seed, path, position, frozenset(forbidden))
 
 
+FORMS = [draw_torch, pytest.param(draw_native, marks=pytest.mark.skipif(native is None, reason="nothing is compiled"))]
+
+
+@pytest.fixture(params=FORMS, autouse=True, scope="module")
+def form(request):
+    global sample
+    sample = partial(sampling.sample, confidence=confidence, draw=request.param)
+
+
 def draw(logits, *rows):
-    return sample(torch.tensor(logits), rows, confidence)
+    return sample(torch.tensor(logits), rows)
 
 
 def plain_probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -93,8 +106,8 @@ def test_a_token_does_not_depend_on_its_batch():
         {"temperature": 3.0, "top_p": 0.999}, {"temperature": 1, "top_k": 650},
     ]  # fmt: skip
     rows = [make_row(seed=i, path=(i,), prompt=[1, 2, 3], **o) for i, o in enumerate(options)]
-    together = [one.token_id for one in sample(logits, rows, confidence)]
-    alone = [sample(logits[i : i + 1], [row], confidence)[0].token_id for i, row in enumerate(rows)]
+    together = [one.token_id for one in sample(logits, rows)]
+    alone = [sample(logits[i : i + 1], [row])[0].token_id for i, row in enumerate(rows)]
     assert together == alone
 
 
@@ -106,8 +119,8 @@ def test_equal_logits_at_the_border_do_not_depend_on_the_batch():
     likeliest = set(logits[0].sort(descending=True, stable=True).indices[:600].tolist())
     for position in range(60):
         row = make_row(position=position, temperature=1.0, top_k=600)
-        (alone,) = sample(logits, [row], confidence)
-        together = sample(logits.expand(2, -1), [row, mate], confidence)[0]
+        (alone,) = sample(logits, [row])
+        together = sample(logits.expand(2, -1), [row, mate])[0]
         assert alone.token_id == together.token_id and alone.token_id in likeliest
 
 
@@ -115,14 +128,14 @@ def test_logits_of_minus_infinity_do_not_widen_the_search_or_get_drawn():
     logits = torch.full((1, 5000), -math.inf)
     logits[0, [7, 4000]] = torch.tensor([1.0, 0.5])
     rows = [make_row(position=i, temperature=1.0, top_k=3, top_p=0.99) for i in range(50)]
-    assert {one.token_id for one in sample(logits.expand(50, -1), rows, confidence)} == {7, 4000}
+    assert {one.token_id for one in sample(logits.expand(50, -1), rows)} == {7, 4000}
 
 
 def test_greedy_takes_the_smallest_of_equals_and_leaves_logits_alone():
     logits = torch.tensor([[1.0, 2.0, 2.0], [1.0, 2.0, 2.0]])
     before = logits.clone()
     rows = [make_row(temperature=0), make_row(temperature=0, logit_bias={2: 0.5})]
-    assert [one.token_id for one in sample(logits, rows, confidence)] == [1, 2]
+    assert [one.token_id for one in sample(logits, rows)] == [1, 2]
     assert torch.equal(logits, before)
 
 
