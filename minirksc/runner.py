@@ -36,7 +36,7 @@ class Runner:
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, depth: Depth | None = None, mass: MassSample | None = None) -> Tensor:
-        """Copies blocks, writes the new KV, and returns logits `[rows, vocab]` float32, overwritten by the next step.
+        """Copies blocks, writes the new KV, and returns logits `[rows, vocab]` float32.
 
         Args:
             batch: the step.

@@ -1,4 +1,4 @@
-"""The wheel holds exactly the three source folders, and works without the repository beside it."""
+"""The wheel holds exactly the three source folders, what is compiled, and works without the repository beside it."""
 
 import shutil
 import subprocess
@@ -13,13 +13,16 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"minirksc": "minirksc", "kernels": "minirksc/kernels", "models": "minirksc/models"}
 
 
+STAYS_BEHIND = (".md", ".svg", ".cpp", ".h", ".so")  # read beside the code; compiled
+
+
 def source_files():
-    """Where each file of the source folders must lie in the wheel; what is read beside the code stays behind."""
+    """Where each file of the source folders must lie in the wheel."""
     return {
         f"{target}/{file.relative_to(ROOT / folder).as_posix()}"
         for folder, target in PACKAGES.items()
         for file in (ROOT / folder).rglob("*")
-        if file.is_file() and "__pycache__" not in file.parts and file.suffix not in (".md", ".svg")
+        if file.is_file() and "__pycache__" not in file.parts and file.suffix not in STAYS_BEHIND
     }
 
 
@@ -29,7 +32,7 @@ def wheel(tmp_path_factory):
     tree = tmp_path_factory.mktemp("wheel") / "source"
     tree.mkdir()
     for name in PACKAGES:
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     out = tree.parent / "dist"
@@ -50,7 +53,10 @@ def metadata(wheel):
 def test_wheel_holds_the_source_folders_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert packed == source_files()
+    compiled = {name for name in packed if name.endswith(".so")}
+    assert packed - compiled == source_files()
+    # One extension for all versions of Python; none where there is no compiler, see pyproject.toml.
+    assert compiled <= {"minirksc/kernels/_native.abi3.so"} and (compiled or not shutil.which("g++"))
 
 
 def test_wheel_carries_the_licence(wheel):
