@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -210,23 +210,32 @@ def print_defaults(llm: "LLM", params: SamplingParams) -> None:
             print(f"sampling, {source}: " + ", ".join(f"{k}={v}" for k, v in values.items()), file=sys.stderr)
 
 
-def print_stats(stats: dict[str, Any]) -> None:
-    """Counters, one line a subject."""
+def print_stats(stats: dict[str, Any], solving: Mapping[str, float] | None = None) -> None:
+    """Counters, one line a subject.
+
+    Args:
+        stats: of the LLM.
+        solving: seconds of the solver, all of its problems together; empty or None: it was not used.
+    """
     approximation = " (int8, approximate)" if stats["kv_cache_dtype"] == "int8" else ""
     lines = [
         f"model: {stats['dtype']}, matrices of {stats['weight_bytes'] / 1e6:.0f} MB, on {stats['device']}, "
         f"{stats['threads']} threads, {stats['backend']} backend, "
-        f"loaded in {stats['load_s']:.2f} s",
+        f"loaded in {stats['load_s']:.2f} s ({stats['pack_s']:.2f} s of it packing)",
         *([f"nothing compiled: {stats['backend_note']}"] if stats["backend_note"] else []),
         f"tokens: {stats['num_prefilled_tokens']} prefilled, {stats['num_cached_tokens']} from the cache, "
         f"{stats['num_decoded_tokens']} decoded, in {stats['num_steps']} steps",
         f"time: {stats['prefill_s']:.2f} s in steps with prefill, {stats['decode_s']:.2f} s in steps of decoding alone"
         f" ({stats['decode_tokens_per_s']:.1f} tokens/s)",
+        f"memory: {_mib(stats['resident_bytes'])} resident, at most {_mib(stats['peak_resident_bytes'])}",
         f"cache: {stats['num_blocks_used']} blocks used, {stats['num_blocks_cached']} cached, "
         f"{stats['num_blocks_free']} free, of {stats['block_size']} tokens; {stats['kv_cache_bytes'] / 2**20:.0f} MiB"
         f"{approximation}; "
         f"{stats['num_evicted_blocks']} evicted, {stats['num_preemptions']} preemptions",
     ]
+    if solving:
+        phases = {"prefill_s": "for prompts", "decode_s": "decoding", "verify_s": "verifying"}
+        lines.append("solver: " + ", ".join(f"{solving[name]:.2f} s {text}" for name, text in phases.items()))
     if stats["num_window_blocks_total"]:
         lines.append(
             f"windows: {stats['num_window_blocks_used']} blocks used, {stats['num_window_blocks_cached']} cached, "
@@ -237,6 +246,10 @@ def print_stats(stats: dict[str, Any]) -> None:
         eager = "; ".join(f"{count} not ({reason})" for reason, count in stats["eager_steps"].items())
         lines.append(f"recorded steps: {stats['num_recorded_steps']}; others: {eager or 'none'}")
     print("\n".join(lines), file=sys.stderr)
+
+
+def _mib(num_bytes: int | None) -> str:
+    return "unknown" if num_bytes is None else f"{num_bytes / 2**20:.0f} MiB"
 
 
 class Progress:

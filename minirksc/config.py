@@ -152,14 +152,16 @@ class EngineConfig:
         model: checkpoint folder or alias.
         dtype: "auto" is the checkpoint's where the device computes in it, else float32.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        kv_cache_bytes: size of the KV cache, a number or a string such as "2GiB"; None: from free memory.
+        kv_cache_bytes: size of the KV cache, a number or a string such as "2GiB"; None: a part of what is free once the
+            weights are loaded.
         kv_cache_dtype: "auto" is the one that the model computes in; "int8" halves a 16-bit cache and is an
             approximation: each token's keys and values, head by head, are rounded to 8 bits.
         block_size: tokens a KV block.
         max_batch_tokens: tokens computed in one step.
         max_batch_requests: requests that run at once.
         max_model_len: longest sequence; None: what the model was made for.
-        threads: of the CPU; None leaves torch's setting.
+        threads: of the CPU; None: one a physical core that the process may use, or fewer if torch was told so; see
+            `minirksc.threads`.
         backend: "triton" (GPU), "native" (CPU, compiled), "torch" (CPU) or "reference"; "auto" is the device's best.
         enforce_eager: never record decode steps, neither as CUDA graphs nor as tapes of compiled CPU operations.
         kv_split: how long contexts are cut among a GPU's programs. "fixed": at the same positions whatever else is in

@@ -9,6 +9,8 @@ import difflib
 import os
 import sys
 import traceback
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -79,7 +81,7 @@ ENGINE: Options = {
     "dtype": (DTYPES, "numbers to compute in (default: auto)"),
     "device": (str, "auto, cpu, cuda or cuda:N (default: auto)"),
     "backend": (BACKENDS, "which kernels (default: auto)"),
-    "threads": (int, "of the CPU (default: torch's choice)"),
+    "threads": (int, "of the CPU (default: one a physical core that the process may use)"),
     "kv_cache_bytes": (str, "bytes, or for example 2GiB (default: from free memory)"),
     "kv_cache_dtype": (KV_CACHE_DTYPES, "int8: less memory, approximate (default: auto, the model's)"),
     "block_size": (int, "tokens a KV block (default: 16)"),
@@ -278,6 +280,7 @@ class Job:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.is_solving = options.branches is not None
+        self.solver_s: Counter[str] = Counter()  # of all problems so far
         self._check_combinations()
         self.engine_options = self._given(("model", *ENGINE, "enforce_eager"))
         self.tokens_per_step = options.tokens_per_step or DEFAULT_TOKENS_PER_STEP
@@ -309,7 +312,7 @@ class Job:
             else:
                 self._run_generate(llm, prepare)
             if self.options.stats:
-                cli_output.print_stats(llm.stats())
+                cli_output.print_stats(llm.stats(), self.solver_s)
         return 0 if self.batch is None else self.batch.report()
 
     def _run_generate(self, llm: "LLM", prepare: cli_batch.Preparer) -> None:
@@ -335,7 +338,9 @@ class Job:
 
     def _solve(self, llm: "LLM", problem: Any) -> Any:
         with cli_output.Progress(enabled=self.batch is None and is_terminal(sys.stderr)) as progress:
-            return Solver(llm, self.solver_config).solve(problem, self.phrasings, on_event=progress.on_event)
+            result = Solver(llm, self.solver_config).solve(problem, self.phrasings, on_event=progress.on_event)
+        self.solver_s.update({name: result.stats[name] for name in ("prefill_s", "decode_s", "verify_s")})
+        return result
 
     def _note_gates(self, llm: "LLM") -> None:
         """Says where the gates' file was made under other settings, so that its promise does not hold."""
@@ -418,7 +423,11 @@ class Job:
 def _make_llm(**options: Any) -> "LLM":
     from minirksc.llm import LLM  # torch is imported here, after everything that can be checked without it
 
-    return LLM(**options)
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        llm = LLM(use_tqdm=is_terminal(sys.stderr), **options)
+    for warning in caught:  # in the form of everything else on stderr
+        note(f"warning: {warning.message}")
+    return llm
 
 
 def _flag(name: str) -> str:

@@ -4,6 +4,8 @@ Everything here is a loop over `Engine.step`. Nothing is approximated, unless kv
 """
 
 import math
+import os
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
@@ -28,6 +30,7 @@ from minirksc.errors import (
 )
 from minirksc.eviction_log import Eviction
 from minirksc.gates import DepthGate, Seat
+from minirksc.host import read_cpus, resident_bytes
 from minirksc.job import Job
 from minirksc.kernels.native_ops import why_not
 from minirksc.loading import load
@@ -35,6 +38,7 @@ from minirksc.models.spec import ArchSpec
 from minirksc.prompts import Prompt, params_list, prompt_list, text_and_ids
 from minirksc.request import Request, RequestOutput, Sequence, Stats, StreamChunk
 from minirksc.scoring import score_requests
+from minirksc.threads import plan_threads
 from minirksc.tokenizer import Tokenizer
 
 
@@ -43,6 +47,7 @@ class LLM:
 
     Args:
         model: a checkpoint folder or an alias such as "smollm2-135m".
+        use_tqdm: progress bar on stderr, if loading takes a while.
         options: fields of `EngineConfig`: dtype, device, kv_cache_bytes, kv_cache_dtype, block_size,
             max_batch_tokens, max_model_len, threads, backend, eviction, seed and so on.
 
@@ -58,17 +63,24 @@ class LLM:
         ConfigError: an option is unknown or out of range.
         CheckpointError, UnsupportedModelError: the checkpoint cannot be read or run.
         CacheFullError: the cache is smaller than one block.
+
+    Warns:
+        UserWarning: threads, or what OpenMP was told by the environment, do not fit the CPUs.
     """
 
-    def __init__(self, model: str | Path = "smollm2-135m", **options: Any) -> None:
+    def __init__(self, model: str | Path = "smollm2-135m", *, use_tqdm: bool = False, **options: Any) -> None:
         config = EngineConfig.from_dict({"model": str(model), **options})
         self._threads_before = torch.get_num_threads()
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
+        plan = plan_threads(config.threads, self._threads_before, read_cpus(), os.environ)
+        for warning in plan.warnings:
+            warnings.warn(warning, stacklevel=2)
+        self._has_set_threads = config.threads is not None or plan.threads != self._threads_before
         try:
-            loaded = load(config)
+            if self._has_set_threads:
+                torch.set_num_threads(plan.threads)
+            loaded = load(config, use_tqdm)
         except BaseException:
-            torch.set_num_threads(self._threads_before)
+            self._restore_threads()
             raise
         self._engine: Engine | None = loaded.engine
         self.config = loaded.config
@@ -76,7 +88,7 @@ class LLM:
         self.model_path = loaded.model_path
         self.tokenizer: Tokenizer | None = loaded.tokenizer
         self.sampling_defaults = loaded.sampling_defaults
-        self._load_s = loaded.load_s
+        self._load_s, self._pack_s = loaded.load_s, loaded.pack_s
         self._num_seeds = 0
         self._lenses: dict[tuple[int, ...] | None, Callable[[Tensor], Tensor]] = {}
 
@@ -96,8 +108,12 @@ class LLM:
         if self._engine is not None:
             self._engine = None
             self._lenses.clear()
-            if self.config.threads is not None:
-                torch.set_num_threads(self._threads_before)
+            self._restore_threads()
+
+    def _restore_threads(self) -> None:
+        """They are the process's, not ours."""
+        if self._has_set_threads:
+            torch.set_num_threads(self._threads_before)
 
     def __enter__(self) -> "LLM":
         return self
@@ -414,9 +430,14 @@ class LLM:
         runner = self.engine.runner
         model = runner.model
         head_dims = {layer.head_dim for layer in self.spec.layers}
+        resident, peak = resident_bytes()
         return {
             **self.engine.stats(),
             "load_s": self._load_s,
+            "pack_s": self._pack_s,  # of load_s
+            # Of the whole process, everything that it has loaded included; None where the system does not say.
+            "resident_bytes": resident,
+            "peak_resident_bytes": peak,
             "dtype": str(model.dtype).removeprefix("torch."),
             "kv_cache_dtype": str(runner.cache.dtype).removeprefix("torch."),
             "weight_bytes": model.weight_bytes,

@@ -1,13 +1,16 @@
 """From a model name to a running engine: folder, spec, dtype, weights, cache size."""
 
-import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
+from minirksc import host
 from minirksc.checkpoints import resolve_model
 from minirksc.codecs import TOKENIZER_FILES
 from minirksc.config import EngineConfig
@@ -33,12 +36,25 @@ KV_SHARE_OF_FREE_MEMORY = 0.4
 MAX_DEFAULT_SEQUENCES = 32
 """The default cache holds at most so many sequences of full length; more is asked for by kv_cache_bytes."""
 
+SILENT_S = 1.0
+"""A progress bar is for those who wait longer."""
+
+TRIM_BYTES = 64 << 20
+"""Weights that are read before what they left is given back: packed ones do not fit into the holes of the others."""
+
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A running engine and where it came from."""
+    """A running engine and where it came from.
+
+    Attributes:
+        engine, config, spec, model_path, tokenizer, sampling_defaults: as of `LLM`; config has max_model_len resolved.
+        load_s: all that `load` took.
+        pack_s: of it, making the model of the tensors that were read: above all putting matrices into the form that
+            the backend multiplies with.
+    """
 
     engine: Engine
     config: EngineConfig
@@ -47,10 +63,15 @@ class Loaded:
     tokenizer: Tokenizer | None
     sampling_defaults: dict[str, float]
     load_s: float
+    pack_s: float
 
 
-def load(config: EngineConfig) -> Loaded:
+def load(config: EngineConfig, use_tqdm: bool = False) -> Loaded:
     """Loads the model and allocates its cache.
+
+    Args:
+        config: the options.
+        use_tqdm: progress bar on stderr, if it takes a while.
 
     Raises:
         CheckpointError, UnsupportedModelError: the folder cannot be read or run.
@@ -78,13 +99,18 @@ def load(config: EngineConfig) -> Loaded:
             f"kv_split {config.kv_split!r} is for the triton backend, and this is {backend.name}; leave it out"
         )
     kv_dtype = torch.int8 if config.kv_cache_dtype == "int8" else dtype
-    weights = ((name, tensor.to(device)) for name, tensor in iter_weights(path, spec, dtype))
-    model = Decoder(spec, weights, backend)
+    reading = _Reading(iter_weights(path, spec, dtype), device)
+    begin = time.perf_counter()
+    with tqdm(total=spec.num_layers, disable=not use_tqdm, delay=SILENT_S, leave=False, unit="layer") as bar:
+        model = Decoder(spec, reading.tensors(bar), backend)
+    pack_s = time.perf_counter() - begin - reading.read_s
+    host.trim_heap()
     window = spec.retained_window
     if window is not None and window >= max_model_len:
         window = None  # it never hides anything
     size = block_bytes(spec, config.block_size, kv_dtype, window)
-    num_blocks, num_window_blocks = _num_blocks(config, spec, size, window, device)
+    budget = _cache_budget(config, spec, size, _free_bytes(device) if config.kv_cache_bytes is None else 0)
+    num_blocks, num_window_blocks = _num_blocks(config, size, window, budget)
     runner = Runner(model, num_blocks, num_window_blocks, config.block_size, kv_dtype)
     layers = runner.cache.layers
     if backend.recording == "graph" and device.type == "cuda" and not config.enforce_eager:
@@ -112,7 +138,46 @@ def load(config: EngineConfig) -> Loaded:
         tokenizer=tokenizer,
         sampling_defaults=_sampling_defaults(generation),
         load_s=time.perf_counter() - start,
+        pack_s=pack_s,
     )
+
+
+class _Reading:
+    """Hands the weights on, and measures how long they take to come.
+
+    Args:
+        weights: of `iter_weights`.
+        device: where they go.
+
+    Attributes:
+        read_s: spent on reading so far.
+    """
+
+    def __init__(self, weights: Iterator[tuple[str, Tensor]], device: torch.device) -> None:
+        self._weights = weights
+        self._device = device
+        self.read_s = 0.0
+
+    def tensors(self, bar: Any) -> Iterator[tuple[str, Tensor]]:
+        """All of them; the bar goes on layer by layer."""
+        layer = num_bytes = 0
+        while True:
+            begin = time.perf_counter()
+            named = next(self._weights, None)
+            if named is None:
+                return
+            name, tensor = named
+            tensor = tensor.to(self._device)
+            self.read_s += time.perf_counter() - begin
+            if name.startswith("layers."):
+                new = int(name.split(".")[1])
+                bar.update(new - layer)
+                layer = new
+            num_bytes += tensor.nbytes
+            if num_bytes > TRIM_BYTES:
+                host.trim_heap()
+                num_bytes = 0
+            yield name, tensor
 
 
 def _choose_device(name: str) -> torch.device:
@@ -141,26 +206,28 @@ def _choose_max_model_len(asked: int | None, spec: ArchSpec) -> int:
     return asked or spec.max_position_embeddings
 
 
-def _num_blocks(
-    config: EngineConfig, spec: ArchSpec, size: BlockBytes, window: int | None, device: torch.device
-) -> tuple[int, int]:
-    """(blocks, blocks of the window pool).
+def _cache_budget(config: EngineConfig, spec: ArchSpec, size: BlockBytes, free: int) -> int:
+    """Bytes for the KV cache: as asked for, else a part of those that are free once the weights are loaded."""
+    if config.kv_cache_bytes is not None:
+        return int(config.kv_cache_bytes)
+    per_sequence = -(-spec.max_position_embeddings // config.block_size) * (size.full + size.window)
+    return min(int(free * KV_SHARE_OF_FREE_MEMORY), MAX_DEFAULT_SEQUENCES * per_sequence)
+
+
+def _num_blocks(config: EngineConfig, size: BlockBytes, window: int | None, budget: int) -> tuple[int, int]:
+    """(blocks, blocks of the window pool) that fit into so many bytes.
 
     Where there are two pools each gets half of the bytes: whatever a workload would make of all of them, with the best
     split for it, it can make of this with twice as many. A window never needs more blocks than there are.
     """
-    if config.kv_cache_bytes is None:
-        per_sequence = -(-spec.max_position_embeddings // config.block_size) * (size.full + size.window)
-        budget = min(int(_free_bytes(device) * KV_SHARE_OF_FREE_MEMORY), MAX_DEFAULT_SEQUENCES * per_sequence)
-    else:
-        budget = int(config.kv_cache_bytes)
     least = 0 if window is None else min_blocks(window, config.block_size)
     needed = size.full * max(least, 1) + size.window * least
     if budget < needed:
         what = "one block" if window is None else f"what one window of {window} tokens takes"
+        chosen = "" if config.kv_cache_bytes is not None else ", chosen from what is free,"
         raise CacheFullError(
-            f"kv_cache_bytes {budget} is less than {what}: with block_size {config.block_size} this model needs "
-            f"{needed} bytes; raise kv_cache_bytes (--kv-cache-bytes) or lower block_size"
+            f"kv_cache_bytes {budget}{chosen} is less than {what}: with block_size {config.block_size} this model "
+            f"needs {needed} bytes; raise kv_cache_bytes (--kv-cache-bytes) or lower block_size"
         )
     if window is None:
         return budget // size.full, 0
@@ -172,17 +239,7 @@ def _num_blocks(
 
 
 def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return 4 << 30
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host.free_bytes()
 
 
 def _sampling_defaults(generation: dict[str, Any]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The command line: what goes where, which exit code, and nothing silently ignored."""
 
+import contextlib
 import io
 import json
 import os
@@ -8,11 +9,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from minirksc import LLM
 from minirksc.cli_output import print_json, print_solve, print_stats, to_json
 from minirksc.config import ConfigError, SamplingParams
 from minirksc.generate import DEFAULT_TOKENS_PER_STEP, Job, build_parser, main
+from minirksc.host import Cpus
 from minirksc.solver import DEFAULT_SAMPLING, BranchResult, SolveResult
 
 
@@ -535,3 +538,48 @@ def test_statistics_speak_of_windows_where_there_are_some(llm, capsys):
     windows = {"num_window_blocks_total": 9, "num_window_blocks_used": 2, "kv_bytes_used_window": 3 << 20}
     print_stats({**llm.stats(), **windows})
     assert "windows: 2 blocks used" in (err := capsys.readouterr().err) and "3.0 MiB" in err
+
+
+def test_statistics_say_where_seconds_and_memory_went(run, llm):
+    stats = llm.stats()
+    assert 0 < stats["pack_s"] < stats["load_s"] and stats["peak_resident_bytes"] >= stats["resident_bytes"] > 50e6
+    plain = run("hi", "--max-tokens", 2, "--stats")[2]
+    assert f"loaded in {stats['load_s']:.2f} s ({stats['pack_s']:.2f} s of it packing)" in plain
+    assert "MiB resident, at most" in plain and "steps of decoding" in plain and "solver:" not in plain
+    solved = run("2+2?", "--branches", 2, "--tokens-per-step", 4, "--verify", "always", "--stats", "--json")
+    (line,) = [line for line in solved[2].splitlines() if line.startswith("solver: ")]
+    seconds = json.loads(solved[1])["stats"]
+    phases = ("prefill_s", "for prompts"), ("decode_s", "decoding"), ("verify_s", "verifying")
+    assert line == "solver: " + ", ".join(f"{seconds[name]:.2f} s {text}" for name, text in phases)
+
+
+def test_statistics_of_a_batch_add_its_problems_up(llm, tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write_jsonl(source, {"prompt": "one"}, {"prompt": "two"})
+    understood = job("--input", source, "--output", target, "--branches", 2, "--tokens-per-step", 3)
+    assert understood.run(lambda **options: contextlib.nullcontext(llm)) == 0
+    seconds = sum(record["stats"]["decode_s"] for record in read_jsonl(target))
+    assert understood.solver_s["decode_s"] == pytest.approx(seconds) and seconds > 0
+
+
+def test_warnings_are_lines_on_stderr(folder, monkeypatch, capsys):
+    before = torch.get_num_threads()
+    monkeypatch.setattr("minirksc.llm.read_cpus", lambda: Cpus(frozenset({0})))
+    assert main(["hi", "--model", str(folder), "--max-tokens", "1", "--threads", "2"]) == 0
+    (warning, _) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("minirksc: warning: threads 2 is more than the 1 CPU ") and "--threads" in warning
+    assert torch.get_num_threads() == before
+
+
+def test_loading_shows_progress_to_a_person_who_waits(folder, monkeypatch, capsys):
+    arguments = ["hi", "--model", str(folder), "--max-tokens", "1"]
+    monkeypatch.setattr("minirksc.generate.is_terminal", lambda stream: stream is sys.stderr)
+    assert main(arguments) == 0
+    assert "layer" not in capsys.readouterr().err  # it took no time
+    monkeypatch.setattr("minirksc.loading.SILENT_S", 0)
+    assert main(arguments) == 0
+    assert "layer" in capsys.readouterr().err
+    monkeypatch.setattr("minirksc.generate.is_terminal", lambda stream: False)
+    assert main(arguments) == 0
+    LLM(folder).close()
+    assert "layer" not in capsys.readouterr().err

@@ -13,8 +13,8 @@ FOLDERS = {"minirksc": "minirksc.", "kernels": "minirksc.kernels.", "models": "m
 # From the bottom up. A module imports from the layers below its own; a package, from itself too.
 LAYERS = (
     ("errors", "eviction", "binomial", "gates", "guard", "signals", "trace_schema", "trace_html", "trace_style"),
-    ("window_pool", "prefix_index", "eviction_log"),
-    ("block_pool", "block_table", "prefix_search"),
+    ("window_pool", "prefix_index", "eviction_log", "host"),
+    ("block_pool", "block_table", "prefix_search", "threads"),
     ("awaited", "pins"),
     ("config", "answers", "json_file", "template_sandbox", "gguf_fields", "hub", "rsbcm", "kernels"),
     ("stopping", "chat_template", "tekken", "gguf_config", "gguf_tokenizer", "cgee", "similarity"),
@@ -100,6 +100,7 @@ NO_TORCH = (
     "evidence_file",
     "calibration",
     "models.spec",
+    "threads",
 )
 # What changes the whole process or depends on its environment, and the modules that may use it all the same.
 PROCESS_STATE = {
@@ -118,7 +119,8 @@ PROCESS_STATE = {
     "torch.cuda.manual_seed_all": set(),
     "random.seed": set(),
     "numpy.random.seed": set(),
-    "os.environ": {"minirksc.generate", "minirksc.checkpoints"},  # the command lines
+    # The command lines; and what OpenMP was told, which `threads` warns about.
+    "os.environ": {"minirksc.generate", "minirksc.checkpoints", "minirksc.llm"},
     "os.getenv": set(),
     "os.putenv": set(),
     "os.chdir": set(),
