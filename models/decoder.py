@@ -109,7 +109,15 @@ class Decoder:
         self.layers: list[DecoderLayer] = []
         top: dict[str, Tensor] = {}
         of_layer: dict[str, Tensor] = {}
+        tied: Linear | None = None
         for name, tensor in weights:
+            if name == "embed.weight":  # [vocab, hidden]
+                self.device, self.dtype = tensor.device, tensor.dtype
+                # Packed at once: a tied head that gives its rows is the only copy.
+                tied = Linear(tensor, pack=backend.pack) if spec.tie_word_embeddings else None
+                rows = None if tied is None else tied.embedder()
+                self.embed = PlainWeight(tensor).rows if rows is None else rows  # [tokens] int64 -> [tokens, hidden]
+                continue
             if not name.startswith("layers."):
                 top[name] = tensor
                 continue
@@ -119,13 +127,9 @@ class Decoder:
                 of_layer = {}
             of_layer[rest] = tensor
         self._add_layer(of_layer)
-        embed = top["embed.weight"]  # [vocab, hidden]
-        self.device, self.dtype = embed.device, embed.dtype
         self.norm = norm_weight(spec, top["norm.weight"])
-        self.head = Linear(top.get("lm_head.weight", embed), pack=backend.pack)
-        # [tokens] int64 -> [tokens, hidden]; a tied head that gives its rows is the only copy
-        tied = None if "lm_head.weight" in top else self.head.embedder()
-        self.embed = PlainWeight(embed).rows if tied is None else tied
+        own_head = top.get("lm_head.weight")  # a checkpoint may have one although its config ties it
+        self.head = tied if own_head is None and tied is not None else Linear(top["lm_head.weight"], pack=backend.pack)
         begin = "layer_inputs."
         of_inputs = {name.removeprefix(begin): tensor for name, tensor in top.items() if name.startswith(begin)}
         self.layer_inputs = None if spec.layer_input_size is None else LayerInputs(spec, of_inputs, backend)

@@ -190,6 +190,7 @@ def test_logits_in_float16_are_near_those_of_the_reference(zoo_dir, model_type):
 
 MODEL = (torch.float32, {64})
 
+
 def test_the_devices_backend_is_chosen():
     assert choose_backend("auto", torch.device("cpu"), *MODEL).name in ("native", "torch")
     assert choose_backend("auto", torch.device("cuda", 1), *MODEL).name == "triton"
