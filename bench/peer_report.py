@@ -1,0 +1,165 @@
+"""The page and the picture of bench.peers: plain rows in, tables out."""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from bench.measured import Row
+from bench.report import Page, names, put_legend, ratios, spread, values
+
+METRICS = {
+    "solve": {"generate_s": "prompt + branches s", "verify_s": "verification s", "total_s": "total s"},
+    "decode": {"decode_tokens_per_s": "tokens/s", "first_s": "first token s"},
+    "prefill": {"first_s": "first token s"},
+}
+"""Columns by the first word of a workload."""
+
+COMPARED = {"solve": "total_s", "decode": "decode_s", "prefill": "first_s"}
+"""Seconds that ratios are of."""
+
+OURS = "minirksc"
+BEST = "exact append"
+
+
+def make_page(
+    rows: Sequence[Row], facts: Mapping[str, Mapping[str, Any]], missing: Sequence[str], options: argparse.Namespace
+) -> Page:
+    """The page.
+
+    Args:
+        rows: of all workloads; those with "failed" have no numbers.
+        facts: of each peer.
+        missing: lines about peers that are left out.
+        options: of the command line.
+    """
+    page = Page("minirksc beside other engines")
+    page.text(
+        f"{options.threads} threads each, {options.repeats} repetitions after {options.warmup} of warm-up. Every "
+        "engine is a process of its own; one computes at a time, in another order in each repetition. Greedy, token "
+        "ids in and out, end tokens ignored, cold caches. Median (p10 .. p90). Ratios are within a repetition: above "
+        "1, minirksc is that many times as fast. Same tokens: sequences equal to those of minirksc in float32; in 16 "
+        "bits, other tokens are rounding, not errors."
+    )
+    page.items(missing)
+    done = [row for row in rows if "failed" not in row]
+    for workload in dict.fromkeys(row["workload"] for row in rows):
+        page.heading(title_of(workload, options))
+        group = [row for row in done if row["workload"] == workload]
+        if group:
+            workload_table(page, workload, group)
+        page.items(failures([row for row in rows if row["workload"] == workload]))
+    page.heading("Engines")
+    peers_table(page, facts)
+    return page
+
+
+def title_of(workload: str, options: argparse.Namespace) -> str:
+    """What was to be done."""
+    kind, _, size = workload.partition(" ")
+    if kind == "solve":
+        return (
+            f"Solve: {options.branches} branches of {options.hint_tokens} + {options.branch_tokens} tokens "
+            f"from a {options.prefix_tokens}-token prompt"
+        )
+    if kind == "decode":
+        return f"Decode: {size} x {options.prompt_tokens}-token prompts, {options.tokens} tokens each"
+    return f"Prefill: {size} tokens"
+
+
+def workload_table(page: Page, workload: str, rows: Sequence[Row]) -> None:
+    """Numbers of one workload, fastest first."""
+    kind = workload.split(" ")[0]
+    metrics, compared = METRICS[kind], COMPARED[kind]
+    ours = next((row["peer"] for row in rows if row["peer"].startswith(OURS)), None)
+    bases: dict[str, Callable[[str], str]] = {}
+    if ours is not None and kind == "solve":
+        bases[f"{ours} {BEST}: times as fast"] = lambda _: f"{ours} {BEST}"
+        bases["same setting: times as fast"] = lambda setting: f"{ours} {setting}"
+    elif ours is not None:
+        bases[f"{ours}: times as fast"] = lambda _: str(ours)
+    headings = ["arm", *metrics.values(), *bases, "same tokens", "equal from the start"]
+    headings += ["p(YES) differs by", "tokens computed"] if kind == "solve" else []
+    table = []
+    for arm in sorted(names(rows), key=lambda arm: median(values(rows, arm, compared))):
+        last = [row for row in rows if row["arm"] == arm][-1]
+        cells = [spread(values(rows, arm, metric)) for metric in metrics]
+        for base_of in bases.values():
+            base = base_of(last["setting"])
+            cells.append("1" if arm == base else spread(ratios(rows, base, arm, compared)))
+        cells += agreement(last)
+        if kind == "solve":
+            error = last.get("p_yes_error")
+            cells.append("-" if error is None else f"{error:.3f}")
+            cells.append(str(last.get("num_computed_tokens", "-")))
+        table.append([arm, *cells])
+    page.table(headings, table)
+    gated = {row["arm"]: row["gates"] for row in rows if "gates" in row}
+    page.items([f"{arm}: {source} thresholds; what its gates spare is not computed" for arm, source in gated.items()])
+
+
+def agreement(row: Row) -> list[str]:
+    """Sequences equal to the reference's, and tokens equal from the start, of all."""
+    if "same_tokens" not in row:
+        return ["-", "-"]
+    num_tokens = max(len(ids) for ids in row["token_ids"])
+    return [f"{row['same_tokens']}/{len(row['token_ids'])}", f"{row['agreeing_tokens']:.1f}/{num_tokens}"]
+
+
+def failures(rows: Sequence[Row]) -> list[str]:
+    """Arms that gave no result, with the first reason."""
+    reasons: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    for row in rows:
+        if "failed" in row:
+            reasons.setdefault(row["arm"], row["failed"])
+            counts[row["arm"]] = counts.get(row["arm"], 0) + 1
+    return [f"{arm}: no result in {counts[arm]} repetitions: {reason}" for arm, reason in reasons.items()]
+
+
+def peers_table(page: Page, facts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Versions and settings."""
+    table = []
+    for name, one in facts.items():
+        versions = ", ".join(f"{package} {version}" for package, version in one["versions"].items())
+        settings = ", ".join(f"{key}={value}" for key, value in one["settings"].items())
+        note = f"; {one['note']}" if "note" in one else ""
+        table.append([name, one["dtype"], versions, f"{one['load_s']:.1f}", settings + note])
+    page.table(["engine", "computes in", "versions", "start-up s", "settings"], table)
+
+
+def draw(figure: Any, rows: Sequence[Row]) -> bool:
+    """A panel a workload: seconds of the phases of solve, else the first metric with its spread."""
+    done = [row for row in rows if "failed" not in row]
+    workloads = list(dict.fromkeys(row["workload"] for row in done))
+    if not workloads:
+        return False
+    groups = {one: [row for row in done if row["workload"] == one] for one in workloads}
+    heights = [1 + 0.28 * len(names(group)) for group in groups.values()]
+    figure.set_size_inches(8, sum(heights) + 0.5)
+    panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (workload, group) in zip(panels, groups.items(), strict=True):
+        kind = workload.split(" ")[0]
+        arms = sorted(names(group), key=lambda arm: -median(values(group, arm, COMPARED[kind])))
+        if kind == "solve":
+            left = [0.0] * len(arms)
+            for metric in ("generate_s", "verify_s"):
+                widths = [median(values(group, arm, metric)) for arm in arms]
+                axes.barh(arms, widths, left=left, label=METRICS[kind][metric].removesuffix(" s"))
+                left = [one + width for one, width in zip(left, widths, strict=True)]
+            axes.set_xlabel("seconds (medians of the phases)")
+        else:
+            metric, label = next(iter(METRICS[kind].items()))
+            numbers = [values(group, arm, metric) for arm in arms]
+            middle = [median(some) for some in numbers]
+            axes.barh(arms, middle, color=["C0" if arm.startswith(OURS) else "0.7" for arm in arms])
+            low = [one - min(some) for one, some in zip(middle, numbers, strict=True)]
+            high = [max(some) - one for one, some in zip(middle, numbers, strict=True)]
+            axes.errorbar(middle, range(len(arms)), xerr=[low, high], fmt="none", ecolor="black", capsize=2)
+            axes.set_xlabel(f"{label} (median; least and most)")
+        axes.set_title(workload)
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_axisbelow(True)
+    if workloads[0] == "solve":
+        put_legend(figure)
+    return True
