@@ -4,8 +4,8 @@
     python -m bench.roofline --model FOLDER --quick
 
 The machine's own limits come first, with the same threads: bytes a second that summing a large array reads, and
-operations a second of a large product in the model's dtype. A step cannot take less than its bytes at the one, nor than its
-operations at the other; its bound is the larger of the two. Counted are
+operations a second of a large product in the model's dtype. A step cannot take less than its bytes at the one, nor than
+its operations at the other; its bound is the larger of the two. Counted are
 - bytes: the matrices as they are packed, once; keys and values that somebody attends to, each block once;
 - operations: two a parameter of a matrix and token (the head's for one token a sequence), and four a number of a key
   and query head that attend to each other.
@@ -24,13 +24,13 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from minirksc.kernels.native_ops import native
 
 from bench.harness import ROOT, environment, summarise
 from bench.measured import Row, positive
 from bench.prompts import EXAMPLES, few_shot_ids
 from bench.report import Page, new_stem, plain_options, write_jsonl, write_page
 from minirksc import LLM, SamplingParams
-from minirksc.kernels.native_ops import native
 
 NUM_STEPS = 16
 LIMIT_REPEATS = 5

@@ -5,8 +5,6 @@ Decoding on a CPU waits for the weights, and a prompt for the arithmetic.
 - Any other computes in float32. A bfloat16 number is the upper half of a float32, and to widen it takes a shift, in a
   register: so the weights are read in half the bytes, and nothing is rounded but the sums (`linear.cpp`). A matrix with
   a number that bfloat16 cannot hold has no such form.
-
-A row's result does not depend on the rows that it is computed with: tokens are the same alone and in any batch.
 """
 
 import torch
@@ -20,6 +18,8 @@ WIDENED_PANEL = 16
 
 class Bf16Weight:
     """A matrix in panels of 32 outputs, of each of which two consecutive inputs are one word.
+
+    A row's result does not depend on the rows that it is computed with.
 
     Args:
         packed: of `pack`.

@@ -40,11 +40,12 @@ void rows_of(const void* gate_up, void* out, int64_t rows, int64_t size, int64_t
 void gated_act(const void* gate_up, void* out, int64_t rows, int64_t intermediate, int64_t stride,
                int64_t activation, int64_t is_bfloat16) {
     using Run = void (*)(const void*, void*, int64_t, int64_t, int64_t);
-    static constexpr Run RUNS[2][3] = {
+    static constexpr Run RUNS[3][3] = {
         {rows_of<float, Silu>, rows_of<float, GeluTanh>, rows_of<float, Gelu>},
         {rows_of<BFloat16, Silu>, rows_of<BFloat16, GeluTanh>, rows_of<BFloat16, Gelu>},
+        {silu_bf16, gelu_tanh_bf16, rows_of<BFloat16, Gelu>},
     };
-    RUNS[is_bfloat16][activation](gate_up, out, rows, intermediate, stride);
+    RUNS[is_bfloat16 ? 1 + has_bf16_products() : 0][activation](gate_up, out, rows, intermediate, stride);
 }
 
 }  // namespace minirksc

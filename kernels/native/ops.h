@@ -6,6 +6,9 @@
 
 namespace minirksc {
 
+// The processor has AVX512-BF16, for which the files named *_bf16 are compiled.
+int64_t has_bf16_products();
+
 // norms.cpp: see kernels/rms_norm.py. `update` may be null: then out is the norm of hidden alone. Strides are of rows.
 void add_rms_norm(void* hidden, const void* update, const void* update_norm, const void* weight, void* out,
                   int64_t rows, int64_t size, int64_t hidden_stride, int64_t update_stride, int64_t is_bfloat16,
@@ -14,6 +17,9 @@ void add_rms_norm(void* hidden, const void* update, const void* update_norm, con
 // gated_act.cpp: see kernels/gated_act.py. Activation: place in ACTIVATIONS.
 void gated_act(const void* gate_up, void* out, int64_t rows, int64_t intermediate, int64_t stride,
                int64_t activation, int64_t is_bfloat16);
+// gated_act_bf16.cpp: the same where has_bf16_products().
+void silu_bf16(const void* gate_up, void* out, int64_t rows, int64_t intermediate, int64_t stride);
+void gelu_tanh_bf16(const void* gate_up, void* out, int64_t rows, int64_t intermediate, int64_t stride);
 
 // kv_store.cpp: see kernels/kv_store.py; the cache holds T.
 void kv_store(void* qkv, const void* q_norm, const void* k_norm, const void* cos, const void* sin, const void* growth,
@@ -62,7 +68,6 @@ void linear(const float* x, const uint32_t* packed, const float* bias, float* ou
             int64_t out_features);
 
 // linear_bf16.cpp: see kernels/native_weight.py; only where has_bf16_products().
-int64_t has_bf16_products();
 void pack_weight_bf16(const uint32_t* weight, uint32_t* packed, int64_t out_features, int64_t in_features);
 void unpack_rows_bf16(const uint32_t* packed, const int64_t* rows, uint32_t* out, int64_t num_rows,
                       int64_t in_features);

@@ -2,9 +2,15 @@
 
 import pytest
 import torch
+from minirksc.kernels.native_ops import native
 
 from minirksc import LLM, SamplingParams
 
+BACKENDS = [
+    pytest.param("native", marks=pytest.mark.skipif(native is None, reason="nothing is compiled")),
+    "torch",
+    "reference",
+]
 NUM_PROMPTS = 6
 NEW_TOKENS = 24
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
@@ -46,7 +52,7 @@ def tokens(outputs):
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("block_size", [1, 8, 16, 64])
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_alone_batched_and_cached(case, block_size, backend):
     folder, prompts, expected = case
     with LLM(folder, block_size=block_size, kv_cache_bytes="4MiB", backend=backend) as llm:

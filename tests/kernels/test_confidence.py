@@ -14,14 +14,18 @@ from minirksc.kernels.confidence import (
     confidence_triton,
     part_launch,
 )
+from minirksc.kernels.native_ops import confidence_native, native
 
 from minirksc.errors import ConfigError
 
 # The interpreter's numpy warns of infinities and NaN, which are what some of these rows are made of.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::RuntimeWarning:numpy")
 
-FORMS = [confidence_reference, confidence_torch, confidence_triton]
-FAST = [confidence_torch, confidence_triton]
+COMPILED = pytest.param(
+    confidence_native, marks=pytest.mark.skipif(native is None, reason="nothing is compiled"), id="confidence_native"
+)
+FORMS = [confidence_reference, confidence_torch, confidence_triton, COMPILED]
+FAST = [confidence_torch, confidence_triton, COMPILED]
 NUMBERS = ("top1_probability", "entropy", "logsumexp", "mean_logit")
 
 

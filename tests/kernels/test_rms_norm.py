@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minirksc.kernels.native_ops import add_rms_norm_native, native, rms_norm_native
 from minirksc.kernels.rms_norm import (
     MAX_SIZE,
     add_rms_norm_reference,
@@ -21,8 +20,8 @@ from minirksc.errors import ConfigError
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 INTERPRETER_BFLOAT16 = 4e-2  # the interpreter cuts off where a GPU rounds: up to three casts of 2^-7
 DTYPES = list(TOLERANCE)
-FORMS = [rms_norm_reference, rms_norm_torch, rms_norm_triton, rms_norm_native]
-ADD_FORMS = [add_rms_norm_reference, add_rms_norm_torch, add_rms_norm_triton, add_rms_norm_native]
+FORMS = [rms_norm_reference, rms_norm_torch, rms_norm_triton]
+ADD_FORMS = [add_rms_norm_reference, add_rms_norm_torch, add_rms_norm_triton]
 
 
 def close(actual, expected, form=None):

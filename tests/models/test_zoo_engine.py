@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from minirksc.kernels.native_ops import native
 
 from minirksc import LLM, SamplingParams
 
@@ -16,6 +17,11 @@ sys.path.append(str(Path(__file__).parent))  # in importlib mode pytest does not
 zoo, rows = importlib.import_module("zoo"), importlib.import_module("zoo_rows")
 
 pytestmark = pytest.mark.oracle
+BACKENDS = [
+    pytest.param("native", marks=pytest.mark.skipif(native is None, reason="nothing is compiled")),
+    "torch",
+    "reference",
+]
 NEW_TOKENS = 24
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
 ROOT = zoo.make_prompt(21)  # beyond every window, within every original length
@@ -58,7 +64,7 @@ def tokens(outputs):
     return [out.outputs[0].token_ids for out in outputs]
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("block_size", [1, 4, 16])
 def test_alone_batched_and_cached(case, block_size, backend):
     folder, expected = case
