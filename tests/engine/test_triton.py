@@ -224,4 +224,4 @@ def test_block_sizes_that_no_kernel_has(tiny_llama, block_size):
     with pytest.raises(ConfigError, match=rf"block_size {block_size} .*triton.* one of 8, 16, 32, 64, 128"):
         LLM(tiny_llama(), backend="triton", block_size=block_size)
     with LLM(tiny_llama(), block_size=block_size, kv_cache_bytes="1MiB") as llm:
-        assert llm.stats()["backend"] == "torch"
+        assert llm.stats()["backend"] in ("native", "torch")
