@@ -102,8 +102,7 @@ void attend(Queries& queries, const T* keys, const T* values, int64_t stride, in
     for (int64_t q = 0; q < num_queries; ++q) {
         float* scores = &queries.scores[q * TILE];
         if (softcap != 0)
-            for (int k = 0; k < num_keys; ++k)
-                scores[k] = softcap - 2 * softcap / (1 + exponential(2 * scores[k] / softcap));  // softcap tanh
+            for (int k = 0; k < num_keys; ++k) scores[k] = softcap * tanh_of(scores[k] / softcap);
         float largest = queries.largest[q], total = 0;
 #pragma omp simd reduction(max : largest)
         for (int k = 0; k < num_keys; ++k) largest = scores[k] > largest ? scores[k] : largest;

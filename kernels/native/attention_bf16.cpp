@@ -145,6 +145,16 @@ void mix(const Queries& queries, int64_t num_queries, int64_t head_dim, int num_
     });
 }
 
+// 1 - 2 / (1 + exp(2 x)); near 0, where that cancels, by the series.
+__m512 tanh_of(__m512 x) {
+    __m512 one = _mm512_set1_ps(1.0f), square = _mm512_mul_ps(x, x);
+    __m512 power = exp2_of(_mm512_mul_ps(x, _mm512_set1_ps(2 * 1.44269504088896341f)));
+    __m512 far = _mm512_sub_ps(one, _mm512_div_ps(_mm512_set1_ps(2.0f), _mm512_add_ps(one, power)));
+    __m512 terms = _mm512_fnmadd_ps(square, _mm512_set1_ps(2 / 15.0f), _mm512_set1_ps(1 / 3.0f));
+    __m512 near = _mm512_mul_ps(x, _mm512_fnmadd_ps(square, terms, one));
+    return _mm512_mask_mov_ps(far, _mm512_cmp_ps_mask(square, _mm512_set1_ps(0.01f), _CMP_LT_OQ), near);
+}
+
 // Scores of one query become weights; keys [begin, end) of the tile are visible.
 template <int C>
 void weigh(const Queries& queries, int64_t q, int64_t begin, int64_t end, float scale, float softcap) {
@@ -152,10 +162,8 @@ void weigh(const Queries& queries, int64_t q, int64_t begin, int64_t end, float 
     __m512 scores[C], largest = _mm512_set1_ps(-INFINITY);
     for (int c = 0; c < C; ++c) {
         __m512 x = _mm512_loadu_ps(queries.scores + q * TILE + c * LANES);
-        if (softcap != 0) {  // tanh(y) = 1 - 2 / (1 + exp(2 y))
-            __m512 power = exp2_of(_mm512_mul_ps(x, _mm512_set1_ps(2 * LOG2_E * scale / softcap)));
-            __m512 one = _mm512_set1_ps(1.0f), cap = _mm512_set1_ps(LOG2_E * softcap);
-            x = _mm512_fnmadd_ps(_mm512_div_ps(_mm512_add_ps(cap, cap), _mm512_add_ps(one, power)), one, cap);
+        if (softcap != 0) {
+            x = _mm512_mul_ps(tanh_of(_mm512_mul_ps(x, _mm512_set1_ps(scale / softcap))), _mm512_set1_ps(LOG2_E * softcap));
         } else {
             x = _mm512_mul_ps(x, _mm512_set1_ps(LOG2_E * scale));
         }

@@ -71,7 +71,7 @@ inline void store(BFloat16* to, Floats x) {
     std::memcpy(to, &halves, sizeof halves);
 }
 
-// e^x to about 1e-7 of it, for x that is NaN too; 0 below -87.
+// e^x to about 1e-7 of it, for x that is NaN too; 0 below -87, infinite above 88.
 // Cephes' expf: x = n log 2 + r, a polynomial of r, and n added to the exponent.
 inline Floats exponential(Floats x) {
     const Floats zero = {}, least = zero - 87.0f, most = zero + 88.0f;
@@ -86,8 +86,15 @@ inline Floats exponential(Floats x) {
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
     Floats power = (Floats)((__builtin_convertvector(n == n ? n : zero, Ints) + 127) << 23);
-    return x < least ? zero : p * power;
+    return x < least ? zero : (x > most ? zero + __builtin_inff() : p * power);
 }
 inline float exponential(float x) { return exponential(x - Floats{})[0]; }
+
+// tanh to about 1e-6 of it: near 0 by its series, since what the exponential gives would cancel.
+inline float tanh_of(float x) {
+    float square = x * x;
+    if (square < 0.01f) return x * (1 - square * (1 / 3.0f - square * (2 / 15.0f)));
+    return 1 - 2 / (1 + exponential(2 * x));
+}
 
 }  // namespace minirksc

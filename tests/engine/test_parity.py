@@ -2,15 +2,12 @@
 
 import pytest
 import torch
-from minirksc.kernels.native_ops import native
+from minirksc.kernels.native_ops import native, why_not
 
 from minirksc import LLM, SamplingParams
 
-BACKENDS = [
-    pytest.param("native", marks=pytest.mark.skipif(native is None, reason="nothing is compiled")),
-    "torch",
-    "reference",
-]
+needs_native = pytest.mark.skipif(native is None, reason=f"nothing is compiled: {why_not(torch.float32, [])}")
+NATIVE = pytest.param("native", marks=needs_native)
 NUM_PROMPTS = 6
 NEW_TOKENS = 24
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
@@ -51,8 +48,14 @@ def tokens(outputs):
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("block_size", [1, 8, 16, 64])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("block_size", "backend"),
+    [
+        *(pytest.param(size, "native", marks=needs_native) for size in (1, 8, 16, 64)),
+        *((1, "torch"), (16, "torch")),
+        *((8, "reference"), (64, "reference")),
+    ],
+)
 def test_alone_batched_and_cached(case, block_size, backend):
     folder, prompts, expected = case
     with LLM(folder, block_size=block_size, kv_cache_bytes="4MiB", backend=backend) as llm:
@@ -66,21 +69,24 @@ def test_alone_batched_and_cached(case, block_size, backend):
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("max_batch_tokens", [1, 3, 17])
-def test_chunked_prefill(case, max_batch_tokens):
+@pytest.mark.parametrize("backend", [NATIVE, "torch"])
+def test_chunked_prefill(case, max_batch_tokens, backend):
     folder, prompts, expected = case
-    with LLM(folder, kv_cache_bytes="4MiB", max_batch_tokens=max_batch_tokens) as llm:
+    with LLM(folder, kv_cache_bytes="4MiB", max_batch_tokens=max_batch_tokens, backend=backend) as llm:
         assert tokens(llm.generate(prompts, GREEDY)) == expected
 
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("prefix_caching", [True, False])
-def test_preempted(case, prefix_caching):
+@pytest.mark.parametrize("backend", [NATIVE, "torch"])
+def test_preempted(case, prefix_caching, backend):
     folder, prompts, expected = case
     with LLM(folder, block_size=4, kv_cache_bytes="4MiB") as llm:
         block_bytes = llm.stats()["kv_cache_bytes"] // llm.stats()["num_blocks_total"]
     longest = max(map(len, prompts)) + NEW_TOKENS
     pool = (longest // 4 + 6) * block_bytes
-    with LLM(folder, block_size=4, kv_cache_bytes=pool, prefix_caching=prefix_caching) as llm:
+    options = {"block_size": 4, "prefix_caching": prefix_caching, "backend": backend}
+    with LLM(folder, kv_cache_bytes=pool, **options) as llm:
         assert tokens(llm.generate(prompts, GREEDY)) == expected
         assert llm.stats()["num_preemptions"] > 0
         assert llm.stats()["num_blocks_used"] == 0
@@ -88,9 +94,10 @@ def test_preempted(case, prefix_caching):
 
 
 @pytest.mark.oracle
-def test_forked(case):
+@pytest.mark.parametrize("backend", [NATIVE, "torch"])
+def test_forked(case, backend):
     folder, prompts, expected = case
-    with LLM(folder, block_size=8, kv_cache_bytes="4MiB") as llm:
+    with LLM(folder, block_size=8, kv_cache_bytes="4MiB", backend=backend) as llm:
         root = llm.branch(prompts[0][:21])
         kids = root.fork(len(prompts))
         for kid, prompt in zip(kids, prompts, strict=True):
@@ -107,9 +114,34 @@ def test_logits(case):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         expected = model(torch.tensor([prompts[-1]])).logits[0]
-    for options in ({}, {"max_batch_tokens": 5}, {"backend": "reference"}):
+    for options in ({}, {"max_batch_tokens": 5}, {"backend": "torch"}, {"backend": "reference"}):
         with LLM(folder, kv_cache_bytes="4MiB", **options) as llm:
             torch.testing.assert_close(llm.logits(prompts[-1]), expected, atol=2e-4, rtol=1e-4)
+
+
+@needs_native
+@pytest.mark.parametrize("head_dim", [24, 32])  # prompts through torch, and all compiled
+def test_logits_in_bfloat16_are_as_near_as_those_of_the_reference(tiny_llama, head_dim):
+    folder = tiny_llama(head_dim=head_dim, attention_bias=True)
+    prompt = make_prompts(64)[-1]
+    found = []
+    for backend, dtype in (("reference", "float32"), ("reference", "bfloat16"), ("native", "bfloat16")):
+        with LLM(folder, kv_cache_bytes="4MiB", backend=backend, dtype=dtype) as llm:
+            found.append(llm.logits(prompt).float())
+    exact, reference, compiled = found
+    assert (compiled - exact).square().mean() < 1.5 * (reference - exact).square().mean()
+
+
+@needs_native
+def test_logits_on_a_processor_of_256_bits(tiny_llama, monkeypatch):
+    """There, bfloat16 weights are widened as they are multiplied."""
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    folder, prompt = tiny_llama(dtype="bfloat16", shards=3), make_prompts(64)[-1]
+    found = []
+    for backend in ("reference", "native"):
+        with LLM(folder, kv_cache_bytes="4MiB", backend=backend, dtype="float32") as llm:
+            found.append(llm.logits(prompt))
+    torch.testing.assert_close(found[1], found[0], atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.oracle

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from minirksc.kernels.backend import choose_backend
+from minirksc.kernels.native_ops import native
 
 from minirksc import LLM, SamplingParams
 from minirksc.errors import CacheFullError, ConfigError
@@ -189,10 +190,12 @@ def test_logits_in_float16_are_near_those_of_the_reference(zoo_dir, model_type):
 # Which backend runs
 
 MODEL = (torch.float32, {64})
+FASTEST = "torch" if native is None else "native"
+"""Of a CPU, in float32."""
 
 
 def test_the_devices_backend_is_chosen():
-    assert choose_backend("auto", torch.device("cpu"), *MODEL).name in ("native", "torch")
+    assert choose_backend("auto", torch.device("cpu"), *MODEL).name == FASTEST
     assert choose_backend("auto", torch.device("cuda", 1), *MODEL).name == "triton"
     assert choose_backend("reference", torch.device("cuda"), *MODEL).name == "reference"
     with pytest.raises(ConfigError, match=r"'torch' runs on cpu, not on cuda:0.*backend='auto'"):
@@ -216,7 +219,24 @@ def test_triton_that_is_not_installed(monkeypatch, name):
     monkeypatch.setattr("minirksc.kernels.backend.triton", object())
     with pytest.raises(ConfigError, match=r"not installed; pip install 'minirksc\[gpu\]'"):
         choose_backend(name, torch.device("cuda"), *MODEL)
-    assert choose_backend("auto", torch.device("cpu"), *MODEL).name in ("native", "torch")
+    assert choose_backend("auto", torch.device("cpu"), *MODEL).name == FASTEST
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dims", "reason"),
+    [
+        (torch.float16, {64}, "it computes in float32 and bfloat16, not in float16"),
+        (torch.float32, {64, 20, 12}, "head_dim 12 is no multiple of 8"),
+    ],
+)
+def test_what_the_compiled_operations_do_not_serve_is_left_to_torch(dtype, head_dims, reason):
+    cpu = torch.device("cpu")
+    reason = reason if native is not None else "not built|no AVX2"
+    assert choose_backend("auto", cpu, dtype, head_dims).name == "torch"
+    with pytest.raises(ConfigError, match=rf"'native' cannot serve this model: .*({reason}).*backend='auto'"):
+        choose_backend("native", cpu, dtype, head_dims)
+    with pytest.raises(ConfigError, match=r"'native' runs on cpu, not on cuda"):
+        choose_backend("native", torch.device("cuda"), dtype, head_dims)
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 12, 24, 256])
@@ -224,4 +244,4 @@ def test_block_sizes_that_no_kernel_has(tiny_llama, block_size):
     with pytest.raises(ConfigError, match=rf"block_size {block_size} .*triton.* one of 8, 16, 32, 64, 128"):
         LLM(tiny_llama(), backend="triton", block_size=block_size)
     with LLM(tiny_llama(), block_size=block_size, kv_cache_bytes="1MiB") as llm:
-        assert llm.stats()["backend"] in ("native", "torch")
+        assert llm.stats()["backend"] == FASTEST

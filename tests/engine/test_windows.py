@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ BIG = zoo.Row(
         **rows.GEMMA,
         **rows.gemma3_ropes(rows.LINEAR_8),
         "num_hidden_layers": 6,
+        "head_dim": 16,
         "sliding_window": 512,
         "max_position_embeddings": 8192,
     },
@@ -53,11 +55,15 @@ GEMMA4 = zoo.Row(
         "attention_k_eq_v": True,
         "final_logit_softcapping": None,  # saturated logits would be too much alike
         "num_hidden_layers": 8,
+        "head_dim": 16,
         "layer_types": [rows.SLIDING] * 7 + [rows.FULL],
     },
     embed_std=rows.GEMMA_EMBED_STD,
 )
-ROWS = {row.id: row for row in (rows.BY_ID["gemma3_text-linear"], GEMMA4)}
+# Heads of 8 n numbers, which the compiled operations serve.
+GEMMA3 = rows.BY_ID["gemma3_text-linear"]
+GEMMA3 = replace(GEMMA3, id=f"{GEMMA3.id}-16", fields={**GEMMA3.fields, "head_dim": 16})
+ROWS = {row.id: row for row in (GEMMA3, GEMMA4)}
 
 
 @pytest.fixture(scope="module", params=ROWS)

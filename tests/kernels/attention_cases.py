@@ -136,7 +136,7 @@ def batches(draw):
             "tables": tables,
             "block_size": size,
             "heads": (num_kv_heads * draw(st.sampled_from([1, 4, 5, 8])), num_kv_heads),
-            "head_dim": draw(st.sampled_from([8, 12])),
+            "head_dim": draw(st.sampled_from([8, 12, 32])),
             "window": draw(windows),
             "apart": draw(st.sampled_from([None, "all", "own"])),
             "dtype": draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),

@@ -1,6 +1,9 @@
 """Confidence: the fast forms against the reference and against what the formulas say."""
 
+import importlib
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,18 +17,19 @@ from minirksc.kernels.confidence import (
     confidence_triton,
     part_launch,
 )
-from minirksc.kernels.native_ops import confidence_native, native
+from minirksc.kernels.native_ops import confidence_native
 
 from minirksc.errors import ConfigError
+
+sys.path.append(str(Path(__file__).parent))  # in importlib mode pytest does not add it
+forms = importlib.import_module("forms")
 
 # The interpreter's numpy warns of infinities and NaN, which are what some of these rows are made of.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::RuntimeWarning:numpy")
 
-COMPILED = pytest.param(
-    confidence_native, marks=pytest.mark.skipif(native is None, reason="nothing is compiled"), id="confidence_native"
-)
-FORMS = [confidence_reference, confidence_torch, confidence_triton, COMPILED]
-FAST = [confidence_torch, confidence_triton, COMPILED]
+FAST = forms.parameters([confidence_torch, confidence_triton, confidence_native])
+FORMS = [*forms.parameters([confidence_reference]), *FAST]
+KERNELS = FAST[1:]
 NUMBERS = ("top1_probability", "entropy", "logsumexp", "mean_logit")
 
 
@@ -53,17 +57,20 @@ def test_fast_equals_reference(form, shape, dtype):
         close(result, confidence_reference(rows))
 
 
-def test_the_torch_form_takes_any_stride():
-    rows = randn(3, 82)[:, ::2]
-    close(confidence_torch(rows), confidence_reference(rows))
+@pytest.mark.parametrize("form", forms.parameters([confidence_torch, confidence_native]))
+def test_forms_of_a_cpu_take_any_stride(form):
+    for rows in (randn(3, 82)[:, ::2], randn(41, 3).t(), randn(1, 41).expand(3, 41)):
+        close(form(rows), confidence_reference(rows))
 
 
+@pytest.mark.parametrize("form", KERNELS)
 @pytest.mark.parametrize("vocab", [151936, 262144, 300007])
-def test_large_vocabularies(vocab):
+def test_large_vocabularies(form, vocab):
     logits = randn(1, vocab)
-    close(confidence_triton(logits), confidence_reference(logits))
+    close(form(logits), confidence_reference(logits))
 
 
+@pytest.mark.parametrize("form", KERNELS)
 @settings(max_examples=30, deadline=None)
 @given(
     st.integers(1, 3),
@@ -73,12 +80,12 @@ def test_large_vocabularies(vocab):
     st.sampled_from([-1e4, 0.0, 1e4]),
     st.integers(0, 99),
 )
-def test_kernel_equals_reference(rows, vocab, scale, masked, offset, seed):
+def test_kernel_equals_reference(form, rows, vocab, scale, masked, offset, seed):
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randn((rows, vocab), generator=generator) * scale + offset).round(decimals=1)  # with ties
     logits = logits.masked_fill(torch.rand((rows, vocab), generator=generator) < masked, -math.inf)
     logits[:, int(torch.randint(vocab, (), generator=generator))] = offset  # at least one is finite
-    result, expected = confidence_triton(logits), confidence_reference(logits)
+    result, expected = form(logits), confidence_reference(logits)
     exact = logits.double()
     lse = exact.logsumexp(-1)
     logprobs = exact - lse.unsqueeze(-1)
@@ -152,7 +159,7 @@ def test_bad_rows_have_no_finite_numbers_and_leave_others_alone(form, vocab, bad
         assert result.argmax[row].item() == 1 and math.isfinite(result.entropy[row])
 
 
-@pytest.mark.parametrize("form", [confidence_reference, confidence_triton])
+@pytest.mark.parametrize("form", [FORMS[0], *KERNELS])
 @pytest.mark.parametrize("vocab", [1, 2 * MAX_PART + 3])
 def test_the_logsumexp_of_nothing_is_minus_infinity(form, vocab):
     result = form(torch.full((1, vocab), -math.inf))

@@ -1,5 +1,8 @@
 """Norm, rotation and the cache's write in one: each form against the reference, and the reference against float64."""
 
+import importlib
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,15 +13,20 @@ from minirksc.kernels import kv_store
 from minirksc.kernels.int8 import round_to_int8
 from minirksc.kernels.kv_store import heads_of_program, kv_store_reference, kv_store_torch, kv_store_triton
 from minirksc.kernels.layer_cache import LayerCache, multiply_out
+from minirksc.kernels.native_ops import kv_store_native
 from minirksc.kernels.rope import rope_tables
 
 from minirksc.errors import ConfigError
+
+sys.path.append(str(Path(__file__).parent))  # in importlib mode pytest does not add it
+forms = importlib.import_module("forms")
 
 # Of numbers up to about 5. In bfloat16 the interpreter cuts off where a GPU rounds, and the torch form rounds twice
 # in a rotation: several casts of 2^-7 each.
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 DTYPES = list(TOLERANCE)
-FORMS = [kv_store_torch, kv_store_triton]
+ALL = [kv_store_torch, kv_store_triton, kv_store_native]
+FORMS = forms.parameters(ALL)
 NAN = float("nan")
 
 
@@ -109,11 +117,10 @@ def check(form, case):
             torch.testing.assert_close(kv, read_back[slot], atol=0, rtol=2**-7 if dtype == torch.bfloat16 else 0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("norm", [None, "float32", "of qkv"])
 @pytest.mark.parametrize("rotary_dim", [None, 8, 16])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "dtype"), forms.with_dtypes(ALL, DTYPES))
 def test_all_that_a_layer_can_ask_for(form, rotary_dim, norm, int8, dtype):
     flags = {"v_norm": norm == "float32", "growth": norm is None}
     check(form, make_case(rotary_dim=rotary_dim, norm=norm, int8=int8, dtype=dtype, **flags))
@@ -138,7 +145,8 @@ def test_numbers_of_heads(heads, int8, form):
 @pytest.mark.parametrize("part", [1, 4])
 def test_head_dims(part, head_dim, form):
     rotary_dim = max(2, head_dim // part)
-    check(form, make_case(head_dim=head_dim, rotary_dim=rotary_dim, norm="of qkv", dtype=torch.float16))
+    half = torch.bfloat16 if form is kv_store_native else torch.float16
+    check(form, make_case(head_dim=head_dim, rotary_dim=rotary_dim, norm="of qkv", dtype=half))
     check(form, make_case(head_dim=head_dim, rotary_dim=rotary_dim, norm="float32", int8=True))
 
 
@@ -187,13 +195,35 @@ def test_a_token_without_a_slot_is_not_stored(form, int8):
 
 
 @pytest.mark.parametrize("form", [kv_store_reference, *FORMS])
-def test_no_tokens(form):
-    run(form, make_case(slots=(), rotary_dim=16, norm="of qkv", int8=True))
+@pytest.mark.parametrize("int8", [False, True])
+def test_no_tokens(int8, form):
+    run(form, make_case(slots=(), rotary_dim=16, norm="of qkv", int8=int8))
 
 
+@pytest.mark.parametrize("form", [kv_store_reference, *FORMS])
+def test_nan_stays_in_its_head_and_its_token(form):
+    case = make_case(rotary_dim=8, norm="of qkv", v_norm=True)
+    clean, _, _ = run(form, case)
+    case["qkv"][1, 5, 3] = NAN  # of the second key
+    qkv, _, cache = run(form, case)
+    assert qkv[1, 5].isnan().all()
+    qkv[1, 5] = clean[1, 5]
+    assert torch.equal(qkv, clean) and cache.kv[0, 0, 0, 1].isnan().all() and cache.kv[0, 0, 1].isfinite().all()
+
+
+@forms.needs_native
+def test_what_several_cores_share_is_what_one_does():
+    case = make_case(
+        heads=(9, 3), head_dim=64, rotary_dim=64, norm="float32", slots=range(40), block_size=7, num_blocks=6
+    )
+    check(kv_store_native, case)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @given(data=st.data())
 @settings(max_examples=30, deadline=None)
-def test_any_shape(data):
+def test_any_shape(form, data):
+    half = torch.bfloat16 if form is kv_store_native else torch.float16
     num_heads, num_kv_heads = data.draw(st.integers(1, 9)), data.draw(st.integers(0, 4))
     head_dim = 2 * data.draw(st.integers(1, 48))
     block_size, num_blocks = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 4))
@@ -201,7 +231,7 @@ def test_any_shape(data):
     case = make_case(
         heads=(num_heads, num_kv_heads),
         head_dim=head_dim,
-        dtype=data.draw(st.sampled_from((torch.float32, torch.float16))),
+        dtype=data.draw(st.sampled_from((torch.float32, half))),
         norm=data.draw(st.sampled_from((None, "float32", "of qkv"))),
         v_norm=data.draw(st.booleans()),
         rotary_dim=data.draw(st.none() | st.integers(1, head_dim // 2).map(lambda half: 2 * half)),
@@ -212,8 +242,7 @@ def test_any_shape(data):
         slots=slots,
         slots_dtype=data.draw(st.sampled_from((torch.int64, torch.int32))),
     )
-    for form in FORMS:
-        check(form, case)
+    check(form, case)
 
 
 @given(

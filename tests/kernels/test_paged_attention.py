@@ -1,4 +1,4 @@
-"""Paged attention: the fast form against the reference, on shapes and caches chosen to hurt."""
+"""Paged attention: the forms of a CPU against the reference, on shapes and caches chosen to hurt."""
 
 import importlib
 import sys
@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minirksc.kernels import paged_attention_torch
+from minirksc.kernels import paged_attention_native as attention_native
+from minirksc.kernels import paged_attention_torch as attention_torch
+from minirksc.kernels.native_ops import has_bf16_products, why_not
 from minirksc.kernels.paged_attention import paged_attention_reference
-from minirksc.kernels.paged_attention_torch import make_plan
-from minirksc.kernels.paged_attention_torch import paged_attention_torch as paged_attention
+from minirksc.kernels.paged_attention_native import paged_attention_native
+from minirksc.kernels.paged_attention_torch import make_plan, paged_attention_torch
 from minirksc.kernels.prefix_attention import (
     Segment,
     common_prefix_len,
@@ -22,24 +24,45 @@ from minirksc.kernels.prefix_attention import (
 )
 
 sys.path.append(str(Path(__file__).parent))  # in importlib mode pytest does not add it
-cases = importlib.import_module("attention_cases")
+cases, forms = importlib.import_module("attention_cases"), importlib.import_module("forms")
 make_case, batches, NESTED, SCALE = cases.make_case, cases.batches, cases.NESTED, cases.SCALE
 
-FORMS = [paged_attention, paged_attention_reference]
+
+def without_products_native(*args):
+    """What a processor does that does not multiply bfloat16 numbers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_native, "has_bf16_products", False)
+        return paged_attention_native(*args)
+
+
+ALL = [paged_attention_torch, paged_attention_native, paged_attention_reference]
+FORMS = forms.parameters(ALL)
 # Between the form in the dtype and the reference, which computes in float32 and rounds once.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def forms_that_serve(q, cache):
+    """All that go their own way: an int8 cache goes the torch form's."""
+    found = [paged_attention_torch]
+    if cache.scales is None and why_not(q.dtype, {q.shape[2]}) is None:
+        found.append(paged_attention_native)
+        if q.dtype == torch.bfloat16 and has_bf16_products:
+            found.append(without_products_native)
+    return found
 
 
 def check(case, softcap=None, scale=SCALE):
     q, kv, cache, batch = case
     before = [tensor.clone() for tensor in (q, *cache) if tensor is not None]
     expected = paged_attention_reference(q, kv, cache, batch, scale, softcap)
-    actual = paged_attention(q, kv, cache, batch, scale, softcap)
-    assert actual.dtype == q.dtype and torch.isfinite(expected).all()
+    assert torch.isfinite(expected).all()
     tolerance = TOLERANCE[q.dtype]
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
-    again = paged_attention(q, kv, cache, batch, scale, softcap)  # with the plan and the buffers of the first layer
-    assert torch.equal(again, actual)
+    for form in forms_that_serve(q, cache):
+        actual = form(q, kv, cache, batch, scale, softcap)
+        assert actual.dtype == q.dtype
+        torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance, msg=lambda m, f=form: f"{f}: {m}")
+        again = form(q, kv, cache, batch, scale, softcap)  # with the plan and the buffers of the first layer
+        assert torch.equal(again, actual)
     after = [tensor for tensor in (q, *cache) if tensor is not None]
     torch.testing.assert_close(after, before, equal_nan=True, atol=0, rtol=0)
 
@@ -76,15 +99,20 @@ def test_windows_at_block_borders(window, softcap, consecutive):
                 check(make_case([query, 1, 1], [context, 17, 6], **options), softcap)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [*forms.with_dtypes(ALL, [torch.float32]), *forms.with_dtypes([paged_attention_native], [torch.bfloat16])],
+)
 @pytest.mark.parametrize("window", [None, 1, 2, 3, 4, 5, 8, 11, 23, 24, 100])
 @pytest.mark.parametrize("queries", [1, 2, 7, 24])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_a_key_is_visible_exactly_when_it_is_not_after_the_query_nor_a_window_before(form, window, queries, softcap):
+def test_a_key_is_visible_exactly_when_it_is_not_after_the_query_nor_a_window_before(
+    form, dtype, window, queries, softcap
+):
     """Keys of zero make all weights equal, and each value is its own position's unit vector: the output is the mask."""
     context = 24
-    case = make_case([queries, 1], [context, context], heads=(2, 1), head_dim=32, window=window, apart="own")
-    q, kv, cache, batch = case
+    options = {"heads": (2, 1), "head_dim": 32, "window": window, "apart": "own", "dtype": dtype}
+    q, kv, cache, batch = make_case([queries, 1], [context, context], **options)
     cache.kv.zero_()
     first_query = context - queries
     for table in batch.kv_tables:
@@ -99,17 +127,26 @@ def test_a_key_is_visible_exactly_when_it_is_not_after_the_query_nor_a_window_be
         visible = [j for j in range(context) if j <= at and (window is None or j > at - window)]
         expected = torch.zeros(32)
         expected[visible] = 1 / len(visible)
-        torch.testing.assert_close(out[row], expected.expand(2, 32), atol=1e-6, rtol=1e-5)
+        assert (out[row][:, [j for j in range(32) if j not in visible]] == 0).all()
+        rtol = 1e-5 if dtype == torch.float32 else 2**-8
+        torch.testing.assert_close(out[row].float(), expected.expand(2, 32), atol=1e-6, rtol=rtol)
 
 
-def test_a_softcap_bounds_the_scores():
+@pytest.mark.parametrize("form", FORMS)
+def test_a_softcap_bounds_the_scores(form):
     q, kv, cache, batch = make_case([1, 4], [9, 13])
-    for form in FORMS:
-        flat = form(q * 1e4, kv, cache, batch, SCALE, 1e-6)
-        mean = form(q * 0, kv, cache, batch, SCALE, None)
-        torch.testing.assert_close(flat, mean, atol=1e-5, rtol=1e-5)
-        loose = form(q, kv, cache, batch, SCALE, 1e4)  # far from any score it changes nothing
-        torch.testing.assert_close(loose, form(q, kv, cache, batch, SCALE, None), atol=1e-5, rtol=1e-5)
+    flat = form(q * 1e4, kv, cache, batch, SCALE, 1e-6)
+    mean = form(q * 0, kv, cache, batch, SCALE, None)
+    torch.testing.assert_close(flat, mean, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("softcap", [1e2, 1e4])
+def test_a_softcap_far_from_any_score_changes_nothing(form, softcap):
+    q, kv, cache, batch = make_case([1, 4], [9, 13])
+    tolerance = 2e-3 if softcap == 1e2 else 1e-5  # tanh(x / c) c is x - x^3 / 3c^2
+    loose = form(q, kv, cache, batch, SCALE, softcap)
+    torch.testing.assert_close(loose, form(q, kv, cache, batch, SCALE, None), atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("softcap", [None, 50.0])
@@ -180,8 +217,7 @@ def test_layers_of_other_shapes_use_the_same_plan():
     batch = cases[0][3]
     for q, kv, cache, own in [cases[0], cases[1], cases[0]]:
         assert own.kv_tables == batch.kv_tables
-        expected = paged_attention_reference(q, kv, cache, batch, SCALE, None)
-        torch.testing.assert_close(paged_attention(q, kv, cache, batch, SCALE, None), expected, atol=2e-5, rtol=2e-5)
+        check((q, kv, cache, batch))
 
 
 @settings(max_examples=250, deadline=None)
@@ -191,7 +227,9 @@ def test_layers_of_other_shapes_use_the_same_plan():
 def test_random_batches(case, softcap, max_gather):
     queries, lens, options = case
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paged_attention_torch, "MAX_GATHER_TOKENS", max_gather)
+        patch.setattr(attention_torch, "MAX_GATHER_TOKENS", max_gather)
+        patch.setattr(attention_native, "PIECE_KEYS", max_gather)
+        patch.setattr(attention_native, "TILE", 2 if max_gather == 10 else 32)
         check(make_case(queries, lens, **options), softcap)
 
 

@@ -2,13 +2,15 @@
 
 import importlib
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from minirksc.kernels.native_ops import native
+from minirksc.kernels.native_ops import native, why_not
 
 from minirksc import LLM, SamplingParams
 
@@ -17,10 +19,11 @@ sys.path.append(str(Path(__file__).parent))  # in importlib mode pytest does not
 zoo, rows = importlib.import_module("zoo"), importlib.import_module("zoo_rows")
 
 pytestmark = pytest.mark.oracle
+needs_native = pytest.mark.skipif(native is None, reason=f"nothing is compiled: {why_not(torch.float32, [])}")
 BACKENDS = [
-    pytest.param("native", marks=pytest.mark.skipif(native is None, reason="nothing is compiled")),
-    "torch",
-    "reference",
+    *(pytest.param(size, "native", marks=needs_native) for size in (1, 4, 16)),
+    *((1, "torch"), (16, "torch")),
+    (4, "reference"),
 ]
 NEW_TOKENS = 24
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
@@ -45,11 +48,18 @@ ROW_IDS = [
 ]
 
 
+def build(row_id, zoo_dir):
+    """The folder of a checkpoint that the compiled operations serve: with heads of 8 n numbers."""
+    row = rows.BY_ID[row_id]
+    if row.fields["head_dim"] % 8:
+        row = replace(row, id=f"{row.id}-16", fields={**row.fields, "head_dim": 16})
+    return zoo.build(row, zoo_dir / row.id)
+
+
 @pytest.fixture(scope="module", params=ROW_IDS)
 def case(request, zoo_dir):
     """(folder, tokens that each prompt alone gives in the plainest engine)."""
-    row = rows.BY_ID[request.param]
-    folder = zoo.build(row, zoo_dir / row.id)
+    folder = build(request.param, zoo_dir)
     with open_llm(folder, backend="reference", prefix_caching=False) as llm:
         alone = [tokens(llm.generate([prompt], GREEDY))[0] for prompt in PROMPTS]
     assert all(len(set(one)) > 4 for one in alone)  # a model that repeats itself would prove little
@@ -64,8 +74,7 @@ def tokens(outputs):
     return [out.outputs[0].token_ids for out in outputs]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("block_size", [1, 4, 16])
+@pytest.mark.parametrize(("block_size", "backend"), BACKENDS)
 def test_alone_batched_and_cached(case, block_size, backend):
     folder, expected = case
     with open_llm(folder, block_size=block_size, backend=backend) as llm:
@@ -95,11 +104,11 @@ def test_logits_of_chunks_are_those_of_the_whole(case):
     assert (whole[0] - whole[1]).abs().max() < 1e-4 * min(1.0, whole[0].std().item())
 
 
-@pytest.mark.parametrize("block_size", [1, 4, 16])
-def test_forked(case, block_size):
+@pytest.mark.parametrize(("block_size", "backend"), [(1, "auto"), (4, "torch"), (16, "auto")])
+def test_forked(case, block_size, backend):
     """The branches go beyond the original length one after the other, the root stays within it."""
     folder, expected = case
-    with open_llm(folder, block_size=block_size) as llm:
+    with open_llm(folder, block_size=block_size, backend=backend) as llm:
         root = llm.branch(ROOT)
         kids = root.fork(len(TAILS))
         for kid, tail in zip(kids, TAILS, strict=True):
@@ -129,12 +138,12 @@ def test_forked_while_decoding(case):
         llm.engine.blocks.check_integrity()
 
 
-@pytest.mark.parametrize("prefix_caching", [True, False])
-def test_preempted(case, prefix_caching):
+@pytest.mark.parametrize(("prefix_caching", "backend"), [(True, "auto"), (False, "torch")])
+def test_preempted(case, prefix_caching, backend):
     folder, expected = case
     num_blocks = (max(map(len, PROMPTS)) + NEW_TOKENS) // 4 + 6  # one request and little more
-    options = {"block_size": 4, "prefix_caching": prefix_caching, "kv_cache_bytes": smallest_pool(folder, num_blocks)}
-    with open_llm(folder, **options) as llm:
+    options = {"block_size": 4, "prefix_caching": prefix_caching, "backend": backend}
+    with open_llm(folder, kv_cache_bytes=smallest_pool(folder, num_blocks), **options) as llm:
         assert tokens(llm.generate(PROMPTS, GREEDY)) == expected
         # Longrope starts requests anew at the original length, which may make all the room that is needed.
         assert llm.stats()["num_preemptions"] > 0 or llm.spec.switch_len is not None
@@ -164,7 +173,7 @@ def check_random_traffic(zoo_dir, num_examples):
 
     @cache
     def alone(row_id, prompt):
-        with open_llm(zoo.build(rows.BY_ID[row_id], zoo_dir / row_id), backend="reference") as llm:
+        with open_llm(build(row_id, zoo_dir), backend="reference") as llm:
             return tokens(llm.generate([list(prompt)], GREEDY))[0]
 
     @settings(max_examples=num_examples, deadline=None, suppress_health_check=list(HealthCheck))
@@ -173,13 +182,14 @@ def check_random_traffic(zoo_dir, num_examples):
         st.integers(1, 9),
         st.integers(1, 60),
         st.booleans(),
+        st.sampled_from(["auto", "torch"]),
         st.lists(st.lists(st.tuples(prompts, st.integers(1, NEW_TOKENS)), min_size=1, max_size=5), max_size=3),
         prompts,
         st.lists(prompts, min_size=1, max_size=4),
     )
-    def check(row_id, block_size, max_batch_tokens, is_scarce, waves, root_prompt, tails):
-        folder = zoo.build(rows.BY_ID[row_id], zoo_dir / row_id)
-        options = {"block_size": block_size, "max_batch_tokens": max_batch_tokens}
+    def check(row_id, block_size, max_batch_tokens, is_scarce, backend, waves, root_prompt, tails):
+        folder = build(row_id, zoo_dir)
+        options = {"block_size": block_size, "max_batch_tokens": max_batch_tokens, "backend": backend}
         if is_scarce:
             options["kv_cache_bytes"] = "512KiB"
         with open_llm(folder, **options) as llm:
