@@ -11,7 +11,7 @@ import sys
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_MAX_TOKENS = 512
 DEFAULT_TOKENS_PER_STEP = 160
+SPIN_COUNT = "10000"
+"""How often a waiting thread of OpenMP looks for work before it sleeps. That outlasts what lies between two operations;
+GCC's own count, 30 times as large, has threads that wait keep the CPU from those that are waited for, wherever another
+process is busy."""
 """More than `SolverConfig`'s: an answer that is cut off is of no use to a person, and a short one ends by itself."""
 
 Options = dict[str, tuple[type | tuple[str, ...], str]]
@@ -420,7 +424,14 @@ class Job:
         return _variable(name) if name in self.options.variables else flag or _flag(name)
 
 
+def let_threads_sleep(environ: MutableMapping[str, str]) -> None:
+    """Sets how long threads of OpenMP wait, unless the user has; it takes effect before torch is imported."""
+    if not environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
+        environ["GOMP_SPINCOUNT"] = SPIN_COUNT
+
+
 def _make_llm(**options: Any) -> "LLM":
+    let_threads_sleep(os.environ)
     from minirksc.llm import LLM  # torch is imported here, after everything that can be checked without it
 
     with warnings.catch_warnings(record=True, action="always") as caught:

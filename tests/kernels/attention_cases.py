@@ -105,7 +105,7 @@ NESTED = [
 
 
 @st.composite
-def batches(draw):
+def batches(draw, head_dims=(8, 12)):
     """Arguments of `make_case`: rows that share the beginning of one prefix or of a branch of it."""
     size = draw(st.sampled_from([1, 2, 3, 4, 16]))
     sequences = draw(
@@ -136,7 +136,7 @@ def batches(draw):
             "tables": tables,
             "block_size": size,
             "heads": (num_kv_heads * draw(st.sampled_from([1, 4, 5, 8])), num_kv_heads),
-            "head_dim": draw(st.sampled_from([8, 12, 32])),
+            "head_dim": draw(st.sampled_from(head_dims)),
             "window": draw(windows),
             "apart": draw(st.sampled_from([None, "all", "own"])),
             "dtype": draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),

@@ -5,6 +5,7 @@ import torch
 
 from minirksc import LLM
 from minirksc.errors import CheckpointError
+from minirksc.generate import SPIN_COUNT, let_threads_sleep
 from minirksc.host import Cpus
 from minirksc.threads import plan_threads
 
@@ -140,3 +141,11 @@ def test_what_an_engine_is_told_too_much_of_is_a_warning_at_the_callers_line(two
     monkeypatch.setenv("OMP_THREAD_LIMIT", "1")
     with pytest.warns(UserWarning, match="OMP_THREAD_LIMIT=1"), LLM(tiny_llama(), kv_cache_bytes="1MiB"):
         assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("told", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}, {"OMP_NUM_THREADS": "2"}])
+def test_the_command_line_lets_waiting_threads_sleep_unless_told_how_they_should_wait(told):
+    environ = dict(told)
+    let_threads_sleep(environ)
+    is_told = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & told.keys()
+    assert environ == (told if is_told else {**told, "GOMP_SPINCOUNT": SPIN_COUNT})
