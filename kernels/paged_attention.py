@@ -161,7 +161,10 @@ def _attend_to_tile(
             v_scale = tl.load(scale_ptrs + NUM_KV_HEADS)
         scores *= k_scale[None, :]
     if HAS_SOFTCAP:  # tanh(x) = 1 - 2 / (1 + exp(2 x)); score_scale holds 2 log2(e) / cap
-        scores = softcap * (1.0 - 2.0 / (1.0 + tl.exp2(scores)))
+        x = scores * 0.34657359  # log(2) / 2; near 0 the exponential's form cancels, and the series does not
+        square = x * x
+        series = x * (1.0 - square * (0.33333334 - square * 0.13333334))
+        scores = softcap * tl.where(square < 0.01, series, 1.0 - 2.0 / (1.0 + tl.exp2(scores)))
     if MASKED:
         visible = in_range[None, :] & (at[None, :] <= positions[:, None])
         if WINDOW > 0:

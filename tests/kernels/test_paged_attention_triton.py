@@ -43,7 +43,6 @@ def check(case, softcap=None, scale=SCALE, chunk=None):
     actual = paged_attention_triton(q, kv, cache, batch, scale, softcap)
     assert actual.dtype == q.dtype and actual.shape == q.shape
     tolerance = (TOLERANCE if cache.scales is None else INT8_TOLERANCE)[q.dtype]
-    tolerance += (softcap or 0) * 2**-22  # c tanh(x / c) as c - 2c / (1 + exp(2x / c)) is as exact as c
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
     after = [tensor for tensor in (q, *cache) if tensor is not None]
     torch.testing.assert_close(after, before, equal_nan=True, atol=0, rtol=0)
