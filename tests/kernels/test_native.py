@@ -322,3 +322,11 @@ def test_other_dtypes_never_reach_the_compiled_code(dtype):
 def test_why_a_model_is_not_served():
     assert why_not(torch.float32, {64, 20}) == "head_dim 20 is no multiple of 8"
     assert why_not(torch.bfloat16, {64, 128}) is None
+
+
+def test_norm_weights_that_would_be_misread_are_refused():
+    x, wide, narrow = torch.ones(2, 64), torch.ones(64), torch.ones(64, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="norm weights are"):
+        rms_norm_native(x, narrow, 1e-5)
+    with pytest.raises(TypeError, match="norm weights are"):
+        add_rms_norm_native(x.bfloat16(), x.bfloat16(), narrow, wide, 1e-5)
