@@ -82,9 +82,9 @@ def _norm(
     x: Tensor, update: Tensor | None, update_norm: Tensor | None, weight: Tensor | None, out: Tensor, eps: float
 ) -> None:
     some_weight = update_norm if weight is None else weight
-    for one in (update_norm, weight):  # another dtype would be misread, beyond its end
-        if one is not None and (one.dtype is not some_weight.dtype or one.dtype not in (torch.float32, x.dtype)):
-            raise TypeError(f"norm weights are {one.dtype} and {some_weight.dtype} beside {x.dtype}; use one of both")
+    dtypes = {one.dtype for one in (update_norm, weight) if one is not None}
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, x.dtype}:  # another would be misread, beyond its end
+        raise TypeError(f"norm weights are {dtypes} beside {x.dtype}; they must be of one dtype, float32 or that one")
     native.add_rms_norm(
         x.data_ptr(),
         pointer(update),
