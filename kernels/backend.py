@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from minirksc.kernels.attention_batch import AttentionBatch
 from minirksc.kernels.block_mass import paged_attention_mass_reference, paged_attention_mass_triton
+from minirksc.kernels.block_mass_native import paged_attention_mass_native
 from minirksc.kernels.block_mass_torch import paged_attention_mass_torch
 from minirksc.kernels.confidence import Confidence, confidence_reference, confidence_torch, confidence_triton
 from minirksc.kernels.draw import Draw, draw_native, draw_torch
@@ -22,7 +23,7 @@ from minirksc.kernels.kv_copy import (
     copy_rotated_triton,
 )
 from minirksc.kernels.kv_store import kv_store_reference, kv_store_torch, kv_store_triton
-from minirksc.kernels.layer_cache import LayerCache
+from minirksc.kernels.layer_cache import LayerCache, plain_block_shape
 from minirksc.kernels.linear import Pack, PlainWeight, pack_native, pack_torch
 from minirksc.kernels.native_ops import (
     add_rms_norm_native,
@@ -33,7 +34,7 @@ from minirksc.kernels.native_ops import (
     why_not,
 )
 from minirksc.kernels.paged_attention import paged_attention_reference, paged_attention_triton
-from minirksc.kernels.paged_attention_native import paged_attention_native
+from minirksc.kernels.paged_attention_native import block_shape_native, paged_attention_native
 from minirksc.kernels.paged_attention_torch import paged_attention_torch
 from minirksc.kernels.rms_norm import (
     add_rms_norm_reference,
@@ -62,6 +63,7 @@ class Backend:
         recording: how a decode step can be recorded, unless it has `paged_attention_mass`: as a CUDA "graph", since
             nothing is read back from the device; as a "tape" of compiled operations; None: not at all.
         splits_keys: heeds `AttentionBatch.key_chunk`.
+        block_shape: of a layer's KV cache, see `plain_block_shape` and `LayerCache`.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Backend:
     pack: Pack
     recording: Literal["graph", "tape"] | None
     splits_keys: bool
+    block_shape: Callable[[int, int, int, int, torch.dtype], tuple[int, ...]]
     rms_norm: Callable[[Tensor, Tensor | None, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, float], Tensor]
     gated_act: Callable[[Tensor, str], Tensor]
@@ -119,6 +122,7 @@ BACKENDS = {
             pack=PlainWeight,
             recording="graph",
             splits_keys=True,
+            block_shape=plain_block_shape,
             rms_norm=rms_norm_triton,
             add_rms_norm=add_rms_norm_triton,
             gated_act=gated_act_triton,
@@ -138,6 +142,7 @@ BACKENDS = {
             pack=pack_torch,
             recording=None,
             splits_keys=False,
+            block_shape=plain_block_shape,
             rms_norm=rms_norm_torch,
             add_rms_norm=add_rms_norm_torch,
             gated_act=gated_act_torch,
@@ -157,6 +162,7 @@ BACKENDS = {
             pack=pack_native,
             recording="tape",
             splits_keys=False,
+            block_shape=block_shape_native,
             rms_norm=rms_norm_native,
             add_rms_norm=add_rms_norm_native,
             gated_act=gated_act_native,
@@ -164,7 +170,7 @@ BACKENDS = {
             copy_blocks=copy_blocks_torch,
             copy_rotated=copy_rotated_torch,
             paged_attention=paged_attention_native,
-            paged_attention_mass=paged_attention_mass_torch,
+            paged_attention_mass=paged_attention_mass_native,
             confidence=confidence_native,
             draw=draw_native,
             similarity=similarity_torch,
@@ -176,6 +182,7 @@ BACKENDS = {
             pack=PlainWeight,
             recording=None,
             splits_keys=False,
+            block_shape=plain_block_shape,
             rms_norm=rms_norm_reference,
             add_rms_norm=add_rms_norm_reference,
             gated_act=gated_act_reference,

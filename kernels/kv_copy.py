@@ -17,7 +17,7 @@ from minirksc.kernels.int8 import abs_max_bits, int8_numbers, int8_scales, round
 from minirksc.kernels.jit import tl, triton
 from minirksc.kernels.kv_check import check_cache, check_rope
 from minirksc.kernels.kv_store import heads_of_program
-from minirksc.kernels.layer_cache import LayerCache, multiply_out
+from minirksc.kernels.layer_cache import LayerCache, multiply_out, read_slots, write_slots
 from minirksc.kernels.rope import RopeTables, rope_reference, rope_torch, rotated
 from torch import Tensor
 
@@ -134,8 +134,7 @@ def copy_rotated_reference(cache: LayerCache, sources: Tensor, destinations: Ten
 
 def copy_rotated_torch(cache: LayerCache, sources: Tensor, destinations: Tensor, rope: RopeTables | None) -> None:
     """The same in one gather and one scatter, in float32."""
-    slots = cache.kv.flatten(0, 1)  # [slots, 2, num_kv_heads, head_dim]
-    kv, destinations = slots[sources], destinations.long()
+    kv = read_slots(cache.kv, sources)  # [tokens, 2, num_kv_heads, head_dim]
     tables = None if rope is None else [table.float() for table in rope]
     if cache.scales is not None:
         scales = cache.scales.flatten(0, 1)[sources]  # [tokens, 2, num_kv_heads]
@@ -143,12 +142,12 @@ def copy_rotated_torch(cache: LayerCache, sources: Tensor, destinations: Tensor,
             keys = multiply_out(kv[:, 0], scales[:, 0], torch.float32)
             rope_torch(keys, *tables)
             kv[:, 0], scales[:, 0] = round_to_int8(keys)
-        cache.scales.flatten(0, 1).index_copy_(0, destinations, scales)
+        cache.scales.flatten(0, 1).index_copy_(0, destinations.long(), scales)
     elif tables is not None:
         keys = kv[:, 0].float()
         rope_torch(keys, *tables)
         kv[:, 0] = keys
-    slots.index_copy_(0, destinations, kv)
+    write_slots(cache.kv, destinations, kv)
 
 
 @triton.jit

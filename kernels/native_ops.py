@@ -153,6 +153,7 @@ def kv_store_native(
         head_dim,
         0 if cos is None else cos.shape[-1],
         v_norm,
+        cache is not None and cache.is_tiled,
         is_bfloat16[qkv.dtype],
         norm is not None and norm.dtype == torch.float32,
         eps,

@@ -4,18 +4,19 @@ What decode rows read is cut into pieces of at most `PIECE_KEYS` keys, so that o
 is work for several cores. A piece goes with all places that read it; its partial results, one row a place, are added up
 by their largest scores and sums of weights.
 
-In bfloat16 on a processor that multiplies it, prompts are pieces too, `TILE` queries with all that they see
-(`attention_bf16.cpp`). Otherwise prompts go through `paged_attention_torch`, and so does an int8 cache.
+In bfloat16 on a processor that multiplies it, the cache is in tiles, and prompts are pieces too, `QUERIES` places with
+all that they see (`attention_bf16.cpp`). Otherwise prompts go through `paged_attention_torch`, as does an int8 cache.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from minirksc.kernels.attention_batch import AttentionBatch
 from minirksc.kernels.attention_reads import DecodeReads, PrefillReads, Run, find_reads
-from minirksc.kernels.layer_cache import LayerCache
-from minirksc.kernels.native_ops import has_bf16_products, is_bfloat16, native
+from minirksc.kernels.layer_cache import TILE, LayerCache, plain_block_shape
+from minirksc.kernels.native_ops import has_bf16_products, is_bfloat16, native, pointer
 from minirksc.kernels.paged_attention_torch import (
     Attend,
     Masks,
@@ -28,9 +29,13 @@ from minirksc.kernels.paged_attention_torch import (
 from torch import Tensor
 
 PIECE_KEYS = 256
-TILE = 32
+QUERIES = 32
 MAX_GROUP = 96
 """Query heads a KV head that `attention_bf16.cpp` has room for."""
+
+
+PIECE_TILES = PIECE_KEYS // TILE + 1
+"""Tiles that a piece has keys in, at most."""
 
 
 @dataclass(slots=True)
@@ -67,13 +72,27 @@ class NativePlan:
         """What a layer of these sizes hands over: the numbers of `AttentionPlan` in `kernels/native/ops.h`, int64."""
         key = num_heads, head_dim
         if key not in self._tables:
-            # Partial results: weighted sums of values; largest score and sum of weights.
             outs, sums = torch.empty(len(self.parts), *key), torch.empty(len(self.parts), num_heads, 2)
-            tensors = (self.rows, self.pieces, self.runs, self.part_begins, self.parts)
-            pointers = [tensor.data_ptr() for tensor in tensors]
-            numbers = [*pointers, len(self.rows), len(self.pieces), outs.data_ptr(), sums.data_ptr()]
-            self._tables[key] = torch.tensor(numbers), outs, sums
+            self._tables[key] = self._numbers(outs, sums, None), outs, sums
         return self._tables[key][0]
+
+    def table_with_sums(self, num_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for one call, and what it fills in beside the attention.
+
+        Returns:
+            (the table, `[parts, num_heads, 2]` float32: largest score and sum of exp(score - largest),
+            `[parts, num_heads, PIECE_TILES, 2]` float32: of each tile, the sum of exp(score - another) and that other).
+        """
+        outs, sums = torch.empty(len(self.parts), num_heads, head_dim), torch.empty(len(self.parts), num_heads, 2)
+        tile_sums = torch.zeros(len(self.parts), num_heads, PIECE_TILES, 2)
+        table = self._numbers(outs, sums, tile_sums)
+        self._tables[num_heads, head_dim] = table, outs, sums  # kept as long as the table points at them
+        return table, sums, tile_sums
+
+    def _numbers(self, outs: Tensor, sums: Tensor, tile_sums: Tensor | None) -> Tensor:
+        tensors = (self.rows, self.pieces, self.runs, self.part_begins, self.parts)
+        results = [pointer(tensor) or 0 for tensor in (outs, sums, tile_sums)]
+        return torch.tensor([*(t.data_ptr() for t in tensors), len(self.rows), len(self.pieces), *results])
 
 
 def paged_attention_native(
@@ -82,31 +101,55 @@ def paged_attention_native(
     """Arguments and result as in `paged_attention_reference`."""
     if layer_cache.scales is not None:
         return paged_attention_torch(q, kv, layer_cache, batch, scale, softcap)
-    num_kv_heads = layer_cache.kv.shape[3]
     num_heads, head_dim = q.shape[1:]
     in_bfloat16 = is_bfloat16[q.dtype]
-    whole = in_bfloat16 and has_bf16_products and head_dim % 32 == 0 and num_heads // num_kv_heads <= MAX_GROUP
-    plan = batch.plan(*(WHOLE if whole else DECODE))
+    plan = batch.plan(*(WHOLE if layer_cache.is_tiled else DECODE))
     out = q.new_empty(q.shape)
     if plan.prefills:
         cache = Slots.of(layer_cache, q.dtype)
         attend_prefills(out, q, kv, cache, plan.prefills, plan.masks, batch.window, Attend(scale, softcap))
     if plan.has_rows:
-        attend = native.attention_bf16 if whole else native.decode_attention
-        attend(
-            q.data_ptr(),
-            layer_cache.kv.data_ptr(),
-            out.data_ptr(),
-            plan.table(num_heads, head_dim).data_ptr(),
-            q.stride(0),
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            batch.window or 0 if whole else in_bfloat16,
-            scale,
-            softcap or 0.0,
-        )
+        given = q, layer_cache.kv, out, plan.table(num_heads, head_dim)
+        if layer_cache.is_tiled:
+            attend_tiled(*given, batch.window, scale, softcap)
+        else:
+            _attend(native.decode_attention, *given, in_bfloat16, scale, softcap)
     return out
+
+
+def attend_tiled(
+    q: Tensor, kv: Tensor, out: Tensor, table: Tensor, window: int | None, scale: float, softcap: float | None
+) -> None:
+    """Fills `out` from a cache of tiles.
+
+    Args:
+        q: `[tokens, num_heads, head_dim]`.
+        kv: of the `LayerCache`.
+        out: like q.
+        table: of the plan.
+        window: of the layer.
+        scale: of the scores.
+        softcap: of them.
+    """
+    _attend(native.attention_bf16, q, kv, out, table, window or 0, scale, softcap)
+
+
+def _attend(
+    call: Any, q: Tensor, kv: Tensor, out: Tensor, table: Tensor, number: int, scale: float, softcap: float | None
+) -> None:
+    pointers = q.data_ptr(), kv.data_ptr(), out.data_ptr(), table.data_ptr()
+    num_heads, head_dim = q.shape[1:]
+    call(*pointers, q.stride(0), num_heads, kv.shape[3], head_dim, number, scale, softcap or 0.0)
+
+
+def block_shape_native(
+    num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
+) -> tuple[int, ...]:
+    """Of a block in tiles, where `attention_bf16.cpp` can serve; arguments as of `plain_block_shape`."""
+    fits = head_dim % 32 == 0 and num_heads // num_kv_heads <= MAX_GROUP and block_size % TILE == 0
+    if dtype == torch.bfloat16 and has_bf16_products and fits:
+        return block_size // TILE, 2, num_kv_heads, TILE, head_dim
+    return plain_block_shape(num_heads, num_kv_heads, head_dim, block_size, dtype)
 
 
 def plan_decode(batch: AttentionBatch) -> NativePlan:
@@ -139,15 +182,22 @@ class _Tile:
 
 
 def _tiles(reads: PrefillReads, batch: AttentionBatch) -> Iterator[_Tile]:
-    for begin in range(0, reads.num_queries, TILE):
-        end = min(begin + TILE, reads.num_queries)
+    for begin in range(0, reads.num_queries, QUERIES):
+        end = min(begin + QUERIES, reads.num_queries)
         first_query = reads.first_query + begin
         first_key = batch.first_visible(first_query)
         runs = reads.runs(first_key, reads.first_query + end)
         yield _Tile(reads.begin + begin, reads.begin + end, first_query, first_key, runs)
 
 
-def _plan(decode: DecodeReads, tiles: Sequence[_Tile], prefills: list[Prefill]) -> NativePlan:
+def plan_parts(batch: AttentionBatch) -> NativePlan:
+    """As `plan_all`, of decode rows, with a partial result of every piece."""
+    return _plan(find_reads(batch)[1], [], [], is_whole_apart=False)
+
+
+def _plan(
+    decode: DecodeReads, tiles: Sequence[_Tile], prefills: list[Prefill], is_whole_apart: bool = True
+) -> NativePlan:
     pieces: list[tuple[int, ...]] = []
     runs: list[Run] = []
     rows = list(decode.rows)
@@ -166,7 +216,7 @@ def _plan(decode: DecodeReads, tiles: Sequence[_Tile], prefills: list[Prefill]) 
         for place in range(begin, end):
             num_pieces[place] += 1
     for begin, end, piece in cut:
-        is_all = end - begin == 1 and num_pieces[begin] == 1
+        is_all = is_whole_apart and end - begin == 1 and num_pieces[begin] == 1
         pieces.append((begin, end, len(runs), len(runs) + len(piece), -1 if is_all else num_parts, 0, -1))
         runs += piece
         if not is_all:

@@ -5,11 +5,11 @@ the latter keep only the blocks in view, in a pool of their own: a block of thei
 kind and shape are one tensor, so that blocks are copied in all of them at once; in int8, one more for their scales.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
+from minirksc.kernels.backend import Backend
 from minirksc.kernels.layer_cache import LayerCache
 from minirksc.models.spec import ArchSpec, LayerSpec
 from minirksc.rsbcm import BlockBytes, BlockCopy
@@ -50,7 +50,7 @@ class KvCache:
         block_size: tokens a block.
         dtype: of keys and values; int8 has scales besides.
         device: where they are.
-        copy_blocks: the backend's.
+        backend: whose cache it is.
 
     Attributes:
         layers: of each layer, with `num_blocks` or `num_window_blocks` blocks.
@@ -65,7 +65,7 @@ class KvCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
-        copy_blocks: Callable[[Tensor, Sequence[tuple[int, int]]], None],
+        backend: Backend,
     ) -> None:
         def kind(layer: LayerSpec) -> tuple[bool, int, int]:
             has_pool_apart = num_window_blocks > 0 and layer.window is not None
@@ -80,9 +80,10 @@ class KvCache:
         own: dict[int, LayerCache] = {}
         for key, indices in members.items():
             has_pool_apart, num_kv_heads, head_dim = key
-            shape = (len(indices), num_window_blocks if has_pool_apart else num_blocks, block_size, 2, num_kv_heads)
-            kv = torch.empty((*shape, head_dim), dtype=dtype, device=device)
-            scales = torch.empty(shape, dtype=torch.float32, device=device) if dtype == torch.int8 else None
+            blocks = len(indices), num_window_blocks if has_pool_apart else num_blocks
+            shape = *blocks, *backend.block_shape(spec.num_heads, num_kv_heads, head_dim, block_size, dtype)
+            kv = torch.empty(shape, dtype=dtype, device=device)
+            scales = torch.empty(shape[:-1], dtype=torch.float32, device=device) if dtype == torch.int8 else None
             self._tensors[key] = LayerCache(kv, scales)
             for i, index in enumerate(indices):
                 own[index] = LayerCache(kv[i], None if scales is None else scales[i])
@@ -90,7 +91,7 @@ class KvCache:
             own[index if layer.kv_layer is None else layer.kv_layer] for index, layer in enumerate(spec.layers)
         ]
         self.dtype = dtype
-        self._copy_blocks = copy_blocks
+        self._copy_blocks = backend.copy_blocks
 
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         """Copies blocks in every layer; all sources are read before any destination is written."""

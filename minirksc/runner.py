@@ -31,7 +31,7 @@ class Runner:
         self.model = model
         self.recorded: DecodeGraphs | DecodeTapes | None = None
         self.cache = KvCache(
-            model.spec, num_blocks, num_window_blocks, block_size, kv_dtype, model.device, model.backend.copy_blocks
+            model.spec, num_blocks, num_window_blocks, block_size, kv_dtype, model.device, model.backend
         )
 
     @torch.inference_mode()

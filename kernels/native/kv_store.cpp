@@ -38,10 +38,24 @@ void rotate_head(T* x, Rope<T> rope) {
     }
 }
 
+// A token's keys, then its values, into its tile: pairs of a key's numbers, and pairs of two keys' values, lie together.
+template <typename T>
+void store_in_tile(const T* kv, T* cache, int64_t slot, int64_t num_kv_heads, int64_t head_dim) {
+    int64_t key = slot % KV_TILE, head_numbers = KV_TILE * head_dim;
+    T* tile = cache + slot / KV_TILE * 2 * num_kv_heads * head_numbers;
+    for (int64_t head = 0; head < num_kv_heads; ++head, kv += head_dim, tile += head_numbers)
+        for (int64_t d = 0; d < head_dim; d += 2) std::memcpy(tile + d * KV_TILE + 2 * key, kv + d, 2 * sizeof(T));
+    for (int64_t head = 0; head < num_kv_heads; ++head, kv += head_dim, tile += head_numbers) {
+        T* to = tile + key / 2 * 2 * head_dim + key % 2;
+        for (int64_t d = 0; d < head_dim; ++d) to[2 * d] = kv[d];
+    }
+}
+
 template <typename T, typename W>
 void typed(void* qkv_, const void* q_norm_, const void* k_norm_, const void* cos_, const void* sin_,
            const void* growth_, void* cache_, const int64_t* slots, int64_t tokens, int64_t token_stride,
-           int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t rotary_dim, bool is_v_normed, float eps) {
+           int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t rotary_dim, bool is_v_normed, bool is_tiled,
+           float eps) {
     T *qkv = (T*)qkv_, *cache = (T*)cache_;
     const W *q_norm = (const W*)q_norm_, *k_norm = (const W*)k_norm_;
     const T *cos = (const T*)cos_, *sin = (const T*)sin_, *growth = (const T*)growth_;
@@ -64,7 +78,11 @@ void typed(void* qkv_, const void* q_norm_, const void* k_norm_, const void* cos
         if (is_v_normed)
             for (int64_t head = 0; head < num_kv_heads; ++head)
                 norm_head(v + head * head_dim, (const W*)nullptr, head_dim, eps);
-        if (cache != nullptr) std::memcpy(cache + slots[token] * stored, k, stored * sizeof(T));
+        if (cache == nullptr) continue;
+        if (is_tiled)
+            store_in_tile(k, cache, slots[token], num_kv_heads, head_dim);
+        else
+            std::memcpy(cache + slots[token] * stored, k, stored * sizeof(T));
     }
 }
 
@@ -72,11 +90,11 @@ void typed(void* qkv_, const void* q_norm_, const void* k_norm_, const void* cos
 
 void kv_store(void* qkv, const void* q_norm, const void* k_norm, const void* cos, const void* sin, const void* growth,
               void* cache, const int64_t* slots, int64_t tokens, int64_t token_stride, int64_t num_heads,
-              int64_t num_kv_heads, int64_t head_dim, int64_t rotary_dim, int64_t is_v_normed, int64_t is_bfloat16,
-              int64_t is_weight_float32, double eps) {
+              int64_t num_kv_heads, int64_t head_dim, int64_t rotary_dim, int64_t is_v_normed, int64_t is_tiled,
+              int64_t is_bfloat16, int64_t is_weight_float32, double eps) {
     auto run = !is_bfloat16 ? typed<float, float> : is_weight_float32 ? typed<BFloat16, float> : typed<BFloat16, BFloat16>;
     run(qkv, q_norm, k_norm, cos, sin, growth, cache, slots, tokens, token_stride, num_heads, num_kv_heads, head_dim,
-        rotary_dim, is_v_normed != 0, (float)eps);
+        rotary_dim, is_v_normed != 0, is_tiled != 0, (float)eps);
 }
 
 }  // namespace minirksc

@@ -29,7 +29,7 @@ template <int R, typename T>
 void rows_by_panel(const uint16_t* x, const uint16_t* panel, const uint16_t* bias, T* out, int64_t in_features,
                    int64_t out_features, int64_t columns) {
     __m512 sums[R][REGISTERS] = {};
-    multiply<R, REGISTERS>(x, in_features, panel, 2 * PANEL, in_features / 2, sums);
+    multiply<R, REGISTERS>(x, in_features, {panel, panel + 2 * LANES}, 2 * PANEL, in_features / 2, sums);
     for (int c = 0; c < REGISTERS; ++c) {
         int64_t left = std::min<int64_t>(std::max<int64_t>(columns - c * LANES, 0), LANES);
         __mmask16 mask = (__mmask16)((1u << left) - 1);

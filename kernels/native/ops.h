@@ -21,11 +21,14 @@ void gated_act(const void* gate_up, void* out, int64_t rows, int64_t intermediat
 void silu_bf16(const void* gate_up, void* out, int64_t rows, int64_t intermediate, int64_t stride);
 void gelu_tanh_bf16(const void* gate_up, void* out, int64_t rows, int64_t intermediate, int64_t stride);
 
+// Slots of a tile of the KV cache, where it has tiles: kernels/layer_cache.py.
+constexpr int64_t KV_TILE = 16;
+
 // kv_store.cpp: see kernels/kv_store.py; the cache holds T.
 void kv_store(void* qkv, const void* q_norm, const void* k_norm, const void* cos, const void* sin, const void* growth,
               void* cache, const int64_t* slots, int64_t tokens, int64_t token_stride, int64_t num_heads,
-              int64_t num_kv_heads, int64_t head_dim, int64_t rotary_dim, int64_t is_v_normed, int64_t is_bfloat16,
-              int64_t is_weight_float32, double eps);
+              int64_t num_kv_heads, int64_t head_dim, int64_t rotary_dim, int64_t is_v_normed, int64_t is_tiled,
+              int64_t is_bfloat16, int64_t is_weight_float32, double eps);
 
 // confidence.cpp: see kernels/confidence.py. `results` are top-1 probability, entropy, log-sum-exp and mean logit of
 // all rows, one after the other.
@@ -49,14 +52,19 @@ struct AttentionPlan {
     int64_t num_pieces;
     float* partial_out;
     float* partial_sums;
+    float* tile_sums;
 };
+// Most tiles that a piece has keys in, where tile_sums are asked for.
+constexpr int64_t PIECE_TILES = 17;
 
 // attention.cpp; all keys of a piece are visible to all its places.
 void decode_attention(const void* q, const void* cache, void* out, const AttentionPlan* plan, int64_t q_stride,
                       int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t is_bfloat16, double scale,
                       double softcap);
 
-// attention_bf16.cpp: prompts too; only where has_bf16_products(), and head_dim in 32s. A window of 0 is none.
+// attention_bf16.cpp: prompts too, on a cache of tiles; only where has_bf16_products(), and head_dim in 32s. A window of 0
+// is none. Of each partial result, head, and tile of its piece, tile_sums gains the sum of exp(score - largest so far)
+// and that largest score, unless it is null.
 void attention_bf16(const void* q, const void* cache, void* out, const AttentionPlan* plan, int64_t q_stride,
                     int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t window, double scale,
                     double softcap);

@@ -21,13 +21,13 @@ namespace {
 
 constexpr int LANES = 16;
 
-// sums[r][c] += a[r] b[c] over all pairs. Strides are in numbers; `b` has C registers of a pair at each `b_stride`.
+// sums[r][c] += a[r] b[c] over all pairs. Strides are in numbers; a register of `b[c]` is at each `b_stride`.
 template <int R, int C>
-inline __attribute__((always_inline)) void multiply(const uint16_t* a, int64_t a_stride, const uint16_t* b,
+inline __attribute__((always_inline)) void multiply(const uint16_t* a, int64_t a_stride, const uint16_t* const (&b)[C],
                                                     int64_t b_stride, int64_t num_pairs, __m512 (&sums)[R][C]) {
     for (int64_t pair = 0; pair < num_pairs; ++pair) {
         __m512bh columns[C];
-        for (int c = 0; c < C; ++c) columns[c] = (__m512bh)_mm512_loadu_si512(b + pair * b_stride + c * 2 * LANES);
+        for (int c = 0; c < C; ++c) columns[c] = (__m512bh)_mm512_loadu_si512(b[c] + pair * b_stride);
         for (int r = 0; r < R; ++r) {
             int32_t two;
             std::memcpy(&two, a + r * a_stride + 2 * pair, sizeof two);

@@ -12,7 +12,9 @@ from minirksc.kernels import block_mass_torch
 from minirksc.kernels import paged_attention_torch as attention_torch
 from minirksc.kernels.backend import BACKENDS
 from minirksc.kernels.block_mass import paged_attention_mass_reference, paged_attention_mass_triton
+from minirksc.kernels.block_mass_native import paged_attention_mass_native
 from minirksc.kernels.block_mass_torch import paged_attention_mass_torch
+from minirksc.kernels.paged_attention_native import paged_attention_native
 from minirksc.kernels.paged_attention_torch import make_plan, paged_attention_torch
 
 from minirksc.errors import ConfigError
@@ -31,13 +33,19 @@ def decode_case(lens, **options):
 
 
 def check(case, softcap=None, scale=SCALE):
-    """The torch form, twice, since the second layer uses the plan and the buffers of the first."""
+    """The forms of a CPU, twice, since the second layer uses the plan and the buffers of the first."""
     q, kv, cache, batch = case
     before = [tensor.clone() for tensor in (q, *cache) if tensor is not None]
     _, expected = paged_attention_mass_reference(q, kv, cache, batch, scale, softcap)
-    for _ in range(2):
-        out, mass = paged_attention_mass_torch(q, kv, cache, batch, scale, softcap)
-        assert torch.equal(out, paged_attention_torch(q, kv, cache, batch, scale, softcap))
+    served = [(paged_attention_mass_torch, paged_attention_torch, cache)]
+    if cases.has_tiles(q, cache):
+        served.append((paged_attention_mass_native, paged_attention_native, cases.in_tiles(cache)))
+    for form, attention, some in served * 2:
+        out, mass = form(q, kv, some, batch, scale, softcap)
+        if form is paged_attention_mass_torch:
+            assert torch.equal(out, attention(q, kv, some, batch, scale, softcap))
+        else:  # of the pieces of a place that has one
+            torch.testing.assert_close(out, attention(q, kv, some, batch, scale, softcap), atol=1e-3, rtol=2**-7)
         assert mass.dtype == torch.float32 and mass.shape == expected.shape
         torch.testing.assert_close(mass, expected, atol=TOLERANCE[q.dtype], rtol=TOLERANCE[q.dtype])
     after = [tensor for tensor in (q, *cache) if tensor is not None]
@@ -49,11 +57,12 @@ def check(case, softcap=None, scale=SCALE):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_heads_and_dims(heads, head_dim, dtype, softcap):
-    options = {"heads": heads, "head_dim": head_dim, "dtype": dtype}
     scale = head_dim**-0.5
-    check(decode_case([5, 9, 17], **options), softcap, scale)
-    check(decode_case([5, 9, 17], window=6, apart="own", **options), softcap, scale)
-    check(decode_case([5, 9, 17], is_int8=True, **options), softcap, scale)
+    for block_size in (4, 16):
+        options = {"heads": heads, "head_dim": head_dim, "dtype": dtype, "block_size": block_size}
+        check(decode_case([5, 9, 17], **options), softcap, scale)
+        check(decode_case([5, 9, 17], window=6, apart="own", **options), softcap, scale)
+        check(decode_case([5, 9, 17], is_int8=True, **options), softcap, scale)
 
 
 @pytest.mark.parametrize("context", [1, 3, 4, 5, 8, 13, 31])
@@ -121,6 +130,18 @@ def test_a_shared_run_of_several_pieces(monkeypatch):
         (keys,) = [keys for _, keys in case[3].plan("torch", make_plan).shared]
         assert isinstance(keys, list) == consecutive
         check(case)
+
+
+@pytest.mark.parametrize("window", [None, *range(1, 90, 7), 300, 700])
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_blocks_of_tiles(block_size, window):
+    options = {"block_size": block_size, "head_dim": 32, "dtype": torch.bfloat16, "window": window}
+    for apart in (None, "own"):
+        check(decode_case([1, 15, 16, 17, 33, 64, 65, 300, 600], apart=apart, **options), 3.0)
+    lens = [len(table) * block_size - 1 for table in NESTED]
+    check(decode_case(lens, tables=NESTED, **options))
+    tables = [[*range(20), 30 + i, 40 + i] for i in range(9)]
+    check(decode_case([20 * block_size + 3 + i for i in range(9)], tables=tables, **options))
 
 
 @pytest.mark.parametrize("form", [paged_attention_mass_reference, *FORMS])

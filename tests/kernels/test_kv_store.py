@@ -19,13 +19,23 @@ from minirksc.kernels.rope import rope_tables
 from minirksc.errors import ConfigError
 
 sys.path.append(str(Path(__file__).parent))  # in importlib mode pytest does not add it
-forms = importlib.import_module("forms")
+attention, forms = importlib.import_module("attention_cases"), importlib.import_module("forms")
 
 # Of numbers up to about 5. In bfloat16 the interpreter cuts off where a GPU rounds, and the torch form rounds twice
 # in a rotation: several casts of 2^-7 each.
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 DTYPES = list(TOLERANCE)
-ALL = [kv_store_torch, kv_store_triton, kv_store_native]
+
+
+def tiled_native(*, cache, **case):
+    """What a cache holds slot by slot, one of tiles holds in its own order."""
+    if cache is None or cache.scales is not None:
+        kv_store_native(**case, cache=cache)
+    else:
+        attention.run_in_tiles(lambda tiles: kv_store_native(**case, cache=tiles), cache)
+
+
+ALL = [kv_store_torch, kv_store_triton, kv_store_native, tiled_native]
 FORMS = forms.parameters(ALL)
 NAN = float("nan")
 
@@ -145,7 +155,7 @@ def test_numbers_of_heads(heads, int8, form):
 @pytest.mark.parametrize("part", [1, 4])
 def test_head_dims(part, head_dim, form):
     rotary_dim = max(2, head_dim // part)
-    half = torch.bfloat16 if form is kv_store_native else torch.float16
+    half = torch.bfloat16 if forms.is_compiled(form) else torch.float16
     check(form, make_case(head_dim=head_dim, rotary_dim=rotary_dim, norm="of qkv", dtype=half))
     check(form, make_case(head_dim=head_dim, rotary_dim=rotary_dim, norm="float32", int8=True))
 
@@ -223,7 +233,7 @@ def test_what_several_cores_share_is_what_one_does():
 @given(data=st.data())
 @settings(max_examples=30, deadline=None)
 def test_any_shape(form, data):
-    half = torch.bfloat16 if form is kv_store_native else torch.float16
+    half = torch.bfloat16 if forms.is_compiled(form) else torch.float16
     num_heads, num_kv_heads = data.draw(st.integers(1, 9)), data.draw(st.integers(0, 4))
     head_dim = 2 * data.draw(st.integers(1, 48))
     block_size, num_blocks = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 4))

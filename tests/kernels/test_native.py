@@ -4,6 +4,7 @@ Elsewhere in this folder they are one more form of each operation. They serve fl
 """
 
 import importlib
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ from minirksc.kernels.native_ops import (
 )
 from minirksc.kernels.native_weight import Bf16Weight, WidenedWeight
 from minirksc.kernels.paged_attention import paged_attention_reference
-from minirksc.kernels.paged_attention_native import PIECE_KEYS, TILE, paged_attention_native, plan_all, plan_decode
+from minirksc.kernels.paged_attention_native import PIECE_KEYS, QUERIES, paged_attention_native, plan_all, plan_decode
 
 sys.path.append(str(Path(__file__).parent))  # in importlib mode pytest does not add it
 attention, forms, stores = map(importlib.import_module, ("attention_cases", "forms", "test_kv_store"))
@@ -42,13 +43,15 @@ def randn(*shape, dtype=torch.float32, seed=0):
 
 
 def check_attention(case, softcap=None, scale=attention.SCALE):
-    q = case[0]
+    q, kv, cache, batch = case
     expected = paged_attention_reference(*case, scale, softcap)
-    actual = paged_attention_native(*case, scale, softcap)
-    assert actual.dtype == q.dtype and torch.isfinite(expected).all()
+    assert torch.isfinite(expected).all()
     tolerance = 2e-5 if q.dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
-    assert torch.equal(paged_attention_native(*case, scale, softcap), actual)  # with the same plan
+    for some in [cache, attention.in_tiles(cache)] if attention.has_tiles(q, cache) else [cache]:
+        actual = paged_attention_native(q, kv, some, batch, scale, softcap)
+        assert actual.dtype == q.dtype
+        torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+        assert torch.equal(paged_attention_native(q, kv, some, batch, scale, softcap), actual)  # with the same plan
 
 
 @pytest.mark.parametrize("heads", [(7, 7), (9, 3), (32, 1), (97, 1)])
@@ -56,8 +59,8 @@ def check_attention(case, softcap=None, scale=attention.SCALE):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_of_heads(heads, head_dim, dtype):
     """Beside those of `test_paged_attention.py`."""
-    options = {"heads": heads, "head_dim": head_dim, "dtype": dtype}
-    for softcap in (None, 1.5):
+    for softcap, block_size in itertools.product((None, 1.5), (4, 16)):
+        options = {"heads": heads, "head_dim": head_dim, "block_size": block_size, "dtype": dtype}
         check_attention(attention.make_case([1, 3, 1], [5, 9, 17], **options), softcap, head_dim**-0.5)
         windowed = attention.make_case([1, 3, 1], [5, 9, 17], window=6, apart="own", **options)
         check_attention(windowed, softcap, head_dim**-0.5)
@@ -71,18 +74,18 @@ def test_more_heads_than_there_is_room_for_and_an_int8_cache_go_another_way():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("context", [1, 15, 16, 17, 63, 64, 65, PIECE_KEYS, PIECE_KEYS + 1, 700])
 def test_attention_of_lengths(context, dtype):
-    for block_size in (1, 16):
+    for block_size in (1, 16, 64):
         options = {"head_dim": 32, "block_size": block_size, "dtype": dtype}
         check_attention(attention.make_case([1], [context], **options))
         check_attention(attention.make_case([1, 1], [context, 3], consecutive=True, **options))
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 31, 64, 100, 257])
-@pytest.mark.parametrize(("query", "context"), [(2, 2), (TILE, TILE), (TILE + 1, 90), (100, 100), (70, 333)])
+@pytest.mark.parametrize(("query", "context"), [(2, 2), (QUERIES, QUERIES), (QUERIES + 1, 90), (100, 100), (70, 333)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_of_prompts(query, context, window, dtype):
-    options = {"block_size": 4, "heads": (6, 2), "head_dim": 32, "window": window, "dtype": dtype}
-    for softcap in (None, 0.7):
+    for softcap, block_size in itertools.product((None, 0.7), (4, 32)):
+        options = {"block_size": block_size, "heads": (6, 2), "head_dim": 32, "window": window, "dtype": dtype}
         check_attention(attention.make_case([query], [context], consecutive=True, **options), softcap)
         mixed = attention.make_case([1, query, 1, 2], [35, context, 1, 9], apart="own", **options)
         check_attention(mixed, softcap)
@@ -92,19 +95,19 @@ def test_attention_of_prompts(query, context, window, dtype):
 @pytest.mark.parametrize("num_rows", [2, 32, 33, 70])
 def test_shared_prefixes_of_many_rows(num_rows, dtype):
     """Beyond 96 query heads a piece goes in several passes."""
-    prefix = list(range(80))
-    tables = [[*prefix, 100 + i, 200 + i] for i in range(num_rows)]
-    lens = [321 + i % 7 for i in range(num_rows)]
-    case = attention.make_case([1] * num_rows, lens, tables=tables, heads=(3, 1), head_dim=32, dtype=dtype)
-    check_attention(case)
-    check_attention(
-        attention.make_case([1] * 5, [39, 43, 39, 43, 7], tables=attention.NESTED, head_dim=32, dtype=dtype)
-    )
+    for size in (4, 16):
+        options = {"head_dim": 32, "block_size": size, "dtype": dtype}
+        tables = [[*range(80), 100 + i, 200 + i] for i in range(num_rows)]
+        lens = [80 * size + 1 + i % 7 for i in range(num_rows)]
+        check_attention(attention.make_case([1] * num_rows, lens, tables=tables, heads=(3, 1), **options))
+        lens = [len(table) * size - 1 for table in attention.NESTED]
+        check_attention(attention.make_case([1] * 5, lens, tables=attention.NESTED, **options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_in_a_row_stays_in_that_row(dtype):
-    q, kv, cache, batch = attention.make_case([1, 1, 1], [5, 9, 17], head_dim=32, dtype=dtype)
+    q, kv, cache, batch = attention.make_case([1, 1, 1], [5, 9, 17], head_dim=32, block_size=16, dtype=dtype)
+    cache = attention.in_tiles(cache) if attention.has_tiles(q, cache) else cache
     clean = paged_attention_native(q, kv, cache, batch, 0.2, None)
     poisoned = q.clone()
     poisoned[1, 0, 3] = NAN
@@ -117,14 +120,14 @@ def test_nan_in_a_row_stays_in_that_row(dtype):
     case=attention.batches(),
     make_plan=st.sampled_from([plan_all, plan_decode]),
     piece_keys=st.sampled_from([PIECE_KEYS, 10, 3, 1]),
-    tile=st.sampled_from([TILE, 2, 1]),
+    num_queries=st.sampled_from([QUERIES, 2, 1]),
 )
-def test_every_visible_key_is_in_one_piece_of_a_place_and_no_other(case, make_plan, piece_keys, tile):
+def test_every_visible_key_is_in_one_piece_of_a_place_and_no_other(case, make_plan, piece_keys, num_queries):
     queries, lens, options = case
     batch = attention.make_case(queries, lens, **options)[3]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_native, "PIECE_KEYS", piece_keys)
-        patch.setattr(attention_native, "TILE", tile)
+        patch.setattr(attention_native, "QUERIES", num_queries)
         plan = make_plan(batch)
     prefills, _ = find_reads(batch)
     size = batch.block_size
@@ -133,7 +136,7 @@ def test_every_visible_key_is_in_one_piece_of_a_place_and_no_other(case, make_pl
     for begin, end, run_begin, run_end, part, first_key, first_query in plan.pieces.tolist():
         slots = [slot for first, n in plan.runs[run_begin:run_end].tolist() for slot in range(first, first + n)]
         assert slots and end > begin  # a partial result of nothing would be no number
-        assert end - begin <= tile if first_query >= 0 else len(slots) <= piece_keys
+        assert end - begin <= num_queries if first_query >= 0 else len(slots) <= piece_keys
         for place in range(begin, end):
             if first_query >= 0:  # of a prompt: keys are at consecutive positions, of which a query sees some
                 position = first_query + place - begin

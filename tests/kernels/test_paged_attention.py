@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from minirksc.kernels import paged_attention_native as attention_native
 from minirksc.kernels import paged_attention_torch as attention_torch
-from minirksc.kernels.native_ops import has_bf16_products, why_not
+from minirksc.kernels.native_ops import why_not
 from minirksc.kernels.paged_attention import paged_attention_reference
 from minirksc.kernels.paged_attention_native import paged_attention_native
 from minirksc.kernels.paged_attention_torch import make_plan, paged_attention_torch
@@ -28,11 +28,8 @@ cases, forms = importlib.import_module("attention_cases"), importlib.import_modu
 make_case, batches, NESTED, SCALE = cases.make_case, cases.batches, cases.NESTED, cases.SCALE
 
 
-def without_products_native(*args):
-    """What a processor does that does not multiply bfloat16 numbers."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_native, "has_bf16_products", False)
-        return paged_attention_native(*args)
+def tiled_native(q, kv, cache, *more):
+    return paged_attention_native(q, kv, cases.in_tiles(cache), *more)
 
 
 ALL = [paged_attention_torch, paged_attention_native, paged_attention_reference]
@@ -46,8 +43,8 @@ def forms_that_serve(q, cache):
     found = [paged_attention_torch]
     if cache.scales is None and why_not(q.dtype, {q.shape[2]}) is None:
         found.append(paged_attention_native)
-        if q.dtype == torch.bfloat16 and has_bf16_products:
-            found.append(without_products_native)
+        if cases.has_tiles(q, cache):
+            found.append(tiled_native)
     return found
 
 
@@ -101,7 +98,10 @@ def test_windows_at_block_borders(window, softcap, consecutive):
 
 @pytest.mark.parametrize(
     ("form", "dtype"),
-    [*forms.with_dtypes(ALL, [torch.float32]), *forms.with_dtypes([paged_attention_native], [torch.bfloat16])],
+    [
+        *forms.with_dtypes(ALL, [torch.float32]),
+        pytest.param(tiled_native, torch.bfloat16, marks=forms.needs_bf16, id="tiled_native"),
+    ],
 )
 @pytest.mark.parametrize("window", [None, 1, 2, 3, 4, 5, 8, 11, 23, 24, 100])
 @pytest.mark.parametrize("queries", [1, 2, 7, 24])
@@ -111,14 +111,15 @@ def test_a_key_is_visible_exactly_when_it_is_not_after_the_query_nor_a_window_be
 ):
     """Keys of zero make all weights equal, and each value is its own position's unit vector: the output is the mask."""
     context = 24
-    options = {"heads": (2, 1), "head_dim": 32, "window": window, "apart": "own", "dtype": dtype}
+    size = 16 if form is tiled_native else 4
+    options = {"heads": (2, 1), "head_dim": 32, "block_size": size, "window": window, "apart": "own", "dtype": dtype}
     q, kv, cache, batch = make_case([queries, 1], [context, context], **options)
     cache.kv.zero_()
     first_query = context - queries
     for table in batch.kv_tables:
         for position in range(context):
-            if table[position // 4] >= 0:
-                cache.kv[table[position // 4], position % 4, 1, 0, position] = 1.0
+            if table[position // size] >= 0:
+                cache.kv[table[position // size], position % size, 1, 0, position] = 1.0
     kv.zero_()
     for row, position in enumerate([*range(first_query, context), context - 1]):
         kv[row, 1, 0, position] = 1.0
@@ -231,7 +232,7 @@ def test_random_batches(case, softcap, max_gather):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_torch, "MAX_GATHER_TOKENS", max_gather)
         patch.setattr(attention_native, "PIECE_KEYS", max_gather)
-        patch.setattr(attention_native, "TILE", 2 if max_gather == 10 else 32)
+        patch.setattr(attention_native, "QUERIES", 2 if max_gather == 10 else 32)
         check(make_case(queries, lens, **options), softcap)
 
 

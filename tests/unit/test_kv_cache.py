@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from minirksc.kernels.kv_copy import copy_blocks_reference, copy_blocks_torch
+from minirksc.kernels.layer_cache import plain_block_shape
 
 from minirksc.kv_cache import KvCache
 from minirksc.rsbcm import BlockCopy
@@ -15,8 +16,9 @@ from minirksc.rsbcm import BlockCopy
 def test_a_block_without_a_window_is_copied_in_the_full_layers_alone(copy_blocks, dtype):
     """Its window ids are -1, which as an index is the last block of the pool apart."""
     layers = [SimpleNamespace(window=window, num_kv_heads=1, head_dim=2, kv_layer=None) for window in (None, 8)]
-    spec = SimpleNamespace(layers=layers)
-    cache = KvCache(spec, 6, 3, 4, dtype, torch.device("cpu"), copy_blocks)
+    spec = SimpleNamespace(layers=layers, num_heads=1)
+    backend = SimpleNamespace(copy_blocks=copy_blocks, block_shape=plain_block_shape)
+    cache = KvCache(spec, 6, 3, 4, dtype, torch.device("cpu"), backend)
     full, window = cache.layers
     for layer in cache.layers:
         for tensor in filter(torch.is_tensor, layer):

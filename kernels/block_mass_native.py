@@ -1,0 +1,89 @@
+"""Attention with the mass of each block (`block_mass`) on a cache of tiles, for decode steps.
+
+The compiled attention leaves, where it is asked to, the sum of the weights of each tile in a piece of the keys
+(`paged_attention_native`). Relative to the whole row's, these are mass; a block is some tiles.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from minirksc.kernels.attention_batch import AttentionBatch
+from minirksc.kernels.block_mass import check_decode
+from minirksc.kernels.block_mass_torch import paged_attention_mass_torch
+from minirksc.kernels.layer_cache import TILE, LayerCache
+from minirksc.kernels.paged_attention_native import PIECE_TILES, NativePlan, attend_tiled, plan_parts
+from torch import Tensor
+
+
+def paged_attention_mass_native(
+    q: Tensor, kv: Tensor, layer_cache: LayerCache, batch: AttentionBatch, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Arguments, result and errors as in `paged_attention_mass_reference`; out is that of `paged_attention_native`."""
+    if not layer_cache.is_tiled:
+        return paged_attention_mass_torch(q, kv, layer_cache, batch, scale, softcap)
+    check_decode(batch)
+    plan = batch.plan("native mass", _make_plan)
+    out = q.new_empty(q.shape)
+    table, sums, tile_sums = plan.parts.table_with_sums(*q.shape[1:])
+    attend_tiled(q, layer_cache.kv, out, table, batch.window, scale, softcap)
+    return out, _mass(plan, sums, tile_sums, len(q))
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Made once a step.
+
+    Attributes:
+        parts: of the attention.
+        rows: `[parts]` int64, batch row of each partial result.
+        cells: `[parts, PIECE_TILES]` int64, of each tile its block's place in the flattened mass; one past the end
+            where a piece has fewer tiles.
+        width: blocks of the longest sequence.
+    """
+
+    parts: NativePlan
+    rows: Tensor
+    cells: Tensor
+    width: int
+
+
+def _make_plan(batch: AttentionBatch) -> _Plan:
+    parts = plan_parts(batch)
+    width = max(map(len, batch.kv_tables))
+    nowhere = len(batch.kv_tables) * width
+    columns = [{block_id: column for column, block_id in enumerate(table)} for table in batch.kv_tables]
+    place_rows, runs = parts.rows.tolist(), parts.runs.tolist()
+    rows: list[int] = []
+    cells: list[list[int]] = []
+    for begin, end, run_begin, run_end, first_part, *_ in parts.pieces.tolist():
+        assert first_part == len(rows)
+        block_ids = _block_ids(runs[run_begin:run_end], batch.block_size)
+        for row in place_rows[begin:end]:
+            own = [row * width + columns[row][block_id] for block_id in block_ids]
+            rows.append(row)
+            cells.append(own + [nowhere] * (PIECE_TILES - len(own)))
+    return _Plan(parts, torch.tensor(rows), torch.tensor(cells), width)
+
+
+def _block_ids(runs: Sequence[Sequence[int]], block_size: int) -> list[int]:
+    """Of each tile that the runs (first slot, keys) have keys in."""
+    return [
+        tile * TILE // block_size
+        for first, length in runs
+        for tile in range(first // TILE, (first + length - 1) // TILE + 1)
+    ]
+
+
+def _mass(plan: _Plan, sums: Tensor, tile_sums: Tensor, num_rows: int) -> Tensor:
+    """`[num_rows, width]` float32 of what `NativePlan.table_with_sums` describes."""
+    largest, totals = sums.unbind(-1)  # [parts, num_heads]
+    of_row = largest.new_full((num_rows, largest.shape[1]), float("-inf"))
+    of_row.scatter_reduce_(0, plan.rows.unsqueeze(-1).expand_as(largest), largest, "amax")
+    whole = torch.zeros_like(of_row).index_add_(0, plan.rows, totals * (largest - of_row[plan.rows]).exp())
+    tile_totals, relative_to = tile_sums.unbind(-1)  # [parts, num_heads, PIECE_TILES]
+    # No score is above its row's largest; where a piece has no tile, 0 must stay 0.
+    fade = (relative_to - of_row[plan.rows].unsqueeze(-1)).clamp(max=0).exp()
+    shares = (tile_totals * fade / whole[plan.rows].unsqueeze(-1)).mean(1)  # [parts, PIECE_TILES]
+    mass = shares.new_zeros(num_rows * plan.width + 1).index_add_(0, plan.cells.flatten(), shares.flatten())
+    return mass[:-1].view(num_rows, plan.width)
