@@ -96,7 +96,10 @@ class DecodeTapes:
         self._failure: str | None = None
 
     def forward(self, batch: ForwardBatch) -> Tensor | None:
-        """Logits `[rows, vocab]` float32 as of `Decoder.forward`, or None where no recording serves the batch."""
+        """Logits `[rows, vocab]` float32 as of `Decoder.forward`, or None where no recording serves the batch.
+
+        The next step overwrites them.
+        """
         reason = self._failure or _why_not(batch)
         num_rows = batch.token_ids.shape[0]
         if reason is None and num_rows not in self._tapes:
@@ -110,7 +113,7 @@ class DecodeTapes:
         tape = self._tapes[num_rows]
         tape.run(self._model.feed(batch.token_ids, batch.positions, batch.sequence_lens), batch)
         self.num_steps += 1
-        return self._model.capped(tape.logits.clone())  # the next step overwrites them
+        return self._model.capped(tape.logits)
 
 
 def _why_not(batch: ForwardBatch) -> str | None:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LogitsCallback = Callable[[int, "Tensor"], None]
-"""Called with (position of the first row, logits `[rows, vocab]` float32), chunk by chunk."""
+"""Called with (position of the first row, logits `[rows, vocab]` float32), chunk by chunk; what is to be kept of the
+logits is copied, since the next step overwrites them."""
 
 
 @dataclass(slots=True, eq=False)
