@@ -7,6 +7,7 @@ The compiled attention leaves, where it is asked to, the sum of the weights of e
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from minirksc.kernels.attention_batch import AttentionBatch
 from minirksc.kernels.block_mass import check_decode
@@ -76,14 +77,20 @@ def _block_ids(runs: Sequence[Sequence[int]], block_size: int) -> list[int]:
 
 
 def _mass(plan: _Plan, sums: Tensor, tile_sums: Tensor, num_rows: int) -> Tensor:
-    """`[num_rows, width]` float32 of what `NativePlan.table_with_sums` describes."""
-    largest, totals = sums.unbind(-1)  # [parts, num_heads]
-    of_row = largest.new_full((num_rows, largest.shape[1]), float("-inf"))
-    of_row.scatter_reduce_(0, plan.rows.unsqueeze(-1).expand_as(largest), largest, "amax")
-    whole = torch.zeros_like(of_row).index_add_(0, plan.rows, totals * (largest - of_row[plan.rows]).exp())
-    tile_totals, relative_to = tile_sums.unbind(-1)  # [parts, num_heads, PIECE_TILES]
-    # No score is above its row's largest; where a piece has no tile, 0 must stay 0.
-    fade = (relative_to - of_row[plan.rows].unsqueeze(-1)).clamp(max=0).exp()
-    shares = (tile_totals * fade / whole[plan.rows].unsqueeze(-1)).mean(1)  # [parts, PIECE_TILES]
-    mass = shares.new_zeros(num_rows * plan.width + 1).index_add_(0, plan.cells.flatten(), shares.flatten())
-    return mass[:-1].view(num_rows, plan.width)
+    """`[num_rows, width]` float32 of what `NativePlan.table_with_sums` describes.
+
+    In numpy, since torch would wake its threads for so little, and they wait for more in the way of ours.
+    """
+    rows, cells = plan.rows.numpy(), plan.cells.numpy()
+    largest, totals = np.moveaxis(sums.numpy(), -1, 0)  # [parts, num_heads]
+    tile_totals, relative_to = np.moveaxis(tile_sums.numpy(), -1, 0)  # [parts, num_heads, PIECE_TILES]
+    of_row = np.full((num_rows, largest.shape[1]), -np.inf, largest.dtype)
+    np.maximum.at(of_row, rows, largest)
+    whole = np.zeros_like(of_row)
+    with np.errstate(invalid="ignore"):  # of a row that is not finite
+        np.add.at(whole, rows, totals * np.exp(largest - of_row[rows]))
+        # No score is above its row's largest; where a piece has no tile, 0 must stay 0.
+        fade = np.exp(np.minimum(relative_to - of_row[rows][..., None], 0))
+        shares = (tile_totals * fade / whole[rows][..., None]).mean(1)  # [parts, PIECE_TILES]
+    mass = np.bincount(cells.ravel(), shares.ravel(), minlength=num_rows * plan.width + 1)
+    return torch.from_numpy(mass[:-1].reshape(num_rows, plan.width)).float()

@@ -5,6 +5,7 @@
 // group and of all places at once, so that what branches share is read once. Then each place adds up its pieces.
 #include "numbers.h"
 #include "ops.h"
+#include "threads.h"
 
 #include <algorithm>
 #include <cmath>
@@ -132,11 +133,9 @@ void typed(const void* q_, const void* cache_, void* out_, const AttentionPlan& 
     const int64_t *rows = plan.rows, *runs = plan.runs;
     T* out = (T*)out_;
     int64_t group = num_heads / num_kv_heads, stride = 2 * num_kv_heads * head_dim;
-#pragma omp parallel
-    {
+    for_ranges(plan.num_pieces * num_kv_heads, 8, [&](int64_t item_begin, int64_t item_end) {
         Queries queries;
-#pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < plan.num_pieces * num_kv_heads; ++item) {
+        for (int64_t item = item_begin; item < item_end; ++item) {
             const int64_t* piece = plan.pieces + item / num_kv_heads * PIECE;
             int64_t place_begin = piece[0], num_places = piece[1] - piece[0], kv_head = item % num_kv_heads;
             int64_t num_queries = num_places * group;
@@ -172,16 +171,18 @@ void typed(const void* q_, const void* cache_, void* out_, const AttentionPlan& 
                 plan.partial_sums[2 * at + 1] = queries.totals[i];
             }
         }
-#pragma omp for schedule(static)
-        for (int64_t item = 0; item < plan.num_rows * num_heads; ++item) {
+    });
+    if (plan.part_begins[plan.num_rows] == 0) return;
+    for_ranges(plan.num_rows * num_heads, 1, [&](int64_t item_begin, int64_t item_end) {
+        std::vector<float> sums(head_dim);
+        for (int64_t item = item_begin; item < item_end; ++item) {
             int64_t place = item / num_heads, head = item % num_heads;
-            queries.sums.resize(head_dim);
             const int64_t *begin = plan.parts + plan.part_begins[place], *end = plan.parts + plan.part_begins[place + 1];
             if (begin < end)
-                add_up(begin, end, head, num_heads, head_dim, plan.partial_out, plan.partial_sums, queries.sums.data(),
+                add_up(begin, end, head, num_heads, head_dim, plan.partial_out, plan.partial_sums, sums.data(),
                        out + (rows[place] * num_heads + head) * head_dim);
         }
-    }
+    });
 }
 
 }  // namespace

@@ -7,12 +7,11 @@
 // places, softmax with a running maximum (FlashAttention's online softmax), and the weights, rounded to bfloat16, by the
 // values. What branches share is so read once.
 #include "ops.h"
-
-#include <omp.h>
+#include "threads.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
+#include <vector>
 #include <type_traits>
 
 #include "parts.h"
@@ -37,7 +36,7 @@ struct Attention {
     float scale, softcap;
 };
 
-// Queries of one KV head, with what they have gathered so far. All in one piece of memory a thread.
+// Queries of one KV head, with what they have gathered so far. All in memory of the thread, one at a time.
 struct Queries {
     uint16_t* numbers;   // [MAX_QUERIES, head_dim]
     uint16_t* values;    // [2, KV_TILE, head_dim], of tiles that are visible in part
@@ -48,10 +47,10 @@ struct Queries {
     float* totals;       // [MAX_QUERIES], of weights
     float* fades;        // [MAX_QUERIES], of the sums so far
 
-    static int64_t num_bytes(int64_t head_dim) {
-        return 2 * head_dim * (MAX_QUERIES + 2 * KV_TILE) + 6 * MAX_QUERIES * TILE + 4 * MAX_QUERIES * (head_dim + 3);
-    }
-    Queries(char* memory, int64_t head_dim) {
+    explicit Queries(int64_t head_dim) {
+        static thread_local std::vector<char> kept;
+        kept.resize(2 * head_dim * (MAX_QUERIES + 2 * KV_TILE) + 6 * MAX_QUERIES * TILE + 4 * MAX_QUERIES * (head_dim + 3));
+        char* memory = kept.data();
         auto take = [&](auto*& pointer, int64_t count) {
             pointer = (std::remove_reference_t<decltype(pointer)>)memory;
             memory += count * sizeof *pointer;
@@ -291,14 +290,11 @@ void attention_bf16(const void* q, const void* cache, void* out, const Attention
                  num_kv_heads,       head_dim,               window,         (float)scale, (float)softcap};
     int64_t max_places = std::max<int64_t>(1, MAX_QUERIES / (num_heads / num_kv_heads));
     // A key's heads lie together: whoever computes all of them reads memory in order.
-    int64_t heads = plan->num_pieces >= 4 * omp_get_max_threads() ? num_kv_heads : 1;
+    int64_t heads = plan->num_pieces >= 4 * num_threads() ? num_kv_heads : 1;
     int64_t num_items = plan->num_pieces * (num_kv_heads / heads);
-#pragma omp parallel
-    {
-        char* memory = (char*)std::malloc(Queries::num_bytes(head_dim));
-        Queries queries(memory, head_dim);
-#pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < num_items; ++item) {
+    for_ranges(num_items, 8, [&](int64_t item_begin, int64_t item_end) {
+        Queries queries(head_dim);
+        for (int64_t item = item_begin; item < item_end; ++item) {
             const int64_t* piece = plan->pieces + item / (num_kv_heads / heads) * PIECE;
             int64_t first_head = item % (num_kv_heads / heads) * heads, end_head = first_head + heads;
             for (int64_t begin = piece[0]; begin < piece[1]; begin += max_places)
@@ -309,16 +305,18 @@ void attention_bf16(const void* q, const void* cache, void* out, const Attention
                                   head == first_head ? head : head + 1, fetch_end);
                 }
         }
-#pragma omp for schedule(static)
-        for (int64_t item = 0; item < plan->num_rows * num_heads; ++item) {
+    });
+    if (plan->part_begins[plan->num_rows] == 0) return;
+    for_ranges(plan->num_rows * num_heads, 1, [&](int64_t item_begin, int64_t item_end) {
+        std::vector<float> sums(head_dim);
+        for (int64_t item = item_begin; item < item_end; ++item) {
             int64_t place = item / num_heads, head = item % num_heads;
             const int64_t *begin = plan->parts + plan->part_begins[place], *end = plan->parts + plan->part_begins[place + 1];
             if (begin < end)
-                add_up(begin, end, head, num_heads, head_dim, plan->partial_out, plan->partial_sums, queries.sums,
+                add_up(begin, end, head, num_heads, head_dim, plan->partial_out, plan->partial_sums, sums.data(),
                        (BFloat16*)on.out + (plan->rows[place] * num_heads + head) * head_dim);
         }
-        std::free(memory);
-    }
+    });
 }
 
 }  // namespace minirksc

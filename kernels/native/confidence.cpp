@@ -1,6 +1,7 @@
 // One pass over float32 logits, in parts that several cores take; see kernels/confidence.py for the formulas.
 #include "numbers.h"
 #include "ops.h"
+#include "threads.h"
 
 #include <algorithm>
 #include <cmath>
@@ -53,11 +54,10 @@ Part part_of(const float* logits, int64_t count, int64_t first) {
 void confidence(const float* logits, int64_t* argmax, float* results, int64_t rows, int64_t vocab, int64_t stride) {
     int64_t num_parts = (vocab + PART - 1) / PART;
     std::unique_ptr<Part[]> parts(new Part[rows * num_parts]);
-#pragma omp parallel for schedule(static)
-    for (int64_t item = 0; item < rows * num_parts; ++item) {
+    for_all(rows * num_parts, [&](int64_t item) {
         int64_t row = item / num_parts, first = item % num_parts * PART;
         parts[item] = part_of(logits + row * stride + first, std::min(PART, vocab - first), first);
-    }
+    });
     for (int64_t row = 0; row < rows; ++row) {
         const Part *begin = &parts[row * num_parts], *end = begin + num_parts;
         // The first of the largest, as everywhere.

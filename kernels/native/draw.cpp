@@ -1,6 +1,7 @@
 // One token a row, drawn with the row's random number; see kernels/draw.py.
 #include "numbers.h"
 #include "ops.h"
+#include "threads.h"
 
 #include <algorithm>
 #include <cmath>
@@ -82,11 +83,9 @@ std::vector<Candidate> truncate(const float* weights, int64_t vocab, double tota
 
 void draw(const float* logits, const double* numbers, const int64_t* top_k, int64_t* tokens, int64_t rows,
           int64_t vocab, int64_t stride) {
-#pragma omp parallel
-    {
+    for_ranges(rows, 8, [&](int64_t begin, int64_t end) {
         std::vector<float> weights(vocab);
-#pragma omp for schedule(dynamic)
-        for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t row = begin; row < end; ++row) {
             double temperature = numbers[4 * row], top_p = numbers[4 * row + 1], min_p = numbers[4 * row + 2];
             double uniform = numbers[4 * row + 3], total = 0;
             double all = weigh(logits + row * stride, vocab, (float)temperature, weights.data());
@@ -102,7 +101,7 @@ void draw(const float* logits, const double* numbers, const int64_t* top_k, int6
             int64_t drawn = reach(count, uniform * total, weight);
             tokens[row] = candidates.empty() ? drawn : candidates[drawn].token;
         }
-    }
+    });
 }
 
 }  // namespace minirksc

@@ -1,5 +1,6 @@
 #include "numbers.h"
 #include "ops.h"
+#include "threads.h"
 
 #include <cmath>
 
@@ -25,14 +26,13 @@ template <typename T, typename Activation>
 void rows_of(const void* gate_up, void* out, int64_t rows, int64_t size, int64_t stride) {
     Activation activation;
     int64_t whole = size / WIDTH * WIDTH;
-#pragma omp parallel for schedule(static) if (rows * size > 8192)
-    for (int64_t row = 0; row < rows; ++row) {
+    for_all(rows, [&](int64_t row) {
         const T *gate = (const T*)gate_up + row * stride, *up = gate + size;
         T* y = (T*)out + row * size;
         for (int64_t i = 0; i < whole; i += WIDTH) store(y + i, activation(load(gate + i)) * load(up + i));
         for (int64_t i = whole; i < size; ++i)
             y[i] = from_float<T>(activation(to_float(gate[i]) - Floats{})[0] * to_float(up[i]));
-    }
+    }, rows * size > 8192);
 }
 
 }  // namespace

@@ -5,8 +5,10 @@
 // through all rows of x, up to 6 at a time: 12 sums, as many as registers hold beside what they are made of.
 #include "numbers.h"
 #include "ops.h"
+#include "threads.h"
 
 #include <algorithm>
+#include <atomic>
 
 namespace minirksc {
 namespace {
@@ -62,10 +64,10 @@ constexpr Rows ROWS[MAX_ROWS] = {rows_by_panel<1>, rows_by_panel<2>, rows_by_pan
 
 // Returns 0, with `packed` unfinished, where a number is not one of bfloat16.
 int64_t pack_weight(const float* weight, uint32_t* packed, int64_t out_features, int64_t in_features) {
-    uint32_t lost = 0;
-#pragma omp parallel for schedule(static) reduction(| : lost)
-    for (int64_t panel = 0; panel < num_panels(out_features); ++panel) {
+    std::atomic<uint32_t> any_lost{0};
+    for_all(num_panels(out_features), [&](int64_t panel) {
         uint32_t* to = packed + panel * in_features * WIDTH;
+        uint32_t lost = 0;
         for (int column = 0; column < WIDTH; ++column) {
             int64_t low = panel * PANEL + column, high = low + WIDTH;
             const uint32_t* low_row = (const uint32_t*)weight + low * in_features;
@@ -76,26 +78,25 @@ int64_t pack_weight(const float* weight, uint32_t* packed, int64_t out_features,
                 to[k * WIDTH + column] = (a >> 16) | (b & 0xffff0000u);
             }
         }
-    }
-    return lost == 0;
+        any_lost |= lost;
+    });
+    return any_lost == 0;
 }
 
 void unpack_rows(const uint32_t* packed, const int64_t* rows, float* out, int64_t num_rows, int64_t in_features) {
-#pragma omp parallel for schedule(static) if (num_rows > 64)
-    for (int64_t i = 0; i < num_rows; ++i) {
+    for_all(num_rows, [&](int64_t i) {
         int64_t panel = rows[i] / PANEL, column = rows[i] % PANEL;
         const uint32_t* from = packed + panel * in_features * WIDTH + column % WIDTH;
         uint32_t* to = (uint32_t*)out + i * in_features;
         for (int64_t k = 0; k < in_features; ++k)
             to[k] = column < WIDTH ? from[k * WIDTH] << 16 : from[k * WIDTH] & 0xffff0000u;
-    }
+    }, num_rows > 64);
 }
 
 void linear(const float* x, const uint32_t* packed, const float* bias, float* out, int64_t rows, int64_t in_features,
             int64_t out_features) {
     int64_t num_blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
-#pragma omp parallel for schedule(static)
-    for (int64_t panel = 0; panel < num_panels(out_features); ++panel) {
+    for_all(num_panels(out_features), [&](int64_t panel) {
         int64_t first = panel * PANEL, columns = std::min<int64_t>(PANEL, out_features - first);
         for (int64_t block = 0; block < num_blocks; ++block) {
             int64_t begin = rows * block / num_blocks, end = rows * (block + 1) / num_blocks;
@@ -103,7 +104,7 @@ void linear(const float* x, const uint32_t* packed, const float* bias, float* ou
                                   bias == nullptr ? nullptr : bias + first, out + begin * out_features + first,
                                   in_features, out_features, columns);
         }
-    }
+    });
 }
 
 }  // namespace minirksc

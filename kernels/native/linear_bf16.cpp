@@ -4,6 +4,7 @@
 // from its beginning to its end. A panel goes through all rows of a chunk of x, up to 14 at a time: 28 sums and what
 // they are made of fill the registers. A row's result does not depend on the rows beside it.
 #include "ops.h"
+#include "threads.h"
 
 #include <algorithm>
 #include <type_traits>
@@ -48,8 +49,7 @@ void typed(const uint16_t* x, const uint16_t* packed, const uint16_t* bias, void
            int64_t in_features, int64_t out_features) {
     T* out = (T*)out_;
     int64_t panels = num_panels(out_features), num_chunks = (rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
-#pragma omp parallel for schedule(static)
-    for (int64_t item = 0; item < num_chunks * panels; ++item) {
+    for_all(num_chunks * panels, [&](int64_t item) {
         int64_t chunk = item / panels, first = item % panels * PANEL;
         int64_t begin = rows * chunk / num_chunks, end = rows * (chunk + 1) / num_chunks;
         by_rows<MAX_ROWS>(end - begin, [&](auto count, int64_t row) {
@@ -57,32 +57,30 @@ void typed(const uint16_t* x, const uint16_t* packed, const uint16_t* bias, void
                                  bias == nullptr ? nullptr : bias + first, out + (begin + row) * out_features + first,
                                  in_features, out_features, std::min<int64_t>(PANEL, out_features - first));
         });
-    }
+    });
 }
 
 }  // namespace
 
 void pack_weight_bf16(const uint32_t* weight, uint32_t* packed, int64_t out_features, int64_t in_features) {
     int64_t num_pairs = in_features / 2;
-#pragma omp parallel for schedule(static)
-    for (int64_t panel = 0; panel < num_panels(out_features); ++panel) {
+    for_all(num_panels(out_features), [&](int64_t panel) {
         uint32_t* to = packed + panel * num_pairs * PANEL;
         for (int64_t column = 0; column < PANEL; ++column) {
             int64_t row = panel * PANEL + column;
             for (int64_t pair = 0; pair < num_pairs; ++pair)
                 to[pair * PANEL + column] = row < out_features ? weight[row * num_pairs + pair] : 0;
         }
-    }
+    });
 }
 
 void unpack_rows_bf16(const uint32_t* packed, const int64_t* rows, uint32_t* out, int64_t num_rows,
                       int64_t in_features) {
     int64_t num_pairs = in_features / 2;
-#pragma omp parallel for schedule(static) if (num_rows > 64)
-    for (int64_t i = 0; i < num_rows; ++i) {
+    for_all(num_rows, [&](int64_t i) {
         const uint32_t* from = packed + rows[i] / PANEL * num_pairs * PANEL + rows[i] % PANEL;
         for (int64_t pair = 0; pair < num_pairs; ++pair) out[i * num_pairs + pair] = from[pair * PANEL];
-    }
+    }, num_rows > 64);
 }
 
 void linear_bf16(const uint16_t* x, const uint16_t* packed, const uint16_t* bias, void* out, int64_t rows,

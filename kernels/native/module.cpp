@@ -4,6 +4,7 @@
 #include <Python.h>
 
 #include "ops.h"
+#include "threads.h"
 
 #include <chrono>
 #include <cstring>
@@ -124,11 +125,13 @@ PyObject* replay(PyObject*, PyObject* tape) {
     Py_ssize_t size;
     if (PyBytes_AsStringAndSize(tape, &bytes, &size) < 0) return nullptr;
     Py_BEGIN_ALLOW_THREADS;
-    const int64_t *word = (const int64_t*)bytes, *end = word + size / sizeof(int64_t);
-    for (; word < end; word += 2 + word[1]) {
-        Replay call = from_word<Replay>(word[0]);
-        timed(call, [&] { call(word + 2); });
-    }
+    minirksc::with_team([&] {
+        const int64_t *word = (const int64_t*)bytes, *end = word + size / sizeof(int64_t);
+        for (; word < end; word += 2 + word[1]) {
+            Replay call = from_word<Replay>(word[0]);
+            timed(call, [&] { call(word + 2); });
+        }
+    });
     Py_END_ALLOW_THREADS;
     Py_RETURN_NONE;
 }

@@ -1,5 +1,6 @@
 #include "numbers.h"
 #include "ops.h"
+#include "threads.h"
 
 #include <cmath>
 
@@ -18,8 +19,7 @@ float scale_of(const T* x, int64_t size, float eps) {
 template <typename T, typename W>
 void rows_of(T* hidden, const T* update, const W* update_norm, const W* weight, T* out, int64_t rows, int64_t size,
              int64_t hidden_stride, int64_t update_stride, float eps) {
-#pragma omp parallel for schedule(static) if (rows * size > 16384)
-    for (int64_t row = 0; row < rows; ++row) {
+    for_all(rows, [&](int64_t row) {
         T* x = hidden + row * hidden_stride;
         T* y = out + row * size;
         if (update != nullptr) {
@@ -45,7 +45,7 @@ void rows_of(T* hidden, const T* update, const W* update_norm, const W* weight, 
 #pragma omp simd
             for (int64_t i = 0; i < size; ++i) y[i] = from_float<T>(to_float(x[i]) * scale);
         }
-    }
+    }, rows * size > 16384);
 }
 
 template <typename T, typename W>
