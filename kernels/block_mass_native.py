@@ -13,7 +13,7 @@ from minirksc.kernels.attention_batch import AttentionBatch
 from minirksc.kernels.block_mass import check_decode
 from minirksc.kernels.block_mass_torch import paged_attention_mass_torch
 from minirksc.kernels.layer_cache import TILE, LayerCache
-from minirksc.kernels.paged_attention_native import PIECE_TILES, NativePlan, attend_tiled, plan_parts
+from minirksc.kernels.paged_attention_native import PIECE_TILES, WHOLE, TableWithSums, attend_tiled
 from torch import Tensor
 
 
@@ -24,47 +24,43 @@ def paged_attention_mass_native(
     if not layer_cache.is_tiled:
         return paged_attention_mass_torch(q, kv, layer_cache, batch, scale, softcap)
     check_decode(batch)
-    plan = batch.plan("native mass", _make_plan)
     out = q.new_empty(q.shape)
-    table, sums, tile_sums = plan.parts.table_with_sums(*q.shape[1:])
-    attend_tiled(q, layer_cache.kv, out, table, batch.window, scale, softcap)
-    return out, _mass(plan, sums, tile_sums, len(q))
+    table = batch.plan(*WHOLE).table_with_sums(*q.shape[1:])
+    attend_tiled(q, layer_cache.kv, out, table.table, batch.window, scale, softcap)
+    return out, block_mass(batch, table)
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
-    """Made once a step.
+class _Cells:
+    """Where the sums of tiles go; made once a step.
 
     Attributes:
-        parts: of the attention.
-        rows: `[parts]` int64, batch row of each partial result.
-        cells: `[parts, PIECE_TILES]` int64, of each tile its block's place in the flattened mass; one past the end
-            where a piece has fewer tiles.
+        rows: `[rows]` int64, batch row of each row of the partial results.
+        cells: `[rows, PIECE_TILES]` int64, of each tile its block's place in the flattened mass; one past the end where a
+            piece has fewer tiles.
         width: blocks of the longest sequence.
     """
 
-    parts: NativePlan
     rows: Tensor
     cells: Tensor
     width: int
 
 
-def _make_plan(batch: AttentionBatch) -> _Plan:
-    parts = plan_parts(batch)
+def _find_cells(batch: AttentionBatch) -> _Cells:
+    plan = batch.plan(*WHOLE)
     width = max(map(len, batch.kv_tables))
     nowhere = len(batch.kv_tables) * width
     columns = [{block_id: column for column, block_id in enumerate(table)} for table in batch.kv_tables]
-    place_rows, runs = parts.rows.tolist(), parts.runs.tolist()
+    place_rows, runs = plan.rows.tolist(), plan.runs.tolist()
     rows: list[int] = []
     cells: list[list[int]] = []
-    for begin, end, run_begin, run_end, first_part, *_ in parts.pieces.tolist():
-        assert first_part == len(rows)
+    for begin, end, run_begin, run_end, *_ in plan.pieces.tolist():
         block_ids = _block_ids(runs[run_begin:run_end], batch.block_size)
         for row in place_rows[begin:end]:
             own = [row * width + columns[row][block_id] for block_id in block_ids]
             rows.append(row)
             cells.append(own + [nowhere] * (PIECE_TILES - len(own)))
-    return _Plan(parts, torch.tensor(rows), torch.tensor(cells), width)
+    return _Cells(torch.tensor(rows), torch.tensor(cells), width)
 
 
 def _block_ids(runs: Sequence[Sequence[int]], block_size: int) -> list[int]:
@@ -76,14 +72,19 @@ def _block_ids(runs: Sequence[Sequence[int]], block_size: int) -> list[int]:
     ]
 
 
-def _mass(plan: _Plan, sums: Tensor, tile_sums: Tensor, num_rows: int) -> Tensor:
-    """`[num_rows, width]` float32 of what `NativePlan.table_with_sums` describes.
+def block_mass(batch: AttentionBatch, table: TableWithSums) -> Tensor:
+    """`[sequences, blocks]` float32 as of `block_mass_reference`, of what a call has left.
 
     In numpy, since torch would wake its threads for so little, and they wait for more in the way of ours.
+
+    Args:
+        batch: decode rows.
+        table: of its plan.
     """
-    rows, cells = plan.rows.numpy(), plan.cells.numpy()
-    largest, totals = np.moveaxis(sums.numpy(), -1, 0)  # [parts, num_heads]
-    tile_totals, relative_to = np.moveaxis(tile_sums.numpy(), -1, 0)  # [parts, num_heads, PIECE_TILES]
+    found = batch.plan("native mass", _find_cells)
+    rows, num_rows = found.rows.numpy(), len(batch.kv_tables)
+    largest, totals = np.moveaxis(table.sums.numpy(), -1, 0)  # [rows, num_heads]
+    tile_totals, relative_to = np.moveaxis(table.tile_sums.numpy(), -1, 0)  # [rows, num_heads, PIECE_TILES]
     of_row = np.full((num_rows, largest.shape[1]), -np.inf, largest.dtype)
     np.maximum.at(of_row, rows, largest)
     whole = np.zeros_like(of_row)
@@ -91,6 +92,6 @@ def _mass(plan: _Plan, sums: Tensor, tile_sums: Tensor, num_rows: int) -> Tensor
         np.add.at(whole, rows, totals * np.exp(largest - of_row[rows]))
         # No score is above its row's largest; where a piece has no tile, 0 must stay 0.
         fade = np.exp(np.minimum(relative_to - of_row[rows][..., None], 0))
-        shares = (tile_totals * fade / whole[rows][..., None]).mean(1)  # [parts, PIECE_TILES]
-    mass = np.bincount(cells.ravel(), shares.ravel(), minlength=num_rows * plan.width + 1)
-    return torch.from_numpy(mass[:-1].reshape(num_rows, plan.width)).float()
+        shares = (tile_totals * fade / whole[rows][..., None]).mean(1)  # [rows, PIECE_TILES]
+    mass = np.bincount(found.cells.numpy().ravel(), shares.ravel(), minlength=num_rows * found.width + 1)
+    return torch.from_numpy(mass[:-1].reshape(num_rows, found.width)).float()

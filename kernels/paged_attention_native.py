@@ -10,7 +10,7 @@ all that they see (`attention_bf16.cpp`). Otherwise prompts go through `paged_at
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from minirksc.kernels.attention_batch import AttentionBatch
@@ -45,12 +45,13 @@ class NativePlan:
     Attributes:
         prefills: prompts that torch attends to.
         rows: `[places]`, batch row of each place.
-        pieces: `[pieces, 7]`: places [begin, end), runs [begin, end), first row of the partial results or -1 where the
-            piece is all that its places see, position of the first key, position of the first query or -1 where all
-            keys are visible to all.
+        pieces: `[pieces, 7]`: places [begin, end), runs [begin, end), first row of the partial results, or -1 - that
+            row where the piece is all that its place sees, position of the first key, position of the first query or
+            -1 where all keys are visible to all.
         runs: `[runs, 2]`: first slot and number of keys.
         part_begins: `[places + 1]`, where each place's entries of `parts` begin.
-        parts: `[parts]`, rows of the partial results.
+        parts: `[parts]`, rows of the partial results that are added up.
+        num_rows: of the partial results.
         masks: of the prefills' tiles.
     """
 
@@ -60,6 +61,7 @@ class NativePlan:
     runs: Tensor
     part_begins: Tensor
     parts: Tensor
+    num_rows: int
     masks: Masks = field(default_factory=dict)
     _tables: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
@@ -72,27 +74,37 @@ class NativePlan:
         """What a layer of these sizes hands over: the numbers of `AttentionPlan` in `kernels/native/ops.h`, int64."""
         key = num_heads, head_dim
         if key not in self._tables:
-            outs, sums = torch.empty(len(self.parts), *key), torch.empty(len(self.parts), num_heads, 2)
+            outs, sums = torch.empty(self.num_rows, *key), torch.empty(self.num_rows, num_heads, 2)
             self._tables[key] = self._numbers(outs, sums, None), outs, sums
         return self._tables[key][0]
 
-    def table_with_sums(self, num_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The same for one call, and what it fills in beside the attention.
-
-        Returns:
-            (the table, `[parts, num_heads, 2]` float32: largest score and sum of exp(score - largest),
-            `[parts, num_heads, PIECE_TILES, 2]` float32: of each tile, the sum of exp(score - another) and that other).
-        """
-        outs, sums = torch.empty(len(self.parts), num_heads, head_dim), torch.empty(len(self.parts), num_heads, 2)
-        tile_sums = torch.zeros(len(self.parts), num_heads, PIECE_TILES, 2)
-        table = self._numbers(outs, sums, tile_sums)
-        self._tables[num_heads, head_dim] = table, outs, sums  # kept as long as the table points at them
-        return table, sums, tile_sums
+    def table_with_sums(self, num_heads: int, head_dim: int) -> "TableWithSums":
+        """The same for one call on a cache of tiles that leaves more behind."""
+        outs = torch.empty(self.num_rows, num_heads, head_dim)
+        sums = torch.empty(self.num_rows, num_heads, 2)
+        tile_sums = torch.zeros(self.num_rows, num_heads, PIECE_TILES, 2)
+        return TableWithSums(self._numbers(outs, sums, tile_sums), outs, sums, tile_sums)
 
     def _numbers(self, outs: Tensor, sums: Tensor, tile_sums: Tensor | None) -> Tensor:
         tensors = (self.rows, self.pieces, self.runs, self.part_begins, self.parts)
         results = [pointer(tensor) or 0 for tensor in (outs, sums, tile_sums)]
         return torch.tensor([*(t.data_ptr() for t in tensors), len(self.rows), len(self.pieces), *results])
+
+
+class TableWithSums(NamedTuple):
+    """A table of a plan, and what it points at; all float32.
+
+    Attributes:
+        table: as of `NativePlan.table`.
+        outs: `[rows, num_heads, head_dim]`.
+        sums: `[rows, num_heads, 2]`, largest score and sum of exp(score - largest).
+        tile_sums: `[rows, num_heads, PIECE_TILES, 2]`, of each tile the sum of exp(score - another) and that other.
+    """
+
+    table: Tensor
+    outs: Tensor
+    sums: Tensor
+    tile_sums: Tensor
 
 
 def paged_attention_native(
@@ -190,19 +202,12 @@ def _tiles(reads: PrefillReads, batch: AttentionBatch) -> Iterator[_Tile]:
         yield _Tile(reads.begin + begin, reads.begin + end, first_query, first_key, runs)
 
 
-def plan_parts(batch: AttentionBatch) -> NativePlan:
-    """As `plan_all`, of decode rows, with a partial result of every piece."""
-    return _plan(find_reads(batch)[1], [], [], is_whole_apart=False)
-
-
-def _plan(
-    decode: DecodeReads, tiles: Sequence[_Tile], prefills: list[Prefill], is_whole_apart: bool = True
-) -> NativePlan:
+def _plan(decode: DecodeReads, tiles: Sequence[_Tile], prefills: list[Prefill]) -> NativePlan:
     pieces: list[tuple[int, ...]] = []
     runs: list[Run] = []
     rows = list(decode.rows)
     parts: list[list[int]] = [[] for _ in rows]
-    num_parts = 0
+    num_rows = 0
     # The longest first: whoever computes a short one last keeps the others waiting less.
     for tile in sorted(tiles, key=lambda tile: tile.first_key - tile.first_query):
         place = len(rows)
@@ -216,13 +221,13 @@ def _plan(
         for place in range(begin, end):
             num_pieces[place] += 1
     for begin, end, piece in cut:
-        is_all = is_whole_apart and end - begin == 1 and num_pieces[begin] == 1
-        pieces.append((begin, end, len(runs), len(runs) + len(piece), -1 if is_all else num_parts, 0, -1))
+        is_all = end - begin == 1 and num_pieces[begin] == 1
+        pieces.append((begin, end, len(runs), len(runs) + len(piece), -1 - num_rows if is_all else num_rows, 0, -1))
         runs += piece
         if not is_all:
             for place in range(begin, end):
-                parts[place].append(num_parts + place - begin)
-            num_parts += end - begin
+                parts[place].append(num_rows + place - begin)
+        num_rows += end - begin
     part_begins = [0]
     for some in parts:
         part_begins.append(part_begins[-1] + len(some))
@@ -234,6 +239,7 @@ def _plan(
         runs=torch.tensor(runs, dtype=torch.int64),
         part_begins=torch.tensor(part_begins),
         parts=torch.tensor([part for some in parts for part in some], dtype=torch.int64),
+        num_rows=num_rows,
     )
 
 

@@ -22,7 +22,7 @@ from minirksc.kernels.attention_batch import KEY_CHUNK, AttentionBatch
 from minirksc.kernels.layer_cache import LayerCache
 from minirksc.kernels.paged_attention import work_shape
 from minirksc.kernels.work_list import Shape, StaticWorkList, WorkList, make_work_list
-from minirksc.models.decoder import Decoder
+from minirksc.models.decoder import Decoder, MassSample
 
 MAX_GRAPHS = 128
 """Each keeps its launches and its temporaries; sizes beyond so many are too rare to be worth it."""
@@ -123,9 +123,9 @@ class DecodeGraphs:
         """Recorded so far."""
         return len(self._graphs)
 
-    def forward(self, batch: ForwardBatch) -> Tensor | None:
-        """Logits `[rows, vocab]` float32 as of `Decoder.forward`, or None where no graph serves the batch."""
-        reason = self._failure or self._why_not(batch)
+    def forward(self, batch: ForwardBatch, mass: MassSample | None = None) -> Tensor | None:
+        """Logits `[rows, vocab]` float32 as of `Decoder.forward`, or None where no graph serves the batch, or `mass`."""
+        reason = self._failure or self._why_not(batch) or (None if mass is None else "attention is measured")
         works = None if reason else self._plan(batch)
         if works is None:
             self.eager_steps[reason or "more ranges of keys than there is room for"] += 1

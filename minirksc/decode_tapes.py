@@ -7,7 +7,7 @@ Steps that no recording serves run as they are, and `eager_steps` says how many 
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,33 +15,54 @@ from torch import Tensor
 
 from minirksc.batch import ForwardBatch
 from minirksc.kernels.attention_batch import AttentionBatch
+from minirksc.kernels.block_mass_native import block_mass
 from minirksc.kernels.layer_cache import LayerCache
 from minirksc.kernels.native_tape import NativeRecorder, NotRecordableError
-from minirksc.kernels.paged_attention_native import DECODE, WHOLE, NativePlan, plan_all
-from minirksc.models.decoder import Decoder, LayerFeed
+from minirksc.kernels.paged_attention_native import DECODE, WHOLE, NativePlan, TableWithSums, plan_all
+from minirksc.models.decoder import Decoder, LayerFeed, MassSample
 
 MAX_ROWS = 32
 """Beyond, a step computes for much longer than Python takes, and its temporaries would be large."""
 
 
 class _FixedPlan:
-    """A plan whose tables stay where they are; stands in for `NativePlan`."""
+    """A plan whose tables stay where they are, one a layer; stands in for `NativePlan`.
+
+    Args:
+        num_heads: of the model.
+        head_dims: layer -> its own, of those that it is the plan of, in order.
+        plan: what to do first.
+    """
 
     prefills: Sequence[Any] = ()
     has_rows = True
 
-    def __init__(self, sizes: set[tuple[int, int]], plan: NativePlan) -> None:
-        self._tables = {size: plan.table(*size).clone() for size in sizes}
-        self._plan = plan  # what the tables point at
+    def __init__(self, num_heads: int, head_dims: dict[int, int], plan: NativePlan) -> None:
+        self._num_heads, self._head_dims = num_heads, head_dims
+        sizes = Counter(head_dims.values())
+        self._tables = {size: plan.table(num_heads, size).repeat(count, 1) for size, count in sizes.items()}
+        rows = {size: iter(tables) for size, tables in self._tables.items()}
+        self._of_layer = {layer: next(rows[size]) for layer, size in head_dims.items()}
+        self._recorded = iter(self._of_layer.values())
+        self._kept: list[Any] = [plan]  # what the tables point at
 
-    def follow(self, plan: NativePlan) -> None:
-        """Does what this plan says from now on."""
-        for size, table in self._tables.items():
-            table.copy_(plan.table(*size))
-        self._plan = plan
+    def follow(self, plan: NativePlan, measured: Collection[int] = ()) -> dict[int, TableWithSums]:
+        """Does what this plan says from now on; `measured` layers leave what they find in these tables."""
+        for size, tables in self._tables.items():
+            tables.copy_(plan.table(self._num_heads, size))
+        found = {
+            layer: plan.table_with_sums(self._num_heads, size)
+            for layer, size in self._head_dims.items()
+            if layer in measured
+        }
+        for layer, table in found.items():
+            self._of_layer[layer].copy_(table.table)
+        self._kept = [plan, found]
+        return found
 
     def table(self, num_heads: int, head_dim: int) -> Tensor:
-        return self._tables[num_heads, head_dim]
+        """Of the next layer; they are recorded in order."""
+        return next(self._recorded)
 
 
 class _Tape:
@@ -53,8 +74,12 @@ class _Tape:
         spec = model.spec
         self._feed = model.feed(batch.token_ids, batch.positions, batch.sequence_lens).clone()
         self._slots = {window: one.slots.clone() for window, one in batch.attention.items()}
-        sizes = {(spec.num_heads, layer.head_dim) for layer in spec.layers}
-        self._plans = {window: _FixedPlan(sizes, _plan(one)) for window, one in batch.attention.items()}
+        head_dims: dict[int | None, dict[int, int]] = {window: {} for window in batch.attention}
+        for index, layer in enumerate(spec.layers):
+            head_dims[layer.window][index] = layer.head_dim
+        self._plans = {
+            window: _FixedPlan(spec.num_heads, head_dims[window], _plan(one)) for window, one in batch.attention.items()
+        }
         attention = {}
         for window, one in batch.attention.items():
             fixed = AttentionBatch(
@@ -67,13 +92,18 @@ class _Tape:
             lambda: model.through_layers(self._feed, attention, cache, logits_rows=None)
         )
 
-    def run(self, feed: LayerFeed, batch: ForwardBatch) -> None:
-        """Fills `logits`, `[rows, vocab]` float32."""
+    def run(self, feed: LayerFeed, batch: ForwardBatch, mass: MassSample | None) -> None:
+        """Fills `logits`, `[rows, vocab]` float32, and what is asked for of the attention."""
         self._feed.copy_(feed)
+        measured = () if mass is None else mass.layers
+        found: dict[int, tuple[AttentionBatch, TableWithSums]] = {}
         for window, one in batch.attention.items():
             self._slots[window].copy_(one.slots)
-            self._plans[window].follow(_plan(one))
+            tables = self._plans[window].follow(_plan(one), measured)
+            found |= {layer: (one, table) for layer, table in tables.items()}
         self._replay()
+        if mass is not None:
+            mass.masses.extend(block_mass(*found[layer]) for layer in measured)
 
 
 class DecodeTapes:
@@ -95,12 +125,18 @@ class DecodeTapes:
         self._tapes: dict[int, _Tape] = {}
         self._failure: str | None = None
 
-    def forward(self, batch: ForwardBatch) -> Tensor | None:
+    def forward(self, batch: ForwardBatch, mass: MassSample | None = None) -> Tensor | None:
         """Logits `[rows, vocab]` float32 as of `Decoder.forward`, or None where no recording serves the batch.
 
         The next step overwrites them.
+
+        Args:
+            batch: the step.
+            mass: gains the attention mass of KV blocks, see `Decoder.forward`.
         """
         reason = self._failure or _why_not(batch)
+        if mass is not None and not all(self._cache[layer].is_tiled for layer in mass.layers):
+            reason = "attention is measured"
         num_rows = batch.token_ids.shape[0]
         if reason is None and num_rows not in self._tapes:
             try:
@@ -111,7 +147,7 @@ class DecodeTapes:
             self.eager_steps[reason] += 1
             return None
         tape = self._tapes[num_rows]
-        tape.run(self._model.feed(batch.token_ids, batch.positions, batch.sequence_lens), batch)
+        tape.run(self._model.feed(batch.token_ids, batch.positions, batch.sequence_lens), batch, mass)
         self.num_steps += 1
         return self._model.capped(tape.logits)
 

@@ -45,8 +45,8 @@ class Runner:
         """
         if batch.copies:
             self.cache.copy(batch.copies)
-        if self.recorded is not None and depth is None and mass is None:
-            logits = self.recorded.forward(batch)
+        if self.recorded is not None and depth is None:
+            logits = self.recorded.forward(batch, mass)
             if logits is not None:
                 return logits
         return self.model.forward(

@@ -238,9 +238,10 @@ void piece_of_head(const Attention& on, const Queries& queries, const int64_t* p
         }
     };
     fetch();
-    // Of a partial result and head.
+    // Of the partial results and heads.
+    int64_t first_part = piece[4] < 0 ? -1 - piece[4] : piece[4];
     auto part = [&](int64_t q) {
-        return (piece[4] + begin + q / group - piece[0]) * on.num_heads + kv_head * group + q % group;
+        return (first_part + begin + q / group - piece[0]) * on.num_heads + kv_head * group + q % group;
     };
     Tiles tiles;
     int64_t num_tiles = 0;  // before these
@@ -266,6 +267,10 @@ void piece_of_head(const Attention& on, const Queries& queries, const int64_t* p
     for (int64_t q = 0; q < num_queries; ++q) {
         int64_t place = begin + q / group, head = kv_head * group + q % group;
         const float* sums = queries.sums + q * head_dim;
+        if (piece[4] >= 0 || on.plan.tile_sums != nullptr) {
+            on.plan.partial_sums[2 * part(q)] = queries.largest[q] * LOG_2;
+            on.plan.partial_sums[2 * part(q) + 1] = queries.totals[q];
+        }
         if (piece[4] < 0) {  // the piece is all that the place sees
             uint16_t* to = on.out + (on.plan.rows[place] * on.num_heads + head) * head_dim;
             __m512 share = _mm512_set1_ps(1.0f / queries.totals[q]);
@@ -273,10 +278,7 @@ void piece_of_head(const Attention& on, const Queries& queries, const int64_t* p
                 _mm256_storeu_si256((__m256i*)(to + d),
                                     (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_loadu_ps(sums + d), share)));
         } else {
-            int64_t at = part(q);
-            std::memcpy(on.plan.partial_out + at * head_dim, sums, head_dim * sizeof(float));
-            on.plan.partial_sums[2 * at] = queries.largest[q] * LOG_2;
-            on.plan.partial_sums[2 * at + 1] = queries.totals[q];
+            std::memcpy(on.plan.partial_out + part(q) * head_dim, sums, head_dim * sizeof(float));
         }
     }
 }

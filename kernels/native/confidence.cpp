@@ -54,7 +54,7 @@ Part part_of(const float* logits, int64_t count, int64_t first) {
 void confidence(const float* logits, int64_t* argmax, float* results, int64_t rows, int64_t vocab, int64_t stride) {
     int64_t num_parts = (vocab + PART - 1) / PART;
     std::unique_ptr<Part[]> parts(new Part[rows * num_parts]);
-    for_all(rows * num_parts, [&](int64_t item) {
+    for_all(rows * num_parts, PART, [&](int64_t item) {
         int64_t row = item / num_parts, first = item % num_parts * PART;
         parts[item] = part_of(logits + row * stride + first, std::min(PART, vocab - first), first);
     });

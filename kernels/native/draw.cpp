@@ -3,6 +3,8 @@
 #include "ops.h"
 #include "threads.h"
 
+#include <immintrin.h>
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -18,6 +20,10 @@ struct Candidate {
         return weight != other.weight ? weight > other.weight : token < other.token;
     }
 };
+
+bool any_of(Ints x) {
+    return _mm256_movemask_ps((__m256)x) != 0;
+}
 
 // weights[i] = exp((logits[i] - largest) / temperature); returns their sum.
 double weigh(const float* logits, int64_t vocab, float temperature, float* weights) {
@@ -51,6 +57,26 @@ int64_t reach(int64_t count, double target, F weight) {
     return last;
 }
 
+// The same where all have their weight: whole stretches of the vocabulary are passed at once.
+int64_t reach_all(const float* weights, int64_t vocab, double target) {
+    constexpr int64_t STRETCH = 8 * WIDTH;
+    double sum = 0;
+    int64_t begin = 0;
+    for (; begin + STRETCH <= vocab; begin += STRETCH) {
+        Floats sums = {};
+        for (int64_t i = 0; i < STRETCH; i += WIDTH) sums += load(weights + begin + i);
+        double more = sum_of(sums);
+        if (sum + more > target) break;
+        sum += more;
+    }
+    for (int64_t i = begin; i < vocab; ++i) {
+        sum += weights[i];
+        if (sum > target && weights[i] > 0) return i;
+    }
+    while (vocab > 1 && !(weights[vocab - 1] > 0)) --vocab;
+    return vocab - 1;
+}
+
 // The top_k, and of them those before which less than top_p of all has come: likeliest first.
 std::vector<Candidate> truncate(const float* weights, int64_t vocab, double total, int64_t top_k, double top_p) {
     std::vector<Candidate> candidates;
@@ -58,8 +84,15 @@ std::vector<Candidate> truncate(const float* weights, int64_t vocab, double tota
     for (float least : {1e-2f, 1e-4f, 1e-7f, 0.0f}) {  // sorting a whole vocabulary is slow: try few, then more
         candidates.clear();
         double sum = 0;
-        for (int64_t i = 0; i < vocab; ++i)
+        auto take = [&](int64_t i) {
             if (weights[i] >= least) candidates.push_back({weights[i], i}), sum += weights[i];
+        };
+        int64_t whole = vocab / WIDTH * WIDTH;
+        for (int64_t i = 0; i < whole; i += WIDTH) {
+            if (!any_of(load(weights + i) >= least)) continue;
+            for (int64_t j = i; j < i + WIDTH; ++j) take(j);
+        }
+        for (int64_t i = whole; i < vocab; ++i) take(i);
         if (is_counted ? (int64_t)candidates.size() >= top_k : sum >= top_p * total) break;
     }
     if (is_counted && top_k < (int64_t)candidates.size()) {
@@ -92,6 +125,10 @@ void draw(const float* logits, const double* numbers, const int64_t* top_k, int6
             bool is_counted = 0 < top_k[row] && top_k[row] < vocab;
             std::vector<Candidate> candidates;
             if (is_counted || top_p != 1) candidates = truncate(weights.data(), vocab, all, top_k[row], top_p);
+            if (candidates.empty() && min_p == 0) {
+                tokens[row] = reach_all(weights.data(), vocab, uniform * all);
+                continue;
+            }
             int64_t count = candidates.empty() ? vocab : candidates.size();
             auto weight = [&](int64_t i) {
                 float one = candidates.empty() ? weights[i] : candidates[i].weight;

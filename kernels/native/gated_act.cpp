@@ -26,13 +26,13 @@ template <typename T, typename Activation>
 void rows_of(const void* gate_up, void* out, int64_t rows, int64_t size, int64_t stride) {
     Activation activation;
     int64_t whole = size / WIDTH * WIDTH;
-    for_all(rows, [&](int64_t row) {
+    for_all(rows, size, [&](int64_t row) {
         const T *gate = (const T*)gate_up + row * stride, *up = gate + size;
         T* y = (T*)out + row * size;
         for (int64_t i = 0; i < whole; i += WIDTH) store(y + i, activation(load(gate + i)) * load(up + i));
         for (int64_t i = whole; i < size; ++i)
             y[i] = from_float<T>(activation(to_float(gate[i]) - Floats{})[0] * to_float(up[i]));
-    }, rows * size > 8192);
+    });
 }
 
 }  // namespace

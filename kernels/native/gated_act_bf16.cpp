@@ -31,14 +31,14 @@ struct GeluTanh {
 
 template <typename Activation>
 void rows_of(const uint16_t* gate_up, uint16_t* out, int64_t rows, int64_t size, int64_t stride, Activation activation) {
-    for_all(rows, [&](int64_t row) {
+    for_all(rows, size, [&](int64_t row) {
         for (int64_t i = 0; i < size; i += LANES) {
             __mmask16 mask = size - i < LANES ? (__mmask16)((1u << (size - i)) - 1) : (__mmask16)-1;
             const uint16_t* gate = gate_up + row * stride + i;
             __m512 y = _mm512_mul_ps(activation(load(gate, mask)), load(gate + size, mask));
             _mm256_mask_storeu_epi16(out + row * size + i, mask, (__m256i)_mm512_cvtneps_pbh(y));
         }
-    }, rows * size > 8192);
+    });
 }
 
 }  // namespace

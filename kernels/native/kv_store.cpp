@@ -61,7 +61,7 @@ void typed(void* qkv_, const void* q_norm_, const void* k_norm_, const void* cos
     const W *q_norm = (const W*)q_norm_, *k_norm = (const W*)k_norm_;
     const T *cos = (const T*)cos_, *sin = (const T*)sin_, *growth = (const T*)growth_;
     int64_t num_turned = num_heads + num_kv_heads, stored = 2 * num_kv_heads * head_dim;
-    for_all(tokens, [&](int64_t token) {
+    for_all(tokens, num_heads * head_dim + stored, [&](int64_t token) {
         T* q = qkv + token * token_stride;
         T* k = q + num_heads * head_dim;
         T* v = k + num_kv_heads * head_dim;
@@ -83,7 +83,7 @@ void typed(void* qkv_, const void* q_norm_, const void* k_norm_, const void* cos
             store_in_tile(k, cache, slots[token], num_kv_heads, head_dim);
         else
             std::memcpy(cache + slots[token] * stored, k, stored * sizeof(T));
-    }, tokens * (num_heads * head_dim + stored) > 16384);
+    });
 }
 
 }  // namespace

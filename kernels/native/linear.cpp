@@ -65,7 +65,7 @@ constexpr Rows ROWS[MAX_ROWS] = {rows_by_panel<1>, rows_by_panel<2>, rows_by_pan
 // Returns 0, with `packed` unfinished, where a number is not one of bfloat16.
 int64_t pack_weight(const float* weight, uint32_t* packed, int64_t out_features, int64_t in_features) {
     std::atomic<uint32_t> any_lost{0};
-    for_all(num_panels(out_features), [&](int64_t panel) {
+    for_all(num_panels(out_features), PANEL * in_features, [&](int64_t panel) {
         uint32_t* to = packed + panel * in_features * WIDTH;
         uint32_t lost = 0;
         for (int column = 0; column < WIDTH; ++column) {
@@ -84,19 +84,19 @@ int64_t pack_weight(const float* weight, uint32_t* packed, int64_t out_features,
 }
 
 void unpack_rows(const uint32_t* packed, const int64_t* rows, float* out, int64_t num_rows, int64_t in_features) {
-    for_all(num_rows, [&](int64_t i) {
+    for_all(num_rows, in_features, [&](int64_t i) {
         int64_t panel = rows[i] / PANEL, column = rows[i] % PANEL;
         const uint32_t* from = packed + panel * in_features * WIDTH + column % WIDTH;
         uint32_t* to = (uint32_t*)out + i * in_features;
         for (int64_t k = 0; k < in_features; ++k)
             to[k] = column < WIDTH ? from[k * WIDTH] << 16 : from[k * WIDTH] & 0xffff0000u;
-    }, num_rows > 64);
+    });
 }
 
 void linear(const float* x, const uint32_t* packed, const float* bias, float* out, int64_t rows, int64_t in_features,
             int64_t out_features) {
     int64_t num_blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
-    for_all(num_panels(out_features), [&](int64_t panel) {
+    for_all(num_panels(out_features), PANEL * in_features, [&](int64_t panel) {
         int64_t first = panel * PANEL, columns = std::min<int64_t>(PANEL, out_features - first);
         for (int64_t block = 0; block < num_blocks; ++block) {
             int64_t begin = rows * block / num_blocks, end = rows * (block + 1) / num_blocks;

@@ -49,7 +49,7 @@ void typed(const uint16_t* x, const uint16_t* packed, const uint16_t* bias, void
            int64_t in_features, int64_t out_features) {
     T* out = (T*)out_;
     int64_t panels = num_panels(out_features), num_chunks = (rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
-    for_all(num_chunks * panels, [&](int64_t item) {
+    for_all(num_chunks * panels, PANEL * in_features, [&](int64_t item) {
         int64_t chunk = item / panels, first = item % panels * PANEL;
         int64_t begin = rows * chunk / num_chunks, end = rows * (chunk + 1) / num_chunks;
         by_rows<MAX_ROWS>(end - begin, [&](auto count, int64_t row) {
@@ -64,7 +64,7 @@ void typed(const uint16_t* x, const uint16_t* packed, const uint16_t* bias, void
 
 void pack_weight_bf16(const uint32_t* weight, uint32_t* packed, int64_t out_features, int64_t in_features) {
     int64_t num_pairs = in_features / 2;
-    for_all(num_panels(out_features), [&](int64_t panel) {
+    for_all(num_panels(out_features), PANEL * in_features, [&](int64_t panel) {
         uint32_t* to = packed + panel * num_pairs * PANEL;
         for (int64_t column = 0; column < PANEL; ++column) {
             int64_t row = panel * PANEL + column;
@@ -77,10 +77,10 @@ void pack_weight_bf16(const uint32_t* weight, uint32_t* packed, int64_t out_feat
 void unpack_rows_bf16(const uint32_t* packed, const int64_t* rows, uint32_t* out, int64_t num_rows,
                       int64_t in_features) {
     int64_t num_pairs = in_features / 2;
-    for_all(num_rows, [&](int64_t i) {
+    for_all(num_rows, in_features, [&](int64_t i) {
         const uint32_t* from = packed + rows[i] / PANEL * num_pairs * PANEL + rows[i] % PANEL;
         for (int64_t pair = 0; pair < num_pairs; ++pair) out[i * num_pairs + pair] = from[pair * PANEL];
-    }, num_rows > 64);
+    });
 }
 
 void linear_bf16(const uint16_t* x, const uint16_t* packed, const uint16_t* bias, void* out, int64_t rows,

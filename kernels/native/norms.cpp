@@ -19,7 +19,7 @@ float scale_of(const T* x, int64_t size, float eps) {
 template <typename T, typename W>
 void rows_of(T* hidden, const T* update, const W* update_norm, const W* weight, T* out, int64_t rows, int64_t size,
              int64_t hidden_stride, int64_t update_stride, float eps) {
-    for_all(rows, [&](int64_t row) {
+    for_all(rows, size, [&](int64_t row) {
         T* x = hidden + row * hidden_stride;
         T* y = out + row * size;
         if (update != nullptr) {
@@ -45,7 +45,7 @@ void rows_of(T* hidden, const T* update, const W* update_norm, const W* weight, 
 #pragma omp simd
             for (int64_t i = 0; i < size; ++i) y[i] = from_float<T>(to_float(x[i]) * scale);
         }
-    }, rows * size > 16384);
+    });
 }
 
 template <typename T, typename W>

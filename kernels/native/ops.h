@@ -39,8 +39,8 @@ void draw(const float* logits, const double* numbers, const int64_t* top_k, int6
           int64_t vocab, int64_t stride);
 
 // What a step's attention does, as kernels/paged_attention_native.py makes it. A piece is PIECE numbers: places
-// [begin, end), runs [begin, end), its row of the partial results or -1, position of its first key, position of its first
-// query or -1.
+// [begin, end), runs [begin, end), its first row of the partial results, or -1 - that row where the piece is all that its
+// place sees, position of its first key, position of its first query or -1.
 constexpr int64_t PIECE = 7;
 struct AttentionPlan {
     const int64_t* rows;
@@ -63,8 +63,8 @@ void decode_attention(const void* q, const void* cache, void* out, const Attenti
                       double softcap);
 
 // attention_bf16.cpp: prompts too, on a cache of tiles; only where has_bf16_products(), and head_dim in 32s. A window of 0
-// is none. Of each partial result, head, and tile of its piece, tile_sums gains the sum of exp(score - largest so far)
-// and that largest score, unless it is null.
+// is none. Unless tile_sums is null, it gains for each row of the partial results (those of pieces that are all, too),
+// head, and tile of the piece, the sum of exp(score - largest so far) and that largest score.
 void attention_bf16(const void* q, const void* cache, void* out, const AttentionPlan* plan, int64_t q_stride,
                     int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t window, double scale,
                     double softcap);

@@ -34,13 +34,14 @@ void for_ranges(int64_t count, int parts, Body body) {
         share_out(count, parts, [](void* context, int64_t begin, int64_t end) { (*(Body*)context)(begin, end); }, &body);
 }
 
-// body(item) of items that are alike; by the caller alone where they are not worth sharing.
+// body(item) of items that are alike, of so many numbers each; by the caller alone where these are few.
 template <typename Body>
-void for_all(int64_t count, Body body, bool is_worth_sharing = true) {
+void for_all(int64_t count, int64_t num_numbers, Body body) {
+    constexpr int64_t MIN_NUMBERS = 2048;  // of all items: a microsecond, which another thread takes to come
     auto range = [&](int64_t begin, int64_t end) {
         for (int64_t item = begin; item < end; ++item) body(item);
     };
-    if (is_worth_sharing)
+    if (count * num_numbers > MIN_NUMBERS)
         for_ranges(count, 1, range);
     else
         range(0, count);

@@ -11,6 +11,7 @@ from minirksc.kernels.native_tape import NativeRecorder, NotRecordableError
 
 from minirksc import LLM, SamplingParams
 from minirksc.decode_tapes import MAX_ROWS
+from minirksc.engine import MASS_INTERVAL
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))  # in importlib mode pytest does not add it
 zoo, rows = importlib.import_module("zoo"), importlib.import_module("zoo_rows")
@@ -59,6 +60,26 @@ def test_steps_that_no_tape_serves_are_counted(tiny_llama):
         assert llm.stats()["eager_steps"] == {"prompts in the batch": 1, f"more than {MAX_ROWS} rows": 11}
         outputs(llm, [[3, 4]])
         assert llm.stats()["num_recorded_steps"] == 11
+
+
+@needs_bf16
+def test_steps_that_measure_attention_are_recorded_too(tiny_llama):
+    """The same tokens, and the same mass of every block; layers that are not measured have none."""
+    folder = tiny_llama(layers=6, hidden=32, head_dim=32)
+    params = SamplingParams(temperature=0, max_tokens=2 * MASS_INTERVAL + 3, ignore_eos=True, detokenize=False)
+    runs = []
+    for options in ({"enforce_eager": True}, {}):
+        seen = []
+        with LLM(folder, dtype="bfloat16", kv_cache_bytes="8MiB", eviction="rksc", **options) as llm:
+            observe = llm.engine.blocks.observe
+            llm.engine.blocks.observe = lambda seq_id, mass, of=observe, to=seen: (to.append(mass), of(seq_id, mass))
+            tokens = [out.outputs[0].token_ids for out in llm.generate(PROMPTS, params)]
+            stats = llm.stats()
+        runs.append((tokens, seen))
+    assert runs[0] == runs[1] and len(seen) == 2 * len(PROMPTS)
+    assert all(sum(mass) == pytest.approx(1, abs=1e-4) for mass in seen)
+    assert stats["num_recorded_steps"] == 2 * MASS_INTERVAL + 2
+    assert stats["eager_steps"].keys() == {"prompts in the batch"}
 
 
 @needs_bf16

@@ -132,7 +132,7 @@ def test_every_visible_key_is_in_one_piece_of_a_place_and_no_other(case, make_pl
     prefills, _ = find_reads(batch)
     size = batch.block_size
     read = [[] for _ in plan.rows]
-    parts = []
+    parts, results = [], []
     for begin, end, run_begin, run_end, part, first_key, first_query in plan.pieces.tolist():
         slots = [slot for first, n in plan.runs[run_begin:run_end].tolist() for slot in range(first, first + n)]
         assert slots and end > begin  # a partial result of nothing would be no number
@@ -144,8 +144,11 @@ def test_every_visible_key_is_in_one_piece_of_a_place_and_no_other(case, make_pl
                 read[place] += [slots[i] for i in seen]
             else:
                 read[place] += slots
-        parts += [] if part < 0 else range(part, part + end - begin)
-    assert sorted(parts) == list(range(len(plan.parts))) == sorted(plan.parts.tolist())
+        if first_query >= 0:
+            continue
+        results += range(part, part + end - begin) if part >= 0 else [-1 - part]
+        parts += range(part, part + end - begin) if part >= 0 else []
+    assert results == list(range(plan.num_rows)) and sorted(plan.parts.tolist()) == sorted(parts)
     assert len(plan.prefills) == (len(prefills) if make_plan is plan_decode else 0)
     for place, row in enumerate(plan.rows.tolist()):
         sequence = next(i for i in range(len(lens)) if row < batch.cu_seqlens_q[i + 1])
