@@ -100,15 +100,17 @@ def find_reads(batch: AttentionBatch) -> tuple[list[PrefillReads], DecodeReads]:
 
 def _runs(table: Sequence[int], begin: int, end: int, block_size: int) -> list[Run]:
     """Slots of positions [begin, end) as runs."""
+    if begin >= end:
+        return []
+    first, last = begin // block_size, (end - 1) // block_size
     runs: list[Run] = []
-    position = begin
-    while position < end:
-        index, offset = divmod(position, block_size)
-        slot = table[index] * block_size + offset
-        n = min(block_size - offset, end - position)
-        if runs and runs[-1][0] + runs[-1][1] == slot:
-            runs[-1] = (runs[-1][0], runs[-1][1] + n)
-        else:
-            runs.append((slot, n))
-        position += n
+    run_begin = before = table[first]  # blocks of the run
+    skipped = begin - first * block_size  # slots of its first one
+    for block_id in table[first + 1 : last + 1]:
+        if block_id != before + 1:
+            runs.append((run_begin * block_size + skipped, (before + 1 - run_begin) * block_size - skipped))
+            run_begin, skipped = block_id, 0
+        before = block_id
+    unused = (last + 1) * block_size - end
+    runs.append((run_begin * block_size + skipped, (before + 1 - run_begin) * block_size - skipped - unused))
     return runs

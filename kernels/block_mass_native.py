@@ -36,8 +36,8 @@ class _Cells:
 
     Attributes:
         rows: `[rows]` int64, batch row of each row of the partial results.
-        cells: `[rows, PIECE_TILES]` int64, of each tile its block's place in the flattened mass; one past the end where a
-            piece has fewer tiles.
+        cells: `[rows, PIECE_TILES]` int64, of each tile its block's place in the flattened mass; one past the end where
+            a piece has fewer tiles.
         width: blocks of the longest sequence.
     """
 

@@ -10,6 +10,7 @@ all that they see (`attention_bf16.cpp`). Otherwise prompts go through `paged_at
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -232,13 +233,16 @@ def _plan(decode: DecodeReads, tiles: Sequence[_Tile], prefills: list[Prefill]) 
     for some in parts:
         part_begins.append(part_begins[-1] + len(some))
     part_begins += [part_begins[-1]] * (len(rows) - len(parts))
+    # One tensor for all of them: each costs microseconds.
+    lists = rows, [*chain(*pieces)], [*chain(*runs)], part_begins, [*chain(*parts)]
+    numbers = torch.tensor([*chain(*lists)], dtype=torch.int64).split([len(some) for some in lists])
     return NativePlan(
         prefills=prefills,
-        rows=torch.tensor(rows, dtype=torch.int64),
-        pieces=torch.tensor(pieces, dtype=torch.int64),
-        runs=torch.tensor(runs, dtype=torch.int64),
-        part_begins=torch.tensor(part_begins),
-        parts=torch.tensor([part for some in parts for part in some], dtype=torch.int64),
+        rows=numbers[0],
+        pieces=numbers[1].view(-1, 7),
+        runs=numbers[2].view(-1, 2),
+        part_begins=numbers[3],
+        parts=numbers[4],
         num_rows=num_rows,
     )
 

@@ -124,8 +124,10 @@ class DecodeGraphs:
         return len(self._graphs)
 
     def forward(self, batch: ForwardBatch, mass: MassSample | None = None) -> Tensor | None:
-        """Logits `[rows, vocab]` float32 as of `Decoder.forward`, or None where no graph serves the batch, or `mass`."""
-        reason = self._failure or self._why_not(batch) or (None if mass is None else "attention is measured")
+        """Logits `[rows, vocab]` float32 as of `Decoder.forward`, or None where no graph serves the batch."""
+        reason = self._failure or self._why_not(batch)
+        if mass is not None:
+            reason = "attention is measured"
         works = None if reason else self._plan(batch)
         if works is None:
             self.eager_steps[reason or "more ranges of keys than there is room for"] += 1

@@ -62,7 +62,8 @@ class _FixedPlan:
 
     def table(self, num_heads: int, head_dim: int) -> Tensor:
         """Of the next layer; they are recorded in order."""
-        return next(self._recorded)
+        table: Tensor = next(self._recorded)
+        return table
 
 
 class _Tape:

@@ -342,7 +342,7 @@ class BlockManager:
         """
         table, size = self._tables[seq_id], self.block_size
         needed = self.blocks_needed(seq_id, num_tokens)
-        if not self.can_reserve(seq_id, num_tokens):
+        if not (self._pool.has_room(needed) and self.windows.has_room(needed)):
             windows = self.windows
             raise CacheFullError(
                 f"{needed} blocks are needed, {self.num_free} are free and {self.num_cached - self.num_pinned} "

@@ -95,24 +95,27 @@ def sample(
         token_ids[changed] = _choose(logits[changed], [rows[i] for i in changed], draw)
     chosen = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1) - sure.logsumexp  # [rows]
     k = max((row.params.logprobs or 0 for row in rows), default=0)
-    # [rows, k]; a topk of nothing would still read the logits
-    top_values, top_ids = logits.topk(min(k, logits.shape[-1])) if k else (logits[:, :0], token_ids[:, None][:, :0])
+    top_ids: list[list[int]] = [[]] * len(rows)
+    top_logprobs: list[list[float]] = [[]] * len(rows)
+    if k:
+        values, indices = logits.topk(min(k, logits.shape[-1]))  # [rows, k]
+        top_ids, top_logprobs = indices.tolist(), (values - sure.logsumexp.unsqueeze(-1)).tolist()
     columns = (
         token_ids.tolist(),
         chosen.tolist(),
         sure.top1_probability.tolist(),
         sure.self_certainty(logits.shape[-1]).tolist(),
         sure.logsumexp.tolist(),
-        top_ids.tolist(),
-        (top_values - sure.logsumexp.unsqueeze(-1)).tolist(),
+        top_ids,
+        top_logprobs,
     )
     drawn = []
-    for i, (token_id, logprob, top1, certainty, lse, ids, values) in enumerate(zip(*columns, strict=True)):
+    for i, (token_id, logprob, top1, certainty, lse, ids, logprobs) in enumerate(zip(*columns, strict=True)):
         if not abs(lse) < float("inf"):  # NaN, or an infinity
             drawn.append(Sampled(-1, 0.0, None, top1, certainty, _describe(logits[i])))
             continue
         num_top = rows[i].params.logprobs
-        top = None if num_top is None else _ranked(token_id, logprob, ids, values, num_top)
+        top = None if num_top is None else _ranked(token_id, logprob, ids, logprobs, num_top)
         drawn.append(Sampled(token_id, logprob, top, top1, certainty))
     return drawn
 

@@ -112,8 +112,8 @@ def test_logits_outlive_the_next_step(llm):
     kept = []
     forward = graphs.forward
 
-    def keep(batch):
-        logits = forward(batch)
+    def keep(batch, mass=None):
+        logits = forward(batch, mass)
         if logits is not None:
             kept.append((logits, logits.clone()))
         return logits
