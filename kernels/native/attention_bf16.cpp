@@ -11,7 +11,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
+#include <cstdlib>
 #include <type_traits>
 
 #include "parts.h"
@@ -36,6 +36,23 @@ struct Attention {
     float scale, softcap;
 };
 
+// Memory of a thread, as much as was asked for at most.
+struct Memory {
+    char* bytes = nullptr;
+    int64_t size = 0;
+
+    char* at_least(int64_t wanted) {
+        if (size < wanted) {
+            std::free(bytes);
+            bytes = (char*)std::malloc(wanted);
+            size = wanted;
+        }
+        return bytes;
+    }
+    ~Memory() { std::free(bytes); }
+};
+thread_local Memory kept;
+
 // Queries of one KV head, with what they have gathered so far. All in memory of the thread, one at a time.
 struct Queries {
     uint16_t* numbers;   // [MAX_QUERIES, head_dim]
@@ -48,9 +65,8 @@ struct Queries {
     float* fades;        // [MAX_QUERIES], of the sums so far
 
     explicit Queries(int64_t head_dim) {
-        static thread_local std::vector<char> kept;
-        kept.resize(2 * head_dim * (MAX_QUERIES + 2 * KV_TILE) + 6 * MAX_QUERIES * TILE + 4 * MAX_QUERIES * (head_dim + 3));
-        char* memory = kept.data();
+        char* memory = kept.at_least(2 * head_dim * (MAX_QUERIES + 2 * KV_TILE) + 6 * MAX_QUERIES * TILE +
+                                     4 * MAX_QUERIES * (head_dim + 3));
         auto take = [&](auto*& pointer, int64_t count) {
             pointer = (std::remove_reference_t<decltype(pointer)>)memory;
             memory += count * sizeof *pointer;
@@ -310,12 +326,12 @@ void attention_bf16(const void* q, const void* cache, void* out, const Attention
     });
     if (plan->part_begins[plan->num_rows] == 0) return;
     for_ranges(plan->num_rows * num_heads, 1, [&](int64_t item_begin, int64_t item_end) {
-        std::vector<float> sums(head_dim);
+        float* sums = (float*)kept.at_least(head_dim * sizeof(float));
         for (int64_t item = item_begin; item < item_end; ++item) {
             int64_t place = item / num_heads, head = item % num_heads;
             const int64_t *begin = plan->parts + plan->part_begins[place], *end = plan->parts + plan->part_begins[place + 1];
             if (begin < end)
-                add_up(begin, end, head, num_heads, head_dim, plan->partial_out, plan->partial_sums, sums.data(),
+                add_up(begin, end, head, num_heads, head_dim, plan->partial_out, plan->partial_sums, sums,
                        (BFloat16*)on.out + (plan->rows[place] * num_heads + head) * head_dim);
         }
     });

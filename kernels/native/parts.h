@@ -9,6 +9,7 @@
 #include "numbers.h"
 
 namespace minirksc {
+namespace {  // each file its own, compiled for its own processors
 
 // Of one head of one place, whose parts are rows begin .. end of the partial results; writes to[head_dim].
 template <typename T>
@@ -27,4 +28,5 @@ void add_up(const int64_t* begin, const int64_t* end, int64_t head, int64_t num_
     for (int64_t d = 0; d < head_dim; ++d) to[d] = from_float<T>(sums[d] / total);
 }
 
+}  // namespace
 }  // namespace minirksc

@@ -4,8 +4,8 @@
 // a register ("pairs"), so that one instruction adds 32 products to 16 float32 sums. A sum takes its products in the
 // order of the pairs, whatever rows it is computed beside.
 //
-// Include it after the standard headers: everything below is compiled for that processor alone, and what a standard
-// header defines must stay fit for any.
+// Include it after all other headers: everything below is compiled for that processor alone, templates too where they are
+// first used below. So such a file uses none that another file may use as well, but those that are always inlined.
 #pragma once
 
 #include <immintrin.h>
