@@ -34,9 +34,8 @@ QUERIES = 32
 MAX_GROUP = 96
 """Query heads a KV head that `attention_bf16.cpp` has room for."""
 
-
 PIECE_TILES = PIECE_KEYS // TILE + 1
-"""Tiles that a piece has keys in, at most."""
+"""Tiles that a piece has keys in, at most; so in `kernels/native/ops.h`."""
 
 
 @dataclass(slots=True)

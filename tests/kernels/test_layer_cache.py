@@ -1,12 +1,14 @@
 """A cache in tiles: where each number lies, and which models have one."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from minirksc.kernels import paged_attention_native as attention_native
 from minirksc.kernels.layer_cache import TILE, LayerCache, plain_block_shape, read_slots, write_slots
-from minirksc.kernels.paged_attention_native import block_shape_native
+from minirksc.kernels.paged_attention_native import PIECE_TILES, block_shape_native
 
 
 @given(data=st.data())
@@ -50,3 +52,9 @@ def test_which_models_have_tiles(has_products, monkeypatch):
     for other in ({"dtype": torch.float32}, {"dtype": torch.int8}, {"head_dim": 80}, {"num_heads": 300}):
         assert block_shape_native(**sizes | other) == plain_block_shape(**sizes | other)
     assert block_shape_native(**sizes | {"block_size": 8}) == (8, 2, 3, 64)
+
+
+def test_what_is_compiled_has_the_same_sizes():
+    header = (Path(__file__).parents[2] / "kernels" / "native" / "ops.h").read_text(encoding="utf-8")
+    assert f"constexpr int64_t KV_TILE = {TILE};" in header
+    assert f"constexpr int64_t PIECE_TILES = {PIECE_TILES};" in header
