@@ -11,8 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from bench.harness import ROOT
-
 STRAY = ("PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH", "PYTHONSTARTUP")
 """Variables that would lead a worker away from its own environment."""
 
@@ -53,7 +51,7 @@ class PeerProcess:
                 text=True,
                 encoding="utf-8",
                 env=variables,
-                cwd=ROOT,
+                cwd=tempfile.gettempdir(),  # here a rival would take our folder "kernels" for its package
             )
         except OSError as error:
             self._stderr.close()
@@ -131,7 +129,7 @@ class PeerProcess:
 
 def python_of(environment: str) -> str:
     """The interpreter that an environment's name on the command line means: itself, or the one in that folder."""
-    folder = Path(environment).expanduser()
+    folder = Path(environment).expanduser().absolute()
     if folder.is_dir():
         return str(folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
     return str(folder) if folder.is_file() else environment

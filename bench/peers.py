@@ -235,7 +235,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Measures, and writes JSONL, picture and page."""
-    folder = resolve_model(options.model)
+    folder = resolve_model(options.model).absolute()  # workers start in another folder
     peers, missing = known_peers(options, folder)
     for line in missing:
         print(line, flush=True)

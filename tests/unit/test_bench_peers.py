@@ -196,6 +196,12 @@ def test_a_worker_does_not_see_our_path(raw, monkeypatch):
     assert "PYTHONPATH" not in variables and variables["OMP_NUM_THREADS"] == "1"
 
 
+def test_a_worker_does_not_see_our_folders(raw):
+    """Where it starts Python again with -m, "kernels" would be ours."""
+    text = "import os, json; input(); print(json.dumps({'result': {'found': os.path.exists('kernels')}}))"
+    assert raw(text).ask("load") == {"found": False}
+
+
 def test_an_environment_is_its_folder_or_its_interpreter(tmp_path):
     assert python_of(sys.executable) == sys.executable and python_of("none/python") == "none/python"
     assert Path(python_of(str(tmp_path))).parent.parent == tmp_path
