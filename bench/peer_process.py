@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from bench.harness import ROOT
+
 STRAY = ("PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH", "PYTHONSTARTUP")
 """Variables that would lead a worker away from its own environment."""
 
@@ -51,7 +53,8 @@ class PeerProcess:
                 text=True,
                 encoding="utf-8",
                 env=variables,
-                cwd=tempfile.gettempdir(),  # here a rival would take our folder "kernels" for its package
+                # In ours a rival would take the folder "kernels" for the package of that name.
+                cwd=ROOT if "-m" in command else tempfile.gettempdir(),
             )
         except OSError as error:
             self._stderr.close()
