@@ -51,7 +51,7 @@ class NativePlan:
         runs: `[runs, 2]`: first slot and number of keys.
         part_begins: `[places + 1]`, where each place's entries of `parts` begin.
         parts: `[parts]`, rows of the partial results that are added up.
-        num_rows: of the partial results.
+        num_results: rows of the partial results, those that need no adding up included.
         masks: of the prefills' tiles.
     """
 
@@ -61,7 +61,7 @@ class NativePlan:
     runs: Tensor
     part_begins: Tensor
     parts: Tensor
-    num_rows: int
+    num_results: int
     masks: Masks = field(default_factory=dict)
     _tables: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
@@ -74,15 +74,15 @@ class NativePlan:
         """What a layer of these sizes hands over: the numbers of `AttentionPlan` in `kernels/native/ops.h`, int64."""
         key = num_heads, head_dim
         if key not in self._tables:
-            outs, sums = torch.empty(self.num_rows, *key), torch.empty(self.num_rows, num_heads, 2)
+            outs, sums = torch.empty(self.num_results, *key), torch.empty(self.num_results, num_heads, 2)
             self._tables[key] = self._numbers(outs, sums, None), outs, sums
         return self._tables[key][0]
 
     def table_with_sums(self, num_heads: int, head_dim: int) -> "TableWithSums":
         """The same for one call on a cache of tiles that leaves more behind."""
-        outs = torch.empty(self.num_rows, num_heads, head_dim)
-        sums = torch.empty(self.num_rows, num_heads, 2)
-        tile_sums = torch.zeros(self.num_rows, num_heads, PIECE_TILES, 2)
+        outs = torch.empty(self.num_results, num_heads, head_dim)
+        sums = torch.empty(self.num_results, num_heads, 2)
+        tile_sums = torch.zeros(self.num_results, num_heads, PIECE_TILES, 2)
         return TableWithSums(self._numbers(outs, sums, tile_sums), outs, sums, tile_sums)
 
     def _numbers(self, outs: Tensor, sums: Tensor, tile_sums: Tensor | None) -> Tensor:
@@ -149,6 +149,7 @@ def attend_tiled(
 def _attend(
     call: Any, q: Tensor, kv: Tensor, out: Tensor, table: Tensor, number: int, scale: float, softcap: float | None
 ) -> None:
+    """Both compiled forms; `number` is what only one has, a window or whether it is bfloat16."""
     pointers = q.data_ptr(), kv.data_ptr(), out.data_ptr(), table.data_ptr()
     num_heads, head_dim = q.shape[1:]
     call(*pointers, q.stride(0), num_heads, kv.shape[3], head_dim, number, scale, softcap or 0.0)
@@ -207,7 +208,7 @@ def _plan(decode: DecodeReads, tiles: Sequence[_Tile], prefills: list[Prefill]) 
     runs: list[Run] = []
     rows = list(decode.rows)
     parts: list[list[int]] = [[] for _ in rows]
-    num_rows = 0
+    num_results = 0
     # The longest first: whoever computes a short one last keeps the others waiting less.
     for tile in sorted(tiles, key=lambda tile: tile.first_key - tile.first_query):
         place = len(rows)
@@ -222,12 +223,13 @@ def _plan(decode: DecodeReads, tiles: Sequence[_Tile], prefills: list[Prefill]) 
             num_pieces[place] += 1
     for begin, end, piece in cut:
         is_all = end - begin == 1 and num_pieces[begin] == 1
-        pieces.append((begin, end, len(runs), len(runs) + len(piece), -1 - num_rows if is_all else num_rows, 0, -1))
+        row = -1 - num_results if is_all else num_results
+        pieces.append((begin, end, len(runs), len(runs) + len(piece), row, 0, -1))
         runs += piece
         if not is_all:
             for place in range(begin, end):
-                parts[place].append(num_rows + place - begin)
-        num_rows += end - begin
+                parts[place].append(num_results + place - begin)
+        num_results += end - begin
     part_begins = [0]
     for some in parts:
         part_begins.append(part_begins[-1] + len(some))
@@ -242,7 +244,7 @@ def _plan(decode: DecodeReads, tiles: Sequence[_Tile], prefills: list[Prefill]) 
         runs=numbers[2].view(-1, 2),
         part_begins=numbers[3],
         parts=numbers[4],
-        num_rows=num_rows,
+        num_results=num_results,
     )
 
 

@@ -148,7 +148,7 @@ def test_every_visible_key_is_in_one_piece_of_a_place_and_no_other(case, make_pl
             continue
         results += range(part, part + end - begin) if part >= 0 else [-1 - part]
         parts += range(part, part + end - begin) if part >= 0 else []
-    assert results == list(range(plan.num_rows)) and sorted(plan.parts.tolist()) == sorted(parts)
+    assert results == list(range(plan.num_results)) and sorted(plan.parts.tolist()) == sorted(parts)
     assert len(plan.prefills) == (len(prefills) if make_plan is plan_decode else 0)
     for place, row in enumerate(plan.rows.tolist()):
         sequence = next(i for i in range(len(lens)) if row < batch.cu_seqlens_q[i + 1])
