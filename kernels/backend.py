@@ -24,7 +24,7 @@ from minirksc.kernels.kv_copy import (
 )
 from minirksc.kernels.kv_store import kv_store_reference, kv_store_torch, kv_store_triton
 from minirksc.kernels.layer_cache import LayerCache, plain_block_shape
-from minirksc.kernels.linear import Pack, PlainWeight, pack_native, pack_torch
+from minirksc.kernels.linear import NativePacker, Pack, PlainWeight, pack_torch
 from minirksc.kernels.native_ops import (
     add_rms_norm_native,
     confidence_native,
@@ -59,7 +59,7 @@ class Backend:
         name: as in the options.
         device_type: where it runs; None: anywhere.
         block_sizes: tokens a KV block that its kernels can have; None: any number.
-        pack: makes the form of a weight.
+        packer: called for each model, gives what makes the form of its weights.
         recording: how a decode step can be recorded, unless it has `paged_attention_mass`: as a CUDA "graph", since
             nothing is read back from the device; as a "tape" of compiled operations; None: not at all.
         splits_keys: heeds `AttentionBatch.key_chunk`.
@@ -69,7 +69,7 @@ class Backend:
     name: str
     device_type: str | None
     block_sizes: tuple[int, ...] | None
-    pack: Pack
+    packer: Callable[[], Pack]
     recording: Literal["graph", "tape"] | None
     splits_keys: bool
     block_shape: Callable[[int, int, int, int, torch.dtype], tuple[int, ...]]
@@ -119,7 +119,7 @@ BACKENDS = {
             name="triton",
             device_type="cuda",
             block_sizes=(8, 16, 32, 64, 128),
-            pack=PlainWeight,
+            packer=lambda: PlainWeight,
             recording="graph",
             splits_keys=True,
             block_shape=plain_block_shape,
@@ -139,7 +139,7 @@ BACKENDS = {
             name="torch",
             device_type="cpu",
             block_sizes=None,
-            pack=pack_torch,
+            packer=lambda: pack_torch,
             recording=None,
             splits_keys=False,
             block_shape=plain_block_shape,
@@ -159,7 +159,7 @@ BACKENDS = {
             name="native",
             device_type="cpu",
             block_sizes=None,
-            pack=pack_native,
+            packer=NativePacker,
             recording="tape",
             splits_keys=False,
             block_shape=block_shape_native,
@@ -179,7 +179,7 @@ BACKENDS = {
             name="reference",
             device_type=None,
             block_sizes=None,
-            pack=PlainWeight,
+            packer=lambda: PlainWeight,
             recording=None,
             splits_keys=False,
             block_shape=plain_block_shape,

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from minirksc.kernels.half_weight import HalfWeight
+from minirksc.kernels.huge_pages import Arena
 from minirksc.kernels.native_weight import Bf16Weight, WidenedWeight
 from torch import Tensor
 from torch.nn import functional as F
@@ -105,15 +106,24 @@ def pack_torch(weight: Tensor) -> Weight:
     return OneDnnWeight(weight) if torch._C._has_mkldnn else PlainWeight(weight)
 
 
-def pack_native(weight: Tensor) -> Weight:
-    """The compiled form where there is one that is the fastest of this CPU; else torch's."""
-    computes = computes_in(weight.dtype, weight.device)
-    packed: Weight | None = None
-    if weight.dtype == torch.bfloat16 and computes:
-        packed = Bf16Weight.pack(weight)
-    elif torch.backends.cpu.get_cpu_capability() == "AVX2" and (weight.dtype == torch.float32 or not computes):
-        packed = WidenedWeight.pack(weight.float())
-    return pack_torch(weight) if packed is None else packed
+class NativePacker:
+    """Packs the matrices of one model: the compiled form where there is one that is the fastest of this CPU.
+
+    Else torch's. The compiled ones lie together in large pages.
+    """
+
+    def __init__(self) -> None:
+        self._memory = Arena()
+
+    def __call__(self, weight: Tensor) -> Weight:
+        """See `Pack`."""
+        computes = computes_in(weight.dtype, weight.device)
+        packed: Weight | None = None
+        if weight.dtype == torch.bfloat16 and computes:
+            packed = Bf16Weight.pack(weight, self._memory.empty)
+        elif torch.backends.cpu.get_cpu_capability() == "AVX2" and (weight.dtype == torch.float32 or not computes):
+            packed = WidenedWeight.pack(weight.float(), self._memory.empty)
+        return pack_torch(weight) if packed is None else packed
 
 
 class Linear:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from minirksc.kernels.huge_pages import empty
 from minirksc.kernels.native_ops import native
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -85,7 +86,7 @@ class _Watch(TorchFunctionMode):
         while self._index < len(self._chunks) and self._offset + size > len(self._chunks[self._index]):
             self._index, self._offset = self._index + 1, 0
         if self._index == len(self._chunks):
-            self._chunks.append(torch.empty(max(size, CHUNK_BYTES), dtype=torch.int8))
+            self._chunks.append(empty(max(size, CHUNK_BYTES), dtype=torch.int8))
             self._offset = 0
         begin = self._offset
         self._offset += -(-size // ALIGNMENT) * ALIGNMENT

@@ -7,6 +7,8 @@ Decoding on a CPU waits for the weights, and a prompt for the arithmetic.
   a number that bfloat16 cannot hold has no such form.
 """
 
+from collections.abc import Callable
+
 import torch
 from minirksc.kernels.native_ops import has_bf16_products, native, pointer
 from torch import Tensor
@@ -14,6 +16,9 @@ from torch import Tensor
 BF16_PANEL = 32
 WIDENED_PANEL = 16
 """Outputs that are packed side by side."""
+
+Empty = Callable[..., Tensor]
+"""Allocates the packed form, called as `torch.empty` is."""
 
 
 class Bf16Weight:
@@ -38,13 +43,13 @@ class Bf16Weight:
         self._shape = shape
 
     @staticmethod
-    def pack(weight: Tensor) -> "Bf16Weight | None":
+    def pack(weight: Tensor, empty: Empty = torch.empty) -> "Bf16Weight | None":
         """Packs `[out_features, in_features]` bfloat16; None: not on this processor, or an odd number of inputs."""
         out_features, in_features = weight.shape
         if not has_bf16_products or in_features % 2:
             return None
         weight = weight.contiguous()
-        packed = torch.empty(-(-out_features // BF16_PANEL), in_features // 2, BF16_PANEL, dtype=torch.int32)
+        packed = empty(-(-out_features // BF16_PANEL), in_features // 2, BF16_PANEL, dtype=torch.int32)
         native.pack_weight_bf16(weight.data_ptr(), packed.data_ptr(), out_features, in_features)
         return Bf16Weight(packed, (out_features, in_features))
 
@@ -94,11 +99,11 @@ class WidenedWeight:
         self._shape = shape
 
     @staticmethod
-    def pack(weight: Tensor) -> "WidenedWeight | None":
+    def pack(weight: Tensor, empty: Empty = torch.empty) -> "WidenedWeight | None":
         """Packs `[out_features, in_features]` float32; None: bfloat16 does not hold it exactly."""
         weight = weight.contiguous()
         out_features, in_features = weight.shape
-        packed = torch.empty(-(-out_features // WIDENED_PANEL), in_features, WIDENED_PANEL // 2, dtype=torch.int32)
+        packed = empty(-(-out_features // WIDENED_PANEL), in_features, WIDENED_PANEL // 2, dtype=torch.int32)
         is_exact = native.pack_weight(weight.data_ptr(), packed.data_ptr(), out_features, in_features)
         return WidenedWeight(packed, (out_features, in_features)) if is_exact else None
 

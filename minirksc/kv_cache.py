@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from minirksc.kernels.backend import Backend
+from minirksc.kernels.huge_pages import empty
 from minirksc.kernels.layer_cache import LayerCache
 from minirksc.models.spec import ArchSpec, LayerSpec
 from minirksc.rsbcm import BlockBytes, BlockCopy
@@ -82,7 +83,7 @@ class KvCache:
             has_pool_apart, num_kv_heads, head_dim = key
             blocks = len(indices), num_window_blocks if has_pool_apart else num_blocks
             shape = *blocks, *backend.block_shape(spec.num_heads, num_kv_heads, head_dim, block_size, dtype)
-            kv = torch.empty(shape, dtype=dtype, device=device)
+            kv = empty(*shape, dtype=dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
             scales = torch.empty(shape[:-1], dtype=torch.float32, device=device) if dtype == torch.int8 else None
             self._tensors[key] = LayerCache(kv, scales)
             for i, index in enumerate(indices):

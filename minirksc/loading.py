@@ -76,7 +76,7 @@ def load(config: EngineConfig, use_tqdm: bool = False) -> Loaded:
     Raises:
         CheckpointError, UnsupportedModelError: the folder cannot be read or run.
         ConfigError: an option does not fit this machine or model.
-        CacheFullError: kv_cache_bytes is smaller than one block.
+        CacheFullError: kv_cache_bytes is smaller than one block, or more than there is.
     """
     start = time.perf_counter()
     path = resolve_model(config.model)
@@ -111,7 +111,13 @@ def load(config: EngineConfig, use_tqdm: bool = False) -> Loaded:
     size = block_bytes(spec, config.block_size, kv_dtype, window)
     budget = _cache_budget(config, spec, size, _free_bytes(device) if config.kv_cache_bytes is None else 0)
     num_blocks, num_window_blocks = _num_blocks(config, size, window, budget)
-    runner = Runner(model, num_blocks, num_window_blocks, config.block_size, kv_dtype)
+    try:
+        runner = Runner(model, num_blocks, num_window_blocks, config.block_size, kv_dtype)
+    except (OSError, RuntimeError) as error:  # what mmap and torch raise where there is no room
+        raise CacheFullError(
+            f"no room for a KV cache of {budget} bytes, and {_free_bytes(device)} are free; "
+            "lower kv_cache_bytes (--kv-cache-bytes)"
+        ) from error
     layers = runner.cache.layers
     if backend.recording == "graph" and device.type == "cuda" and not config.enforce_eager:
         max_batch = min(config.max_batch_requests, MAX_GRAPH_BATCH)

@@ -106,6 +106,7 @@ class Decoder:
     def __init__(self, spec: ArchSpec, weights: Iterator[tuple[str, Tensor]], backend: Backend) -> None:
         self.spec = spec
         self.backend = backend
+        self._pack = backend.packer()
         self.layers: list[DecoderLayer] = []
         top: dict[str, Tensor] = {}
         of_layer: dict[str, Tensor] = {}
@@ -114,7 +115,7 @@ class Decoder:
             if name == "embed.weight":  # [vocab, hidden]
                 self.device, self.dtype = tensor.device, tensor.dtype
                 # Packed at once: a tied head that gives its rows is the only copy.
-                tied = Linear(tensor, pack=backend.pack) if spec.tie_word_embeddings else None
+                tied = Linear(tensor, pack=self._pack) if spec.tie_word_embeddings else None
                 rows = None if tied is None else tied.embedder()
                 self.embed = PlainWeight(tensor).rows if rows is None else rows  # [tokens] int64 -> [tokens, hidden]
                 continue
@@ -129,17 +130,18 @@ class Decoder:
         self._add_layer(of_layer)
         self.norm = norm_weight(spec, top["norm.weight"])
         own_head = top.get("lm_head.weight")  # a checkpoint may have one although its config ties it
-        self.head = tied if own_head is None and tied is not None else Linear(top["lm_head.weight"], pack=backend.pack)
+        self.head = tied if own_head is None and tied is not None else Linear(top["lm_head.weight"], pack=self._pack)
         begin = "layer_inputs."
         of_inputs = {name.removeprefix(begin): tensor for name, tensor in top.items() if name.startswith(begin)}
-        self.layer_inputs = None if spec.layer_input_size is None else LayerInputs(spec, of_inputs, backend)
+        self.layer_inputs = None if spec.layer_input_size is None else LayerInputs(spec, of_inputs, backend, self._pack)
         # Layers that rotate alike share one table a step.
         self._rotaries = {rope: Rotary(rope, self.device) for rope in {layer.rope for layer in spec.layers} if rope}
         self._kv_sources = {layer.kv_layer for layer in spec.layers}
         self._embed_scale = torch.tensor(spec.embed_scale, dtype=self.dtype, device=self.device)
 
     def _add_layer(self, weights: Mapping[str, Tensor]) -> None:
-        self.layers.append(DecoderLayer(self.spec, self.spec.layers[len(self.layers)], weights, self.backend))
+        spec, layer = self.spec, self.spec.layers[len(self.layers)]
+        self.layers.append(DecoderLayer(spec, layer, weights, self.backend, self._pack))
 
     @property
     def weight_bytes(self) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 from minirksc.kernels.backend import Backend
-from minirksc.kernels.linear import Linear
+from minirksc.kernels.linear import Linear, Pack
 from minirksc.models.layers import norm_weight
 from minirksc.models.spec import ArchSpec
 from torch import Tensor
@@ -25,14 +25,15 @@ class LayerInputs:
         spec: sizes; layer_input_size is not None.
         weights: parameters by their names below `layer_inputs.`; see `models/weights.py`.
         backend: the form of every op.
+        pack: makes the form of a weight.
     """
 
-    def __init__(self, spec: ArchSpec, weights: Mapping[str, Tensor], backend: Backend) -> None:
+    def __init__(self, spec: ArchSpec, weights: Mapping[str, Tensor], backend: Backend, pack: Pack) -> None:
         assert spec.layer_input_size is not None
         self.spec = spec
         self.backend = backend
         self.embed = weights["embed.weight"]  # [vocab, layers * size]
-        self.project = Linear(weights["project.weight"], pack=backend.pack)
+        self.project = Linear(weights["project.weight"], pack=pack)
         self.norm = norm_weight(spec, weights["norm.weight"])
         self._embed_scale = torch.tensor(spec.layer_input_size**0.5, dtype=self.embed.dtype, device=self.embed.device)
 

@@ -6,7 +6,7 @@ import torch
 from minirksc.kernels.attention_batch import AttentionBatch
 from minirksc.kernels.backend import Backend
 from minirksc.kernels.layer_cache import LayerCache
-from minirksc.kernels.linear import Linear
+from minirksc.kernels.linear import Linear, Pack
 from minirksc.models.spec import ArchSpec, LayerSpec
 from torch import Tensor
 
@@ -73,11 +73,14 @@ class DecoderLayer:
         layer: what is this layer's own.
         weights: this layer's parameters by their names below `layers.L.`; see `models/weights.py`.
         backend: the form of every op.
+        pack: makes the form of a weight.
     """
 
-    def __init__(self, spec: ArchSpec, layer: LayerSpec, weights: Mapping[str, Tensor], backend: Backend) -> None:
+    def __init__(
+        self, spec: ArchSpec, layer: LayerSpec, weights: Mapping[str, Tensor], backend: Backend, pack: Pack
+    ) -> None:
         def linear(name: str) -> Linear:
-            return Linear(weights[f"{name}.weight"], weights.get(f"{name}.bias"), backend.pack)
+            return Linear(weights[f"{name}.weight"], weights.get(f"{name}.bias"), pack)
 
         def norm(name: str) -> Tensor | None:
             return norm_weight(spec, weights.get(f"{name}.weight"))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from minirksc.kernels.linear import Linear, pack_native, pack_torch
+from minirksc.kernels.linear import Linear, NativePacker, pack_torch
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-1, torch.float16: 2e-2}
 
@@ -14,7 +14,7 @@ def randn(*shape, dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("tokens", [1, 2, 17])
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("pack", [pack_torch, pack_native])
+@pytest.mark.parametrize("pack", [pack_torch, NativePacker()])
 def test_linear_packed_equals_plain(pack, tokens, with_bias, dtype):
     weight = randn(33, 20, dtype=dtype)
     bias = randn(33, dtype=dtype, seed=2) if with_bias else None

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from minirksc.kernels import paged_attention_native as attention_native
 from minirksc.kernels.attention_reads import find_reads
-from minirksc.kernels.linear import Linear, PlainWeight, pack_native
+from minirksc.kernels.linear import Linear, NativePacker, PlainWeight
 from minirksc.kernels.native_ops import (
     add_rms_norm_native,
     gated_act_native,
@@ -290,10 +290,10 @@ def test_a_processor_of_256_bits_reads_bfloat16_numbers_in_16(dtype, monkeypatch
     monkeypatch.setattr("minirksc.kernels.linear.computes_in", lambda dtype, device: dtype == torch.float32)
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
     weight = torch.randint(-9, 9, (33, 20), generator=torch.Generator().manual_seed(0)).to(dtype)
-    layer, x = Linear(weight, torch.ones(33, dtype=dtype), pack_native), torch.ones(2, 20, dtype=dtype)
+    layer, x = Linear(weight, torch.ones(33, dtype=dtype), NativePacker()), torch.ones(2, 20, dtype=dtype)
     assert isinstance(layer._weight, WidenedWeight) and layer(x).dtype == dtype
     assert torch.equal(layer(x), Linear(weight, torch.ones(33, dtype=dtype))(x))
-    other = Linear(randn(33, 20), None, pack_native)
+    other = Linear(randn(33, 20), None, NativePacker())
     assert not isinstance(other._weight, WidenedWeight)  # 24 digits
 
 

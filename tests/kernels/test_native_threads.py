@@ -9,7 +9,7 @@ import pytest
 import torch
 from minirksc.kernels.draw import Draw, draw_native
 from minirksc.kernels.gated_act import gated_act_reference
-from minirksc.kernels.linear import Linear, pack_native
+from minirksc.kernels.linear import Linear, NativePacker
 from minirksc.kernels.native_ops import confidence_native, gated_act_native
 from minirksc.kernels.native_tape import NativeRecorder
 from minirksc.kernels.native_weight import WidenedWeight
@@ -35,7 +35,7 @@ def randn(*shape, dtype=torch.float32, seed=0):
 
 def operations(dtype):
     """Each as a function of nothing; large enough to be shared."""
-    linear = Linear(randn(450, 130).bfloat16().to(dtype), None, pack_native)
+    linear = Linear(randn(450, 130).bfloat16().to(dtype), None, NativePacker())
     x, gate_up, logits = randn(5, 130, dtype=dtype), randn(40, 1024, dtype=dtype), randn(9, 9001)
     tables = [[*range(40), 100 + i] for i in range(9)]
     case = attention.make_case(
