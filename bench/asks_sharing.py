@@ -8,12 +8,17 @@ sharing; with a probe that rejects it; accepted and substituted; accepted and al
 - long: an instruction in other words, then a long text that all have in common (worked examples), then the problem.
   Exact sharing finds nothing here, since the difference comes first.
 
+The same wordings then run unshared in another dtype ("rounding"): a yardstick, since a greedy text of many near ties
+changes with anything that is not bit for bit the same.
+
 Reported: seconds of the wording's prefill against unshared, tokens by layers that the engine counted as saved, and
 whether the greedy answer is that of the unshared run of the same wording. The guard and the gate decide as they do in
-the solver; what they refuse is counted and left out of the rest.
+the solver; what they refuse is counted and left out of the rest. What aligned mode finds too little to borrow in is
+computed, and counted for it as such.
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,9 +39,26 @@ from minirksc.guard import refusal
 
 REJECT, ACCEPT = 2.0, -10.0
 INSTRUCTIONS = (
-    "Solve the last of these problems step by step.",
-    "Please solve the last of these problems, step by step. Thank you.",
+    (
+        "Solve the last of these problems step by step.",
+        "Please solve the last of these problems, step by step. Thank you.",
+    ),
+    (
+        "Answer the last question.",
+        "Below are some problems with their solutions. Work out the last one in the same way.",
+    ),
+    (
+        "You are a helpful assistant who is good at mathematics.",
+        "You are a patient teacher. Explain each step to your students.",
+    ),
+    ("Here are exercises from a school book.", "Exercises and solutions follow; complete the last."),
+    ("Think carefully and finish the last solution.", "Finish the last solution."),
+    (
+        "Read the examples, then solve the problem at the end and give the answer as a number.",
+        "Look at how these are done and do the last one. Say the number at the end.",
+    ),
 )
+"""Pairs that ask for the same."""
 
 
 def short_pairs(file: Path, limit: int) -> list[tuple[str, str, str]]:
@@ -49,8 +71,8 @@ def long_pairs(file: Path, limit: int) -> list[tuple[str, str, str]]:
     """The same with a differently worded beginning, and worked examples between it and the problem."""
     examples = "\n\n".join(f"Problem: {question}\nSolution: {answer}" for question, answer in EXAMPLES)
     pairs = []
-    for problem in read_problems(file)[:limit]:
-        first, other = (f"{line}\n\n{examples}\n\nProblem: {problem.question}\nSolution:" for line in INSTRUCTIONS)
+    for problem, lines in zip(read_problems(file)[:limit], itertools.cycle(INSTRUCTIONS), strict=False):
+        first, other = (f"{line}\n\n{examples}\n\nProblem: {problem.question}\nSolution:" for line in lines)
         pairs.append(("long", first, other))
     return pairs
 
@@ -105,6 +127,7 @@ class Pair:
 
 
 MODES = ("unshared", "rejected", "substitute", "aligned")
+ROUNDING = "rounding"
 
 
 def measure(llm: LLM, pairs: Sequence[tuple[str, str, str]], tokens: int) -> list[dict[str, Any]]:
@@ -128,6 +151,13 @@ def measure(llm: LLM, pairs: Sequence[tuple[str, str, str]], tokens: int) -> lis
     return rows
 
 
+def add_rounding(llm: LLM, rows: Sequence[dict[str, Any]], pairs: Sequence[tuple[str, str, str]], tokens: int) -> None:
+    """The unshared runs of accepted pairs, on the same model in another dtype."""
+    for row, (_, first, other) in zip(rows, pairs, strict=True):
+        if row["accepted"]:
+            row[ROUNDING] = Pair(llm, first, other, tokens).run(None, "unshared")
+
+
 def page_of(model: str, rows: Sequence[dict[str, Any]]) -> Page:
     """One page."""
     page = Page(f"Semantic sharing in the engine: {model}")
@@ -140,15 +170,20 @@ def page_of(model: str, rows: Sequence[dict[str, Any]]) -> Page:
         if not accepted:
             continue
         table = []
-        for mode in MODES:
-            ratios = summarise([row[mode]["prefill_s"] / row["unshared"]["prefill_s"] for row in accepted])
-            saved = summarise([row[mode]["saved_tokens"] / row["num_tokens"] for row in accepted])
-            same = sum(row[mode]["answer"] == row["unshared"]["answer"] for row in accepted)
-            tokens = sum(row[mode]["token_ids"] == row["unshared"]["token_ids"] for row in accepted)
-            interval = clopper_pearson(same, len(accepted))
-            answers = f"{same}/{len(accepted)} ({interval.low:.0%} .. {interval.high:.0%})"
-            table.append([mode, str(ratios), str(saved), answers, f"{tokens}/{len(accepted)}"])
+        for mode in (*MODES, ROUNDING):
+            some = [row for row in accepted if mode != "aligned" or row[mode]["accepted"]]
+            if not some:
+                continue
+            ratios = summarise([row[mode]["prefill_s"] / row["unshared"]["prefill_s"] for row in some])
+            saved = summarise([row[mode]["saved_tokens"] / row["num_tokens"] for row in some])
+            same = sum(row[mode]["answer"] == row["unshared"]["answer"] for row in some)
+            tokens = sum(row[mode]["token_ids"] == row["unshared"]["token_ids"] for row in some)
+            interval = clopper_pearson(same, len(some))
+            answers = f"{same}/{len(some)} ({interval.low:.0%} .. {interval.high:.0%})"
+            table.append([mode, str(ratios), str(saved), answers, f"{tokens}/{len(some)}"])
         page.table(["", "prefill s / unshared", "saved tokens / tokens", "same answer", "same tokens"], table)
+        num_aligned = sum(row["aligned"]["accepted"] for row in accepted)
+        page.text(f"Aligned mode finds enough to borrow in {num_aligned} of {len(accepted)}.")
     return page
 
 
@@ -160,6 +195,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="JSONL with question and answer")
     parser.add_argument("--model", default="smollm2-135m", help="alias or checkpoint folder (%(default)s)")
     parser.add_argument("--limit", type=int, default=60, help="problems (%(default)s)")
+    parser.add_argument("--long", type=int, help="long pairs (a third of the problems)")
+    parser.add_argument("--dtype", default="auto", help="of the model (%(default)s)")
     parser.add_argument("--tokens", type=int, default=48, help="decoded of each (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="4 problems")
@@ -167,12 +204,16 @@ def main() -> None:
     options = parser.parse_args()
     limit = 4 if options.quick else options.limit
     torch.set_num_threads(options.threads)
-    with LLM(options.model, threads=options.threads, kv_cache_bytes="1GiB") as llm:
-        pairs = [*short_pairs(options.data, limit), *long_pairs(options.data, max(limit // 3, 2))]
+    with LLM(options.model, threads=options.threads, dtype=options.dtype, kv_cache_bytes="1GiB") as llm:
+        pairs = [*short_pairs(options.data, limit), *long_pairs(options.data, options.long or max(limit // 3, 2))]
         rows = measure(llm, pairs, options.tokens)
+        dtype = llm.stats()["dtype"]
+    other = "bfloat16" if dtype == "float32" else "float32"
+    with LLM(options.model, threads=options.threads, dtype=other, kv_cache_bytes="1GiB") as llm:
+        add_rounding(llm, rows, pairs, options.tokens)
     stem = new_stem(options.output, "asks_sharing")
     write_jsonl(stem.with_suffix(".jsonl"), rows, {**plain_options(options), **environment(options.threads)})
-    page = page_of(options.model, rows)
+    page = page_of(f"{options.model}, {dtype}, rounding: {other}", rows)
     write_page(stem, page, options.threads)
 
 

@@ -11,7 +11,8 @@ approximate kind, in this order, each step cheaper than what it may save:
            aligned: the branch keeps its own tokens. Those that both wordings have leave, and use the first wording's
            KV from here on, keys turned to their new positions. Computed to the end are the others, the first
            `AFTER_SPLICE` after each splice, the last `LAST`, and of the rest the share `DEVIATING` whose state differs
-           most.
+           most. Where that leaves less than `LEAST_BORROWED` of the wording to borrow, it is computed: it would gain
+           next to nothing, and approximate for it.
 
 Other salts never meet: both wordings belong to one solve, and a private root shares with nobody. Verification never
 reads what was accepted here: see `Tree.exact_branch`.
@@ -43,8 +44,9 @@ MIN_RUN = 8
 """Tokens of a match that is worth a splice."""
 
 AFTER_SPLICE = 16
-LAST = 32
-DEVIATING = 0.15
+LAST = 64
+DEVIATING = 0.12
+LEAST_BORROWED = 0.5
 
 
 class Lender(Protocol):
@@ -120,7 +122,7 @@ class Probe:
             return "its hidden states were not finite"
         if similarity < self.tau:
             return "less alike than the threshold"
-        return "nothing can be borrowed: no run of equal tokens is long enough, or its KV is gone"
+        return "too little can be borrowed: the runs of equal tokens are too short, or their KV is gone"
 
     def after_layer(self, layer: int, rows: GateRows) -> Verdicts:
         """See `minirksc.gates.DepthGate`."""
@@ -167,7 +169,7 @@ class Probe:
         num_kept = math.ceil(DEVIATING * len(pairs))
         kept = set(deviation.topk(num_kept).indices.tolist())
         left = [pair for i, pair in enumerate(pairs) if i not in kept]
-        if not left:
+        if len(left) < LEAST_BORROWED * len(ours):
             return None
         self.num_borrowed[row] = len(left)
         return Borrow([here - positions.start for here, _ in left], self.root.seq_id, [there for _, there in left])

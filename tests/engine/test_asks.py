@@ -16,6 +16,7 @@ FIRST = f"please read this carefully: {STORY} how many are left?"
 ALIKE = f"read this carefully, please: {STORY} how many are left?"
 OTHER = ALIKE.replace("12", "13")
 WORDINGS = [FIRST, ALIKE, OTHER, FIRST]
+LONG = [wording.replace(STORY, " ".join([STORY] * 4)) for wording in WORDINGS]
 LAYERS = 6
 
 
@@ -71,8 +72,8 @@ def test_the_guard_comes_first_and_says_why(llm):
 
 
 def test_aligned_keeps_its_tokens_and_borrows_what_both_have(llm):
-    result = solve(llm, tau=-9.0, sharing_mode="aligned")
-    exact = solve(llm, sharing="exact")
+    result = solve(llm, LONG, tau=-9.0, sharing_mode="aligned")
+    exact = solve(llm, LONG, sharing="exact")
     _, alike, *_ = result.branches
     assert alike.sharing == "semantic" and alike.num_saved_tokens > 0
     assert [b.token_ids for i, b in enumerate(result.branches) if i != 1] == [
@@ -80,10 +81,18 @@ def test_aligned_keeps_its_tokens_and_borrows_what_both_have(llm):
     ]
     assert result.trace["nodes"][1]["num_tokens"] == exact.trace["nodes"][1]["num_tokens"]
     # What was borrowed cannot be found by a later, exact run.
-    again = Solver(llm, SolverConfig(branches=1, tokens_per_step=6, verify="never")).solve(ALIKE)
+    again = Solver(llm, SolverConfig(branches=1, tokens_per_step=6, verify="never")).solve(LONG[1])
     llm.reset_prefix_cache()
-    fresh = Solver(llm, SolverConfig(branches=1, tokens_per_step=6, verify="never")).solve(ALIKE)
+    fresh = Solver(llm, SolverConfig(branches=1, tokens_per_step=6, verify="never")).solve(LONG[1])
     assert again.branches[0].token_ids == fresh.branches[0].token_ids
+
+
+def test_aligned_computes_what_would_borrow_little(llm):
+    result = solve(llm, tau=-9.0, sharing_mode="aligned")
+    exact = solve(llm, sharing="exact")
+    assert tokens_and_scores(result) == tokens_and_scores(exact)
+    (share,) = (gate for gate in result.trace["gates"] if gate["gate"] == "share")
+    assert share["decision"] == "computed" and "too little" in share["reason"]
 
 
 def test_who_judges_an_aligned_branch_reads_exact_kv(llm, monkeypatch):
@@ -95,10 +104,10 @@ def test_who_judges_an_aligned_branch_reads_exact_kv(llm, monkeypatch):
         return score(branches, *rest)
 
     monkeypatch.setattr(llm, "score", noted)
-    result = solve(llm, tau=-9.0, sharing_mode="aligned")
+    result = solve(llm, LONG, tau=-9.0, sharing_mode="aligned")
     assert result.branches[1].sharing == "semantic"
-    assert len(asked) == len(WORDINGS)
-    first = llm.tokenizer.encode(FIRST)
+    assert len(asked) == len(LONG)
+    first = llm.tokenizer.encode(LONG[0])
     token_ids, _ = asked[1]
     assert token_ids[: len(first)] == first and token_ids[len(first) :][-6:] == result.branches[1].token_ids
     assert all(exact_len > len(token_ids) for token_ids, exact_len in asked)

@@ -176,7 +176,7 @@ def test_what_the_pool_can_never_hold_is_refused_and_the_rest_goes_on(tiny_llama
         assert llm.engine.blocks.num_used == 0
     with pytest.raises(CacheFullError, match="less than one block"):
         LLM(tiny_llama(), block_size=8, kv_cache_bytes=block_bytes - 1)
-    with pytest.raises(CacheFullError, match="no room for a KV cache of .* bytes, and .* are free; lower kv_cache"):
+    with pytest.raises(CacheFullError, match=r"no room for a KV cache of .* bytes, and .* are free; lower kv_cache"):
         LLM(tiny_llama(), block_size=8, kv_cache_bytes="4096TiB")
 
 
