@@ -43,22 +43,18 @@ INSTRUCTIONS = (
         "Solve the last of these problems step by step.",
         "Please solve the last of these problems, step by step. Thank you.",
     ),
+    ("Answer the last question.", "Please answer the last question. Thanks!"),
     (
-        "Answer the last question.",
-        "Below are some problems with their solutions. Work out the last one in the same way.",
+        "Here are problems with their solutions. Work out the last one in the same way.",
+        "Here are problems and their solutions. Please work out the last one in that same way.",
     ),
+    ("Think carefully and finish the last solution.", "Please think carefully, and then finish the last solution."),
     (
-        "You are a helpful assistant who is good at mathematics.",
-        "You are a patient teacher. Explain each step to your students.",
-    ),
-    ("Here are exercises from a school book.", "Exercises and solutions follow; complete the last."),
-    ("Think carefully and finish the last solution.", "Finish the last solution."),
-    (
-        "Read the examples, then solve the problem at the end and give the answer as a number.",
-        "Look at how these are done and do the last one. Say the number at the end.",
+        "Read these exercises, then solve the last one.",
+        "Please read these exercises and then solve the last one. Thank you!",
     ),
 )
-"""Pairs that ask for the same."""
+"""Pairs that ask for the same, and that the guard lets pass."""
 
 
 def short_pairs(file: Path, limit: int) -> list[tuple[str, str, str]]:

@@ -4,11 +4,12 @@
     python -m bench.backends --model FOLDER --quick
 
 Speed: the phases of bench.roofline (a prompt; decode steps of one sequence behind it, and of several branches that
-share it), the backends taking turns; median and ratio within a repetition. "native, eager" is native without its tapes.
+share it), the backends taking turns; median and ratio within a repetition. "native, eager" is native without its tapes,
+"native, int8" has its matrices rounded to 8 bits, where the processor multiplies such.
 
 Distance: logits at all positions of one text, against the reference backend in float32 on the same checkpoint: largest
-and root mean square difference, and how often the likeliest token is the same. The reference backend in the model's
-dtype shows what that dtype costs by itself.
+and root mean square difference, how often the likeliest token is the same, and the mean loss of the text's own tokens.
+The reference backend in the model's dtype shows what that dtype costs by itself.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from bench.harness import ROOT, environment, summarise
 from bench.measured import Row, positive, take_turns
@@ -24,10 +26,12 @@ from bench.prompts import EXAMPLES, few_shot_ids
 from bench.report import Page, names, new_stem, plain_options, ratios, values, write_jsonl, write_page
 from bench.roofline import Phases
 from minirksc import LLM
+from minirksc.errors import ConfigError
 
 ARMS: dict[str, dict[str, Any]] = {
     "native": {"backend": "native"},
     "native, eager": {"backend": "native", "enforce_eager": True},
+    "native, int8": {"backend": "native", "quantize": "int8"},
     "torch": {"backend": "torch"},
 }
 
@@ -40,7 +44,12 @@ def open_llm(options: argparse.Namespace, **more: Any) -> LLM:
 def measure_speed(options: argparse.Namespace, prompt: list[int]) -> list[Row]:
     """One row a phase, arm and repetition, with its seconds as total_s."""
     rows: list[Row] = []
-    llms = {arm: open_llm(options, **given) for arm, given in ARMS.items()}
+    llms: dict[str, LLM] = {}
+    for arm, given in ARMS.items():
+        try:
+            llms[arm] = open_llm(options, **given)
+        except ConfigError as error:
+            print(f"{arm} is left out: {error}")
     phases = {arm: Phases(llm, prompt, options.branches).all() for arm, llm in llms.items()}
     for phase in next(iter(phases.values())):
         arms = {arm: lambda _, run=one[phase][0]: {"total_s": run()} for arm, one in phases.items()}
@@ -59,19 +68,24 @@ def measure_distance(options: argparse.Namespace, text: list[int]) -> list[Row]:
             return llm.logits(text), llm.stats()["dtype"]
 
     exact, _ = logits(backend="reference", dtype="float32")  # [tokens, vocab]
+    following = torch.tensor(text[1:])
     rows = []
-    for backend in ("reference", "torch", "native"):
-        own, dtype = logits(backend=backend)
+    for arm in ("reference, float32", "reference", "torch", "native", "native, int8"):
+        try:
+            own, dtype = (exact, "float32") if "float32" in arm else logits(**ARMS.get(arm, {"backend": arm}))
+        except ConfigError:
+            continue  # it is named above
         off = own - exact
         rows.append(
             {
-                "backend": backend,
+                "backend": arm,
                 "dtype": dtype,
                 "num_tokens": len(text),
                 "largest": float(off.abs().max()),
                 "rms": float(off.square().mean().sqrt()),
                 "spread": float(exact.std()),
                 "same_argmax": float((own.argmax(-1) == exact.argmax(-1)).float().mean()),
+                "loss": float(cross_entropy(own[:-1], following)),
             }
         )
     return rows
@@ -80,7 +94,7 @@ def measure_distance(options: argparse.Namespace, text: list[int]) -> list[Row]:
 def make_page(speed: Sequence[Row], distance: Sequence[Row], options: argparse.Namespace) -> Page:
     """The page."""
     page = Page("The CPU's backends")
-    dtype = distance[0]["dtype"]
+    dtype = distance[-1]["dtype"]
     page.text(f"{options.model}, {dtype}, {options.threads} threads. Median (p10 .. p90) of {options.repeats}.")
     table = []
     for phase in dict.fromkeys(row["phase"] for row in speed):
@@ -91,9 +105,16 @@ def make_page(speed: Sequence[Row], distance: Sequence[Row], options: argparse.N
     page.table(["phase", "backend", "ms", "times as fast as torch"], table)
     page.text(f"Logits at {distance[0]['num_tokens']} positions against the reference in float32:")
     page.table(
-        ["backend", "dtype", "largest difference", "root mean square", "same likeliest token"],
+        ["backend", "dtype", "largest difference", "root mean square", "same likeliest token", "loss, nats"],
         [
-            [row["backend"], row["dtype"], f"{row['largest']:.3g}", f"{row['rms']:.3g}", f"{row['same_argmax']:.2%}"]
+            [
+                row["backend"],
+                row["dtype"],
+                f"{row['largest']:.3g}",
+                f"{row['rms']:.3g}",
+                f"{row['same_argmax']:.2%}",
+                f"{row['loss']:.4f}",
+            ]
             for row in distance
         ],
     )

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from minirksc.kernels.half_weight import HalfWeight
 from minirksc.kernels.huge_pages import Arena
+from minirksc.kernels.int8_weight import Int8Weight
 from minirksc.kernels.native_weight import Bf16Weight, WidenedWeight
 from torch import Tensor
 from torch.nn import functional as F
@@ -48,7 +49,7 @@ class Weight(Protocol):
     dtype: torch.dtype
 
     def rows(self, indices: Tensor) -> Tensor:
-        """These rows as they were given: `[indices]` int64 -> `[indices, in_features]`."""
+        """These rows, to what it holds of them: `[indices]` int64 -> `[indices, in_features]`."""
         ...
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -110,13 +111,19 @@ class NativePacker:
     """Packs the matrices of one model: the compiled form where there is one that is the fastest of this CPU.
 
     Else torch's. The compiled ones lie together in large pages.
+
+    Args:
+        int8: round them to 8 bits; only where `int8_weight.why_not_int8` has nothing against it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, int8: bool = False) -> None:
         self._memory = Arena()
+        self._int8 = int8
 
     def __call__(self, weight: Tensor) -> Weight:
         """See `Pack`."""
+        if self._int8:
+            return Int8Weight(weight, self._memory.empty)
         computes = computes_in(weight.dtype, weight.device)
         packed: Weight | None = None
         if weight.dtype == torch.bfloat16 and computes:
@@ -147,7 +154,7 @@ class Linear:
 
     def embedder(self) -> Callable[[Tensor], Tensor] | None:
         """Reads rows of the weight, where its form gives them as fast as a plain matrix does; else None."""
-        return self._weight.rows if isinstance(self._weight, PlainWeight | Bf16Weight | WidenedWeight) else None
+        return None if isinstance(self._weight, OneDnnWeight | HalfWeight) else self._weight.rows
 
     def rows(self, indices: Sequence[int]) -> "Linear":
         """The layer that computes these outputs alone."""
@@ -164,6 +171,6 @@ class Linear:
 
     def in_float32(self, x: Tensor) -> Tensor:
         """The same, `[tokens, out_features]` float32, not rounded to the dtype of x where that can be avoided."""
-        if isinstance(self._weight, Bf16Weight) and x.dtype is self._weight.dtype:
+        if isinstance(self._weight, Bf16Weight | Int8Weight) and x.dtype is self._weight.dtype:
             return self._weight(x, self._bias, in_float32=True)
         return self(x).float()

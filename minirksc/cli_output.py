@@ -217,9 +217,10 @@ def print_stats(stats: dict[str, Any], solving: Mapping[str, float] | None = Non
         stats: of the LLM.
         solving: seconds of the solver, all of its problems together; empty or None: it was not used.
     """
+    int8 = "" if stats["quantize"] == "none" else f"{stats['quantize']} (approximate) "
     approximation = " (int8, approximate)" if stats["kv_cache_dtype"] == "int8" else ""
     lines = [
-        f"model: {stats['dtype']}, matrices of {stats['weight_bytes'] / 1e6:.0f} MB, on {stats['device']}, "
+        f"model: {stats['dtype']}, {int8}matrices of {stats['weight_bytes'] / 1e6:.0f} MB, on {stats['device']}, "
         f"{stats['threads']} threads, {stats['backend']} backend, "
         f"loaded in {stats['load_s']:.2f} s ({stats['pack_s']:.2f} s of it packing)",
         *([f"nothing compiled: {stats['backend_note']}"] if stats["backend_note"] else []),

@@ -20,7 +20,16 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 from minirksc import __version__, cli_batch, cli_output
 from minirksc.answers import ANSWER_KINDS, SELECT_RULES
 from minirksc.cli_output import drop_stdout, is_terminal, note
-from minirksc.config import BACKENDS, DTYPES, EVICTIONS, KV_CACHE_DTYPES, KV_SPLITS, EngineConfig, SamplingParams
+from minirksc.config import (
+    BACKENDS,
+    DTYPES,
+    EVICTIONS,
+    KV_CACHE_DTYPES,
+    KV_SPLITS,
+    QUANTIZATIONS,
+    EngineConfig,
+    SamplingParams,
+)
 from minirksc.errors import ConfigError, MinirkscError
 from minirksc.gates_file import read_gates_file, settings_of
 from minirksc.solver import DEFAULT_SAMPLING, MAX_BRANCHES, Solver, SolverConfig
@@ -88,6 +97,7 @@ ENGINE: Options = {
     "threads": (int, "of the CPU (default: one a physical core that the process may use)"),
     "kv_cache_bytes": (str, "bytes, or for example 2GiB (default: from free memory)"),
     "kv_cache_dtype": (KV_CACHE_DTYPES, "int8: less memory, approximate (default: auto, the model's)"),
+    "quantize": (QUANTIZATIONS, "int8: matrices of 8 bits, faster, approximate (default: none)"),
     "block_size": (int, "tokens a KV block (default: 16)"),
     "max_model_len": (int, "longest sequence (default: the model's)"),
     "max_batch_tokens": (int, "tokens computed in one step (default: 2048)"),

@@ -1,6 +1,7 @@
 """`LLM`: the engine as people use it. Prompts in, results out; branches; scores.
 
-Everything here is a loop over `Engine.step`. Nothing is approximated, unless kv_cache_dtype="int8" asks for it.
+Everything here is a loop over `Engine.step`. Nothing is approximated, unless quantize="int8" or
+kv_cache_dtype="int8" asks for it.
 """
 
 import math
@@ -48,7 +49,7 @@ class LLM:
     Args:
         model: a checkpoint folder or an alias such as "smollm2-135m".
         use_tqdm: progress bar on stderr, if loading takes a while.
-        options: fields of `EngineConfig`: dtype, device, kv_cache_bytes, kv_cache_dtype, block_size,
+        options: fields of `EngineConfig`: dtype, device, kv_cache_bytes, kv_cache_dtype, quantize, block_size,
             max_batch_tokens, max_model_len, threads, backend, eviction, seed and so on.
 
     Attributes:
@@ -440,6 +441,7 @@ class LLM:
             "peak_resident_bytes": peak,
             "dtype": str(model.dtype).removeprefix("torch."),
             "kv_cache_dtype": str(runner.cache.dtype).removeprefix("torch."),
+            "quantize": self.config.quantize,
             "weight_bytes": model.weight_bytes,
             "device": str(model.device),
             "threads": torch.get_num_threads(),

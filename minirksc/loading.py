@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from minirksc.engine import Engine
 from minirksc.errors import CacheFullError, ConfigError
 from minirksc.json_file import read_json_object
 from minirksc.kernels.backend import choose_backend
-from minirksc.kernels.linear import auto_dtype
+from minirksc.kernels.int8_weight import why_not_int8
+from minirksc.kernels.linear import NativePacker, auto_dtype
+from minirksc.kernels.native_ops import why_not
 from minirksc.kv_cache import block_bytes
 from minirksc.models.decoder import Decoder
 from minirksc.models.families import load_config, spec_from_config
@@ -92,12 +95,19 @@ def load(config: EngineConfig, use_tqdm: bool = False) -> Loaded:
     generation = read_json_object(path / "generation_config.json")
     max_model_len = _choose_max_model_len(config.max_model_len, spec)
     config = replace(config, max_model_len=max_model_len)
-    backend = choose_backend(config.backend, device, dtype, {layer.head_dim for layer in spec.layers})
+    head_dims = {layer.head_dim for layer in spec.layers}
+    backend = choose_backend(config.backend, device, dtype, head_dims)
     backend.check_block_size(config.block_size)
     if config.kv_split != "fixed" and not backend.splits_keys:
         raise ConfigError(
             f"kv_split {config.kv_split!r} is for the triton backend, and this is {backend.name}; leave it out"
         )
+    if config.quantize == "int8":
+        missing = why_not(dtype, head_dims) if config.backend == "auto" else None
+        reason = missing or (why_not_int8(dtype) if backend.name == "native" else f"this is the {backend.name} one")
+        if reason is not None:
+            raise ConfigError(f"quantize 'int8' is for the native backend of a CPU, but {reason}; leave it out")
+        backend = replace(backend, packer=partial(NativePacker, int8=True))
     kv_dtype = torch.int8 if config.kv_cache_dtype == "int8" else dtype
     reading = _Reading(iter_weights(path, spec, dtype), device)
     begin = time.perf_counter()

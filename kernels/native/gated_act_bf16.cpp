@@ -9,10 +9,6 @@ namespace {
 
 constexpr float LOG2_E = 1.44269504088896341f;
 
-__m512 load(const uint16_t* from, __mmask16 mask) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
-}
-
 // x / (1 + 2^-y)
 __m512 gated(__m512 x, __m512 y) {
     return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exp2_of(_mm512_sub_ps(_mm512_setzero_ps(), y))));
@@ -33,10 +29,10 @@ template <typename Activation>
 void rows_of(const uint16_t* gate_up, uint16_t* out, int64_t rows, int64_t size, int64_t stride, Activation activation) {
     for_all(rows, size, [&](int64_t row) {
         for (int64_t i = 0; i < size; i += LANES) {
-            __mmask16 mask = size - i < LANES ? (__mmask16)((1u << (size - i)) - 1) : (__mmask16)-1;
+            __mmask16 mask = first_lanes(size - i);
             const uint16_t* gate = gate_up + row * stride + i;
-            __m512 y = _mm512_mul_ps(activation(load(gate, mask)), load(gate + size, mask));
-            _mm256_mask_storeu_epi16(out + row * size + i, mask, (__m256i)_mm512_cvtneps_pbh(y));
+            __m512 y = _mm512_mul_ps(activation(load_some(gate, mask)), load_some(gate + size, mask));
+            store_some(out + row * size + i, mask, y);
         }
     });
 }

@@ -21,26 +21,16 @@ constexpr int64_t CHUNK_ROWS = 8 * MAX_ROWS;  // of x, that stay in the second c
 
 int64_t num_panels(int64_t out_features) { return (out_features + PANEL - 1) / PANEL; }
 
-void store(uint16_t* to, __mmask16 mask, __m512 x) {
-    _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(x));
-}
-void store(float* to, __mmask16 mask, __m512 x) { _mm512_mask_storeu_ps(to, mask, x); }
-
 template <int R, typename T>
 void rows_by_panel(const uint16_t* x, const uint16_t* panel, const uint16_t* bias, T* out, int64_t in_features,
                    int64_t out_features, int64_t columns) {
     __m512 sums[R][REGISTERS] = {};
     multiply<R, REGISTERS>(x, in_features, {panel, panel + 2 * LANES}, 2 * PANEL, in_features / 2, sums);
     for (int c = 0; c < REGISTERS; ++c) {
-        int64_t left = std::min<int64_t>(std::max<int64_t>(columns - c * LANES, 0), LANES);
-        __mmask16 mask = (__mmask16)((1u << left) - 1);
-        __m512 added = _mm512_setzero_ps();
-        if (bias != nullptr) {
-            __m512i words = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, bias + c * LANES));
-            added = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
-        }
+        __mmask16 mask = first_lanes(columns - c * LANES);
+        __m512 added = bias == nullptr ? _mm512_setzero_ps() : load_some(bias + c * LANES, mask);
         for (int r = 0; r < R; ++r)
-            store(out + r * out_features + c * LANES, mask, _mm512_add_ps(sums[r][c], added));
+            store_some(out + r * out_features + c * LANES, mask, _mm512_add_ps(sums[r][c], added));
     }
 }
 

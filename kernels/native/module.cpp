@@ -150,7 +150,8 @@ PyObject* replay(PyObject*, PyObject* tape) {
     X(has_bf16_products) \
     X(pack_weight_bf16) \
     X(unpack_rows_bf16) \
-    X(linear_bf16)
+    X(linear_bf16) \
+    X(linear_int8)
 
 #define NAME(name) {#name, replay_of<minirksc::name>(minirksc::name)},
 const struct {
@@ -196,7 +197,8 @@ PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, METHODS, nu
 
 int64_t minirksc::has_bf16_products() {
     static const bool has = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                            __builtin_cpu_supports("avx512vnni");
     return has;
 }
 

@@ -6,7 +6,7 @@
 
 namespace minirksc {
 
-// The processor has AVX512-BF16, for which the files named *_bf16 are compiled.
+// The processor has AVX512-BF16 and AVX512-VNNI, for which the files named *_bf16 are compiled.
 int64_t has_bf16_products();
 
 // norms.cpp: see kernels/rms_norm.py. `update` may be null: then out is the norm of hidden alone. Strides are of rows.
@@ -81,5 +81,12 @@ void unpack_rows_bf16(const uint32_t* packed, const int64_t* rows, uint32_t* out
                       int64_t in_features);
 void linear_bf16(const uint16_t* x, const uint16_t* packed, const uint16_t* bias, void* out, int64_t rows,
                  int64_t in_features, int64_t out_features, int64_t is_out_float32);
+
+// linear_int8_bf16.cpp: see kernels/int8_weight.py; only where has_bf16_products(). x_numbers and x_scales are room for the
+// rounded x: of each group of a row, INT8_GROUP and 8 bytes.
+constexpr int INT8_GROUP = 64;
+void linear_int8(const uint16_t* x, const uint8_t* packed, const float* scales, const uint16_t* bias,
+                 int8_t* x_numbers, void* x_scales, void* out, int64_t rows, int64_t in_features,
+                 int64_t out_features, int64_t is_out_float32);
 
 }  // namespace minirksc

@@ -14,12 +14,26 @@
 #include <cstring>
 #include <type_traits>
 
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")
 
 namespace minirksc {
 namespace {
 
 constexpr int LANES = 16;
+
+// The first `count` lanes; none or all of them where it is below 0 or above LANES.
+inline __mmask16 first_lanes(int64_t count) {
+    return count >= LANES ? (__mmask16)-1 : count <= 0 ? (__mmask16)0 : (__mmask16)((1u << count) - 1);
+}
+
+inline __m512 load_some(const uint16_t* from, __mmask16 mask) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
+}
+
+inline void store_some(uint16_t* to, __mmask16 mask, __m512 x) {
+    _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(x));
+}
+inline void store_some(float* to, __mmask16 mask, __m512 x) { _mm512_mask_storeu_ps(to, mask, x); }
 
 // sums[r][c] += a[r] b[c] over all pairs. Strides are in numbers; a register of `b[c]` is at each `b_stride`.
 template <int R, int C>

@@ -8,10 +8,12 @@ import pytest
 import torch
 from minirksc.kernels.native_ops import has_bf16_products, native, rms_norm_native
 from minirksc.kernels.native_tape import NativeRecorder, NotRecordableError
+from minirksc.models.families import load_config, spec_from_config
 
 from minirksc import LLM, SamplingParams
 from minirksc.decode_tapes import MAX_ROWS
 from minirksc.engine import MASS_INTERVAL
+from minirksc.errors import ConfigError
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))  # in importlib mode pytest does not add it
 zoo, rows = importlib.import_module("zoo"), importlib.import_module("zoo_rows")
@@ -28,14 +30,19 @@ def outputs(llm, prompts, params=GREEDY):
 
 
 @needs_bf16
+@pytest.mark.parametrize("quantize", ["none", "int8"])
 @pytest.mark.parametrize(
     "row_id",
     ["llama-gqa", "qwen2-sliding", "mistral-window", "gemma2-softcaps", "gemma3_text-linear", "gemma4_text-shared-kv"],
 )
-def test_tokens_and_probabilities_are_those_of_eager_steps(row_id, zoo_dir):
+def test_tokens_and_probabilities_are_those_of_eager_steps(row_id, quantize, zoo_dir):
     row = rows.BY_ID.get(row_id) or next(row for row in rows.ROWS if row.model_type == row_id.split("-")[0])
     folder = zoo.build(row, zoo_dir / row.id)
-    options = {"dtype": "bfloat16", "kv_cache_bytes": "8MiB", "eviction": "lru"}
+    options = {"dtype": "bfloat16", "quantize": quantize, "kv_cache_bytes": "8MiB", "eviction": "lru"}
+    if quantize != "none" and any(layer.head_dim % 8 for layer in spec_from_config(load_config(folder)).layers):
+        with pytest.raises(ConfigError, match="head_dim"):
+            LLM(folder, **options)
+        return
     with LLM(folder, enforce_eager=True, **options) as eager, LLM(folder, **options) as llm:
         for params in (GREEDY, SAMPLED):
             for prompts in (PROMPTS, PROMPTS[:2], PROMPTS[4:]):
