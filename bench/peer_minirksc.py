@@ -19,13 +19,14 @@ class MinirkscPeer:
     """The engine on a checkpoint folder.
 
     Args:
-        options: folder, dtype, threads, kv_cache_bytes, gates: file of `minirksc.calibrate` or None.
+        options: folder, dtype, quantize, threads, kv_cache_bytes, gates: file of `minirksc.calibrate` or None.
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._llm = LLM(
             options["folder"],
             dtype=options["dtype"],
+            quantize=options["quantize"],
             threads=options["threads"],
             kv_cache_bytes=options["kv_cache_bytes"],
         )

@@ -1,6 +1,7 @@
 """What bench.peers runs: the engines with their commands and options, the workloads as token ids, and their arms."""
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -85,9 +86,10 @@ def known_peers(options: argparse.Namespace, folder: Path) -> tuple[list[Peer], 
     peers, missing = [], []
     settings = (*SETTINGS, GATED) if options.gates is not None else SETTINGS
     gates = None if options.gates is None else str(options.gates.resolve())
-    for dtype in options.dtypes:
-        load = {**own, "dtype": dtype, "kv_cache_bytes": options.kv_cache_bytes, "gates": gates}
-        peers.append(Peer(f"minirksc {dtype}", here("bench.peer_minirksc"), load, settings=settings))
+    for dtype, quantize in itertools.product(options.dtypes, options.quantizations):
+        load = {**own, "dtype": dtype, "quantize": quantize, "kv_cache_bytes": options.kv_cache_bytes, "gates": gates}
+        name = f"minirksc {dtype}" if quantize == "none" else f"minirksc {quantize}"
+        peers.append(Peer(name, here("bench.peer_minirksc"), load, settings=settings))
     for dtype in options.transformers_dtypes:
         peers.append(Peer(f"transformers {dtype}", here("bench.peer_transformers"), {**own, "dtype": dtype}))
     if options.vllm is None:

@@ -109,7 +109,7 @@ def start(peer: Peer, options: argparse.Namespace) -> Running:
 
 def reference_rows(options: argparse.Namespace, folder: Path, workloads: Sequence[Workload]) -> dict[str, Row]:
     """What minirksc in float32 gives, once, by workload and setting: see `reference_key`."""
-    load = {"folder": str(folder), "threads": options.threads, "dtype": "float32", "gates": None}
+    load = {"folder": str(folder), "threads": options.threads, "dtype": "float32", "quantize": "none", "gates": None}
     load["kv_cache_bytes"] = options.kv_cache_bytes
     running = start(Peer("minirksc float32, reference", here("bench.peer_minirksc"), load), options)
     try:
@@ -203,6 +203,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model", default="smollm2-135m", help="alias or checkpoint folder (%(default)s)")
     add("--threads", type=positive, default=2, help="of every engine (%(default)s)")
     add("--dtypes", type=some_of(str), default=["auto"], help="of minirksc, with commas (auto)")
+    add("--quantizations", type=some_of(str), default=["none"], help="of minirksc: none, int8, with commas (none)")
     add("--kv-cache-bytes", default="2GiB", help="of minirksc (%(default)s)")
     add("--gates", type=Path, help=f"file of minirksc.calibrate: minirksc's setting {GATED!r}")
     add("--transformers-dtypes", type=_names, default=["bfloat16"], help="with commas; '' leaves it out (bfloat16)")
