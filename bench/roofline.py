@@ -3,9 +3,10 @@
     python -m bench.roofline
     python -m bench.roofline --model FOLDER --quick
 
-The machine's own limits come first, with the same threads: bytes a second that summing a large array reads, and
-operations a second of a large product in the model's dtype. A step cannot take less than its bytes at the one, nor than
-its operations at the other; its bound is the larger of the two. Counted are
+The machine's own limits are measured with the same threads: bytes a second that summing a large array reads, and
+operations a second of a large product in the model's dtype. A step takes no less than its bytes at the one, and than
+its operations at the other; its bound is the larger of the two. A share of a larger machine has others each minute, so
+that they are measured before each repetition, and each phase is held against those. Counted are
 - bytes: the matrices as they are packed, once; keys and values that somebody attends to, each block once;
 - operations: two a parameter of a matrix and token (the head's for one token a sequence), and four a number of a key
   and query head that attend to each other.
@@ -24,6 +25,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from minirksc.kernels.huge_pages import empty
 from minirksc.kernels.native_ops import native
 
 from bench.harness import ROOT, environment, summarise
@@ -33,7 +35,7 @@ from bench.report import Page, new_stem, plain_options, write_jsonl, write_page
 from minirksc import LLM, SamplingParams
 
 NUM_STEPS = 16
-LIMIT_REPEATS = 5
+LIMIT_REPEATS = 3
 LIMIT_BYTES = 2**29
 """Of the array that is summed: many times what caches hold."""
 
@@ -90,7 +92,7 @@ class Work:
 
 def measure_limits(dtype: torch.dtype) -> Limits:
     """The best of some attempts at either."""
-    array = torch.ones(LIMIT_BYTES // 4)
+    array = empty(LIMIT_BYTES // 4, dtype=torch.float32).fill_(1)
     square = torch.randn(LIMIT_SIZE, LIMIT_SIZE).to(dtype)
     sum_s = min(_seconds(lambda: array.sum()) for _ in range(LIMIT_REPEATS))
     product_s = min(_seconds(lambda: square @ square) for _ in range(LIMIT_REPEATS))
@@ -170,16 +172,21 @@ class Phases:
         }
 
 
-def measure(llm: LLM, prompt: list[int], num_branches: int, repeats: int) -> list[Row]:
+def measure(
+    llm: LLM, prompt: list[int], num_branches: int, repeats: int, limits_of: Callable[[torch.dtype], Limits]
+) -> list[Row]:
     """One row a phase."""
     rows: list[Row] = []
     phases = Phases(llm, prompt, num_branches).all()
     seconds: dict[str, list[float]] = {name: [] for name in phases}
+    limits: list[Limits] = []
     for repeat in range(repeats + 1):
+        limits.append(limits_of(llm.engine.runner.model.dtype))
         for name, (run, _) in phases.items():
-            one = run()
-            if repeat:  # the first warms up
-                seconds[name].append(one)
+            seconds[name].append(run())
+        if repeat == 0:  # it warms up
+            limits.clear()
+            seconds = {name: [] for name in phases}
     for name, (run, work) in phases.items():
         groups = _shares(run)
         calls = 1 if name.startswith("prompt") else NUM_STEPS
@@ -187,6 +194,9 @@ def measure(llm: LLM, prompt: list[int], num_branches: int, repeats: int) -> lis
             {
                 "phase": name,
                 "seconds": seconds[name],
+                "bound_s": [one.bound_s(work.num_bytes, work.num_flops) for one in limits],
+                "bytes_per_s": [one.bytes_per_s for one in limits],
+                "flops_per_s": [one.flops_per_s for one in limits],
                 "num_bytes": work.num_bytes,
                 "num_flops": work.num_flops,
                 "operator_s": {group: one / calls for group, one in groups.items()},
@@ -216,24 +226,23 @@ def _shares(run: Callable[[], float]) -> dict[str, float]:
     return found
 
 
-def make_page(rows: Sequence[Row], limits: Limits, options: argparse.Namespace, dtype: str) -> Page:
+def make_page(rows: Sequence[Row], options: argparse.Namespace, dtype: str) -> Page:
     """The page."""
     page = Page("How close a step comes to the machine's limits")
     page.text(
-        f"{options.model}, {dtype}, {options.threads} threads. This machine reads {limits.bytes_per_s / 1e9:.1f} GB/s "
-        f"and computes {limits.flops_per_s / 1e9:.0f} GFLOP/s in {dtype}, by its best of {LIMIT_REPEATS} attempts. "
-        "Median (p10 .. p90)."
+        f"{options.model}, {dtype}, {options.threads} threads. Median (p10 .. p90) of {len(rows[0]['seconds'])}. This "
+        f"machine reads {summarise([one / 1e9 for one in rows[0]['bytes_per_s']])} GB/s and computes "
+        f"{summarise([one / 1e9 for one in rows[0]['flops_per_s']])} GFLOP/s in {dtype}."
     )
     table = []
     for row in rows:
-        bound = limits.bound_s(row["num_bytes"], row["num_flops"])
         seconds = median(row["seconds"])
         table.append(
             [
                 row["phase"],
                 summarise([one * 1e3 for one in row["seconds"]]),
-                f"{bound * 1e3:.1f}",
-                f"{seconds / bound:.2f}",
+                summarise([one * 1e3 for one in row["bound_s"]]),
+                summarise([one / bound for one, bound in zip(row["seconds"], row["bound_s"], strict=True)]),
                 f"{row['num_bytes'] / seconds / 1e9:.1f}",
                 f"{row['num_flops'] / seconds / 1e9:.0f}",
             ]
@@ -271,14 +280,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results", help="folder (bench/results)")
     options = parser.parse_args()
     with LLM(options.model, dtype=options.dtype, threads=options.threads, kv_cache_bytes="1GiB") as llm:
-        limits = measure_limits(llm.engine.runner.model.dtype)
         prompt = few_shot_ids(llm.need_tokenizer("bench.roofline"), EXAMPLES, options.prefix_tokens)
-        rows = measure(llm, prompt, options.branches, 2 if options.quick else options.repeats)
+        rows = measure(llm, prompt, options.branches, 2 if options.quick else options.repeats, measure_limits)
         dtype = llm.stats()["dtype"]
     stem = new_stem(options.output, "roofline")
-    common = {"bytes_per_s": limits.bytes_per_s, "flops_per_s": limits.flops_per_s, "dtype": dtype}
-    write_jsonl(stem.with_suffix(".jsonl"), rows, common | plain_options(options) | environment(options.threads))
-    write_page(stem, make_page(rows, limits, options, dtype), options.threads)
+    common = {"dtype": dtype} | plain_options(options) | environment(options.threads)
+    write_jsonl(stem.with_suffix(".jsonl"), rows, common)
+    write_page(stem, make_page(rows, options, dtype), options.threads)
 
 
 if __name__ == "__main__":

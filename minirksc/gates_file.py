@@ -91,7 +91,7 @@ def settings_of(config: "SolverConfig", llm: "LLM") -> dict[str, Any]:
         "decode_exit": config.decode_exit_mode,
         "dtype": stats["dtype"],
         "kv_cache_dtype": stats["kv_cache_dtype"],
-        "quantize": stats["quantize"],
+        **({} if stats["quantize"] == "none" else {"quantize": stats["quantize"]}),  # older files are silent about it
     }
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from minirksc.kernels.native_ops import has_bf16_products, native
 
-from minirksc import LLM, SamplingParams
+from minirksc import LLM, SamplingParams, SolverConfig
 from minirksc.errors import ConfigError
+from minirksc.gates_file import settings_of
 from minirksc.generate import main
 
 needs_bf16 = pytest.mark.skipif(not has_bf16_products, reason="this processor has no AVX512-BF16 and VNNI")
@@ -62,6 +63,14 @@ def test_where_it_cannot_be_it_is_refused(tiny_llama, options, message):
         pytest.skip("nothing is compiled")
     with pytest.raises(ConfigError, match=message):
         open_llm(tiny_llama(), **({"quantize": "int8"} | options))
+
+
+@needs_bf16
+def test_gates_of_the_one_are_not_tested_on_the_other(tiny_llama):
+    folder, config = tiny_llama(dtype="bfloat16"), SolverConfig()
+    with open_llm(folder) as llm, open_llm(folder, quantize="int8") as rounded:
+        plain, int8 = settings_of(config, llm), settings_of(config, rounded)
+    assert {**plain, "quantize": "int8"} == int8 and "quantize" not in plain
 
 
 @needs_bf16

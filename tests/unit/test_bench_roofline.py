@@ -58,9 +58,11 @@ def test_a_bound_is_the_larger_of_both():
 
 
 def test_phases_run_and_what_operators_took_is_counted(llm):
-    rows = measure(llm, list(range(5, 45)), 3, 2)
+    limits = iter([Limits(1.0, 1.0), Limits(10.0, 1e30), Limits(20.0, 1e30)])  # the first is of the run that warms up
+    rows = measure(llm, list(range(5, 45)), 3, 2, lambda dtype: next(limits))
     assert [row["phase"] for row in rows] == ["prompt of 40", "decode, 1 sequence", "decode, 3 branches"]
     for row in rows:
         assert len(row["seconds"]) == 2 and min(row["seconds"]) > 0
+        assert row["bound_s"] == [row["num_bytes"] / 10, row["num_bytes"] / 20]
         assert set(row["operator_s"]) == {*GROUPS, "other operators"}
         assert row["operator_s"]["products with weights"] > 0 and row["operator_s"]["attention"] > 0
