@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -116,12 +117,12 @@ class Engine:
         """Checks tokens that are to follow `num_before` others.
 
         Raises:
-            PromptError: too many for max_model_len, or one is outside the vocabulary.
+            PromptError: too many for max_model_len, or one is no whole number or outside the vocabulary.
         """
         vocab_size = self.runner.model.spec.vocab_size
-        bad = next((t for t in token_ids if not 0 <= t < vocab_size), None)
-        if bad is not None:
-            raise PromptError(f"token id {bad} is outside the vocabulary; ids are 0..{vocab_size - 1}")
+        for token_id in token_ids:
+            if not (type(token_id) is int or isinstance(token_id, Integral)) or not 0 <= token_id < vocab_size:
+                raise PromptError(f"token id {token_id!r} is outside the vocabulary; ids are 0..{vocab_size - 1}")
         num_tokens = num_before + len(token_ids)
         if num_tokens > self.max_model_len:
             raise PromptError(

@@ -9,7 +9,7 @@ Log-probabilities and confidence are those of the model's own distribution, befo
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,7 @@ NEG_INF = float("-inf")
 MIN_TEMPERATURE = 1e-6
 
 
-@dataclass(slots=True, frozen=True)
-class SamplingRow:
+class SamplingRow(NamedTuple):
     """What one row of logits is drawn with.
 
     Attributes:
@@ -43,8 +42,7 @@ class SamplingRow:
     forbidden_ids: frozenset[int] = frozenset()
 
 
-@dataclass(slots=True, frozen=True)
-class Sampled:
+class Sampled(NamedTuple):
     """One drawn token.
 
     Attributes:

@@ -84,8 +84,8 @@ void linear_bf16(const uint16_t* x, const uint16_t* packed, const uint16_t* bias
 
 // linear_int8_bf16.cpp: see kernels/int8_weight.py; only where has_bf16_products(). x_numbers and x_scales are room for the
 // rounded x: of each group of a row, INT8_GROUP and 8 bytes.
-constexpr int INT8_GROUP = 64;
-void linear_int8(const uint16_t* x, const uint8_t* packed, const float* scales, const uint16_t* bias,
+constexpr int INT8_GROUP = 32;
+void linear_int8(const uint16_t* x, const uint8_t* packed, const uint16_t* scales, const uint16_t* bias,
                  int8_t* x_numbers, void* x_scales, void* out, int64_t rows, int64_t in_features,
                  int64_t out_features, int64_t is_out_float32);
 

@@ -185,6 +185,8 @@ def test_bad_prompts_and_options(llm, tiny_llama):
         ([], "empty"),
         ([-1], "outside the vocabulary"),
         ([10**9], "outside"),
+        ([5, 1.5], "token id 1.5"),
+        ([None], "token id None"),
         ([5] * 10**5, "max_model_len"),
     ):
         with pytest.raises(PromptError, match=message):
