@@ -267,8 +267,8 @@ class Engine:
         return [*step.failed, *(request for request, _ in drawn), *left, *prefilled]
 
     def _depth(self, items: list[ScheduledRequest], batch: ForwardBatch) -> Depth | None:
-        """Gates of a step; None where no request sits at one."""
-        if all(item.request.seat is None for item in items):
+        """Gates of a step; None where no request sits at one, or none of these will be asked."""
+        if not any(item.request.seat is not None and item.request.seat.gate.layers for item in items):
             return None
         windows = [layer.window for layer in self.runner.model.spec.layers]
         return Depth(items, batch, windows, self._kv_table, self.runner.copy_kv)

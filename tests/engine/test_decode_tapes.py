@@ -14,6 +14,7 @@ from minirksc import LLM, SamplingParams
 from minirksc.decode_tapes import MAX_ROWS
 from minirksc.engine import MASS_INTERVAL
 from minirksc.errors import ConfigError
+from minirksc.gates import Seat
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))  # in importlib mode pytest does not add it
 zoo, rows = importlib.import_module("zoo"), importlib.import_module("zoo_rows")
@@ -67,6 +68,29 @@ def test_steps_that_no_tape_serves_are_counted(tiny_llama):
         assert llm.stats()["eager_steps"] == {"prompts in the batch": 1, f"more than {MAX_ROWS} rows": 11}
         outputs(llm, [[3, 4]])
         assert llm.stats()["num_recorded_steps"] == 11
+
+
+class Watching:
+    """A depth gate at which nobody leaves."""
+
+    def __init__(self, layers):
+        self.layers = layers
+
+    def after_layer(self, layer, rows):
+        return {}
+
+
+@needs_bf16
+@pytest.mark.parametrize(("layers", "num_recorded"), [((), 7), ((1,), 0)])
+def test_a_gate_that_no_layer_asks_keeps_no_step_from_its_tape(tiny_llama, layers, num_recorded):
+    folder = tiny_llama(layers=2, hidden=32, head_dim=32)
+    with LLM(folder, dtype="bfloat16", kv_cache_bytes="8MiB") as llm:
+        engine = llm.engine
+        params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False).resolved({})
+        engine.add_request(engine.new_sequence([3, 4, 5]), params, seat=Seat(Watching(layers), 0))
+        while engine.has_work:
+            engine.step()
+        assert llm.stats()["num_recorded_steps"] == num_recorded
 
 
 @needs_bf16
