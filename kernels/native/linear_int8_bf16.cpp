@@ -142,7 +142,8 @@ void linear_int8(const uint16_t* x, const uint8_t* packed, const uint16_t* scale
                  int64_t out_features, int64_t is_out_float32) {
     GroupScale* x_scales = (GroupScale*)x_scales_;
     int64_t groups = (in_features + GROUP - 1) / GROUP, num_blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
-    for_all(num_blocks * groups, MAX_ROWS * GROUP, [&](int64_t item) {
+    constexpr int64_t AT_A_TIME = 8;  // numbers are rounded in the time that for_all expects of one
+    for_all(num_blocks * groups, rows * GROUP / (num_blocks * AT_A_TIME), [&](int64_t item) {
         int64_t block = item / groups, group = item % groups;
         int64_t begin = rows * block / num_blocks, size = rows * (block + 1) / num_blocks - begin;
         int8_t* to = x_numbers + (begin * groups + group * size) * GROUP;
