@@ -25,9 +25,12 @@ GROUP = 32
 """Consecutive numbers that share a scale; `INT8_GROUP` in `kernels/native/ops.h`."""
 
 QUAD = 4
-LANES = 16
+
 LARGEST = 127
 SHIFT = 128
+
+AT_ONCE = 2**19
+"""Numbers that are rounded at once: they stay in the cache, and float32 copies take no room to speak of."""
 
 
 def why_not_int8(dtype: torch.dtype) -> str | None:
@@ -53,7 +56,7 @@ def round_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     groups = F.pad(weight.float(), (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
     scales = (groups.abs().amax(-1) / LARGEST).bfloat16()  # [out_features, groups]
-    numbers = groups.div_(scales.float().clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1))
+    numbers = groups / scales.float().clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
     numbers = numbers.round_().nan_to_num_(0).clamp_(-LARGEST, LARGEST)
     return numbers.to(torch.int8), scales.where(scales.isfinite(), torch.nan)
 
@@ -77,14 +80,16 @@ class Int8Weight:
     def __init__(self, weight: Tensor, empty: Empty = torch.empty) -> None:
         self._shape = out_features, in_features = weight.shape
         panels, groups = -(-out_features // BF16_PANEL), -(-in_features // GROUP)
-        numbers, scales = round_groups(weight)
-        missing = panels * BF16_PANEL - out_features
-        numbers = F.pad(numbers.flatten(1).short() + SHIFT, (0, 0, 0, missing)).view(panels, BF16_PANEL, -1, QUAD)
         self._packed = empty(panels, groups * GROUP // QUAD, BF16_PANEL, QUAD, dtype=torch.uint8)
-        self._packed.copy_(numbers.transpose(1, 2))
         self._scales = empty(panels, groups, BF16_PANEL, dtype=torch.bfloat16)
-        self._scales.copy_(F.pad(scales, (0, 0, 0, missing)).view(panels, BF16_PANEL, groups).transpose(1, 2))
         self._groups = groups
+        some = max(1, AT_ONCE // (BF16_PANEL * in_features))  # panels
+        for begin in range(0, panels, some):
+            rows = weight[begin * BF16_PANEL : (begin + some) * BF16_PANEL]
+            numbers, scales = round_groups(F.pad(rows, (0, 0, 0, -len(rows) % BF16_PANEL)))
+            numbers = (numbers.view(torch.uint8) ^ SHIFT).view(-1, BF16_PANEL, groups * GROUP // QUAD, QUAD)  # + 128
+            self._packed[begin : begin + some] = numbers.transpose(1, 2)
+            self._scales[begin : begin + some] = scales.view(-1, BF16_PANEL, groups).transpose(1, 2)
         self.num_bytes = sum(one.numel() * one.itemsize for one in (self._packed, self._scales))
 
     def rows(self, indices: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from minirksc.kernels import int8_weight
 from minirksc.kernels.int8_weight import GROUP, Int8Weight, round_groups, why_not_int8
 from minirksc.kernels.linear import Linear, NativePacker
 from minirksc.kernels.native_ops import has_bf16_products
@@ -75,7 +76,9 @@ def test_groups_are_rounded_to_the_nearest_step_of_their_own():
     weight[0, :4] = torch.tensor([1.0, -127.0, 0.4, 63.6])
     weight[0, GROUP:] = torch.tensor([2.0, -254.0, 3.2, 0.0])
     weight[2, :4] = torch.tensor([2e-3, -1e-3, 1e-3, 0.0])
+    given = weight.clone()
     numbers, scales = round_groups(weight)
+    assert torch.equal(weight, given)
     assert numbers.shape == (3, 2, GROUP) and scales.shape == (3, 2)
     assert numbers[0, 0, :4].tolist() == [1, -127, 0, 64] and numbers[0, 1, :4].tolist() == [1, -127, 2, 0]
     assert numbers[2, 0, 0] == 127 and numbers[2, 0, 1:4].tolist() in ([-64, 64, 0], [-63, 63, 0])
@@ -91,6 +94,14 @@ def test_its_rows_are_what_it_multiplies_with_and_pack_to_the_same():
     assert torch.equal(rows, (numbers * scales.float().unsqueeze(-1)).flatten(1)[[69, 0, 33], :130])
     layer, x = Linear(weight, randn(70).bfloat16(), NativePacker(int8=True)), randn(3, 130, seed=1).bfloat16()
     assert torch.equal(layer.rows([69, 0, 33])(x), layer(x)[:, [69, 0, 33]])
+
+
+@needs_bf16
+def test_a_matrix_that_is_rounded_in_several_parts(monkeypatch: pytest.MonkeyPatch):
+    weight, x = randn(333, 70), randn(3, 70, seed=1).bfloat16()
+    expected = Linear(weight, None, NativePacker(int8=True))(x)
+    monkeypatch.setattr(int8_weight, "AT_ONCE", 64 * 70)
+    assert torch.equal(Linear(weight, None, NativePacker(int8=True))(x), expected)
 
 
 @needs_bf16
