@@ -201,7 +201,8 @@ def main() -> None:
     limit = 4 if options.quick else options.limit
     torch.set_num_threads(options.threads)
     with LLM(options.model, threads=options.threads, dtype=options.dtype, kv_cache_bytes="1GiB") as llm:
-        pairs = [*short_pairs(options.data, limit), *long_pairs(options.data, options.long or max(limit // 3, 2))]
+        num_long = max(limit // 3, 2) if options.long is None else options.long
+        pairs = [*short_pairs(options.data, limit), *long_pairs(options.data, num_long)]
         rows = measure(llm, pairs, options.tokens)
         dtype = llm.stats()["dtype"]
     other = "bfloat16" if dtype == "float32" else "float32"

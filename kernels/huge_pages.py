@@ -27,7 +27,8 @@ ALIGNMENT = 64
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     """A tensor of the CPU that begins with a page; its numbers are 0."""
-    return _map(max(math.prod(shape) * dtype.itemsize, 1))[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+    size = math.prod(shape) * dtype.itemsize
+    return _map(max(size, 1))[:size].view(dtype).view(shape)
 
 
 class Arena:
