@@ -98,7 +98,8 @@ class Int8Weight:
         words = self._packed.view(torch.int32).squeeze(-1)  # [panels, in_features / 4, 32]
         numbers = words[panels, :, columns].view(torch.uint8).float().sub_(SHIFT).unflatten(1, (-1, GROUP))
         scales = self._scales[panels, :, columns].unsqueeze(-1)  # [indices, groups, 1]
-        return (numbers * scales).flatten(1)[:, : self._shape[1]]
+        rows: Tensor = (numbers * scales).flatten(1)[:, : self._shape[1]]
+        return rows
 
     def __call__(self, x: Tensor, bias: Tensor | None, in_float32: bool = False) -> Tensor:
         """`[tokens, in_features]` bfloat16 -> x W^T + bias, `[tokens, out_features]`; on request as it is summed up."""
