@@ -115,6 +115,7 @@ def load(config: EngineConfig, use_tqdm: bool = False) -> Loaded:
         model = Decoder(spec, reading.tensors(bar), backend)
     pack_s = time.perf_counter() - begin - reading.read_s
     host.trim_heap()
+    host.keep_freed_blocks()
     window = spec.retained_window
     if window is not None and window >= max_model_len:
         window = None  # it never hides anything

@@ -1,7 +1,9 @@
 """What is read of a machine, on made-up ones: files as Linux has them, below a folder."""
 
+import ctypes
 import mmap
 import os
+import subprocess
 import sys
 
 import pytest
@@ -152,8 +154,31 @@ def test_the_peak_is_known_where_proc_is_not_complete(machine):
     assert now == 12 * 1024 and (peak is None or peak > 1 << 20)
 
 
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="is about glibc")
+def test_blocks_that_are_freed_are_kept():
+    code = """
+import ctypes
+from minirksc import host
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+libc.mallinfo2.restype = type("Info", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_size_t) for name in names]})
+def num_mapped():
+    before = libc.mallinfo2().hblks
+    block = libc.malloc(16 << 20)
+    return libc.mallinfo2().hblks - before
+print(num_mapped())
+host.keep_freed_blocks()
+print(num_mapped())
+"""
+    environment = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "0"]  # mapped for itself; from the heap
+
+
 def test_freed_memory_goes_back(monkeypatch):
     host.trim_heap()
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(host.ctypes, "CDLL", None)
     host.trim_heap()  # nothing is loaded where there is no glibc
+    host.keep_freed_blocks()
