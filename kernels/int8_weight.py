@@ -9,7 +9,7 @@ are added in float32:
 
 The instruction takes q_i + 128, from 1 to 255: what that adds, 128 times the sum of a group's p_i, is taken off.
 
-One scale for a whole row, and 64 numbers of a token to a scale, would be faster by a tenth, and are 2.6 times as far
+One scale for a whole row, and 64 numbers of a token to a scale, would be faster by a tenth, and are 2.2 times as far
 from the model that is rounded (mean divergence of the next token's distribution, SmolLM2-135M).
 
 Source: GGML's Q8_0 (github.com/ggml-org/ggml, src/ggml-quants.c), whose scales are float16.
