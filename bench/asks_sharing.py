@@ -13,8 +13,8 @@ changes with anything that is not bit for bit the same.
 
 Reported: seconds of the wording's prefill against unshared, tokens by layers that the engine counted as saved, and
 whether the greedy answer is that of the unshared run of the same wording. The guard and the gate decide as they do in
-the solver; what they refuse is counted and left out of the rest. What aligned mode finds too little to borrow in is
-computed, and counted for it as such.
+the solver; what they refuse is counted and left out of the rest. Where aligned mode finds too little to borrow, the
+wording is computed: its row leaves such pairs out, and says how many are left.
 """
 
 import argparse
