@@ -5,18 +5,32 @@ nothing reads is an error, so that no checkpoint runs silently wrong. Defaults a
 out, as transformers' configuration classes have them.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 from minirksc.models.fields import Fields, load_config, positive
-from minirksc.models.plain import ACTIVATIONS, FULL, SLIDING, default_rope, plain, with_ropes, with_windows
+from minirksc.models.plain import (
+    ACTIVATIONS,
+    FULL,
+    SLIDING,
+    default_rope,
+    plain,
+    with_ropes,
+    with_windows,
+    within_one_chunk,
+    without_windows,
+)
 from minirksc.models.rope_config import read_rope
 from minirksc.models.spec import ArchSpec, LayerSpec, WeightLayout
 
-from minirksc.errors import CheckpointError, UnsupportedModelError
+from minirksc.errors import CheckpointError, ConfigError, UnsupportedModelError
 
 __all__ = ["FAMILIES", "load_config", "spec_from_config"]
+
+BOTH_WAYS = re.compile(r"Bidirec|[a-z0-9]Bi(Model|For)")
+"""In the name of a class: it is a causal model no more."""
 
 GEMMA_ACTIVATIONS = ACTIVATIONS | {"gelu": "gelu_tanh"}
 """Gemma's first files say "gelu" and mean its tanh form."""
@@ -24,36 +38,55 @@ GEMMA_ACTIVATIONS = ACTIVATIONS | {"gelu": "gelu_tanh"}
 Config = Mapping[str, Any]
 
 
-def spec_from_config(config: Config) -> ArchSpec:
+def spec_from_config(config: Config, ignored: Collection[str] = ()) -> ArchSpec:
     """The architecture that a config.json describes.
+
+    Args:
+        config: its content.
+        ignored: fields that change nothing, as the caller knows, though nothing here reads them.
 
     Raises:
         UnsupportedModelError: its family, or something that it asks for, is not implemented.
         CheckpointError: a field is missing or impossible.
+        ConfigError: one of `ignored` is not there, or is read.
     """
-    _refuse_quantised(config)
-    model_type = config.get("model_type")
-    if isinstance(model_type, str) and model_type in WRAPPERS:
-        return _unwrapped(config, WRAPPERS[model_type])
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        why = f": it has {REFUSED[model_type]}" if isinstance(model_type, str) and model_type in REFUSED else ""
-        known = ", ".join(sorted(FAMILIES | WRAPPERS))
-        raise UnsupportedModelError(f"model_type {model_type!r} is not supported{why}; known: {known}")
-    fields = Fields(config)
-    spec = FAMILIES[model_type](fields)
-    fields.check_all_read()
+    spec, passed = _read(config, frozenset(ignored))
+    if wrong := sorted(set(ignored) - passed):
+        raise ConfigError(
+            f"ignore_config_keys names {wrong[0]!r:.80}, which config.json does not have, or which is read or known to "
+            "be harmless; leave it out"
+        )
     return spec
 
 
-def _unwrapped(config: Config, text_type: str) -> ArchSpec:
+def _read(config: Config, ignored: frozenset[str]) -> tuple[ArchSpec, set[str]]:
+    """(the spec, those of the fields to be ignored that were met)."""
+    _refuse_quantised(config)
+    _refuse_other_tools(config)
+    _refuse_both_ways(config)
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in WRAPPERS:
+        return _unwrapped(config, WRAPPERS[model_type], ignored)
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        why = f": it has {REFUSED[model_type]}" if isinstance(model_type, str) and model_type in REFUSED else ""
+        known = ", ".join(sorted(FAMILIES | WRAPPERS))
+        raise UnsupportedModelError(f"model_type {model_type!r:.80} is not supported{why}; known: {known}")
+    fields = Fields(config, ignored=ignored)
+    fields.get("is_causal")
+    spec = FAMILIES[model_type](fields)
+    fields.check_all_read()
+    return spec, fields.passed
+
+
+def _unwrapped(config: Config, text_type: str, ignored: frozenset[str]) -> tuple[ArchSpec, set[str]]:
     """The text model inside a multimodal one."""
     text = config.get("text_config")
     if not isinstance(text, Mapping):
         raise CheckpointError(f"config.json of model_type {config['model_type']!r} lacks the object text_config")
     outer = {name: config[name] for name in ("eos_token_id", "bos_token_id") if config.get(name) is not None}
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", True))
-    spec = spec_from_config({"model_type": text_type, **text, **outer, "tie_word_embeddings": tied})
-    return replace(spec, layout=replace(spec.layout, is_wrapped=True))
+    spec, passed = _read({"model_type": text_type, **text, **outer, "tie_word_embeddings": tied}, ignored)
+    return replace(spec, layout=replace(spec.layout, is_wrapped=True)), passed
 
 
 def _refuse_quantised(config: Config) -> None:
@@ -64,6 +97,29 @@ def _refuse_quantised(config: Config) -> None:
         )
 
 
+def _refuse_other_tools(config: Config) -> None:
+    """Quantised checkpoints that say so elsewhere than most."""
+    for name, tool in (("quantization", "MLX"), ("compression_config", "compressed-tensors")):
+        if config.get(name) is not None and config.get("quantization_config") is None:
+            raise UnsupportedModelError(
+                f"the checkpoint is quantised ({tool}: {name} {config[name]!r:.80}); its weights are not read: take "
+                "the checkpoint that it was made from"
+            )
+
+
+def _refuse_both_ways(config: Config) -> None:
+    """Models that look at what follows too, as those that make embeddings do: none here does."""
+    names = config.get("architectures")
+    names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    found = [f"architectures {name!r:.80}" for name in names if BOTH_WAYS.search(name)]
+    if config.get("is_causal", True) is not True:
+        found.append(f"is_causal {config['is_causal']!r:.80}")
+    if found:
+        raise UnsupportedModelError(
+            f"config.json: {found[0]} is not supported: the model attends both ways, and only causal ones run here"
+        )
+
+
 # The families
 
 
@@ -71,14 +127,33 @@ def _llama(f: Fields) -> ArchSpec:
     """Llama 1 to 3.3, SmolLM2, Falcon3 and others that say so: what all others depart from."""
     f.only("rope_interleaved")
     f.only("activation", "swiglu")  # Falcon3's second word for the same
-    return plain(f, qkv_bias=f.flag("attention_bias"), o_bias=f.flag("attention_bias"), mlp_bias=f.flag("mlp_bias"))
+    spec = plain(f, qkv_bias=f.flag("attention_bias"), o_bias=f.flag("attention_bias"), mlp_bias=f.flag("mlp_bias"))
+    return without_windows(f, spec)
+
+
+def _internlm3(f: Fields) -> ArchSpec:
+    """InternLM3: Llama with other names for its two switches of biases."""
+    f.default(num_key_value_heads=2, head_dim=128, max_position_embeddings=32768, rms_norm_eps=1e-5)
+    f.default(eos_token_id=2, bos_token_id=1)
+    qkv_bias, bias = _either(f, "qkv_bias", "attention_bias"), _either(f, "bias", "mlp_bias")
+    return without_windows(f, plain(f, qkv_bias=qkv_bias, o_bias=bias, mlp_bias=bias))
+
+
+def _iquestcoder(f: Fields) -> ArchSpec:
+    """IQuest-Coder: Llama by another name."""
+    f.default(num_key_value_heads=8, head_dim=128, max_position_embeddings=131072, rms_norm_eps=1e-5)
+    f.default(eos_token_id=2, bos_token_id=1)
+    f.only("use_sliding_window")
+    for name in ("sliding_window", "max_window_layers"):
+        f.get(name)  # of what is off
+    return _llama(f)
 
 
 def _seed_oss(f: Fields) -> ArchSpec:
     """Seed-OSS: biases on q, k and v, and a switch of its own for o's."""
     f.default(head_dim=128, num_key_value_heads=8, max_position_embeddings=524288, attention_bias=True)
     o_bias, mlp_bias = f.flag("attention_out_bias"), f.flag("mlp_bias")
-    return plain(f, qkv_bias=f.flag("attention_bias"), o_bias=o_bias, mlp_bias=mlp_bias)
+    return without_windows(f, plain(f, qkv_bias=f.flag("attention_bias"), o_bias=o_bias, mlp_bias=mlp_bias))
 
 
 def _smollm3(f: Fields) -> ArchSpec:
@@ -143,12 +218,15 @@ def _ministral3(f: Fields) -> ArchSpec:
     f.default(sliding_window=None, head_dim=128, max_position_embeddings=262144, rms_norm_eps=1e-5)
     yarn = {"factor": 16.0, "original_max_position_embeddings": 16384, "mscale": 1.0, "mscale_all_dim": 1.0}
     default_rope(f, rope_type="yarn", **yarn, rope_theta=1e6, llama_4_scaling_beta=0.1)
-    rope = f.get("rope_parameters") or f.get("rope_scaling")
+    given = f.given("rope_parameters") or f.get("rope_scaling")
     spec = _mistral(f, others=("llama_4_scaling_beta", "max_position_embeddings"))
-    if not isinstance(rope, Mapping) or not rope.get("llama_4_scaling_beta"):
+    rope = spec.layers[0].rope
+    beta = given.get("llama_4_scaling_beta") if isinstance(given, Mapping) else None
+    if beta is None or beta == 0 or rope is None:
         return spec
-    beta = positive(rope["llama_4_scaling_beta"], f"{f.where}: llama_4_scaling_beta")
-    length = rope.get("original_max_position_embeddings", spec.max_position_embeddings)
+    beta = positive(beta, f"{f.where}: llama_4_scaling_beta")
+    length = dict(rope.parameters).get("original_max_position_embeddings")
+    length = given.get("original_max_position_embeddings", spec.max_position_embeddings) if length is None else length
     return replace(spec, query_growth=(beta, positive(length, f"{f.where}: original_max_position_embeddings")))
 
 
@@ -165,7 +243,7 @@ def _phi3(f: Fields) -> ArchSpec:
 def _gemma(f: Fields) -> ArchSpec:
     """Gemma 1: norms by 1 + w, scaled embeddings, tanh-GELU, head_dim of its own."""
     f.default(num_key_value_heads=16, max_position_embeddings=8192)
-    return _plain_gemma(f)
+    return without_windows(f, _plain_gemma(f))
 
 
 def _gemma2(f: Fields) -> ArchSpec:
@@ -223,11 +301,13 @@ def _gemma4(f: Fields) -> ArchSpec:
     input_size = f.size("hidden_size_per_layer_input") if f.get("hidden_size_per_layer_input") else None
     if f.get("vocab_size_per_layer_input") is not None and input_size is not None:
         f.only("vocab_size_per_layer_input", f.size("vocab_size"))
-    nested = f.get("rope_parameters") or {
-        SLIDING: {"rope_type": "default", "rope_theta": 1e4},
-        FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
-    }
-    f.default(rope_parameters=nested)
+    default_rope(
+        f,
+        **{
+            SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+            FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+        },
+    )
     spec = _plain_gemma(
         f,
         layer_type=SLIDING,
@@ -294,6 +374,8 @@ WRAPPERS = {
 
 FAMILIES: dict[str, Callable[[Fields], ArchSpec]] = {
     "llama": _llama,
+    "internlm3": _internlm3,
+    "iquestcoder": _iquestcoder,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
     "mistral": _mistral,
@@ -335,7 +417,9 @@ def _plain_gemma(f: Fields, **changes: Any) -> ArchSpec:
     f.only("use_bidirectional_attention", "vision")
     bias = f.flag("attention_bias")
     values = {
-        "activation": f.choice("hidden_activation" if f.get("hidden_activation") else "hidden_act", GEMMA_ACTIVATIONS),
+        "activation": f.choice(
+            "hidden_act" if f.get("hidden_activation") is None else "hidden_activation", GEMMA_ACTIVATIONS
+        ),
         "qkv_bias": bias,
         "o_bias": bias,
         "norm_offset": 1.0,
@@ -345,9 +429,16 @@ def _plain_gemma(f: Fields, **changes: Any) -> ArchSpec:
     return plain(f, **(values | changes))
 
 
+def _either(f: Fields, name: str, other: str) -> bool:
+    """A switch with two names."""
+    if name in f and other in f and f.flag(name) != f.flag(other):
+        raise CheckpointError(f"{f.where}: {name} {f.flag(name)} and {other} {f.flag(other)} contradict each other")
+    return f.flag(name) or f.flag(other)
+
+
 def _with_qwen_windows(f: Fields, spec: ArchSpec) -> ArchSpec:
     f.default(sliding_window=4096)
     f.default(max_window_layers=28)
     first = f.size("max_window_layers", minimum=0)
     kinds = [SLIDING if i >= first else FULL for i in range(spec.num_layers)]
-    return with_windows(f, spec, kinds, f.flag("use_sliding_window"))
+    return within_one_chunk(f, with_windows(f, spec, kinds, f.flag("use_sliding_window")))

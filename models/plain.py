@@ -1,14 +1,14 @@
 """The plainest decoder, read from config.json, and changes that several families make to it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from minirksc.models.fields import Fields
+from minirksc.models.fields import MAX_SIZE, Fields
 from minirksc.models.rope_config import read_rope
 from minirksc.models.spec import ArchSpec, LayerSpec, RopeSpec
 
-from minirksc.errors import CheckpointError
+from minirksc.errors import CheckpointError, UnsupportedModelError
 
 MAX_LAYERS = 10_000
 """Less than any other size: a spec and its weight rules have entries for every layer."""
@@ -21,6 +21,11 @@ ACTIVATIONS = {
     "gelu": "gelu",
 }
 SLIDING, FULL = "sliding_attention", "full_attention"
+CHUNK_FIELDS = {
+    *("chunk_size", "local_size", "original_max_position_embeddings"),
+    *("sparse_attention_config", "sparse_attention_enabled", "sparse_attention_threshold"),
+}
+"""Of dual chunk attention; the last ones leave out keys of long sequences."""
 
 
 def plain(
@@ -67,12 +72,25 @@ def _max_len(of_file: int, rope: RopeSpec | None) -> int:
     """Longest sequence: two kinds of rotation reach beyond the length that the file gives."""
     if rope is None or rope.kind not in ("dynamic", "yarn"):
         return of_file
-    return max(of_file, int(rope.number("factor") * rope.number("original_max_position_embeddings")))
+    length = rope.number("factor") * rope.number("original_max_position_embeddings")
+    if length > MAX_SIZE:
+        raise CheckpointError(f"{rope.kind} rope reaches to position {length:.3g}, more than {MAX_SIZE}")
+    return max(of_file, int(length))
 
 
 def default_rope(f: Fields, **parameters: Any) -> None:
-    """What the rotation is where the file says nothing of it."""
-    if not (f.get("rope_parameters") or f.get("rope_scaling")):
+    """What the rotation is where the file says nothing of it.
+
+    Raises:
+        CheckpointError: it says that there are no parameters at all, which is not what such a model was made for.
+    """
+    given = f.get("rope_parameters")
+    if given == {}:
+        raise CheckpointError(
+            f"{f.where}: rope_parameters {{}} is empty, and model_type {f.get('model_type')!r} needs some; leave the "
+            "field out for those that its models have"
+        )
+    if given is None and not f.get("rope_scaling"):
         f.default(rope_parameters=parameters)
 
 
@@ -86,14 +104,55 @@ def _head_dim(f: Fields, hidden_size: int, num_heads: int) -> int:
 
 
 def with_windows(f: Fields, spec: ArchSpec, kinds: Sequence[str], is_on: bool = True) -> ArchSpec:
-    """Gives a window to the layers that slide: those that the file's layer_types name, else those of `kinds`."""
+    """Gives a window to the layers that slide: those that the file's layer_types name, else those of `kinds`.
+
+    Raises:
+        CheckpointError: layer_types names some, and the file has no window for them.
+    """
     window = None if f.get("sliding_window") is None or not is_on else f.size("sliding_window")
-    kinds = f.per_layer("layer_types", spec.num_layers, (FULL, SLIDING)) or kinds
+    named = f.per_layer("layer_types", spec.num_layers, (FULL, SLIDING))
+    if window is None and named is not None and SLIDING in named:
+        why = "sliding_window is null" if is_on else "use_sliding_window is off"
+        raise CheckpointError(f"{f.where}: layer_types names {SLIDING} layers, but {why}; keep the right one")
+    kinds = named or kinds
     layers = [
         replace(layer, window=window if kind == SLIDING else None)
         for layer, kind in zip(spec.layers, kinds, strict=True)
     ]
     return replace(spec, layers=tuple(layers))
+
+
+def without_windows(f: Fields, spec: ArchSpec) -> ArchSpec:
+    """For families in which no layer has a window, though newer files list the layers all the same.
+
+    Raises:
+        CheckpointError: the list is another one.
+    """
+    f.per_layer("layer_types", spec.num_layers, (FULL,))
+    return spec
+
+
+def within_one_chunk(f: Fields, spec: ArchSpec) -> ArchSpec:
+    """Ends the longest sequence where dual chunk attention would begin to differ from plain attention.
+
+    It counts positions anew in every chunk, and makes scores sharper beyond the original length: within the first
+    chunk and that length it is plain attention, and what it leaves out of long sequences approximates that.
+
+    Raises:
+        CheckpointError: the chunk has no size.
+        UnsupportedModelError: there is more to it.
+    """
+    given = f.get("dual_chunk_attention_config")
+    if given is None:
+        return spec
+    if not isinstance(given, Mapping) or given.keys() - CHUNK_FIELDS:
+        raise UnsupportedModelError(f"{f.where}: dual_chunk_attention_config {given!r:.200} is not supported")
+    chunk = Fields(given, f"{f.where}: dual_chunk_attention_config")
+    length = chunk.size("chunk_size") - chunk.size("local_size", minimum=0)
+    length = min(length, chunk.size("original_max_position_embeddings", length), spec.max_position_embeddings)
+    if length < 1:
+        raise CheckpointError(f"{chunk.where}: chunk_size must be more than local_size")
+    return replace(spec, max_position_embeddings=length)
 
 
 def with_ropes(spec: ArchSpec, ropes: Sequence[RopeSpec | None]) -> ArchSpec:

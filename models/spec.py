@@ -39,6 +39,10 @@ class RopeSpec:
         if self.kind == "llama3" and not self.number("low_freq_factor", 0) < self.number("high_freq_factor", 0):
             low, high = self.number("low_freq_factor", 0), self.number("high_freq_factor", 0)
             raise CheckpointError(f"llama3 rope: low_freq_factor {low} must be less than high_freq_factor {high}")
+        if self.kind == "yarn" and self.theta == 1:
+            raise CheckpointError("yarn rope: rope_theta 1.0 turns all pairs alike, and none is the slowest")
+        if self.kind == "dynamic" and self.rotary_dim < 4:
+            raise CheckpointError(f"dynamic rope: rotary dimension {self.rotary_dim} must be at least 4")
         if self.kind == "longrope":
             for name in ("short_factor", "long_factor"):
                 if len(self.numbers(name)) != self.rotary_dim // 2:
