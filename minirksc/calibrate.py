@@ -38,6 +38,8 @@ from minirksc.generate import (
     Options,
     Parser,
     UsageError,
+    add_ignored,
+    ignored,
     run_command,
 )
 from minirksc.signals import SIGNALS
@@ -104,6 +106,7 @@ def build_parser() -> Parser:
     add("--json", action="store_true", default=None, help="print the result as one JSON object")
     for title, table in (("calibration", CHOICES), ("solver", SOLVER), ("engine", ENGINE)):
         _add_table(parser.add_argument_group(title), table)
+    add_ignored(parser)
     group = parser.add_argument_group("sampling (default: temperature 0.8, top-p 0.95)")
     _add_table(group, {name: SAMPLING[name] for name in STEP_SAMPLING})
     group.add_argument("--stop", action="append", metavar="TEXT", help="end here; may be repeated")
@@ -144,7 +147,7 @@ class Job:
         if options.limit is not None and options.limit < 1:
             raise UsageError(f"--limit {options.limit} must be at least 1")
         self.config = self._solver_config()
-        self.engine_options = self._given(("model", *ENGINE))
+        self.engine_options = self._given(("model", *ENGINE)) | ignored(options)
         self.output = Path(options.output)
         self.evidence_path = self.output.with_name(self.output.name + ".evidence.jsonl")
         for path in (self.output, self.evidence_path):

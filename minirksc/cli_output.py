@@ -224,6 +224,7 @@ def print_stats(stats: dict[str, Any], solving: Mapping[str, float] | None = Non
         f"{stats['threads']} threads, {stats['backend']} backend, "
         f"loaded in {stats['load_s']:.2f} s ({stats['pack_s']:.2f} s of it packing)",
         *([f"nothing compiled: {stats['backend_note']}"] if stats["backend_note"] else []),
+        *([f"passed over in config.json: {', '.join(ignored)}"] if (ignored := stats["ignored_config_keys"]) else []),
         f"tokens: {stats['num_prefilled_tokens']} prefilled, {stats['num_cached_tokens']} from the cache, "
         f"{stats['num_decoded_tokens']} decoded, in {stats['num_steps']} steps",
         f"time: {stats['prefill_s']:.2f} s in steps with prefill, {stats['decode_s']:.2f} s in steps of decoding alone"

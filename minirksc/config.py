@@ -171,6 +171,7 @@ class EngineConfig:
             the batch; "adaptive": by how much there is to do, so that rounding depends on the batch.
         eviction: which cached block goes first: "rksc", "cost", "lru" or "lfu"; see `minirksc.eviction`.
         prefix_caching: False computes every prompt anew.
+        ignore_config_keys: fields of config.json that nothing here reads and that change nothing, as you know.
         seed: where requests without a seed take theirs from.
     """
 
@@ -190,6 +191,7 @@ class EngineConfig:
     kv_split: str = "fixed"
     eviction: str = "rksc"
     prefix_caching: bool = True
+    ignore_config_keys: Sequence[str] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -212,6 +214,10 @@ class EngineConfig:
         _check_int("max_batch_requests", self.max_batch_requests, 1, None)
         _check_int("max_model_len", self.max_model_len, 1, None)
         _check_int("threads", self.threads, 1, 1024)
+        keys = self.ignore_config_keys
+        if isinstance(keys, str) or not all(isinstance(key, str) for key in _as_tuple("ignore_config_keys", keys)):
+            raise ConfigError(f"ignore_config_keys {keys!r:.200} must be a list of names, such as ['my_field']")
+        object.__setattr__(self, "ignore_config_keys", tuple(keys))
         _check_int("seed", self.seed, 0, 2**64 - 1)
 
     @classmethod

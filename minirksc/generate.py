@@ -220,6 +220,7 @@ def build_parser() -> Parser:
     _add_options(group, ENGINE, partial(EngineConfig, model=DEFAULT_MODEL))
     eager_help = "never record decode steps, neither as CUDA graphs nor as tapes of compiled CPU operations"
     group.add_argument("--enforce-eager", action="store_true", default=None, help=eager_help)
+    add_ignored(group)
     return parser
 
 
@@ -296,7 +297,7 @@ class Job:
         self.is_solving = options.branches is not None
         self.solver_s: Counter[str] = Counter()  # of all problems so far
         self._check_combinations()
-        self.engine_options = self._given(("model", *ENGINE, "enforce_eager"))
+        self.engine_options = self._given(("model", *ENGINE, "enforce_eager")) | ignored(options)
         self.tokens_per_step = options.tokens_per_step or DEFAULT_TOKENS_PER_STEP
         self.params = self._sampling_params()
         self.solver_config = self._solver_config() if self.is_solving else None
@@ -449,6 +450,18 @@ def _make_llm(**options: Any) -> "LLM":
     for warning in caught:  # in the form of everything else on stderr
         note(f"warning: {warning.message}")
     return llm
+
+
+def add_ignored(group: Any) -> None:
+    """Adds the option of which `ignored` is the value."""
+    text = "pass over a field of config.json that nothing reads: you know that it changes nothing; may be repeated"
+    group.add_argument("--ignore-config-key", action="append", metavar="NAME", help=text)
+
+
+def ignored(options: argparse.Namespace) -> dict[str, Any]:
+    """The engine's option for it; {} where it was not given."""
+    names = options.ignore_config_key
+    return {} if names is None else {"ignore_config_keys": names}
 
 
 def _flag(name: str) -> str:

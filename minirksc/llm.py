@@ -442,6 +442,7 @@ class LLM:
             "dtype": str(model.dtype).removeprefix("torch."),
             "kv_cache_dtype": str(runner.cache.dtype).removeprefix("torch."),
             "quantize": self.config.quantize,
+            "ignored_config_keys": list(self.config.ignore_config_keys),
             "weight_bytes": model.weight_bytes,
             "device": str(model.device),
             "threads": torch.get_num_threads(),

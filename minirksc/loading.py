@@ -84,7 +84,7 @@ def load(config: EngineConfig, use_tqdm: bool = False) -> Loaded:
     start = time.perf_counter()
     path = resolve_model(config.model)
     raw = load_config(path)
-    spec = spec_from_config(raw)
+    spec = spec_from_config(raw, config.ignore_config_keys)
     device = _choose_device(config.device)
     dtype = _choose_dtype(config.dtype, raw, device)
     # Without one token ids still work, and whoever gives text is told; a damaged one is an error.

@@ -41,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help="checkpoint folder, alias, or model_type")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="what differs between two of these")
+    parser.add_argument(
+        "--ignore-config-key", action="append", default=[], metavar="NAME", help="pass over a field of config.json"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a file's name must not end the page on a narrow terminal encoding
@@ -72,7 +75,7 @@ def _run(options: argparse.Namespace) -> None:
         record: dict[str, Any] = {"a": a.name, "b": b.name, "differences": [dataclasses.asdict(d) for d in found]}
         text = compare_page((a.name, b.name), found, width)
     elif options.model is not None:
-        model = _model(options.model)
+        model = _model(options.model, options.ignore_config_key)
         record = dataclasses.asdict(model)
         text = model_page(model, _is_type(options.model), width)
     else:
@@ -96,8 +99,8 @@ def _pair(first: str, second: str) -> tuple[Explanation, Explanation]:
     return a, _model(second)
 
 
-def _model(name: str) -> Explanation:
-    """A checkpoint by its folder or alias, or a type."""
+def _model(name: str, ignored: Sequence[str] = ()) -> Explanation:
+    """A checkpoint by its folder or alias, or a type; `ignored` fields of its config.json are passed over."""
     if _is_type(name):
         return explain(name, type_spec(name))
     known = [*FAMILIES, *WRAPPERS]
@@ -105,7 +108,7 @@ def _model(name: str) -> Explanation:
     if name not in ALIASES and not is_path and (close := difflib.get_close_matches(name, known, n=1, cutoff=0.8)):
         raise CheckpointError(f"there is no folder, alias or model_type {name!r:.300}; did you mean {close[0]}?")
     folder = resolve_model(name)
-    return explain_folder(name if str(folder) == name else f"{name} ({folder})", folder)
+    return explain_folder(name if str(folder) == name else f"{name} ({folder})", folder, ignored)
 
 
 def _is_type(name: str) -> bool:

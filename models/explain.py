@@ -5,7 +5,7 @@ loaded. `page.py` makes text of it.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -138,14 +138,14 @@ class Explanation:
     weights: Weights | None
 
 
-def explain_folder(name: str, folder: Path) -> Explanation:
-    """A checkpoint folder, which may be a config.json alone.
+def explain_folder(name: str, folder: Path, ignored: Collection[str] = ()) -> Explanation:
+    """A checkpoint folder, which may be a config.json alone; `ignored` as of `spec_from_config`.
 
     Raises:
         CheckpointError, UnsupportedModelError: a file cannot be read, or describes what is not implemented.
     """
     config = load_config(folder)
-    spec = spec_from_config(config)
+    spec = spec_from_config(config, ignored)
     has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json"))
     weights = _weights(folder, spec, auto_dtype(stored_dtype(config), _device())) if has_weights else None
     return explain(name, spec, weights)

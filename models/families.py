@@ -53,8 +53,8 @@ def spec_from_config(config: Config, ignored: Collection[str] = ()) -> ArchSpec:
     spec, passed = _read(config, frozenset(ignored))
     if wrong := sorted(set(ignored) - passed):
         raise ConfigError(
-            f"ignore_config_keys names {wrong[0]!r:.80}, which config.json does not have, or which is read or known to "
-            "be harmless; leave it out"
+            f"ignore_config_keys (--ignore-config-key) names {wrong[0]!r:.80}, which config.json does not have, or "
+            "which is read or known to be harmless; leave it out"
         )
     return spec
 
@@ -298,7 +298,7 @@ def _gemma4(f: Fields) -> ArchSpec:
     f.only("enable_moe_block")
     for name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
         f.get(name)  # of a part that is not there
-    input_size = f.size("hidden_size_per_layer_input") if f.get("hidden_size_per_layer_input") else None
+    input_size = _count(f, "hidden_size_per_layer_input") or None
     if f.get("vocab_size_per_layer_input") is not None and input_size is not None:
         f.only("vocab_size_per_layer_input", f.size("vocab_size"))
     default_rope(
@@ -308,6 +308,7 @@ def _gemma4(f: Fields) -> ArchSpec:
             FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
         },
     )
+    _check_both_ropes(f)
     spec = _plain_gemma(
         f,
         layer_type=SLIDING,
@@ -327,12 +328,26 @@ def _gemma4(f: Fields) -> ArchSpec:
     ]
     if layers[-1].window is not None:
         layers[-1] = _gemma4_full(f, replace(layers[-1], window=None), str(len(layers) - 1))
-    num_own = spec.num_layers - (f.size("num_kv_shared_layers") if f.get("num_kv_shared_layers") else 0)
+    num_own = spec.num_layers - _count(f, "num_kv_shared_layers")
     width = 2 if f.flag("use_double_wide_mlp") else 1
     for i in range(max(num_own, 0), spec.num_layers):
         source = next((j for j in reversed(range(num_own)) if layers[j].window == layers[i].window), -1)
         layers[i] = replace(layers[i], kv_layer=source, intermediate_size=width * layers[i].intermediate_size)
     return replace(spec, layers=tuple(layers))
+
+
+def _count(f: Fields, name: str) -> int:
+    """How many or how large something is that need not be there; null is 0."""
+    return 0 if f.get(name) is None else f.size(name, minimum=0)
+
+
+def _check_both_ropes(f: Fields) -> None:
+    """Its two kinds of layers turn so differently that neither has a plain value."""
+    given = f.given("rope_parameters")
+    for kind in (SLIDING, FULL):
+        own = given.get(kind) if isinstance(given, Mapping) else None
+        if not isinstance(own, Mapping) or own.get("rope_theta") is None:
+            raise CheckpointError(f"{f.where}: rope_parameters {given!r:.200} lacks {kind} with its rope_theta")
 
 
 def _gemma4_full(f: Fields, layer: LayerSpec, index: str) -> LayerSpec:

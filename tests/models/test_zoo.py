@@ -67,7 +67,7 @@ def test_a_published_config_is_the_same_model(row, zoo_dir):
 
 def test_rows_are_many_and_distinct():
     assert len({row.id for row in rows.ROWS}) == len(rows.ROWS) >= 40
-    assert len({row.model_type for row in rows.ROWS}) == 16
+    assert len({row.model_type for row in rows.ROWS}) == 18
 
 
 # minirksc against the oracle
@@ -159,8 +159,8 @@ def random_rows(draw, family):
     gemma2_on = "gemma2 gemma3_text vaultgemma"
     gemma4 = "gemma4_text gemma4_unified_text"
     options = {
-        "attention_bias": (st.booleans(), f"llama qwen3 gemma smollm3 seed_oss {gemma2_on}"),
-        "mlp_bias": (st.booleans(), "llama smollm3 cwm seed_oss"),
+        "attention_bias": (st.booleans(), f"llama qwen3 gemma smollm3 seed_oss iquestcoder {gemma2_on}"),
+        "mlp_bias": (st.booleans(), "llama smollm3 cwm seed_oss iquestcoder"),
         "sliding_window": (st.just(window), f"cwm ministral qwen2 {gemma2_on} {gemma4}"),
         "layer_types": (kinds, f"cwm ministral {gemma2_on} {gemma4}"),
         "query_pre_attn_scalar": (st.integers(4, 40), gemma2_on),
