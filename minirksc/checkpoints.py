@@ -12,9 +12,7 @@ import importlib.util
 import os
 import platform
 import re
-import shlex
 import shutil
-import stat
 import sys
 import tempfile
 import time
@@ -26,13 +24,13 @@ from pathlib import Path
 from minirksc.errors import CheckpointError, MinirkscError
 from minirksc.gguf_import import DTYPES, FILES, GgufModel
 from minirksc.hub import fetch, is_hub_id
+from minirksc.model_folder import check_folder, snapshot_of, what_file_is
 
 FORMAT_VERSION = 1
 """Part of a cached folder's name: a changed importer converts anew."""
 
 TEMP_PREFIX = ".importing-"
 MAX_TEMP_AGE_S = 24 * 3600
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True)
@@ -73,11 +71,12 @@ ALIASES = {
 def resolve_model(model: str | Path) -> Path:
     """The checkpoint folder of a path, an alias or an id of the hub.
 
-    A folder comes first. An alias is converted on first use, an id (OWNER/NAME or OWNER/NAME@REVISION) downloaded.
+    A folder comes first; of a repository in the hub's cache, its snapshot. An alias is converted on first use, an id
+    (OWNER/NAME or OWNER/NAME@REVISION) downloaded.
 
     Raises:
-        CheckpointError: there is no such folder, it holds pickle files only, the alias's package is not installed,
-            or the id cannot be had; says what to type.
+        CheckpointError: there is no such folder, it is something other than a whole checkpoint, the alias's package is
+            not installed, or the id cannot be had; says what to type.
     """
     folder = Path(model)
     if str(model) in ALIASES and not _is_folder(folder):
@@ -90,7 +89,8 @@ def resolve_model(model: str | Path) -> Path:
         folder = fetch(model)
     elif not str(model) or not _is_folder(folder):
         raise CheckpointError(_not_a_folder(str(model), folder))
-    _refuse_pickles(folder)
+    folder = snapshot_of(folder)
+    check_folder(folder)
     return folder
 
 
@@ -283,38 +283,26 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _is_folder(path: Path) -> bool:
-    return _is_kind(path, stat.S_ISDIR)
+    return _is_there(path) and path.is_dir()
 
 
-def _is_kind(path: Path, kind: Callable[[int], bool]) -> bool:
+def _is_there(path: Path) -> bool:
     try:
-        return kind(path.stat().st_mode)
+        path.stat()
     except (OSError, ValueError):  # nothing there, or a name that nothing can have
         return False
+    return True
 
 
 def _not_a_folder(model: str, folder: Path) -> str:
-    if _is_kind(folder, stat.S_ISREG):
-        if folder.suffix != ".gguf":
-            return f"{model} is a file; a checkpoint is a folder with config.json and *.safetensors"
-        command = f"python -m minirksc.checkpoints import-gguf {shlex.quote(model)} FOLDER"
-        return f"{model} is a file; make a checkpoint folder of it first: {command}"
+    if model and _is_there(folder):
+        return f"{model} {what_file_is(folder)}"
     close = difflib.get_close_matches(model, ALIASES, n=1)
     meant = f" (did you mean {close[0]}?)" if close else ""
     return (
         f"there is no folder {model!r:.300}{meant}. Give a folder with config.json and *.safetensors, such as "
         f"--model ./my-model, one of these names: {', '.join(ALIASES)}, or an id of the Hugging Face hub: OWNER/NAME"
     )
-
-
-def _refuse_pickles(folder: Path) -> None:
-    names = sorted(file.name for file in folder.iterdir())
-    pickles = [name for name in names if name.endswith(PICKLES)]
-    if pickles and not any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
-        raise CheckpointError(
-            f"{folder} holds its weights as pickle files only ({', '.join(pickles[:3])}). Reading a pickle can run "
-            "any code, so they are never read; convert the checkpoint to safetensors"
-        )
 
 
 def _home() -> Path:
@@ -367,16 +355,16 @@ def _is_alive(pid: int) -> bool:
 
 
 def _cannot_write(error: Exception, number: "int | re.Match[str]", needed: int, destination: Path) -> CheckpointError:
-    folder = destination.parent
     number = number if isinstance(number, int) else int(number[1])
     if number not in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):  # Windows has no EDQUOT
         return CheckpointError(
             f"{destination} cannot be written: {error}; choose another folder (MINIRKSC_CACHE for named models)"
         )
-    free = shutil.disk_usage(folder).free
+    there = next(folder for folder in destination.absolute().parents if folder.exists())
     return CheckpointError(
-        f"the disk is full: converting into {folder} needs about {needed} bytes, {free} are free there; "
-        "make room, or choose another folder (MINIRKSC_CACHE for named models)"
+        f"the disk is full: {destination} cannot be written, converting into it needs about {needed} bytes, "
+        f"{shutil.disk_usage(there).free} are free in {there}; make room, or choose another folder (MINIRKSC_CACHE for "
+        "named models)"
     )
 
 

@@ -86,7 +86,7 @@ class SamplingParams:
         _check_int("n", self.n, 1, MAX_SAMPLES)
         _check_float("temperature", self.temperature, 0)
         _check_float("top_p", self.top_p, 0, 1, open_low=True)
-        _check_int("top_k", self.top_k, -1, None)
+        _check_int("top_k", self.top_k, -1, 2**31 - 1)
         _check_float("min_p", self.min_p, 0, 1)
         _check_float("repetition_penalty", self.repetition_penalty, 0, open_low=True)
         _check_float("presence_penalty", self.presence_penalty, -2, 2)

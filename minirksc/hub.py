@@ -4,6 +4,7 @@ The optional package `huggingface_hub` downloads and caches; here is decided wha
 tokenizers and chat templates, never pickles and never code. Without a network, what it has cached is used.
 """
 
+import errno
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,12 +22,18 @@ SMALL_FILES = frozenset(
     }
 )
 TEMPLATES = re.compile(r"additional_chat_templates/[^/]+\.jinja")
-WEIGHTS = re.compile(r"[^/]+\.safetensors(\.index\.json)?")
+WEIGHTS = re.compile(r"(?!\.|adapter_|optimizer)[^/]+\.safetensors(\.index\.json)?")
+"""Without what systems (`._model.safetensors`), adapters and training leave beside them."""
 
 
 def is_hub_id(model: str) -> bool:
     """Whether a name looks like an id of the hub."""
     return ID.fullmatch(model) is not None and ".." not in model
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of a checkpoint folder holds weights, or tells which do."""
+    return WEIGHTS.fullmatch(name) is not None
 
 
 def fetch(model: str) -> Path:
@@ -68,7 +75,7 @@ def fetch(model: str) -> Path:
     except Exception as error:  # whatever the network or its absence raises
         return _cached(repository, revision, f"{error!s:.300}", instead)
     wanted = wanted_files([file.rfilename for file in info.siblings or ()])
-    if not any(WEIGHTS.fullmatch(name) for name in wanted):
+    if not any(is_weights(name) for name in wanted):
         raise CheckpointError(
             f"{repository} on the hub has no safetensors, and nothing else is read; choose another one"
         )
@@ -77,6 +84,12 @@ def fetch(model: str) -> Path:
             huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=_literal(wanted))
         )
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
+            where = f" ({error.filename})" if error.filename else ""
+            raise CheckpointError(
+                f"the disk is full: the download of {repository} broke off{where}; make room, or name another folder "
+                f"for all downloads in HF_HOME; what is complete is kept, {instead}"
+            ) from error
         raise CheckpointError(
             f"the download of {repository} broke off: {error!s:.300}; try again, what is complete is kept, {instead}"
         ) from error
@@ -89,7 +102,7 @@ def wanted_files(names: Iterable[str]) -> list[str]:
         names: all of its files, with their folders.
     """
     names = sorted(names)
-    weights = [name for name in names if WEIGHTS.fullmatch(name)]
+    weights = [name for name in names if is_weights(name)]
     whole = [name for name in weights if not name.startswith("consolidated")]
     small = [name for name in names if name in SMALL_FILES or TEMPLATES.fullmatch(name)]
     return [*small, *(whole or weights)]

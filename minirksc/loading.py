@@ -14,11 +14,11 @@ from tqdm import tqdm
 from minirksc import host
 from minirksc.checkpoints import resolve_model
 from minirksc.codecs import TOKENIZER_FILES
-from minirksc.config import EngineConfig
+from minirksc.config import EngineConfig, SamplingParams
 from minirksc.decode_graphs import MAX_GRAPH_BATCH, CudaRecorder, DecodeGraphs
 from minirksc.decode_tapes import DecodeTapes
 from minirksc.engine import Engine
-from minirksc.errors import CacheFullError, ConfigError
+from minirksc.errors import CacheFullError, CheckpointError, ConfigError
 from minirksc.json_file import read_json_object
 from minirksc.kernels.backend import choose_backend
 from minirksc.kernels.int8_weight import why_not_int8
@@ -27,7 +27,7 @@ from minirksc.kernels.native_ops import why_not
 from minirksc.kv_cache import block_bytes
 from minirksc.models.decoder import Decoder
 from minirksc.models.families import load_config, spec_from_config
-from minirksc.models.fields import stored_dtype
+from minirksc.models.fields import Fields, stored_dtype
 from minirksc.models.spec import ArchSpec
 from minirksc.models.weights import iter_weights
 from minirksc.rsbcm import BlockBytes, BlockManager
@@ -260,18 +260,21 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def _sampling_defaults(generation: dict[str, Any]) -> dict[str, float]:
-    defaults = {name: generation[name] for name in SAMPLING_DEFAULTS if isinstance(generation.get(name), int | float)}
-    if generation.get("do_sample") is False:
+    defaults = {name: generation[name] for name in SAMPLING_DEFAULTS if generation.get(name) is not None}
+    switches = Fields(generation, "generation_config.json")
+    switches.default(do_sample=True)
+    if not switches.flag("do_sample"):
         defaults["temperature"] = 0.0
+    try:
+        SamplingParams(**defaults)
+    except ConfigError as error:
+        raise CheckpointError(f"generation_config.json: {error}; mend the file") from error
     return defaults
 
 
 def _eos_token_ids(spec: ArchSpec, generation: dict[str, Any], tokenizer: Tokenizer | None) -> frozenset[int]:
     """All that any of the checkpoint's files names: each of them may know one that the others do not."""
-    of_generation = generation.get("eos_token_id")
-    if not isinstance(of_generation, list):
-        of_generation = [of_generation]
-    ids = {*spec.eos_token_ids, *(i for i in of_generation if isinstance(i, int))}
+    ids = {*spec.eos_token_ids, *Fields(generation, "generation_config.json").token_ids("eos_token_id")}
     if tokenizer is not None:
         ids |= tokenizer.eos_token_ids
-    return frozenset(ids)
+    return frozenset(i for i in ids if i < spec.vocab_size)  # no other can be drawn

@@ -14,6 +14,8 @@ from minirksc.models.consolidated import PARAMS_FILE, config_from_params, read_p
 
 from minirksc.errors import CheckpointError, UnsupportedModelError
 from minirksc.json_file import read_json_object
+from minirksc.listing import listing
+from minirksc.model_folder import without_config
 
 MAX_SIZE = 10**8
 """No real model has a dimension as large; a config that says so is damaged or hostile."""
@@ -82,9 +84,6 @@ NEUTRAL = {
     "pruned_heads": {},
 }
 """Values that change nothing, of fields that may."""
-
-MAX_LISTED = 20
-"""Lines of a list in a message."""
 
 
 def stored_dtype(config: Mapping[str, Any]) -> Any:
@@ -280,12 +279,6 @@ def positive(value: Any, what: str) -> float:
     return float(value)
 
 
-def listing(items: Sequence[str], separator: str) -> str:
-    """Items in a row, or as many as somebody reads."""
-    more = [f"and {len(items) - MAX_LISTED} more"] if len(items) > MAX_LISTED else []
-    return separator.join([*items[:MAX_LISTED], *more])
-
-
 def load_config(folder: Path) -> dict[str, Any]:
     """Reads config.json, or Mistral's params.json where there is none.
 
@@ -297,4 +290,4 @@ def load_config(folder: Path) -> dict[str, Any]:
         return read_json_object(path)
     if (folder / PARAMS_FILE).is_file():
         return config_from_params(read_params(folder))
-    raise CheckpointError(f"{path} does not exist; a checkpoint folder needs a config.json")
+    raise CheckpointError(f"{path} does not exist: the folder {without_config(folder)}")

@@ -8,11 +8,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from minirksc.models.fields import Fields, listing, positive
+from minirksc.models.fields import Fields, positive
 from minirksc.models.rope import KINDS
 from minirksc.models.spec import RopeSpec
 
 from minirksc.errors import CheckpointError, UnsupportedModelError
+from minirksc.listing import listing
 
 ALIASES = {"su": "longrope", "mrope": "default"}
 NEEDED = {
