@@ -260,7 +260,8 @@ def test_nothing_but_a_spec_or_an_error_of_ours_comes_of_a_config(model_type, ch
 
 CHANGES = [
     ("llama-yarn", ["rope_parameters", "truncate"]), ("llama-yarn", ["rope_parameters"]),
-    ("llama-yarn", ["rope_scaling"]), ("llama-yarn", ["is_causal"]), ("llama-yarn", ["partial_rotary_factor"]), ("llama-plain", ["layer_types"]),
+    ("llama-yarn", ["rope_scaling"]), ("llama-yarn", ["is_causal"]), ("llama-yarn", ["partial_rotary_factor"]),
+    ("llama-plain", ["layer_types"]),
     ("cwm-default", ["rope_parameters"]), ("cwm-default", ["original_max_position_embeddings"]),
     ("ministral3-yarn", ["rope_parameters"]), ("ministral3-yarn", ["original_max_position_embeddings"]),
     ("mistral-window", ["sliding_window"]), ("mistral-wrapped", ["text_config", "is_causal"]),

@@ -1,5 +1,6 @@
 """Ids of the hub: what is downloaded, and what is said when nothing can be."""
 
+import errno
 import json
 import os
 import subprocess
@@ -46,6 +47,10 @@ def test_what_is_no_id(name):
         (
             ["chat_template.jinja", "additional_chat_templates/rag.jinja", "additional_chat_templates/x/y.jinja"],
             ["additional_chat_templates/rag.jinja", "chat_template.jinja"],
+        ),
+        (
+            ["model.safetensors", "._model.safetensors", "optimizer.safetensors", "adapter_model.safetensors"],
+            ["model.safetensors"],
         ),
         (["onnx/model.safetensors", "original/params.json", "x.safetensors.py", "tokenizer.json.pkl"], []),
     ],
@@ -130,6 +135,17 @@ def test_what_goes_wrong_is_told(hub, options, message):
     hub(**options)
     with pytest.raises(CheckpointError, match=message):
         resolve_model("org/name@v1")
+
+
+def test_a_full_disk_is_told(hub, monkeypatch):
+    made = hub()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
+
+    monkeypatch.setattr(made, "snapshot_download", full)
+    with pytest.raises(CheckpointError, match=r"disk is full.*org/name broke off \(model\.safetensors\).*HF_HOME"):
+        resolve_model("org/name")
 
 
 def test_without_the_package_the_folder_option_is_named(monkeypatch):
