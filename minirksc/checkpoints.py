@@ -24,7 +24,7 @@ from pathlib import Path
 from minirksc.errors import CheckpointError, MinirkscError
 from minirksc.gguf_import import DTYPES, FILES, GgufModel
 from minirksc.hub import fetch, is_hub_id
-from minirksc.model_folder import check_folder, snapshot_of, what_file_is
+from minirksc.model_folder import check_file, check_folder, snapshot_of, what_file_is
 
 FORMAT_VERSION = 1
 """Part of a cached folder's name: a changed importer converts anew."""
@@ -116,6 +116,7 @@ def import_gguf(
     source, destination = Path(source), Path(destination)
     if not source.is_file():
         raise CheckpointError(f"there is no file {source}")
+    check_file(source)
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):

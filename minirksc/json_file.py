@@ -7,8 +7,10 @@ too large is not read, and what is nested too deeply goes no further.
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from minirksc.errors import CheckpointError, MinirkscError
 
@@ -25,6 +27,24 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """How a file begins that Git LFS left in place of the real one."""
 
 
+@contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO | None]:
+    """Opens a file to read; None for what is no regular file, such as a FIFO, which would make its reader wait.
+
+    Raises:
+        OSError: there is none, or it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            with open(descriptor, "rb", closefd=False) as stream:
+                yield stream
+        else:
+            yield None
+    finally:
+        os.close(descriptor)
+
+
 def read_bytes(path: Path, error: type[MinirkscError] = CheckpointError, max_bytes: int = MAX_JSON_BYTES) -> bytes:
     """The content of a regular file.
 
@@ -37,21 +57,19 @@ def read_bytes(path: Path, error: type[MinirkscError] = CheckpointError, max_byt
         error: it is absent, no regular file, too large, unreadable, or a pointer of Git LFS.
     """
     try:
-        # A FIFO opens at once this way, and is refused before anybody waits for what it may give.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with open(descriptor, "rb") as stream:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
+        with open_regular(path) as stream:
+            if stream is None:
                 raise error(f"{path} is no regular file, and nothing else is read; put the file itself there")
-            content = b"" if status.st_size > max_bytes else stream.read(max_bytes + 1)
+            size = os.fstat(stream.fileno()).st_size
+            content = b"" if size > max_bytes else stream.read(max_bytes + 1)
     except FileNotFoundError as cause:
         if path.is_symlink():
             raise error(f"{path} is a link to a file that is not there: the download is not complete") from cause
         raise error(f"{path} does not exist") from cause
     except OSError as cause:
         raise error(f"{path} cannot be read: {cause.strerror or cause}") from cause
-    if max(status.st_size, len(content)) > max_bytes:
-        raise error(f"{path} has {status.st_size} bytes, and no such file needs more than {max_bytes}; it is damaged")
+    if max(size, len(content)) > max_bytes:
+        raise error(f"{path} has {size} bytes, and no such file needs more than {max_bytes}; it is damaged")
     if content.startswith(LFS_POINTER):
         raise error(
             f"{path} is a pointer of Git LFS, not the file itself: the repository was cloned without git-lfs; "

@@ -6,12 +6,11 @@ Only names, links and the first bytes of files are looked at, and nothing that a
 import os
 import re
 import shlex
-import stat
 from pathlib import Path
 
 from minirksc.errors import CheckpointError, UnsupportedModelError
 from minirksc.hub import is_weights, wanted_files
-from minirksc.json_file import LFS_POINTER, read_json_object, read_text
+from minirksc.json_file import LFS_POINTER, open_regular, read_json_object, read_text
 from minirksc.listing import listing
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -84,6 +83,16 @@ def check_folder(folder: Path) -> None:
         )
 
 
+def check_file(file: Path) -> None:
+    """Refuses a file that is not what its name says.
+
+    Raises:
+        CheckpointError: it is a pointer of Git LFS, a web page, no regular file, or cannot be read.
+    """
+    if (fault := _fault_of(file)) is not None:
+        raise CheckpointError(f"{file}: {fault.format(again='fetch it again')}")
+
+
 def without_config(folder: Path) -> str:
     """What a folder without a config.json is, and what to do with it."""
     names = _names(folder)
@@ -151,9 +160,8 @@ def _check_files(folder: Path, names: list[str]) -> None:
 def _fault_of(file: Path) -> str | None:
     """Why a file cannot be what its name says; None: it may be."""
     try:
-        descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with open(descriptor, "rb") as stream:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        with open_regular(file) as stream:
+            if stream is None:
                 return "no regular file, and nothing else is read"
             head = stream.read(HEAD_BYTES)
     except FileNotFoundError:

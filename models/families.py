@@ -419,6 +419,13 @@ REFUSED = {
     **dict.fromkeys(("gemma3n", "gemma3n_text"), "alternating updates and sparse activations"),
     **dict.fromkeys(("phi", "starcoder2", "gpt2", "gpt_neox", "opt", "falcon"), "LayerNorm with biases"),
     "lfm2": "convolutions",
+    **dict.fromkeys(
+        ("bert", "roberta", "xlm-roberta", "distilbert", "mpnet", "electra", "deberta-v2", "modernbert", "nomic_bert"),
+        "an encoder, which attends both ways",
+    ),
+    **dict.fromkeys(
+        ("t5", "mt5", "bart", "mbart", "pegasus", "marian", "t5gemma", "whisper"), "an encoder and a decoder"
+    ),
 }
 """Types that people bring, and which of their properties is not implemented."""
 

@@ -44,7 +44,7 @@ def plain(
     num_heads, hidden_size = f.size("num_attention_heads"), f.size("hidden_size")
     head_dim = _head_dim(f, hidden_size, num_heads)
     layer = LayerSpec(
-        num_kv_heads=f.size("num_key_value_heads", num_heads),
+        num_kv_heads=num_heads if _is_null(f, "num_key_value_heads") else f.size("num_key_value_heads", num_heads),
         head_dim=head_dim,
         intermediate_size=f.size("intermediate_size"),
         rope=read_rope(f, head_dim, layer_type, is_partial=is_partial, others=others),
@@ -100,7 +100,12 @@ def _head_dim(f: Fields, hidden_size: int, num_heads: int) -> int:
             f"{f.where}: hidden_size {hidden_size} is no multiple of num_attention_heads {num_heads}, and there is "
             "no head_dim"
         )
-    return f.size("head_dim", hidden_size // num_heads)
+    return hidden_size // num_heads if _is_null(f, "head_dim") else f.size("head_dim", hidden_size // num_heads)
+
+
+def _is_null(f: Fields, name: str) -> bool:
+    """Whether a field is there and null: of a size that follows from others, not from the family."""
+    return name in f and f.get(name) is None
 
 
 def with_windows(f: Fields, spec: ArchSpec, kinds: Sequence[str], is_on: bool = True) -> ArchSpec:

@@ -142,7 +142,7 @@ WHY: dict[str, Reason] = {
     "rope.attention_factor": Reason(
         "RoPE attention factor",
         "Multiplied into cosines and sines, so that scores grow by its square: stretched rotations make the softmax "
-        "flatter, this sharpens it again.",
+        "flatter, this sharpens it again. What a file calls attn_factor is one more factor of YaRN's.",
         "Peng et al. 2023, arXiv 2309.00071",
     ),
     # Norms

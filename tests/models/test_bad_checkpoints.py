@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from minirksc.models.quantised import quantisation_of
 from minirksc.models.safetensors_file import MAX_HEADER_BYTES, read_entries
 from safetensors.torch import save_file
 
+from minirksc import LLM, SamplingParams
 from minirksc.errors import CheckpointError, UnsupportedModelError
 
 WEIGHT = "model.layers.0.mlp.up_proj"
@@ -261,3 +263,38 @@ def test_whatever_params_hold_the_error_is_one_of_ours(name, part, value):
         spec_from_config(config_from_params(changed))
     except CheckpointError as error:
         assert len(str(error)) < 2000
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"temperature": "0.7"}, "temperature '0.7' must be a number"),
+        ({"temperature": -1}, "temperature -1 is out of range"),
+        ({"temperature": float("nan")}, "temperature nan"),
+        ({"temperature": 10**400}, "temperature 1000"),
+        ({"top_p": True}, "top_p True"),
+        ({"top_k": 10**30}, "top_k 1000"),
+        ({"top_k": 2.5}, "top_k 2.5 must be an integer"),
+        ({"min_p": []}, r"min_p \[\]"),
+        ({"repetition_penalty": 0}, "repetition_penalty 0 is out of range"),
+        ({"do_sample": "false"}, "do_sample 'false' must be true or false"),
+        ({"eos_token_id": "2"}, "eos_token_id '2' must be a token id"),
+        ({"eos_token_id": [True]}, "eos_token_id"),
+        ({"eos_token_id": 2.0}, r"eos_token_id 2\.0"),
+    ],
+    ids=str,
+)
+def test_sampling_defaults_that_mean_nothing_are_refused(tiny_llama, tmp_path, content, message):
+    folder = shutil.copytree(tiny_llama(), tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=rf"generation_config\.json: {message}"):
+        LLM(str(folder), kv_cache_bytes="1MiB")
+
+
+def test_end_tokens_that_no_token_is_are_left_out(tiny_llama, tmp_path):
+    folder = shutil.copytree(tiny_llama(), tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 10**30], "top_k": None}))
+    with LLM(str(folder), kv_cache_bytes="1MiB") as llm:
+        assert llm.engine.eos_token_ids == {2, 3}
+        params = SamplingParams(min_tokens=2, max_tokens=3, detokenize=False)
+        assert len(llm.generate({"prompt_token_ids": [5, 6]}, params)[0].outputs[0].token_ids) >= 2

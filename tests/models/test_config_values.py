@@ -182,6 +182,12 @@ def test_null_is_a_family_s_own_rotation(model_type):
     assert {layer.rope.kind for layer in spec_from_config(sizes).layers} != {"default"}
 
 
+@pytest.mark.parametrize("model_type", ["internlm3", "qwen2", "qwen3", "ministral3"])
+def test_null_sizes_follow_from_others(model_type):
+    made = spec(model_type=model_type, num_key_value_heads=None, head_dim=None)
+    assert {(layer.num_kv_heads, layer.head_dim) for layer in made.layers} == {(4, 16)}
+
+
 # Windows and chunks
 
 

@@ -229,13 +229,17 @@ def almost_full(path):
 )
 def test_a_full_disk_names_bytes_and_folder_and_leaves_nothing(source, tmp_path, monkeypatch, where, what):
     monkeypatch.setattr(where, what)
-    with pytest.raises(
-        CheckpointError,
-        match=r"disk is full: .*/out cannot be written.*needs about \d+ bytes, \d+ are free.*MINIRKSC_CACHE",
-    ) as error:
+    message = r"disk is full: .*/out cannot be written.*needs about \d+ bytes, \d+ are free.*MINIRKSC_CACHE"
+    with pytest.raises(CheckpointError, match=message) as error:
         import_gguf(source, tmp_path / "out")
     assert str(tmp_path) in str(error.value)
     assert [p.name for p in tmp_path.iterdir()] == ["model.gguf"]
+
+
+def test_a_pointer_in_place_of_a_gguf_file_is_told(tmp_path):
+    (tmp_path / "model.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(CheckpointError, match=r"model\.gguf: a pointer of Git LFS.*git lfs pull"):
+        import_gguf(tmp_path / "model.gguf", tmp_path / "out")
 
 
 def test_a_folder_that_cannot_be_written_is_named(source, tmp_path):
