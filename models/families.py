@@ -274,6 +274,8 @@ def _gemma3(f: Fields) -> ArchSpec:
     f.only("attn_logit_softcapping")  # named in the files, never applied
     pattern = f.size("sliding_window_pattern", f.size("_sliding_window_pattern", 6))
     nested = f.get("rope_parameters") or {}
+    if nested and isinstance(nested, Mapping) and FULL not in nested:
+        raise CheckpointError(f"{f.where}: rope_parameters {nested!r:.200} lacks {FULL}, whose rotation is its own")
     spec = _plain_gemma(
         f,
         layer_type=FULL,

@@ -167,6 +167,7 @@ def test_parts_of_a_rotation_that_change_nothing(scaling, plainer):
         *(({"rope_scaling": {**YARN, "rope_type": value}}, "rope type") for value in ("", 0, False, [], {})),
         *(({"model_type": name, "rope_parameters": {}}, "empty") for name in ("cwm", "ministral3", "gemma4_text")),
         ({"model_type": "gemma4_text", "rope_parameters": {"full_attention": {}}}, "lacks sliding_attention"),
+        ({"model_type": "gemma3_text", "rope_parameters": {"rope_type": "default"}}, "lacks full_attention"),
     ],
     ids=str,
 )
