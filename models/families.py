@@ -127,8 +127,7 @@ def _llama(f: Fields) -> ArchSpec:
     """Llama 1 to 3.3, SmolLM2, Falcon3 and others that say so: what all others depart from."""
     f.only("rope_interleaved")
     f.only("activation", "swiglu")  # Falcon3's second word for the same
-    spec = plain(f, qkv_bias=f.flag("attention_bias"), o_bias=f.flag("attention_bias"), mlp_bias=f.flag("mlp_bias"))
-    return without_windows(f, spec)
+    return without_windows(f, _with_biases(f))
 
 
 def _internlm3(f: Fields) -> ArchSpec:
@@ -159,7 +158,8 @@ def _seed_oss(f: Fields) -> ArchSpec:
 def _smollm3(f: Fields) -> ArchSpec:
     """SmolLM3: every fourth layer has no positions."""
     f.default(rope_theta=2e6, num_key_value_heads=4, max_position_embeddings=32768, tie_word_embeddings=True)
-    spec = _llama(f)
+    f.only("rope_interleaved")
+    spec = _with_biases(f)
     f.get("max_window_layers")  # in the files, and without meaning there
     interval = f.size("no_rope_layer_interval", 4)
     turns = f.per_layer("no_rope_layers", spec.num_layers, (0, 1)) or [
@@ -451,6 +451,11 @@ def _plain_gemma(f: Fields, **changes: Any) -> ArchSpec:
         "embed_scale": f.size("hidden_size") ** 0.5,
     }
     return plain(f, **(values | changes))
+
+
+def _with_biases(f: Fields) -> ArchSpec:
+    """A Llama with a switch for the biases of attention and one for those of the MLP."""
+    return plain(f, qkv_bias=f.flag("attention_bias"), o_bias=f.flag("attention_bias"), mlp_bias=f.flag("mlp_bias"))
 
 
 def _either(f: Fields, name: str, other: str) -> bool:
