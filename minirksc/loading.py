@@ -109,7 +109,8 @@ def load(config: EngineConfig, use_tqdm: bool = False) -> Loaded:
             raise ConfigError(f"quantize 'int8' is for the native backend of a CPU, but {reason}; leave it out")
         backend = replace(backend, packer=partial(NativePacker, int8=True))
     kv_dtype = torch.int8 if config.kv_cache_dtype == "int8" else dtype
-    reading = _Reading(iter_weights(path, spec, dtype), device)
+    number_bytes = 1 if config.quantize == "int8" else dtype.itemsize
+    reading = _Reading(iter_weights(path, spec, dtype, _free_bytes(device) // number_bytes), device)
     begin = time.perf_counter()
     with tqdm(total=spec.num_layers, disable=not use_tqdm, delay=SILENT_S, leave=False, unit="layer") as bar:
         model = Decoder(spec, reading.tensors(bar), backend)

@@ -11,6 +11,7 @@ from typing import Any
 
 from minirksc.models.fields import Fields, load_config, positive
 from minirksc.models.plain import ACTIVATIONS, FULL, SLIDING, default_rope, plain, with_ropes, with_windows
+from minirksc.models.quantised import fp8_of
 from minirksc.models.rope_config import read_rope
 from minirksc.models.spec import ArchSpec, LayerSpec, WeightLayout
 
@@ -31,7 +32,12 @@ def spec_from_config(config: Config) -> ArchSpec:
         UnsupportedModelError: its family, or something that it asks for, is not implemented.
         CheckpointError: a field is missing or impossible.
     """
-    _refuse_quantised(config)
+    fp8 = fp8_of(config)
+    spec = _unquantised_spec(config)
+    return spec if fp8 is None else replace(spec, layout=replace(spec.layout, fp8=fp8))
+
+
+def _unquantised_spec(config: Config) -> ArchSpec:
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in WRAPPERS:
         return _unwrapped(config, WRAPPERS[model_type])
@@ -54,14 +60,6 @@ def _unwrapped(config: Config, text_type: str) -> ArchSpec:
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", True))
     spec = spec_from_config({"model_type": text_type, **text, **outer, "tie_word_embeddings": tied})
     return replace(spec, layout=replace(spec.layout, is_wrapped=True))
-
-
-def _refuse_quantised(config: Config) -> None:
-    if method := config.get("quantization_config"):
-        name = method.get("quant_method", method) if isinstance(method, Mapping) else method
-        raise UnsupportedModelError(
-            f"the checkpoint is quantised ({name!s:.80}); only float32, float16 and bfloat16 weights are read"
-        )
 
 
 # The families

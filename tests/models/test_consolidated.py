@@ -220,7 +220,9 @@ def test_yarn_and_growing_queries_are_what_transformers_computes(apply_scale):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"quantization": {"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR"}}, r"quantised \(fp8_e4m3\)"),
+        ({"quantization": {"qformat_weight": "nvfp4", "qscheme_act": "TENSOR"}}, r"quantised .*nvfp4"),
+        ({"quantization": {"qformat_weight": "fp8_e4m3", "qscheme_act": "BLOCK"}}, r"quantised .*BLOCK"),
+        ({"quantization": 7}, r"quantised .*7"),
         ({"moe": {"num_experts": 8}}, "moe: a mixture of experts"),
         ({"model_type": "mamba"}, "model_type 'mamba'"),
         ({"activation": "gelu"}, "activation 'gelu'"),
