@@ -143,7 +143,7 @@ def _compressed(quantised: Mapping[str, Any]) -> Fp8 | None:
 def _only(where: str, given: Mapping[str, Any], known: frozenset[str]) -> None:
     unread = {name: value for name, value in given.items() if name not in known and value not in NEUTRAL}
     if unread:
-        listed = ", ".join(f"{name!s:.60}={value!r:.60}" for name, value in list(unread.items())[:8])
+        listed = ", ".join(f"{name!r:.60} {value!r:.60}" for name, value in list(unread.items())[:8])
         raise UnsupportedModelError(
             f"quantization_config: {where}nothing reads {listed}, which may change what the weights mean; take the "
             "checkpoint that it was made from"
@@ -226,7 +226,7 @@ def _scale(name: str, weight: "TensorEntry", scales: list["TensorEntry"], fp8: F
     rows, columns = weight.shape
     expected = []
     for extent in fp8.extents:
-        across = (extent[0] or max(rows, 1), extent[1] or max(columns, 1))
+        across = (min(extent[0] or rows, rows) or 1, min(extent[1] or columns, columns) or 1)
         shapes: list[tuple[int, ...]] = [(-(-rows // across[0]), -(-columns // across[1]))]
         if extent == WHOLE:
             shapes = [(), (1,)]

@@ -31,6 +31,11 @@ ENDINGS = (".qweight", ".g_idx", *SUFFIXES)
 INTEGERS = ("U32", "I32", "U8", "I8")
 
 
+def shown(value: Any) -> str:
+    """A name out of a file as a message has it, however long it is and whatever it is made of."""
+    return value if isinstance(value, str) and len(value) <= 200 and value.isprintable() else f"{value!r:.200}"
+
+
 def refusal(what: str, method: str) -> UnsupportedModelError:
     """That a method is not read.
 
@@ -62,16 +67,16 @@ def fp8_of(config: Mapping[str, Any]) -> Fp8 | None:
 def _method(given: Any) -> str:
     """The name of a method, as far as config.json tells it."""
     if not isinstance(given, Mapping):
-        return f"{given!r:.80}"
+        return f"{given!r:.200}"
     method = given.get("quant_method")
     if method is None and {"bits", "group_size"} <= given.keys():
         method = "MLX"
     if method is None and any(str(name).startswith(("load_in_", "bnb_")) for name in given):
         method = "bitsandbytes"
     if method is None:
-        return f"{dict(given)!r:.80}"
-    details = [f"{name} {given[name]!r:.40}" for name in ("quant_algo", "format") if given.get(name)]
-    return ", ".join([f"{method!s:.80}", *details])
+        return f"{dict(given)!r:.200}"
+    details = [f"{name} {shown(given[name])}" for name in ("quant_algo", "format") if given.get(name)]
+    return ", ".join([shown(method), *details])
 
 
 def quantisation_of(dtypes: Mapping[str, str]) -> tuple[str, str] | None:

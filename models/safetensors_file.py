@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from minirksc.models.consolidated import hf_name, read_params
 from minirksc.models.fp8 import Scale, widened
-from minirksc.models.quantised import quantisation_of, refusal
+from minirksc.models.quantised import quantisation_of, refusal, shown
 from torch import Tensor
 
 from minirksc.errors import CheckpointError
@@ -72,11 +72,6 @@ class TensorEntry:
     end: int
     interleaved_heads: int | None = None
     scale: Scale | None = None
-
-
-def shown(name: str) -> str:
-    """A tensor's name as a message has it, however long it is and whatever it is made of."""
-    return name if len(name) <= 200 and name.isprintable() else f"{name!r:.200}"
 
 
 def read_entries(folder: Path, is_fp8: bool = False) -> dict[str, TensorEntry]:

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from minirksc.models.fp8 import with_scales
 from minirksc.models.names import renamed
-from minirksc.models.safetensors_file import DTYPES, PIECE_NUMBERS, TensorEntry, read_entries, read_into, shown
+from minirksc.models.quantised import shown
+from minirksc.models.safetensors_file import DTYPES, PIECE_NUMBERS, TensorEntry, read_entries, read_into
 from minirksc.models.spec import ArchSpec, LayerSpec
 from torch import Tensor
 

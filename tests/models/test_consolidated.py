@@ -34,7 +34,9 @@ def consolidated(tensors):
     """Tensors by their Hugging Face names -> in Mistral's layout."""
     own = {hf: name for name, hf in TOP_NAMES.items()}
     for layer in range(LAYERS):
-        own |= {f"model.layers.{layer}.{hf}": f"layers.{layer}.{name}" for name, hf in LAYER_NAMES.items()}
+        own |= {
+            f"model.layers.{layer}.{hf}.weight": f"layers.{layer}.{name}.weight" for name, hf in LAYER_NAMES.items()
+        }
     heads = {"q_proj": HEADS, "k_proj": KV_HEADS}
     made = {}
     for name, tensor in tensors.items():
