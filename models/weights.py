@@ -215,7 +215,8 @@ def _tensors(folder: Path, spec: ArchSpec) -> _Tensors:
     expected = {name: shape for rule in rules for name, shape in rule.sources}
     may_be_there = expected | ({HEAD: (spec.vocab_size, spec.hidden_size)} if spec.tie_word_embeddings else {})
     unused = _unused(spec)
-    problems += [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in entries]
+    missing = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in entries]
+    unexpected: list[str] = []
     for name, entry in entries.items():
         where = f"{shown(entry.name)} in {entry.file.name}"
         if name in may_be_there:
@@ -227,20 +228,24 @@ def _tensors(folder: Path, spec: ArchSpec) -> _Tensors:
         elif name.endswith(SKIPPED_SUFFIXES) or name in unused:
             skipped.append(name)
         else:
-            problems.append(f"unexpected {where}")
+            unexpected.append(f"unexpected {where}")
     if layout.is_wrapped:
         skipped += foreign
     else:
-        problems += [f"unexpected {shown(name)} in {entry.file.name}" for name, entry in foreign.items()]
-    if problems:
-        listed = "\n  ".join(problems[:MAX_LISTED])
-        more = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
-        others = f" and {len(files) - MAX_FILES} more" if len(files) > MAX_FILES else ""
-        raise CheckpointError(
-            f"the tensors of {', '.join(files[:MAX_FILES])}{others} do not fit config.json "
-            f"({len(problems)} problems):\n  {listed}{more}"
-        )
+        unexpected += [f"unexpected {shown(name)} in {entry.file.name}" for name, entry in foreign.items()]
+    if groups := [group for group in (missing, problems, unexpected) if group]:
+        count = sum(map(len, groups))
+        share = count if count <= MAX_LISTED else MAX_LISTED // len(groups)
+        lines = [line for group in groups for line in _at_most(group, share)]
+        listed = "".join(f"\n  {line}" for line in lines)
+        held = ", ".join(_at_most(files, MAX_FILES))
+        raise CheckpointError(f"the tensors of {held} do not fit config.json ({count} problems):{listed}")
     return _Tensors(entries, tuple(skipped), sum(math.prod(shape) for shape in expected.values()))
+
+
+def _at_most(lines: list[str], count: int) -> list[str]:
+    """All of them, or the first and how many more there are."""
+    return lines if len(lines) <= count else [*lines[: count - 1], f"and {len(lines) - count + 1} more"]
 
 
 def _has_own_head(entries: dict[str, TensorEntry], spec: ArchSpec) -> bool:

@@ -338,3 +338,118 @@ def test_peak_memory_while_loading_is_little_more_than_the_weights(tiny_llama, d
     command = [sys.executable, "-c", MEASURE, str(folder), dtype]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(run.stdout) <= 1.2
+
+
+# Names
+
+
+def rename(folder, change):
+    """Saves all tensors under other names; None leaves one out."""
+    for file in folder.glob("*.safetensors"):
+        tensors = {change(name): tensor for name, tensor in load_file(file).items()}
+        save_file({name: tensor for name, tensor in tensors.items() if name is not None}, file)
+
+
+def swapped(old, new):
+    return lambda name: new + name.removeprefix(old) if name.startswith(old) else name
+
+
+BEGINNINGS = {
+    "saved inside DDP": lambda name: f"module.{name}",
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "compiled inside DDP": lambda name: f"module._orig_mod.{name}",
+    "DDP that was compiled": lambda name: f"_orig_mod.module.{name}",
+    "the body compiled": swapped("model.", "model._orig_mod."),
+    "inside another module": lambda name: f"model.{name}",
+    "of a multimodal model": lambda name: f"language_model.{name}",
+    "of a newer multimodal model": swapped("model.", "model.language_model."),
+    "a base model and its head": swapped("model.", ""),
+    "a base model inside DDP": lambda name: f"module.{name.removeprefix('model.')}",
+}
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("beginning", BEGINNINGS)
+def test_what_tools_put_before_every_name_is_taken_off(copy, beginning, shards, tie):
+    folder = copy(shards=shards, tie=tie)
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    expected = load(folder)
+    rename(folder, BEGINNINGS[beginning])
+    actual = load(folder)
+    assert list(actual) == list(expected)
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+    assert checkpoint_report(folder, spec_of(folder)).num_tensors == 9 * 2 + 3 - tie
+
+
+def second_half(begin):
+    return lambda name: begin + name if ".1." in name else name
+
+
+MIXTURES = {
+    "one layer inside DDP": (second_half("module."), r"missing model\.layers\.1\."),
+    "one layer compiled": (second_half("_orig_mod."), r"unexpected _orig_mod\.model\.layers\.1\."),
+    "one layer of a base model": (lambda n: n.removeprefix("model.") if ".1." in n else n, r"unexpected layers\.1\."),
+    "one layer not inside": (lambda n: n if ".1." in n else f"module.{n}", r"unexpected model\.layers\.1\."),
+    "the head alone": (lambda n: f"module.{n}" if n == "lm_head.weight" else n, r"unexpected module\.lm_head\.weight"),
+    "the head left out": (lambda n: n if n == "lm_head.weight" else f"module.{n}", r"missing lm_head\.weight"),
+    "a beginning of no tool": (lambda n: f"draft.{n}", r"unexpected draft\.model\."),
+    "a beginning that is no whole name": (lambda n: f"my{n}", r"unexpected mymodel\."),
+    "no embedding": (lambda n: None if "embed" in n else f"module.{n}", r"missing model\.embed_tokens\.weight.*"),
+}
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_names_that_begin_in_different_ways_are_refused(copy, mixture):
+    folder = copy(tie=False)
+    change, message = MIXTURES[mixture]
+    rename(folder, change)
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
+
+
+def test_of_two_models_or_heads_none_is_chosen(copy):
+    folder = copy(tie=False)
+    head = "model.lm_head.weight"
+    rewrite(folder, lambda tensors: tensors.update({head: tensors["lm_head.weight"] + 1}))
+    with pytest.raises(CheckpointError, match=r"more than one head: lm_head\.\*, model\.lm_head\.\*"):
+        load(folder)
+    rewrite(folder, lambda tensors: tensors.pop(head))
+    rewrite(folder, lambda tensors: tensors.update({f"module.{name}": t + 1 for name, t in tensors.items()}))
+    with pytest.raises(CheckpointError, match=r"more than one text model .*: model\.embed.*, module\.model\.embed"):
+        load(folder)
+
+
+@pytest.mark.parametrize("inside", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize(
+    "place", ["language_model.model.", "model.language_model.", "language_model."], ids=["old", "new", "AutoModel"]
+)
+def test_a_text_model_is_found_inside_a_multimodal_one(copy, place, inside):
+    folder = copy()
+    expected = load(folder)
+    text = json.loads((folder / "config.json").read_text()) | {"model_type": "mistral", "sliding_window": None}
+    text = {name: value for name, value in text.items() if not name.startswith(("attention_bias", "mlp_bias"))}
+    config = {"model_type": "mistral3", "text_config": text, "tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    rename(folder, swapped("model.", inside + place))
+    vision = f"{inside}{'model.' if place.startswith('model') else ''}vision_tower.layers.0.norm.weight"
+    rewrite(folder, lambda tensors: tensors.update({vision: torch.ones(3)}))
+    actual = load(folder)
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+    assert checkpoint_report(folder, spec_of(folder)).skipped == (vision,)
+    rename(folder, lambda name: name.removeprefix(inside + place) if ".1." in name else name)
+    with pytest.raises(CheckpointError, match=r"missing model\.layers\.1"):
+        load(folder)
+
+
+def test_a_list_of_problems_ends_after_twenty_lines(copy):
+    folder = copy()
+    rename(folder, lambda name: f"encoder.{name}")
+    with pytest.raises(CheckpointError) as error:
+        load(folder)
+    first, *lines = str(error.value).splitlines()
+    lines = [line.strip() for line in lines]
+    assert "(40 problems)" in first and len(lines) == 20
+    assert lines[9] == lines[19] == "and 11 more"
+    assert all(line.startswith("missing model.") for line in lines[:9])
+    assert all(line.startswith("unexpected encoder.model.") for line in lines[10:19])
