@@ -159,7 +159,7 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
         raise CheckpointError(f"{index} names no file")
     files = []
     for name in sorted(set(weight_map.values())):
-        if Path(name).name != name or "\\" in name:
+        if not name or Path(name).name != name or "\\" in name:
             raise CheckpointError(f"{index} names {name!r:.200}, which is not a file of its own folder")
         file = folder / name
         if os.path.islink(file) and not os.path.exists(file):

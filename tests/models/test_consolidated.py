@@ -248,6 +248,10 @@ def test_missing_or_damaged_params(folder):
     (folder / "params.json").write_text(json.dumps({**PARAMS, "n_kv_heads": 7}))
     with pytest.raises(CheckpointError, match=r"attention\.wk\.weight has 48 rows, which 7 heads"):
         read_entries(folder)
+    shapeless = {"layers.0.attention.wq.weight": torch.ones(())}
+    save_file(shapeless, folder / "consolidated.safetensors")
+    with pytest.raises(CheckpointError, match=r"attention\.wq\.weight has 0 rows"):
+        read_entries(folder)
     for text, message in (("[]", "must hold a JSON object"), ("{", "not readable JSON"), ("[" * 10**5, "not readable")):
         (folder / "params.json").write_text(text)
         with pytest.raises(CheckpointError, match=message):

@@ -1,6 +1,8 @@
 """Weights: every tensor in its place, and a clear error for every way in which a checkpoint can be damaged."""
 
 import json
+import math
+import os
 import shutil
 import struct
 import subprocess
@@ -10,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from minirksc.models import safetensors_file
 from minirksc.models.families import load_config, spec_from_config
 from minirksc.models.weights import checkpoint_report, iter_weights, weight_rules
 from safetensors.torch import load_file, save_file
@@ -222,6 +225,24 @@ DAMAGES = {
     "too many dimensions": (entry(shape=[1] * 1000 + [64]), "1001 dimensions"),
     "unknown dtype": (entry(dtype="F4"), "dtype 'F4' is unknown"),
     "dtype of another size": (entry(dtype="F16"), "needs 128 bytes, its offsets give 256"),
+    "a pointer of Git LFS": (
+        lambda r, h, n: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n",
+        "pointer of Git LFS.*git lfs pull",
+    ),
+    "a header in UTF-16": (
+        lambda r, h, n: struct.pack("<Q", 2 * n) + r[8 : 8 + n].decode().encode("utf-16-le") + r[8 + n :],
+        "not valid JSON",
+    ),
+    "a shape of a float": (entry(shape=[64.0]), "malformed"),
+    "a shape of true": (entry(shape=[64, True]), "malformed"),
+    "a shape that is text": (entry(shape="64"), "malformed"),
+    "a shape that overflows": (entry(shape=[2**62, 4]), "needs"),
+    "a negative shape": (entry(shape=[-64]), "malformed"),
+    "a shape with nothing in it": (entry(shape=[64, 0]), "needs 0 bytes"),
+    "one offset": (entry(data_offsets=[0]), "malformed"),
+    "offsets in reverse": (entry(data_offsets=[256, 0]), "offsets give -256"),
+    "infinite offsets": (entry(data_offsets=[0, float("inf")]), "malformed"),
+    "a dtype that is a list": (entry(dtype=["F32"]), "malformed"),
     "an entry that is no object": (lambda r, h, n: with_header(r, {**h, "model.norm.weight": 7}, n), "malformed"),
 }
 
@@ -260,6 +281,103 @@ def test_shards_that_are_missing_doubled_or_elsewhere(copy):
     index.write_text(whole)
     (folder / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(CheckpointError, match="model-00002-of-00003"):
+        load(folder)
+
+
+def test_headers_together_are_limited(copy, monkeypatch):
+    folder = copy(shards=3)
+    sizes = [struct.unpack("<Q", file.read_bytes()[:8])[0] for file in sorted(folder.glob("*.safetensors"))]
+    monkeypatch.setattr(safetensors_file, "MAX_HEADER_BYTES", sum(sizes))
+    assert load(folder)
+    monkeypatch.setattr(safetensors_file, "MAX_HEADER_BYTES", sum(sizes) - 1)
+    with pytest.raises(CheckpointError, match=rf"00003-of-00003.* {sizes[2]} bytes, more than {sizes[2] - 1}, what"):
+        load(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes here")
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "NUL", "too long"])
+def test_an_index_that_names_what_is_no_file(copy, kind):
+    folder = copy(shards=2)
+    index, shard = folder / "model.safetensors.index.json", folder / "model-00002-of-00002.safetensors"
+    if kind in ("NUL", "too long"):
+        index.write_text(index.read_text().replace("model-00002", "\\u0000" if kind == "NUL" else "a" * 5000))
+    else:
+        shard.unlink()
+        {"pipe": os.mkfifo, "folder": os.mkdir, "device": lambda path: path.symlink_to("/dev/zero")}[kind](shard)
+    with pytest.raises(CheckpointError, match=r"index\.json names the shard .* is not (a regular file|in)") as error:
+        load(folder)
+    assert len(str(error.value)) < 1000
+
+
+def test_files_beside_the_weights_are_no_part_of_them(copy):
+    folder = copy(shards=2)
+    (folder / "model.safetensors.index.json").unlink()
+    expected = load(folder)
+    (folder / "._model-00001-of-00002.safetensors").write_bytes(b"\0\5\x16\7" * 20)
+    save_file({"exp_avg": torch.ones(3)}, folder / "optimizer.safetensors")
+    assert list(load(folder)) == list(expected)
+
+
+def test_names_in_a_message_are_short_and_plain(copy):
+    folder = copy()
+    rewrite(folder, lambda tensors: tensors.update({f"\x1b[2J{'x' * 5000}": torch.ones(1), "a\nb": torch.ones(1)}))
+    with pytest.raises(CheckpointError, match=r"unexpected '\\x1b\[2Jxxx.* in model\.safetensors") as error:
+        load(folder)
+    assert "\x1b" not in str(error.value) and len(str(error.value)) < 1000
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_a_file_that_changes_while_it_is_read(copy):
+    folder = copy()
+    weights = iter_weights(folder, spec_of(folder), torch.float32)
+    next(weights)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(40_000)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors was truncated while model\.layers\.0\..* was read"):
+        list(weights)
+
+
+def write_sparse(folder, vocab, hidden):
+    """A checkpoint of such sizes whose file takes no room on the disk."""
+    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": vocab, "hidden_size": hidden}
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    header, end = {}, 0
+    for rule in weight_rules(spec_of(folder)):
+        for name, shape in rule.sources:
+            begin, end = end, end + 2 * math.prod(shape)
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    begin, end = end, end + 2 * vocab * hidden
+    header["lm_head.weight"] = {"dtype": "BF16", "shape": [vocab, hidden], "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+
+
+def test_weights_larger_than_memory_are_refused_before_any_is_read(copy):
+    folder = copy()
+    write_sparse(folder, vocab=10**8, hidden=8192)  # with a copy of the head, which takes long to compare
+    with pytest.raises(CheckpointError, match=r"are 8192\d+ numbers, and memory has room for \d+ in float32"):
+        LLM(folder)
+
+
+def test_no_room_for_a_parameter_is_one_of_our_errors(copy, monkeypatch):
+    folder = copy()
+    weights = iter_weights(folder, spec_of(folder), torch.float32)
+
+    def full(*args, **options):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(CheckpointError, match=r"no room for embed\.weight \[300, 64\]"):
+        next(weights)
+
+
+@pytest.mark.parametrize("head", [torch.ones(0), torch.ones(300, 0), torch.ones(300, 64).int(), torch.ones(301, 64)])
+def test_a_copy_of_a_tied_head_is_checked_like_any_tensor(copy, head):
+    folder = copy()
+    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": head}))
+    with pytest.raises(CheckpointError, match=r"\(1 problems\):\n.* lm_head\.weight in model\.safetensors"):
         load(folder)
 
 
@@ -318,6 +436,7 @@ def test_integer_weights_are_refused(copy):
 MEASURE = """
 import resource, sys, torch
 from pathlib import Path
+from minirksc.models import safetensors_file
 from minirksc.models.families import load_config, spec_from_config
 from minirksc.models.weights import iter_weights
 folder = Path(sys.argv[1])
