@@ -243,7 +243,7 @@ def widened(values: Tensor, scales: Tensor, extent: tuple[int, int], first_row: 
     """Products of numbers and their scales.
 
     Args:
-        values: `[rows, columns]` FP8, some rows of a weight.
+        values: `[rows, columns]` e4m3, some rows of a weight.
         scales: `[row blocks, column blocks]` float32, of the whole weight.
         extent: rows and columns that share one.
         first_row: which row of the weight the first of them is.
@@ -252,7 +252,9 @@ def widened(values: Tensor, scales: Tensor, extent: tuple[int, int], first_row: 
         `[rows, columns]` float32.
     """
     rows, columns = values.shape
-    wide = values.to(torch.float32)
+    # A table of all 256 is several times as fast as torch's conversion.
+    numbers = torch.arange(256, dtype=torch.uint8).view(values.dtype).to(torch.float32)
+    wide = numbers.index_select(0, values.view(torch.uint8).flatten().to(torch.int32)).view(rows, columns)
     of_rows = scales[torch.arange(first_row, first_row + rows) // extent[0]]  # [rows, column blocks]
     if of_rows.shape[1] > 1:
         of_rows = of_rows.repeat_interleave(extent[1], dim=1)[:, :columns]
