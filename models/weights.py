@@ -160,8 +160,8 @@ def iter_weights(
     tensors = _tensors(folder, spec)
     if max_numbers is not None and tensors.num_parameters > max_numbers:
         raise CheckpointError(
-            f"the weights of {folder} are {tensors.num_parameters} numbers, and memory has room for {max_numbers} in "
-            f"{str(dtype).removeprefix('torch.')}; take a smaller model, or free memory"
+            f"the weights of {folder} are {tensors.num_parameters} numbers, and all memory has room for "
+            f"{max_numbers} in {str(dtype).removeprefix('torch.')}; take a smaller model"
         )
     rules = weight_rules(spec, _has_own_head(tensors.entries, spec))
     return _stream(tensors.entries, rules, dtype)

@@ -299,6 +299,18 @@ def test_a_tied_head_in_fp8_is_the_embedding_or_one_of_its_own(tiny_llama, tmp_p
     assert torch.equal(weights["lm_head.weight"], 2 * weights["embed.weight"])
 
 
+@pytest.mark.parametrize("begin", ["module.", "language_model."])
+def test_scales_are_named_as_their_weights_are(tiny_llama, tmp_path, begin):
+    source, linears = tiny_llama(tie=False), ("_proj", "lm_head")
+    folder, plain = quantise_folder(source, tmp_path / "fp8", "channels", shards=2, linears=linears)
+    (folder / "model.safetensors.index.json").unlink()
+    for file in folder.glob("*.safetensors"):
+        save_file({f"{begin}{name}": tensor for name, tensor in load_file(file).items()}, file)
+    actual, expected = load(folder), load(plain)
+    assert list(actual) == list(expected) and "lm_head.weight" in actual
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+
+
 # What does not fit
 
 MODULE = "model.layers.1.mlp.down_proj"

@@ -357,7 +357,7 @@ def write_sparse(folder, vocab, hidden):
 def test_weights_larger_than_memory_are_refused_before_any_is_read(copy):
     folder = copy()
     write_sparse(folder, vocab=10**8, hidden=8192)  # with a copy of the head, which takes long to compare
-    with pytest.raises(CheckpointError, match=r"are 8192\d+ numbers, and memory has room for \d+ in float32"):
+    with pytest.raises(CheckpointError, match=r"are 8192\d+ numbers, and all memory has room for \d+ in float32"):
         LLM(folder)
 
 
