@@ -1,4 +1,4 @@
-"""FP8 checkpoints: what config.json says about them, which scale belongs to which weight, and widening.
+"""FP8 checkpoints: what config.json says about them, and which scale belongs to which weight.
 
 A weight is stored in e4m3 with scales beside it, one for the tensor, a row or a block; it is their product. It is
 computed in float32 and rounded once, to the dtype that the model runs in. Activations are not rounded to FP8, as the
@@ -13,9 +13,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
 
 from minirksc.errors import UnsupportedModelError
 
@@ -163,7 +160,7 @@ def _block(name: str, value: Any) -> Extent:
     sizes = value.split("x") if isinstance(value, str) else value
     if isinstance(sizes, list) and len(sizes) == 2:
         rows, columns = (int(n) if isinstance(n, str) and re.fullmatch("[0-9]{1,9}", n) else n for n in sizes)
-        if type(rows) is type(columns) is int and rows > 0 and columns > 0:
+        if type(rows) is type(columns) is int and 0 < rows < 2**31 and 0 < columns < 2**31:
             return rows, columns
     raise UnsupportedModelError(
         f"quantization_config: {name} {value!r:.80} must be two positive integers, rows and columns of a block"
@@ -237,25 +234,3 @@ def _scale(name: str, weight: "TensorEntry", scales: list["TensorEntry"], fp8: F
         f"mis-shaped scale of {where}: {list(scale.shape)}; a weight of {list(weight.shape)} in {fp8} has "
         f"{' or '.join(expected)}"
     )
-
-
-def widened(values: Tensor, scales: Tensor, extent: tuple[int, int], first_row: int) -> Tensor:
-    """Products of numbers and their scales.
-
-    Args:
-        values: `[rows, columns]` e4m3, some rows of a weight.
-        scales: `[row blocks, column blocks]` float32, of the whole weight.
-        extent: rows and columns that share one.
-        first_row: which row of the weight the first of them is.
-
-    Returns:
-        `[rows, columns]` float32.
-    """
-    rows, columns = values.shape
-    # A table of all 256 is several times as fast as torch's conversion.
-    numbers = torch.arange(256, dtype=torch.uint8).view(values.dtype).to(torch.float32)
-    wide = numbers.index_select(0, values.view(torch.uint8).flatten().to(torch.int32)).view(rows, columns)
-    of_rows = scales[torch.arange(first_row, first_row + rows) // extent[0]]  # [rows, column blocks]
-    if of_rows.shape[1] > 1:
-        of_rows = of_rows.repeat_interleave(extent[1], dim=1)[:, :columns]
-    return wide.mul_(of_rows)

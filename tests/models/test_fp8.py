@@ -14,7 +14,7 @@ from minirksc.models import safetensors_file
 from minirksc.models.consolidated import LAYER_NAMES, TOP_NAMES
 from minirksc.models.explain import explain_folder
 from minirksc.models.families import load_config, spec_from_config
-from minirksc.models.fp8 import widened
+from minirksc.models.safetensors_file import widened
 from minirksc.models.weights import checkpoint_report, iter_weights
 from safetensors.torch import load_file, save_file
 
@@ -400,7 +400,20 @@ INT4 = {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_si
         ({**QWEN, "rotation": {"kind": "hadamard"}}, "'rotation'"),
         *(
             ({**QWEN, "weight_block_size": size}, "weight_block_size .* two positive integers")
-            for size in ([128], [0, 128], [-1, 1], [128.0, 128], [True, 128], [128] * 3, "128", 128, ["a", "b"], {}, [])
+            for size in (
+                [128],
+                [0, 128],
+                [-1, 1],
+                [128.0, 128],
+                [True, 128],
+                [128] * 3,
+                "128",
+                128,
+                ["a", "b"],
+                {},
+                [],
+                [128, 2**31],
+            )
         ),
         ({**compressed("channel"), "format": "int-quantized"}, r"quantised \(compressed-tensors, format int-quantized"),
         ({**compressed("channel"), "format": "nvfp4-pack-quantized"}, "format nvfp4-pack-quantized"),
