@@ -73,6 +73,16 @@ def free_bytes(root: Path = ROOT) -> int:
     return max(0, min([GUESSED_FREE_BYTES if available is None else available, *_rooms(root)]))
 
 
+def total_bytes(root: Path = ROOT) -> int | None:
+    """Bytes of memory and swap that the process could ever fill; None where the system does not say."""
+    memory = _field(root / "proc/meminfo", "MemTotal")
+    if memory is None and root == ROOT and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if memory is None:
+        return None
+    return min([memory, *_limits(root)]) + (_field(root / "proc/meminfo", "SwapTotal") or 0)
+
+
 def resident_bytes(root: Path = ROOT) -> tuple[int | None, int | None]:
     """(bytes of this process in memory, the most there ever were); None for what the system does not say."""
     status = root / "proc/self/status"
@@ -127,6 +137,15 @@ def _rooms(root: Path) -> Iterator[int]:
             limit, usage = _text(folder / limit_name).strip(), _text(folder / usage_name).strip()
             if limit.isdecimal() and usage.isdecimal():
                 yield int(limit) - int(usage) + (_field(folder / "memory.stat", cached_name) or 0)
+
+
+def _limits(root: Path) -> Iterator[int]:
+    """Bytes that each cgroup may have."""
+    for folder in _cgroups(root, "memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            limit = _text(folder / name).strip()
+            if limit.isdecimal():
+                yield int(limit)
 
 
 def _cgroups(root: Path, controller: str) -> Iterator[Path]:

@@ -69,7 +69,7 @@ def read_bytes(path: Path, error: type[MinirkscError] = CheckpointError, max_byt
     except OSError as cause:
         raise error(f"{path} cannot be read: {cause.strerror or cause}") from cause
     if max(size, len(content)) > max_bytes:
-        raise error(f"{path} has {size} bytes, and no such file needs more than {max_bytes}; it is damaged")
+        raise error(f"{path} has {size} bytes, more than {max_bytes}, and no such file needs as many; it is damaged")
     if content.startswith(LFS_POINTER):
         raise error(
             f"{path} is a pointer of Git LFS, not the file itself: the repository was cloned without git-lfs; "

@@ -441,6 +441,8 @@ class LLM:
             "peak_resident_bytes": peak,
             "dtype": str(model.dtype).removeprefix("torch."),
             "kv_cache_dtype": str(runner.cache.dtype).removeprefix("torch."),
+            # How FP8 weights were stored, which are widened to dtype as they are read; None for all others.
+            "checkpoint_precision": None if self.spec.layout.fp8 is None else str(self.spec.layout.fp8),
             "quantize": self.config.quantize,
             "ignored_config_keys": list(self.config.ignore_config_keys),
             "weight_bytes": model.weight_bytes,

@@ -109,7 +109,9 @@ def load(config: EngineConfig, use_tqdm: bool = False) -> Loaded:
             raise ConfigError(f"quantize 'int8' is for the native backend of a CPU, but {reason}; leave it out")
         backend = replace(backend, packer=partial(NativePacker, int8=True))
     kv_dtype = torch.int8 if config.kv_cache_dtype == "int8" else dtype
-    reading = _Reading(iter_weights(path, spec, dtype), device)
+    total, number_bytes = _total_bytes(device), 1 if config.quantize == "int8" else dtype.itemsize
+    max_numbers = None if total is None else total // number_bytes
+    reading = _Reading(iter_weights(path, spec, dtype, max_numbers), device)
     begin = time.perf_counter()
     with tqdm(total=spec.num_layers, disable=not use_tqdm, delay=SILENT_S, leave=False, unit="layer") as bar:
         model = Decoder(spec, reading.tensors(bar), backend)
@@ -257,6 +259,10 @@ def _num_blocks(config: EngineConfig, size: BlockBytes, window: int | None, budg
 
 def _free_bytes(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host.free_bytes()
+
+
+def _total_bytes(device: torch.device) -> int | None:
+    return int(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else host.total_bytes()
 
 
 def _sampling_defaults(generation: dict[str, Any]) -> dict[str, float]:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from minirksc.models.quantised import refusal
+
 from minirksc.errors import CheckpointError, UnsupportedModelError
 from minirksc.json_file import read_json_object
 
@@ -50,16 +52,23 @@ TOP_NAMES = {
     "output.weight": "lm_head.weight",
 }
 LAYER_NAMES = {
-    "attention_norm.weight": "input_layernorm.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "attention.wq.weight": "self_attn.q_proj.weight",
-    "attention.wk.weight": "self_attn.k_proj.weight",
-    "attention.wv.weight": "self_attn.v_proj.weight",
-    "attention.wo.weight": "self_attn.o_proj.weight",
-    "feed_forward.w1.weight": "mlp.gate_proj.weight",
-    "feed_forward.w2.weight": "mlp.down_proj.weight",
-    "feed_forward.w3.weight": "mlp.up_proj.weight",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
 }
+KINDS = {"weight": "weight", "qscale_weight": "weight_scale_inv", "qscale_act": "activation_scale"}
+"""Of the tensors of a layer's module."""
+
+SCHEMES: tuple[dict[str, Any], ...] = ({}, *({"qscheme_act": scheme} for scheme in (None, "TENSOR", "NO_SCALES")))
+"""What is done to activations elsewhere."""
+
+FP8 = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
 Params = Mapping[str, Any]
 
 
@@ -115,9 +124,10 @@ def config_from_params(params: Params) -> dict[str, Any]:
         text |= {"model_type": "ministral3", "rope_parameters": _yarn(params)}
     else:
         text["rope_theta"] = _rope_theta(params)
+    quantised = _quantised(params)
     if _is_multimodal(params):
-        return {"model_type": "mistral3", "dtype": text.pop("dtype"), "text_config": text}
-    return text
+        return {"model_type": "mistral3", "dtype": text.pop("dtype"), "text_config": text, **quantised}
+    return text | quantised
 
 
 def hf_name(name: str, params: Params) -> tuple[str, int | None]:
@@ -132,9 +142,10 @@ def hf_name(name: str, params: Params) -> tuple[str, int | None]:
     """
     begin, _, rest = name.partition(".")
     layer, _, part = rest.partition(".")
+    module, _, kind = part.rpartition(".")
     found = TOP_NAMES.get(name)
-    if begin == "layers" and layer.isdecimal() and part in LAYER_NAMES:
-        found = f"model.layers.{layer}.{LAYER_NAMES[part]}"
+    if begin == "layers" and layer.isdecimal() and module in LAYER_NAMES and kind in KINDS:
+        found = f"model.layers.{layer}.{LAYER_NAMES[module]}.{KINDS[kind]}"
     if found is None:
         return name, None
     if _is_multimodal(params) and found.startswith("model."):
@@ -143,12 +154,17 @@ def hf_name(name: str, params: Params) -> tuple[str, int | None]:
     return found, heads[part] or params.get("n_heads") if part in heads else None
 
 
+def _quantised(params: Params) -> dict[str, Any]:
+    """What config.json says of FP8 weights; each has one scale."""
+    given = params.get("quantization")
+    if not given:
+        return {}
+    if given in [{"qformat_weight": "fp8_e4m3", **scheme} for scheme in SCHEMES]:
+        return {"quantization_config": FP8}
+    raise refusal("the checkpoint", f"{PARAMS_FILE}: quantization {given!r:.200}")
+
+
 def _check(params: Params) -> None:
-    if method := params.get("quantization"):
-        name = method.get("qformat_weight", method) if isinstance(method, Mapping) else method
-        raise UnsupportedModelError(
-            f"the checkpoint is quantised ({name!s:.80}); only float32, float16 and bfloat16 weights are read"
-        )
     if params.get("moe"):
         raise UnsupportedModelError(f"{PARAMS_FILE}: moe: a mixture of experts is not supported")
     for name, neutral in (("model_type", "transformer"), ("activation", "silu"), ("causal", True)):

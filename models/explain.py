@@ -290,10 +290,11 @@ def _weights(folder: Path, spec: ArchSpec, dtype: torch.dtype) -> Weights:
     shares_embedding = spec.tie_word_embeddings and not has_own_head
     is_packed = _device().type == "cpu" and bool(torch._C._has_mkldnn)
     packed = spec.vocab_size * spec.hidden_size * dtype.itemsize
+    entries = read_entries(folder, spec.layout.fp8 is not None)
     return Weights(
         num_tensors=report.num_tensors,
         num_bytes=report.num_bytes,
-        stored=dict(Counter(_dtype_name(entry.dtype) for entry in read_entries(folder).values())),
+        stored=dict(Counter(_dtype_name(entry.dtype) for entry in entries.values())),
         skipped=report.skipped,
         has_own_head=has_own_head,
         run_dtype=_name(dtype),

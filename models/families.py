@@ -22,6 +22,7 @@ from minirksc.models.plain import (
     within_one_chunk,
     without_windows,
 )
+from minirksc.models.quantised import fp8_of
 from minirksc.models.rope_config import read_rope
 from minirksc.models.spec import ArchSpec, LayerSpec, WeightLayout
 
@@ -61,9 +62,14 @@ def spec_from_config(config: Config, ignored: Collection[str] = ()) -> ArchSpec:
 
 def _read(config: Config, ignored: frozenset[str]) -> tuple[ArchSpec, set[str]]:
     """(the spec, those of the fields to be ignored that were met)."""
-    _refuse_quantised(config)
     _refuse_other_tools(config)
     _refuse_both_ways(config)
+    fp8 = fp8_of(config)
+    spec, passed = _unquantised(config, ignored)
+    return spec if fp8 is None else replace(spec, layout=replace(spec.layout, fp8=fp8)), passed
+
+
+def _unquantised(config: Config, ignored: frozenset[str]) -> tuple[ArchSpec, set[str]]:
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in WRAPPERS:
         return _unwrapped(config, WRAPPERS[model_type], ignored)
@@ -87,14 +93,6 @@ def _unwrapped(config: Config, text_type: str, ignored: frozenset[str]) -> tuple
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", True))
     spec, passed = _read({"model_type": text_type, **text, **outer, "tie_word_embeddings": tied}, ignored)
     return replace(spec, layout=replace(spec.layout, is_wrapped=True)), passed
-
-
-def _refuse_quantised(config: Config) -> None:
-    if method := config.get("quantization_config"):
-        name = method.get("quant_method", method) if isinstance(method, Mapping) else method
-        raise UnsupportedModelError(
-            f"the checkpoint is quantised ({name!s:.80}); only float32, float16 and bfloat16 weights are read"
-        )
 
 
 def _refuse_other_tools(config: Config) -> None:

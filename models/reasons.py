@@ -215,6 +215,12 @@ WHY: dict[str, Reason] = {
         "part of a multimodal checkpoint",
         "The text model sits inside a larger one; the tensors for images or sound are skipped, and so is their input.",
     ),
+    "layout.fp8": Reason(
+        "FP8 weights in the file",
+        "Half the bytes to store: eight bits a number, and scales. They are widened as they are read, each rounded "
+        "once; activations are not rounded to FP8.",
+        "DeepSeek-V3, arXiv 2412.19437",
+    ),
 }
 """Every field of `ArchSpec`, and of the specs in it, in the order in which a page shows them."""
 

@@ -7,6 +7,8 @@ config.json; nothing in here knows a family by name.
 import math
 from dataclasses import dataclass, field
 
+from minirksc.models.fp8 import Fp8
+
 from minirksc.errors import CheckpointError
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
@@ -101,12 +103,14 @@ class WeightLayout:
         fused_gate_up: gate and up are one tensor, `gate_up_proj`.
         mlp_norm: name of the norm before the MLP.
         is_wrapped: the text model is part of a larger one, whose other tensors are skipped.
+        fp8: how its FP8 weights are scaled; None where it has none.
     """
 
     fused_qkv: bool = False
     fused_gate_up: bool = False
     mlp_norm: str = "post_attention_layernorm"
     is_wrapped: bool = False
+    fp8: Fp8 | None = None
 
 
 @dataclass(frozen=True)

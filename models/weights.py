@@ -10,25 +10,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from minirksc.models.safetensors_file import DTYPES, TensorEntry, read_entries, read_into
+from minirksc.models.fp8 import with_scales
+from minirksc.models.names import renamed
+from minirksc.models.quantised import shown
+from minirksc.models.safetensors_file import DTYPES, PIECE_NUMBERS, TensorEntry, read_entries, read_into
 from minirksc.models.spec import ArchSpec, LayerSpec
 from torch import Tensor
 
 from minirksc.errors import CheckpointError
 
 HEAD = "lm_head.weight"
+MAX_FILES = 4
 SKIPPED_SUFFIXES = (".rotary_emb.inv_freq",)
 """Tensors that old checkpoints carry and that follow from the config."""
 
-WRAPPED = {
-    "language_model.model.": "model.",
-    "language_model.lm_head.": "lm_head.",
-    "model.language_model.": "model.",
-    "lm_head.": "lm_head.",
-}
-"""Where a multimodal checkpoint keeps its text model, and what the model's tensors are called alone."""
-
-COMPARED_NUMBERS = 1 << 22
+MAX_LISTED = 20
+"""Lines about what does not fit: what is wrong in one layer is wrong in all of them."""
 
 
 @dataclass(frozen=True)
@@ -145,16 +142,29 @@ def _layer_rules(spec: ArchSpec, layer: LayerSpec, to: str, source: str) -> list
     return rules
 
 
-def iter_weights(folder: Path, spec: ArchSpec, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Streams (parameter name, tensor) in layer order, cast to dtype.
+def iter_weights(
+    folder: Path, spec: ArchSpec, dtype: torch.dtype, max_numbers: int | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Streams (parameter name, tensor) in layer order, cast to dtype; FP8 weights are widened to it one by one.
+
+    Args:
+        folder: of the checkpoint.
+        spec: the architecture.
+        dtype: of the parameters.
+        max_numbers: that there is room for; None for any.
 
     Raises:
-        CheckpointError: files are damaged or absent, or tensors do not fit the spec; lists all of them.
+        CheckpointError: files are damaged or absent, tensors do not fit the spec (lists them), or there are more
+            numbers than allowed.
     """
-    entries, _ = _entries(folder, spec)
-    rules = weight_rules(spec, _has_own_head(entries, spec))
-    _check(entries, rules, spec)
-    return _stream(entries, rules, dtype)
+    tensors = _tensors(folder, spec)
+    if max_numbers is not None and tensors.num_parameters > max_numbers:
+        raise CheckpointError(
+            f"the weights of {folder} are {tensors.num_parameters} numbers, and all memory has room for "
+            f"{max_numbers} in {str(dtype).removeprefix('torch.')}; take a smaller model"
+        )
+    rules = weight_rules(spec, _has_own_head(tensors.entries, spec))
+    return _stream(tensors.entries, rules, dtype)
 
 
 def checkpoint_report(folder: Path, spec: ArchSpec) -> CheckpointReport:
@@ -163,32 +173,79 @@ def checkpoint_report(folder: Path, spec: ArchSpec) -> CheckpointReport:
     Raises:
         CheckpointError: as `iter_weights`.
     """
-    entries, foreign = _entries(folder, spec)
-    rules = weight_rules(spec, _has_own_head(entries, spec))
-    skipped = _check(entries, rules, spec)
-    used = [entries[name] for rule in rules for name, _ in rule.sources]
+    tensors = _tensors(folder, spec)
+    has_own_head = _has_own_head(tensors.entries, spec)
+    rules = weight_rules(spec, has_own_head)
+    copy = [HEAD] if spec.tie_word_embeddings and HEAD in tensors.entries and not has_own_head else []
+    used = [tensors.entries[name] for rule in rules for name, _ in rule.sources]
+    stored = [*used, *(entry.scale.entry for entry in used if entry.scale is not None)]
     return CheckpointReport(
         num_tensors=len(used),
         num_parameters=sum(math.prod(entry.shape) for entry in used),
-        num_bytes=sum(entry.end - entry.begin for entry in used),
-        skipped=(*skipped, *foreign),
+        num_bytes=sum(entry.end - entry.begin for entry in stored),
+        skipped=(*tensors.skipped, *copy),
     )
 
 
-def _entries(folder: Path, spec: ArchSpec) -> tuple[dict[str, TensorEntry], list[str]]:
-    """(tensors of the text model by the names that it has alone, names of all others)."""
-    entries = read_entries(folder)
-    if not spec.layout.is_wrapped:
-        return entries, []
-    own: dict[str, TensorEntry] = {}
-    foreign = []
+@dataclass(frozen=True)
+class _Tensors:
+    """Those of a text model, which fit its spec.
+
+    Attributes:
+        entries: by the names that they have in a model of text alone.
+        skipped: names of those that are of no use.
+        num_parameters: numbers in those that every model of the spec has.
+    """
+
+    entries: dict[str, TensorEntry]
+    skipped: tuple[str, ...]
+    num_parameters: int
+
+
+def _tensors(folder: Path, spec: ArchSpec) -> _Tensors:
+    """Raises one error with everything that does not fit."""
+    layout = spec.layout
+    entries, foreign = renamed(read_entries(folder, layout.fp8 is not None))
+    files = sorted({str(entry.file) for entry in (*entries.values(), *foreign.values())})
+    skipped: list[str] = []
+    problems: list[str] = []
+    if layout.fp8 is not None:
+        entries, skipped, problems = with_scales(entries, layout.fp8)
+    rules = weight_rules(spec)
+    expected = {name: shape for rule in rules for name, shape in rule.sources}
+    may_be_there = expected | ({HEAD: (spec.vocab_size, spec.hidden_size)} if spec.tie_word_embeddings else {})
+    unused = _unused(spec)
+    missing = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in entries]
+    unexpected: list[str] = []
     for name, entry in entries.items():
-        inner = next((to + name.removeprefix(begin) for begin, to in WRAPPED.items() if name.startswith(begin)), None)
-        if inner is None:
-            foreign.append(name)
+        where = f"{shown(entry.name)} in {entry.file.name}"
+        if name in may_be_there:
+            shape = may_be_there[name]
+            if entry.shape != shape:
+                problems.append(f"mis-shaped {where}: {list(entry.shape)}, the config asks for {list(shape)}")
+            if entry.dtype not in DTYPES and entry.scale is None:
+                problems.append(f"unsupported dtype {entry.dtype} of {where}; known: {', '.join(DTYPES)}")
+        elif name.endswith(SKIPPED_SUFFIXES) or name in unused:
+            skipped.append(name)
         else:
-            own[inner] = entry
-    return own, foreign
+            unexpected.append(f"unexpected {where}")
+    if layout.is_wrapped:
+        skipped += foreign
+    else:
+        unexpected += [f"unexpected {shown(name)} in {entry.file.name}" for name, entry in foreign.items()]
+    if groups := [group for group in (missing, problems, unexpected) if group]:
+        count = sum(map(len, groups))
+        share = count if count <= MAX_LISTED else MAX_LISTED // len(groups)
+        lines = [line for group in groups for line in _at_most(group, share)]
+        listed = "".join(f"\n  {line}" for line in lines)
+        held = ", ".join(_at_most(files, MAX_FILES))
+        raise CheckpointError(f"the tensors of {held} do not fit config.json ({count} problems):{listed}")
+    return _Tensors(entries, tuple(skipped), sum(math.prod(shape) for shape in expected.values()))
+
+
+def _at_most(lines: list[str], count: int) -> list[str]:
+    """All of them, or the first and how many more there are."""
+    return lines if len(lines) <= count else [*lines[: count - 1], f"and {len(lines) - count + 1} more"]
 
 
 def _has_own_head(entries: dict[str, TensorEntry], spec: ArchSpec) -> bool:
@@ -196,58 +253,36 @@ def _has_own_head(entries: dict[str, TensorEntry], spec: ArchSpec) -> bool:
 
     Some files keep a copy of the embedding under the head's name; where the two differ the config is wrong.
     """
-    head, embed = entries.get(HEAD), entries.get("model.embed_tokens.weight")
-    if not spec.tie_word_embeddings or head is None or embed is None or head.shape != embed.shape:
+    head, embed = entries.get(HEAD), entries["model.embed_tokens.weight"]
+    if not spec.tie_word_embeddings or head is None:
         return False
-    rows = max(1, COMPARED_NUMBERS // embed.shape[1])
+    rows = max(1, PIECE_NUMBERS // spec.hidden_size)
     return any(
-        not torch.equal(_rows(head, begin, rows), _rows(embed, begin, rows)) for begin in range(0, embed.shape[0], rows)
+        not torch.equal(_rows(head, begin, rows), _rows(embed, begin, rows))
+        for begin in range(0, spec.vocab_size, rows)
     )
 
 
 def _rows(entry: TensorEntry, begin: int, num_rows: int) -> Tensor:
-    """`[at most num_rows, columns]` of a matrix, as stored."""
+    """`[at most num_rows, columns]` of a matrix, as stored; of FP8, widened to float32."""
     columns = entry.shape[1]
     end = min(begin + num_rows, entry.shape[0])
-    row_bytes = (entry.end - entry.begin) // max(entry.shape[0], 1)
+    row_bytes = (entry.end - entry.begin) // entry.shape[0]
     part = replace(
         entry,
         shape=(end - begin, columns),
         begin=entry.begin + begin * row_bytes,
         end=entry.begin + end * row_bytes,
+        scale=entry.scale and replace(entry.scale, first_row=begin),
     )
     out = torch.empty(part.shape, dtype=DTYPES.get(entry.dtype, torch.float32))
     read_into(part, out)
     return out
 
 
-def _check(entries: dict[str, TensorEntry], rules: list[WeightRule], spec: ArchSpec) -> list[str]:
-    """Raises one error with everything that does not fit; returns the names that are skipped by rule."""
-    expected = {name: shape for rule in rules for name, shape in rule.sources}
-    unused = _unused(spec)
-    problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in entries]
-    skipped = []
-    for name, entry in entries.items():
-        where = f"{name} in {entry.file.name}"
-        if name in expected:
-            if entry.shape != expected[name]:
-                problems.append(f"mis-shaped {where}: {list(entry.shape)}, the config asks for {list(expected[name])}")
-            if entry.dtype not in DTYPES:
-                problems.append(f"unsupported dtype {entry.dtype} of {where}; known: {', '.join(DTYPES)}")
-        elif name.endswith(SKIPPED_SUFFIXES) or name in unused:
-            skipped.append(name)
-        else:
-            problems.append(f"unexpected {where}")
-    if problems:
-        files = ", ".join(sorted({str(entry.file) for entry in entries.values()})) or "the text model"
-        listed = "\n  ".join(problems)
-        raise CheckpointError(f"the tensors of {files} do not fit config.json ({len(problems)} problems):\n  {listed}")
-    return skipped
-
-
 def _unused(spec: ArchSpec) -> set[str]:
     """Tensors that some checkpoints carry and the spec has no use for."""
-    unused = {HEAD} if spec.tie_word_embeddings else set()
+    unused = set()
     for index, layer in enumerate(spec.layers):
         if layer.kv_layer is not None:
             names = ("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias", "k_norm.weight")
@@ -259,7 +294,10 @@ def _stream(
     entries: dict[str, TensorEntry], rules: list[WeightRule], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     for rule in rules:
-        merged = torch.empty(rule.shape, dtype=dtype)
+        try:
+            merged = torch.empty(rule.shape, dtype=dtype)
+        except RuntimeError as error:
+            raise CheckpointError(f"no room for {rule.parameter} {list(rule.shape)}: {error!s:.200}") from error
         row = 0
         for name, shape in rule.sources:
             read_into(entries[name], merged[row : row + shape[0]])

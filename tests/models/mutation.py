@@ -20,6 +20,7 @@ import torch
 import transformers
 import zoo
 from minirksc.models.families import load_config, spec_from_config
+from minirksc.models.fp8 import WHOLE, Fp8
 from minirksc.models.layers import norm_weight
 from minirksc.models.spec import ArchSpec, LayerSpec, RopeSpec
 from zoo_rows import ORIGINAL, ROWS
@@ -42,6 +43,7 @@ WHEN_NONE: dict[str, Any] = {
     "layer_input_size": 8,
     "window": 8,
     "kv_layer": 0,
+    "fp8": Fp8((WHOLE,)),
 }
 """What takes the place of None."""
 

@@ -207,7 +207,6 @@ GEMMA = LLAMA | {"model_type": "gemma3_text", "head_dim": 16, "sliding_window": 
         (LLAMA | {"rope_scaling": "linear"}, "'linear'"),
         (LLAMA | {"hidden_act": "sine"}, "hidden_act 'sine'"),
         (LLAMA | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantised \(gptq\)"),
-        (LLAMA | {"quantization_config": {"quant_method": "fp8"}}, r"quantised \(fp8\)"),
         (LLAMA | {"model_type": "mixtral"}, "'mixtral'.*mixture of experts"),
         (GEMMA | {"layer_types": ["full_attention"] * 3}, "layer_types.*4 layers.*3"),
         (GEMMA | {"layer_types": ["full_attention"] * 3 + ["chunked_attention"]}, "layer_types.*'chunked_attention'"),

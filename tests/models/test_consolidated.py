@@ -34,7 +34,9 @@ def consolidated(tensors):
     """Tensors by their Hugging Face names -> in Mistral's layout."""
     own = {hf: name for name, hf in TOP_NAMES.items()}
     for layer in range(LAYERS):
-        own |= {f"model.layers.{layer}.{hf}": f"layers.{layer}.{name}" for name, hf in LAYER_NAMES.items()}
+        own |= {
+            f"model.layers.{layer}.{hf}.weight": f"layers.{layer}.{name}.weight" for name, hf in LAYER_NAMES.items()
+        }
     heads = {"q_proj": HEADS, "k_proj": KV_HEADS}
     made = {}
     for name, tensor in tensors.items():
@@ -220,7 +222,9 @@ def test_yarn_and_growing_queries_are_what_transformers_computes(apply_scale):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"quantization": {"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR"}}, r"quantised \(fp8_e4m3\)"),
+        ({"quantization": {"qformat_weight": "nvfp4", "qscheme_act": "TENSOR"}}, r"quantised .*nvfp4"),
+        ({"quantization": {"qformat_weight": "fp8_e4m3", "qscheme_act": "BLOCK"}}, r"quantised .*BLOCK"),
+        ({"quantization": 7}, r"quantised .*7"),
         ({"moe": {"num_experts": 8}}, "moe: a mixture of experts"),
         ({"model_type": "mamba"}, "model_type 'mamba'"),
         ({"activation": "gelu"}, "activation 'gelu'"),
@@ -243,6 +247,10 @@ def test_params_that_would_change_the_mathematics_are_refused(change, message):
 def test_missing_or_damaged_params(folder):
     (folder / "params.json").write_text(json.dumps({**PARAMS, "n_kv_heads": 7}))
     with pytest.raises(CheckpointError, match=r"attention\.wk\.weight has 48 rows, which 7 heads"):
+        read_entries(folder)
+    shapeless = {"layers.0.attention.wq.weight": torch.ones(())}
+    save_file(shapeless, folder / "consolidated.safetensors")
+    with pytest.raises(CheckpointError, match=r"attention\.wq\.weight has 0 rows"):
         read_entries(folder)
     for text, message in (("[]", "must hold a JSON object"), ("{", "not readable JSON"), ("[" * 10**5, "not readable")):
         (folder / "params.json").write_text(text)

@@ -1,6 +1,8 @@
 """Weights: every tensor in its place, and a clear error for every way in which a checkpoint can be damaged."""
 
 import json
+import math
+import os
 import shutil
 import struct
 import subprocess
@@ -10,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from minirksc.models import safetensors_file
 from minirksc.models.families import load_config, spec_from_config
 from minirksc.models.weights import checkpoint_report, iter_weights, weight_rules
 from safetensors.torch import load_file, save_file
@@ -222,6 +225,24 @@ DAMAGES = {
     "too many dimensions": (entry(shape=[1] * 1000 + [64]), "1001 dimensions"),
     "unknown dtype": (entry(dtype="F4"), "dtype 'F4' is unknown"),
     "dtype of another size": (entry(dtype="F16"), "needs 128 bytes, its offsets give 256"),
+    "a pointer of Git LFS": (
+        lambda r, h, n: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n",
+        "pointer of Git LFS.*git lfs pull",
+    ),
+    "a header in UTF-16": (
+        lambda r, h, n: struct.pack("<Q", 2 * n) + r[8 : 8 + n].decode().encode("utf-16-le") + r[8 + n :],
+        "not valid JSON",
+    ),
+    "a shape of a float": (entry(shape=[64.0]), "malformed"),
+    "a shape of true": (entry(shape=[64, True]), "malformed"),
+    "a shape that is text": (entry(shape="64"), "malformed"),
+    "a shape that overflows": (entry(shape=[2**62, 4]), "needs"),
+    "a negative shape": (entry(shape=[-64]), "malformed"),
+    "a shape with nothing in it": (entry(shape=[64, 0]), "needs 0 bytes"),
+    "one offset": (entry(data_offsets=[0]), "malformed"),
+    "offsets in reverse": (entry(data_offsets=[256, 0]), "offsets give -256"),
+    "infinite offsets": (entry(data_offsets=[0, float("inf")]), "malformed"),
+    "a dtype that is a list": (entry(dtype=["F32"]), "malformed"),
     "an entry that is no object": (lambda r, h, n: with_header(r, {**h, "model.norm.weight": 7}, n), "malformed"),
 }
 
@@ -243,9 +264,9 @@ def test_shards_that_are_missing_doubled_or_elsewhere(copy):
     index.write_text(whole.replace("model-00002", "../model-00002"))
     with pytest.raises(CheckpointError, match="not a file of its own folder"):
         load(folder)
-    for text in ("{}", "[]", "[" * 200_000, '{"weight_map": {"a": ["b"]}}'):
+    for text in ("{}", "[]", "[" * 200_000, '{"weight_map": {"a": ["b"]}}', '{"weight_map": ["b"]}'):
         index.write_text(text)
-        with pytest.raises(CheckpointError, match="not a readable index"):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json (is not|must hold)"):
             load(folder)
     for text, message in (('{"weight_map": {}}', "names no file"), ('{"weight_map": {"a": "/etc/x"}}', "own folder")):
         index.write_text(text)
@@ -260,6 +281,103 @@ def test_shards_that_are_missing_doubled_or_elsewhere(copy):
     index.write_text(whole)
     (folder / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(CheckpointError, match="model-00002-of-00003"):
+        load(folder)
+
+
+def test_headers_together_are_limited(copy, monkeypatch):
+    folder = copy(shards=3)
+    sizes = [struct.unpack("<Q", file.read_bytes()[:8])[0] for file in sorted(folder.glob("*.safetensors"))]
+    monkeypatch.setattr(safetensors_file, "MAX_HEADER_BYTES", sum(sizes))
+    assert load(folder)
+    monkeypatch.setattr(safetensors_file, "MAX_HEADER_BYTES", sum(sizes) - 1)
+    with pytest.raises(CheckpointError, match=rf"00003-of-00003.* {sizes[2]} bytes, more than {sizes[2] - 1}, what"):
+        load(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes here")
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "NUL", "too long"])
+def test_an_index_that_names_what_is_no_file(copy, kind):
+    folder = copy(shards=2)
+    index, shard = folder / "model.safetensors.index.json", folder / "model-00002-of-00002.safetensors"
+    if kind in ("NUL", "too long"):
+        index.write_text(index.read_text().replace("model-00002", "\\u0000" if kind == "NUL" else "a" * 5000))
+    else:
+        shard.unlink()
+        {"pipe": os.mkfifo, "folder": os.mkdir, "device": lambda path: path.symlink_to("/dev/zero")}[kind](shard)
+    with pytest.raises(CheckpointError, match=r"index\.json names the shard .* is not (a regular file|in)") as error:
+        load(folder)
+    assert len(str(error.value)) < 1000
+
+
+def test_files_beside_the_weights_are_no_part_of_them(copy):
+    folder = copy(shards=2)
+    (folder / "model.safetensors.index.json").unlink()
+    expected = load(folder)
+    (folder / "._model-00001-of-00002.safetensors").write_bytes(b"\0\5\x16\7" * 20)
+    save_file({"exp_avg": torch.ones(3)}, folder / "optimizer.safetensors")
+    assert list(load(folder)) == list(expected)
+
+
+def test_names_in_a_message_are_short_and_plain(copy):
+    folder = copy()
+    rewrite(folder, lambda tensors: tensors.update({f"\x1b[2J{'x' * 5000}": torch.ones(1), "a\nb": torch.ones(1)}))
+    with pytest.raises(CheckpointError, match=r"unexpected '\\x1b\[2Jxxx.* in model\.safetensors") as error:
+        load(folder)
+    assert "\x1b" not in str(error.value) and len(str(error.value)) < 1000
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_a_file_that_changes_while_it_is_read(copy):
+    folder = copy()
+    weights = iter_weights(folder, spec_of(folder), torch.float32)
+    next(weights)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(40_000)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors was truncated while model\.layers\.0\..* was read"):
+        list(weights)
+
+
+def write_sparse(folder, vocab, hidden):
+    """A checkpoint of such sizes whose file takes no room on the disk."""
+    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": vocab, "hidden_size": hidden}
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    header, end = {}, 0
+    for rule in weight_rules(spec_of(folder)):
+        for name, shape in rule.sources:
+            begin, end = end, end + 2 * math.prod(shape)
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    begin, end = end, end + 2 * vocab * hidden
+    header["lm_head.weight"] = {"dtype": "BF16", "shape": [vocab, hidden], "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+
+
+def test_weights_larger_than_memory_are_refused_before_any_is_read(copy):
+    folder = copy()
+    write_sparse(folder, vocab=10**8, hidden=8192)  # with a copy of the head, which takes long to compare
+    with pytest.raises(CheckpointError, match=r"are 8192\d+ numbers, and all memory has room for \d+ in float32"):
+        LLM(folder)
+
+
+def test_no_room_for_a_parameter_is_one_of_our_errors(copy, monkeypatch):
+    folder = copy()
+    weights = iter_weights(folder, spec_of(folder), torch.float32)
+
+    def full(*args, **options):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(CheckpointError, match=r"no room for embed\.weight \[300, 64\]"):
+        next(weights)
+
+
+@pytest.mark.parametrize("head", [torch.ones(0), torch.ones(300, 0), torch.ones(300, 64).int(), torch.ones(301, 64)])
+def test_a_copy_of_a_tied_head_is_checked_like_any_tensor(copy, head):
+    folder = copy()
+    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": head}))
+    with pytest.raises(CheckpointError, match=r"\(1 problems\):\n.* lm_head\.weight in model\.safetensors"):
         load(folder)
 
 
@@ -318,6 +436,7 @@ def test_integer_weights_are_refused(copy):
 MEASURE = """
 import resource, sys, torch
 from pathlib import Path
+from minirksc.models import safetensors_file
 from minirksc.models.families import load_config, spec_from_config
 from minirksc.models.weights import iter_weights
 folder = Path(sys.argv[1])
@@ -338,3 +457,118 @@ def test_peak_memory_while_loading_is_little_more_than_the_weights(tiny_llama, d
     command = [sys.executable, "-c", MEASURE, str(folder), dtype]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(run.stdout) <= 1.2
+
+
+# Names
+
+
+def rename(folder, change):
+    """Saves all tensors under other names; None leaves one out."""
+    for file in folder.glob("*.safetensors"):
+        tensors = {change(name): tensor for name, tensor in load_file(file).items()}
+        save_file({name: tensor for name, tensor in tensors.items() if name is not None}, file)
+
+
+def swapped(old, new):
+    return lambda name: new + name.removeprefix(old) if name.startswith(old) else name
+
+
+BEGINNINGS = {
+    "saved inside DDP": lambda name: f"module.{name}",
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "compiled inside DDP": lambda name: f"module._orig_mod.{name}",
+    "DDP that was compiled": lambda name: f"_orig_mod.module.{name}",
+    "the body compiled": swapped("model.", "model._orig_mod."),
+    "inside another module": lambda name: f"model.{name}",
+    "of a multimodal model": lambda name: f"language_model.{name}",
+    "of a newer multimodal model": swapped("model.", "model.language_model."),
+    "a base model and its head": swapped("model.", ""),
+    "a base model inside DDP": lambda name: f"module.{name.removeprefix('model.')}",
+}
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("beginning", BEGINNINGS)
+def test_what_tools_put_before_every_name_is_taken_off(copy, beginning, shards, tie):
+    folder = copy(shards=shards, tie=tie)
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    expected = load(folder)
+    rename(folder, BEGINNINGS[beginning])
+    actual = load(folder)
+    assert list(actual) == list(expected)
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+    assert checkpoint_report(folder, spec_of(folder)).num_tensors == 9 * 2 + 3 - tie
+
+
+def second_half(begin):
+    return lambda name: begin + name if ".1." in name else name
+
+
+MIXTURES = {
+    "one layer inside DDP": (second_half("module."), r"missing model\.layers\.1\."),
+    "one layer compiled": (second_half("_orig_mod."), r"unexpected _orig_mod\.model\.layers\.1\."),
+    "one layer of a base model": (lambda n: n.removeprefix("model.") if ".1." in n else n, r"unexpected layers\.1\."),
+    "one layer not inside": (lambda n: n if ".1." in n else f"module.{n}", r"unexpected model\.layers\.1\."),
+    "the head alone": (lambda n: f"module.{n}" if n == "lm_head.weight" else n, r"unexpected module\.lm_head\.weight"),
+    "the head left out": (lambda n: n if n == "lm_head.weight" else f"module.{n}", r"missing lm_head\.weight"),
+    "a beginning of no tool": (lambda n: f"draft.{n}", r"unexpected draft\.model\."),
+    "a beginning that is no whole name": (lambda n: f"my{n}", r"unexpected mymodel\."),
+    "no embedding": (lambda n: None if "embed" in n else f"module.{n}", r"missing model\.embed_tokens\.weight.*"),
+}
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_names_that_begin_in_different_ways_are_refused(copy, mixture):
+    folder = copy(tie=False)
+    change, message = MIXTURES[mixture]
+    rename(folder, change)
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
+
+
+def test_of_two_models_or_heads_none_is_chosen(copy):
+    folder = copy(tie=False)
+    head = "model.lm_head.weight"
+    rewrite(folder, lambda tensors: tensors.update({head: tensors["lm_head.weight"] + 1}))
+    with pytest.raises(CheckpointError, match=r"more than one head: lm_head\.\*, model\.lm_head\.\*"):
+        load(folder)
+    rewrite(folder, lambda tensors: tensors.pop(head))
+    rewrite(folder, lambda tensors: tensors.update({f"module.{name}": t + 1 for name, t in tensors.items()}))
+    with pytest.raises(CheckpointError, match=r"more than one text model .*: model\.embed.*, module\.model\.embed"):
+        load(folder)
+
+
+@pytest.mark.parametrize("inside", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize(
+    "place", ["language_model.model.", "model.language_model.", "language_model."], ids=["old", "new", "AutoModel"]
+)
+def test_a_text_model_is_found_inside_a_multimodal_one(copy, place, inside):
+    folder = copy()
+    expected = load(folder)
+    text = json.loads((folder / "config.json").read_text()) | {"model_type": "mistral", "sliding_window": None}
+    text = {name: value for name, value in text.items() if not name.startswith(("attention_bias", "mlp_bias"))}
+    config = {"model_type": "mistral3", "text_config": text, "tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    rename(folder, swapped("model.", inside + place))
+    vision = f"{inside}{'model.' if place.startswith('model') else ''}vision_tower.layers.0.norm.weight"
+    rewrite(folder, lambda tensors: tensors.update({vision: torch.ones(3)}))
+    actual = load(folder)
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+    assert checkpoint_report(folder, spec_of(folder)).skipped == (vision,)
+    rename(folder, lambda name: name.removeprefix(inside + place) if ".1." in name else name)
+    with pytest.raises(CheckpointError, match=r"missing model\.layers\.1"):
+        load(folder)
+
+
+def test_a_list_of_problems_ends_after_twenty_lines(copy):
+    folder = copy()
+    rename(folder, lambda name: f"encoder.{name}")
+    with pytest.raises(CheckpointError) as error:
+        load(folder)
+    first, *lines = str(error.value).splitlines()
+    lines = [line.strip() for line in lines]
+    assert "(40 problems)" in first and len(lines) == 20
+    assert lines[9] == lines[19] == "and 11 more"
+    assert all(line.startswith("missing model.") for line in lines[:9])
+    assert all(line.startswith("unexpected encoder.model.") for line in lines[10:19])

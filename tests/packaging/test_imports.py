@@ -13,11 +13,11 @@ FOLDERS = {"minirksc": "minirksc.", "kernels": "minirksc.kernels.", "models": "m
 # From the bottom up. A module imports from the layers below its own; a package, from itself too.
 LAYERS = (
     ("errors", "eviction", "binomial", "gates", "guard", "signals", "trace_schema", "trace_html", "trace_style"),
-    ("window_pool", "prefix_index", "eviction_log", "host"),
+    ("window_pool", "prefix_index", "eviction_log", "host", "listing"),
     ("block_pool", "block_table", "prefix_search", "threads"),
     ("awaited", "pins"),
     ("config", "answers", "json_file", "template_sandbox", "gguf_fields", "hub", "rsbcm", "kernels"),
-    ("stopping", "chat_template", "tekken", "gguf_config", "gguf_tokenizer", "cgee", "similarity"),
+    ("stopping", "chat_template", "tekken", "model_folder", "gguf_config", "gguf_tokenizer", "cgee", "similarity"),
     ("solver_config", "gates_file", "trace_parts"),
     ("results", "trace", "trace_tree"),
     ("trace_branches",),
@@ -44,7 +44,7 @@ LAYERS = (
 # Stricter than their layer.
 ONLY = {
     "kernels": {"errors", "kernels"},
-    "models": {"errors", "json_file", "kernels", "models"},
+    "models": {"errors", "json_file", "listing", "model_folder", "kernels", "models"},
     "answers": {"errors"},
     "rsbcm": {
         "awaited",

@@ -108,6 +108,19 @@ def test_free_memory_is_what_the_machine_and_all_groups_leave(machine, own, file
     assert host.free_bytes(machine({"proc/meminfo": MEMINFO, "proc/self/cgroup": own, **files})) == free
 
 
+@pytest.mark.parametrize(
+    ("own", "files", "total"),
+    [
+        (V2, {}, 18 * GIB), (V2, groups("a/b", **V2_MEMORY), 6 * GIB), (V2, groups("a", **V2_MEMORY), 6 * GIB),
+        (V2, groups("a/b", memory__max="max"), 18 * GIB), (V1, groups("memory/a/b", **V1_MEMORY), 6 * GIB),
+    ],
+)  # fmt: skip
+def test_all_memory_is_that_of_the_machine_or_its_groups_and_the_swap(machine, own, files, total):
+    meminfo = f"MemTotal: {16 << 20} kB\nMemAvailable: {8 << 20} kB\nSwapTotal: {2 << 20} kB\n"
+    assert host.total_bytes(machine({"proc/meminfo": meminfo, "proc/self/cgroup": own, **files})) == total
+    assert host.total_bytes(machine({"proc/meminfo": ""})) is None
+
+
 def test_the_default_cache_is_a_part_of_what_is_free(tiny_llama, monkeypatch):
     folder = tiny_llama()
     sizes = []

@@ -55,11 +55,11 @@ def test_the_deepest_that_is_read(tmp_path):
 def test_a_large_file_is_not_read(tmp_path, size):
     with (tmp_path / "config.json").open("wb") as stream:
         stream.truncate(size)
-    with pytest.raises(CheckpointError, match=f"has {size} bytes, and no such file needs more than {MAX_JSON_BYTES}"):
+    with pytest.raises(CheckpointError, match=f"has {size} bytes, more than {MAX_JSON_BYTES}"):
         read_json_object(tmp_path / "config.json")
     (tmp_path / "small").write_bytes(b"abc")
     assert read_bytes(tmp_path / "small", max_bytes=3) == b"abc"
-    with pytest.raises(CheckpointError, match="has 3 bytes, and no such file needs more than 2"):
+    with pytest.raises(CheckpointError, match="has 3 bytes, more than 2"):
         read_bytes(tmp_path / "small", max_bytes=2)
 
 
