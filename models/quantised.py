@@ -56,7 +56,7 @@ def fp8_of(config: Mapping[str, Any]) -> Fp8 | None:
         UnsupportedModelError: they are quantised in a way that is not read.
     """
     given = config.get("quantization_config")
-    if given in (None, {}):
+    if given is None:
         return None
     fp8 = read_fp8(given)
     if fp8 is None:

@@ -11,11 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from minirksc.models.__main__ import main as models_main
 from minirksc.models.families import FAMILIES, spec_from_config
 from minirksc.models.rope import inv_freq
 
 from minirksc import LLM
 from minirksc.errors import CheckpointError, ConfigError, MinirkscError, UnsupportedModelError
+from minirksc.generate import main as generate_main
 
 BASE = {
     "model_type": "llama", "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -50,6 +52,7 @@ SOMETHING = [
     *(("partial_rotary_factor", value) for value in (0, 0.5, False, True, "1", {}, [])),
     *(("residual_multiplier", 0), ("logit_scale", 0.0), ("embedding_multiplier", 12), ("routed_scaling_factor", 0)),
     *(("attention_multiplier", 1.0), ("some_config", {}), ("use_moe", True), ("pruned_heads", {"0": [1]})),
+    *(("quantization_config", value) for value in ({}, False, [], "awq")),
     *(("quantization", {"bits": 4}), ("compression_config", {"format": "pack-quantized"}), ("sinks", "")),
     *(("layer_types", value) for value in (False, 0, [], {}, ["sliding_attention"] * 2, [None] * 2)),
     *(("architectures", [name]) for name in ("LlamaBidirectionalModel", "LlamaBiModel", "MistralBiForMNTP")),
@@ -63,7 +66,7 @@ def test_what_changes_nothing_is_passed_over(name, value):
 
 @pytest.mark.parametrize(("name", "value"), SOMETHING, ids=str)
 def test_what_says_something_is_refused_by_name(name, value):
-    with pytest.raises(CheckpointError, match=name):
+    with pytest.raises(CheckpointError, match="quantised" if name == "quantization_config" else name):
         spec(**{name: value})
 
 
@@ -107,6 +110,19 @@ def test_what_is_passed_over_is_told(tiny_llama, tmp_path):
         LLM(str(folder), ignore_config_keys=("my_field", "other"))
     with pytest.raises(ConfigError, match="must be a list of names"):
         LLM(str(folder), ignore_config_keys="my_field")
+
+
+def test_the_command_lines_pass_a_field_over(tiny_llama, tmp_path, capsys):
+    folder = shutil.copytree(tiny_llama(tokenizer=True), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"my_field": 5}))
+    generate = ["--model", str(folder), "--max-tokens", "1", "--kv-cache-bytes", "1MiB", "--stats", "a"]
+    for main, arguments in ((generate_main, generate), (models_main, [str(folder)])):
+        assert main(arguments) == 1
+        assert "--ignore-config-key my_field" in capsys.readouterr().err
+        assert main([*arguments, "--ignore-config-key", "my_field"]) == 0
+        said = capsys.readouterr()
+        assert main is models_main or "passed over in config.json: my_field" in said.err
 
 
 # Rotations
