@@ -474,7 +474,7 @@ class LLM:
 
     def reset_prefix_cache(self) -> None:
         """Forgets every cached block that no sequence uses."""
-        self.engine.blocks.reset()
+        self.engine.reset_prefix_cache()
 
     def encode_fragment(self, tokens: str | SequenceOf[int]) -> list[int]:
         """Token ids of text that continues something: no BOS. Token ids pass through."""
