@@ -5,14 +5,18 @@ is never tokenised again. Blocks are shared until one branch writes into a block
 """
 
 from collections.abc import Sequence as SequenceOf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from minirksc.errors import BranchError
+from minirksc.errors import BranchError, ConfigError, brief
+from minirksc.prompts import Prompt
 from minirksc.request import Request, Sequence
 from minirksc.signals import TokenSignals, mean_top1
+from minirksc.token_ids import is_list
 
 if TYPE_CHECKING:
+    from minirksc.config import SamplingParams
     from minirksc.llm import LLM
+    from minirksc.stopping import TextSource
 
 
 class Branch:
@@ -24,7 +28,7 @@ class Branch:
         logprobs: of its generated tokens, those of its ancestors included.
         exit_layer: of a root, layers that its prompt went through before a depth gate ended it; None: all.
         num_saved_layer_rows: of a root, its tokens times the layers that a depth gate spared them.
-        num_cached_tokens: of a root, tokens of its prompt that were found in the prefix cache.
+        num_cached_tokens: of a root, tokens of its prompt that were found in the prefix cache, in whole blocks.
         signals: how sure the model was of each of them; see `minirksc.signals`.
         output_token_ids: generated tokens, hints and prompt excluded, those of its ancestors included.
     """
@@ -33,7 +37,10 @@ class Branch:
         self._llm = llm
         self._sequence = sequence
         self._num_forks = 0
-        self._num_hidden_chars = 0  # length of a stop string at the end that is not part of the text
+        self._text: str = "" if parent is None else parent._text
+        # Characters at its end that stand for half a character, and what may complete it with the next token.
+        self._num_provisional: int = 0 if parent is None else parent._num_provisional
+        self._detokenizer: TextSource | None = None if parent is None else parent._detokenizer
         self.parent = parent
         self.pruned = False
         self.finish_reason: str | None = None
@@ -49,29 +56,43 @@ class Branch:
 
         Raises:
             BranchError: it was pruned.
-            ValueError: n < 1.
+            ConfigError: n is no whole number, or below 1.
         """
         self._check_usable()
-        if n < 1:
-            raise ValueError(f"fork({n}): n must be at least 1")
-        first = self._num_forks
-        self._num_forks += n
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+            raise ConfigError(f"fork({brief(n)}): n must be a whole number, at least 1")
         engine = self._llm.engine
-        return [
-            Branch(self._llm, engine.fork_sequence(self._sequence, index), self) for index in range(first, first + n)
-        ]
+        first = self._num_forks
+        made: list[Branch] = []
+        try:
+            for index in range(first, first + n):
+                made.append(Branch(self._llm, engine.fork_sequence(self._sequence, index), self))
+        except BaseException:
+            for child in made:  # nobody has a handle on them
+                child.prune()
+            raise
+        self._num_forks += n
+        return made
 
-    def append(self, tokens: str | SequenceOf[int]) -> None:
+    def append(self, tokens: Prompt) -> None:
         """Adds text or token ids to the end; computed with the next `LLM.extend` or `LLM.score`.
 
+        Args:
+            tokens: in any form of a prompt, but without a salt: it has that of its branch. Text gets no BOS.
+
         Raises:
-            BranchError: it was pruned.
+            BranchError: it was pruned, or is being extended.
+            ConfigError, PromptError: it is neither text nor token ids.
             PromptError: longer than the model's length, or a token id outside the vocabulary.
+            TokenizerError: text, and there is no tokenizer.
         """
         self._check_usable()
-        token_ids = self._llm.encode_fragment(tokens)
-        self._llm.engine.check_token_ids(token_ids, num_before=self.num_tokens)
-        self._sequence.token_ids += token_ids
+        engine = self._llm.engine
+        engine.check_idle(self._sequence)
+        token_ids = engine.check_token_ids(self._llm.encode_fragment(tokens), num_before=self.num_tokens)
+        if token_ids:
+            self._sequence.token_ids += token_ids
+            self._close_text()
 
     def prune(self) -> None:
         """Gives back every block that nobody else uses. The branch cannot be used after; twice is fine."""
@@ -104,9 +125,11 @@ class Branch:
 
     @property
     def text(self) -> str:
-        """Generated text, prompt and hints excluded, without a stop string that ended it."""
-        text = self._llm.decode(self.output_token_ids)
-        return text[: len(text) - self._num_hidden_chars]
+        """What was generated here and on its ancestors, prompt and hints excluded, as `LLM.generate` shows it.
+
+        Once shown it stays. Half a character alone, cut off by max_tokens, is shown as U+FFFD until it is completed.
+        """
+        return self._text
 
     @property
     def confidence(self) -> float:
@@ -152,40 +175,121 @@ class Branch:
         if self._llm is not llm:
             raise BranchError(f"branch {self.path} belongs to another LLM; use the one that made it")
 
-    def _absorb(self, request: Request) -> None:
+    @property
+    def _settled_text(self) -> str:
+        """The text that no further token can change."""
+        return self._text[: len(self._text) - self._num_provisional]
+
+    def _close_text(self) -> None:
+        """Something else comes next: half a character at the end remains one."""
+        self._num_provisional = 0
+        if self._detokenizer is not None:
+            self._detokenizer = self._detokenizer.cut()
+
+    def _request(self, params: "SamplingParams") -> Request:
+        """Queues a generation that goes on from here."""
+        return self._llm.engine.add_request(
+            self._sequence,
+            params,
+            seed=self._sequence.branch_seed,
+            earlier_output_ids=self.output_token_ids,
+            detokenizer=self._detokenizer,
+        )
+
+    def _absorb(self, request: Request, keep_stop: bool) -> None:
         """Takes over what a finished request generated."""
+        checker = request.checker
+        assert checker is not None
+        if request.error is not None:
+            checker.flush()
         self.finish_reason = request.finish_reason
         self.output_token_ids += request.output_token_ids
         self.logprobs += request.logprobs
         self.signals += request.signals
-        self._num_hidden_chars = 0
-        checker = request.checker
-        if checker is not None and isinstance(checker.stop_reason, str):
-            shown = self._llm.decode(request.output_token_ids)
-            self._num_hidden_chars = len(shown) - len(checker.text)
+        before = self._detokenizer
+        if checker.detokenizer is None:
+            self._close_text()
+        else:
+            self._text = self._settled_text + request.text
+            self._num_provisional, self._detokenizer = checker.num_provisional, checker.detokenizer
+        if checker.finish_reason == "stop":
+            self._close_text()
+            if not keep_stop:
+                self._take_out_stop(request, before)
+
+    def _take_out_stop(self, request: Request, before: "TextSource | None") -> None:
+        """Takes what ended a request out of the tokens: those from the first one on that holds any of it.
+
+        A stop string may begin within a token: what that spelt before it is appended again, as a piece of its own.
+        """
+        tokens, text = request.output_token_ids, request.text
+        num_kept, rest = len(tokens) - 1, ""
+        assert request.checker is not None
+        if isinstance(request.checker.stop_reason, str):
+            source = self._llm.engine.text_source(request.params, before)
+            assert source is not None  # there was text to find it in
+            num_kept, num_chars = _num_within(tokens, text, source)
+            rest = text[num_chars:]
+        num_dropped = len(tokens) - num_kept
+        self._llm.engine.cut(self._sequence, self.num_tokens - num_dropped)
+        del self.output_token_ids[-num_dropped:], self.logprobs[-num_dropped:]
+        self.signals = self.signals.without_last(num_dropped)
+        self._sequence.token_ids += self._llm.encode_fragment(rest) if rest else []
+
+
+def _num_within(token_ids: SequenceOf[int], text: str, source: "TextSource") -> tuple[int, int]:
+    """(the most tokens that spell a beginning of the text, its length); a token may spell some of it and more."""
+    num_tokens = num_chars = num_final = 0
+    for count, token_id in enumerate(token_ids, start=1):
+        num_final += len(source.push([token_id]))
+        rest = source.flush()
+        if text.startswith(rest, num_final):
+            num_tokens, num_chars = count, num_final + len(rest)
+    return num_tokens, num_chars
+
+
+def branch_list(branches: Any, llm: "LLM") -> list[Branch]:
+    """Branches that a call of this LLM can use.
+
+    Raises:
+        BranchError: they are no list of branches, or one is pruned or another LLM's.
+    """
+    items = list(branches) if is_list(branches) else [branches]
+    for item in items:
+        if not isinstance(item, Branch) or not is_list(branches):
+            raise BranchError(f"branches must be a list of what branch() or fork() made, not {brief(branches)}")
+        item._check_owner(llm)
+    return items
 
 
 class BranchProgress:
-    """A branch while `LLM.extend` decodes it; ancestors' tokens count with its own."""
+    """A branch while `LLM.extend` decodes it; ancestors' tokens count with its own.
+
+    Attributes:
+        branch: which; it gets what was generated at the end of the call.
+    """
 
     def __init__(self, branch: Branch, request: Request) -> None:
-        self._branch = branch
+        self.branch = branch
         self._request = request
+        self._num_tokens_before = len(branch.output_token_ids)
+        self._signals_before = branch.signals
+        self._text_before = branch._settled_text if request.params.detokenize else branch.text
 
     @property
     def num_tokens(self) -> int:
         """Generated so far."""
-        return len(self._branch.output_token_ids) + len(self._request.output_token_ids)
+        return self._num_tokens_before + len(self._request.output_token_ids)
 
     @property
     def signals(self) -> TokenSignals:
         """How sure the model was of each generated token."""
-        return self._branch.signals + self._request.signals
+        return self._signals_before + self._request.signals
 
     @property
     def text(self) -> str:
         """Generated so far; never half a character or the beginning of a stop string."""
-        return self._branch.text + self._request.text
+        return self._text_before + self._request.text
 
     @property
     def finished(self) -> bool:

@@ -234,8 +234,9 @@ class Scheduler:
                     blocks.free(seq_id, returns=True)
                 return None
         if request.num_cached_tokens is None:
-            request.num_cached_tokens = cached if is_new else 0
-            self.num_cached_tokens += request.num_cached_tokens
+            found = cached if is_new else 0
+            request.num_cached_tokens = found - found % blocks.block_size
+            self.num_cached_tokens += found
         request.state = RequestState.RUNNING
         self.running.append(request)  # before its blocks change, so that `preempt_all` knows of them
         copies = copies + blocks.reserve(seq_id, cached + num_tokens)
