@@ -2,9 +2,10 @@
 
 import pytest
 
-from minirksc import LLM, SamplingParams
+from minirksc import LLM, SamplingParams, Solver, SolverConfig
 from minirksc.errors import NumericalError
 
+SOLVER = SolverConfig(branches=2, tokens_per_step=3, verify="never")
 PROMPTS = ["a stream", "another stream of text", "and a third"]
 OTHERS = {
     "nothing": lambda llm, branch: None,
@@ -12,6 +13,7 @@ OTHERS = {
     "score": lambda llm, branch: llm.score([branch], "?", ["y", "n"]),
     "extend": lambda llm, branch: llm.extend([branch], SamplingParams(temperature=0, max_tokens=3)),
     "branch": lambda llm, branch: llm.branch("one more prompt").prune(),
+    "solve": lambda llm, branch: Solver(llm, SOLVER).solve("a problem"),
     "to the end": lambda llm, branch: llm.generate("in between", SamplingParams(max_tokens=60, ignore_eos=True)),
 }
 
