@@ -110,7 +110,7 @@ class SamplingParams:
             biases = dict(zip(ids, self.logit_bias.values(), strict=True))  # the caller may change theirs
             object.__setattr__(self, "logit_bias", biases)
         for token_id, bias in (self.logit_bias or {}).items():
-            _check_float(f"logit_bias[{token_id}]", bias, optional=False)
+            _check_float(f"logit_bias[{brief(token_id)}]", bias, optional=False)
         self._check_contradictions()
 
     def _check_contradictions(self) -> None:

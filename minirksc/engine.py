@@ -172,9 +172,10 @@ class Engine:
         self.check_idle(sequence)
         seq_id = sequence.seq_id
         if seq_id in self.blocks and self.blocks.num_tokens(seq_id) > num_tokens:
-            if self.blocks.can_rewind(seq_id, num_tokens):
-                self.blocks.rewind(seq_id, num_tokens)
-            else:  # the window before the new end is gone
+            # The new last token is computed once more, for its logits.
+            if self.blocks.can_rewind(seq_id, num_tokens - 1):
+                self.blocks.rewind(seq_id, num_tokens - 1)
+            else:  # what its window would see is gone
                 self.scheduler.release(sequence)
         del sequence.token_ids[num_tokens:]
 
