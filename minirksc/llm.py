@@ -7,6 +7,7 @@ kv_cache_dtype="int8" asks for it.
 import math
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from minirksc.asks import Probe, make_paper_probe, make_probe
 from minirksc.branch import Branch, BranchProgress, branch_list
+from minirksc.calls import Call
 from minirksc.config import EngineConfig, SamplingParams
 from minirksc.engine import Engine
 from minirksc.errors import (
@@ -39,7 +41,7 @@ from minirksc.kernels.native_ops import why_not
 from minirksc.loading import load
 from minirksc.models.spec import ArchSpec
 from minirksc.prompts import Conversation, Params, Prompt, conversation_list, one_or_many, params_list, read_prompt
-from minirksc.request import ChunkReader, Request, RequestOutput, Salt, Sequence, Stats, StreamChunk, salt_key
+from minirksc.request import ChunkReader, Request, RequestOutput, Salt, Stats, StreamChunk, salt_key
 from minirksc.scoring import score_requests
 from minirksc.threads import plan_threads
 from minirksc.token_ids import is_list, plain, read_token_ids
@@ -106,6 +108,11 @@ class LLM:
             raise EngineClosedError(f"LLM({self.config.model!r}) was closed; make a new one")
         return self._engine
 
+    @property
+    def closed(self) -> bool:
+        """True after close()."""
+        return self._engine is None
+
     def close(self) -> None:
         """Frees model and cache; a second call does nothing."""
         if self._engine is not None:
@@ -165,17 +172,14 @@ class LLM:
         """
         items, _ = one_or_many(prompts)
         jobs: list[Job] = []
-        try:
+        with self.engine.call() as call:
             for index, (prompt, one) in enumerate(zip(items, params_list(params, len(items)), strict=True)):
-                jobs.append(self._start(prompt, one, salt))
+                jobs.append(self._start(call, prompt, one, salt))
                 if not return_errors:
                     _raise_named(jobs[-1].error, "prompt", index, len(items))
-            requests = [request for job in jobs for request in job.requests]
-            with tqdm(total=len(requests), disable=not use_tqdm, unit="request") as bar:
-                for _ in self._run(requests):
-                    bar.update(sum(request.finished for request in requests) - bar.n)
-        finally:
-            self._abort(request for job in jobs for request in job.requests)
+            with tqdm(total=len(call.requests), disable=not use_tqdm, unit="request") as bar:
+                for _ in self._run(call.requests):
+                    bar.update(sum(request.finished for request in call.requests) - bar.n)
         results = [job.result() for job in jobs]
         for index, result in enumerate(() if return_errors else results):
             _raise_named(result.error, "prompt", index, len(items))
@@ -192,17 +196,28 @@ class LLM:
         Raises:
             ConfigError, PromptError, CacheFullError, NumericalError, TokenizerError.
         """
-        job = self._start(prompt, params, salt)
-        if job.error is not None:
-            raise job.error
-        readers = [ChunkReader(request, index) for index, request in enumerate(job.requests)]
-        try:
+        made: list[weakref.ref[Generator[StreamChunk, None, RequestOutput]]] = []
+
+        def is_alive() -> bool:
+            stream = made[0]()
+            return stream is not None and stream.gi_frame is not None  # type: ignore[attr-defined]
+
+        stream = self._stream(prompt, params, salt, is_alive)
+        made.append(weakref.ref(stream))
+        return stream
+
+    def _stream(
+        self, prompt: Any, params: Any, salt: Salt | None, is_alive: Callable[[], bool]
+    ) -> Generator[StreamChunk, None, RequestOutput]:
+        with self.engine.call(is_alive) as call:
+            job = self._start(call, prompt, params, salt)
+            if job.error is not None:
+                raise job.error
+            readers = [ChunkReader(request, index) for index, request in enumerate(job.requests)]
             for _ in self._run(job.requests):
                 # Until nothing is new: whoever takes a chunk may step the engine before he takes the next.
                 while chunks := [chunk for reader in readers if (chunk := reader.read()) is not None]:
                     yield from chunks
-        finally:
-            self._abort(job.requests)
         return job.result()
 
     def chat(
@@ -247,14 +262,16 @@ class LLM:
         """
         sequence = self.engine.new_sequence(token_ids, share=False)
         out = torch.empty((len(sequence.token_ids), self.spec.vocab_size))
-        request = self.engine.add_request(
-            sequence,
-            SamplingParams(),
-            prefill_only=True,
-            logits_start=0,
-            on_logits=lambda first, rows: _store(out, first, rows),
-        )
-        self._run_all([request])
+        with self.engine.call() as call:
+            self.engine.add_request(
+                sequence,
+                SamplingParams(),
+                prefill_only=True,
+                logits_start=0,
+                on_logits=lambda first, rows: _store(out, first, rows),
+                call=call,
+            )
+            self._run_all(call.requests)
         return out
 
     # Branches
@@ -310,31 +327,26 @@ class LLM:
         if seats is not None and len(seats) != len(prompts):
             raise ConfigError(f"{len(seats)} seats for {len(prompts)} prompts; give one each, None for none")
         SamplingParams(seed=seed)  # checks its range
-        requests: list[Request] = []
-        sequences: list[Sequence] = []
-        try:
+        made: list[Branch] = []
+        with self.engine.call() as call:
             for index, prompt in enumerate(prompts):
                 try:
                     _, token_ids, own_salt = self._encode(prompt, salt)
                     own_seed = self.engine.next_seed() if seed is None else seed
                     sequence = self.engine.new_sequence(token_ids, share=share, salt=own_salt, seed=own_seed)
-                    sequences.append(sequence)
                     sequence.kept = True
+                    call.sequences.append(sequence)
+                    made.append(Branch(self, sequence))
                     seat = None if seats is None else seats[index]
-                    requests.append(self.engine.add_request(sequence, SamplingParams(), prefill_only=True, seat=seat))
+                    self.engine.add_request(sequence, SamplingParams(), prefill_only=True, seat=seat, call=call)
                 except MinirkscError as error:
                     _raise_named(error, "prompt", index, len(prompts))
-            self._run_all(requests)
-        except BaseException:
-            self._abort(requests)
-            for sequence in sequences:  # nobody has a handle on them
-                self.engine.release(sequence)
-            raise
-        made = [Branch(self, sequence) for sequence in sequences]
-        for branch, request in zip(made, requests, strict=True):
-            branch.exit_layer = request.exit_layer
-            branch.num_saved_layer_rows = request.num_saved_layer_rows
-            branch.num_cached_tokens = request.num_cached_tokens or 0
+            self._run_all(call.requests, "prompt")
+            for branch, request in zip(made, call.requests, strict=True):
+                branch.exit_layer = request.exit_layer
+                branch.num_saved_layer_rows = request.num_saved_layer_rows
+                branch.num_cached_tokens = request.num_cached_tokens or 0
+            call.sequences.clear()  # they are the branches'
         return made
 
     def extend(
@@ -376,28 +388,24 @@ class LLM:
                 raise ConfigError("extend() reports Branch.logprobs, of chosen tokens; leave logprobs options out")
             if one.include_stop_str_in_output and not keep_stop:
                 raise ConfigError("keep_stop=False takes out what include_stop_str_in_output shows; leave one out")
-        requests: list[Request] = []
-        try:
+        with self.engine.call() as call:
+            progress: list[BranchProgress] = []
             for index, (branch, one) in enumerate(zip(owned, each, strict=True)):
                 try:
-                    requests.append(branch._request(one))
+                    branch._add_request(one, call)
                 except MinirkscError as error:
                     _raise_named(error, "branch", index, len(owned))
-        except BaseException:
-            self._abort(requests)
-            raise
-        try:
-            progress = [BranchProgress(branch, request) for branch, request in zip(owned, requests, strict=True)]
-            for _ in self._run(requests):
-                for index, reason in ((on_step(progress) if on_step else None) or {}).items():
-                    if index not in range(len(requests)):
-                        raise ConfigError(f"on_step stops branch {brief(index)} of {len(requests)}; give its index")
-                    self.engine.abort(requests[index], reason)
-            self._raise_first_error(requests, "branch")
-        finally:
-            self._abort(requests)
-            for branch, request in zip(owned, requests, strict=True):
-                branch._absorb(request, keep_stop)
+            progress = [BranchProgress(branch, request) for branch, request in zip(owned, call.requests, strict=True)]
+            try:
+                for _ in self._run(call.requests):
+                    for index, reason in ((on_step(progress) if on_step else None) or {}).items():
+                        if index not in range(len(owned)):
+                            raise ConfigError(f"on_step stops branch {brief(index)} of {len(owned)}; give its index")
+                        self.engine.abort(call.requests[index], reason)
+            finally:
+                for branch in () if keep_stop else owned:
+                    branch._take_out_stop()
+            self._raise_first_error(call.requests, "branch")
 
     def score(
         self,
@@ -430,23 +438,19 @@ class LLM:
             raise ConfigError(f"a gate reads one row of logits a branch; choices {choice_ids} have more than one token")
         scores = torch.full((len(owned), len(choice_ids)), math.nan)
         sequences = [branch._sequence for branch in owned]
-        requests: list[Request] = []
-        try:
-            requests.extend(
-                score_requests(
-                    self.engine,
-                    sequences,
-                    self._questions(question, len(owned)),
-                    choice_ids,
-                    SamplingParams(),
-                    scores,
-                    gate,
-                )
+        with self.engine.call() as call:
+            score_requests(
+                self.engine,
+                call,
+                sequences,
+                self._questions(question, len(owned)),
+                choice_ids,
+                SamplingParams(),
+                scores,
+                gate,
             )
-            self._run_all(requests)
-        finally:
-            self._abort(requests)
-        left = [request.exit_layer is not None for request in requests]
+            self._run_all(call.requests)
+        left = [request.exit_layer is not None for request in call.requests]
         rows = scores if gate is None else scores[[not has_left for has_left in left]]
         if not rows.isfinite().all():
             raise NumericalError("the model gave NaN or infinite logits for a choice; try dtype='float32'")
@@ -573,15 +577,16 @@ class LLM:
             token_ids = self.need_tokenizer("text").encode(text)
         return text, token_ids, salt if own_salt is None else own_salt
 
-    def _start(self, prompt: Any, params: Any, salt: Salt | None) -> Job:
+    def _start(self, call: Call, prompt: Any, params: Any, salt: Salt | None) -> Job:
         """A prompt with its requests, or with the error that kept it from starting."""
-        engine, job = self.engine, Job(None, [], SamplingParams())
+        job = Job(None, [], SamplingParams())
         try:
             job.prompt, job.token_ids, own_salt = self._encode(prompt, salt)
             job.params = SamplingParams.of(params).resolved(self.sampling_defaults)
-            job.add_requests(engine, own_salt)
+            job.add_requests(self.engine, call, own_salt)
         except MinirkscError as error:
-            self._abort(job.requests)
+            for request in job.requests:
+                self.engine.abort(request)
             job.requests.clear()
             job.error = error
         return job
@@ -592,24 +597,15 @@ class LLM:
             self.engine.step()
             yield
 
-    def _run_all(self, requests: SequenceOf[Request]) -> None:
+    def _run_all(self, requests: SequenceOf[Request], what: str = "request") -> None:
         """Runs until all have finished; raises the first error among them."""
-        try:
-            for _ in self._run(requests):
-                pass
-        finally:
-            self._abort(requests)
-        self._raise_first_error(requests)
+        for _ in self._run(requests):
+            pass
+        self._raise_first_error(requests, what)
 
     def _raise_first_error(self, requests: SequenceOf[Request], what: str = "request") -> None:
         for index, request in enumerate(requests):
             _raise_named(request.error, what, index, len(requests))
-
-    def _abort(self, requests: Iterable[Request]) -> None:
-        """Whatever interrupted the caller, nothing stays behind in the engine."""
-        if self._engine is not None:
-            for request in requests:
-                self._engine.abort(request)
 
 
 def _raise_named(error: Exception | None, what: str, index: int, count: int) -> None:

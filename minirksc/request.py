@@ -15,7 +15,7 @@ from minirksc.config import SamplingParams
 from minirksc.errors import ConfigError, brief
 from minirksc.gates import Seat
 from minirksc.signals import TokenSignals
-from minirksc.stopping import StopChecker
+from minirksc.stopping import StopChecker, TextSource
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +76,7 @@ class RequestState(Enum):
     FINISHED = "finished"
 
 
-@dataclass(slots=True, eq=False, weakref_slot=True)
+@dataclass(slots=True, eq=False)
 class Request:
     """One generation: extend a sequence by up to params.max_tokens tokens.
 
@@ -91,6 +91,8 @@ class Request:
         on_logits: see `LogitsCallback`; after a preemption in the midst of them positions may come twice.
         seat: its place at a depth gate; None: it goes through all layers.
         earlier_output_ids: what was generated on the sequence before, for presence and frequency penalties.
+        detokenizer: as the generation before on the sequence left it; None: the text begins here.
+        num_taken_out: of its output, tokens at the end that were taken out of the sequence again.
         num_cached_tokens: prompt tokens whose KV was found and not computed, at first admission; whole blocks, since
             by more one could learn another's prompt token by token.
         output_token_ids, logprobs, signals: one entry a generated token.
@@ -110,6 +112,8 @@ class Request:
     on_logits: LogitsCallback | None = None
     seat: Seat | None = None
     earlier_output_ids: SequenceOf[int] = ()
+    detokenizer: TextSource | None = None
+    num_taken_out: int = 0
     state: RequestState = RequestState.WAITING
     num_cached_tokens: int | None = None
     output_token_ids: list[int] = field(default_factory=list)
@@ -135,6 +139,23 @@ class Request:
     def text(self) -> str:
         """Generated text that is final so far: never half a character or the beginning of a stop string."""
         return "" if self.checker is None else self.checker.text
+
+    def put_in_order(self, make_checker: Callable[["Request"], StopChecker]) -> None:
+        """After an interruption at any line: what is whole of its output stays, and the rest follows from it."""
+        if self.checker is not None and self.finish_reason is None:
+            columns: list[list[Any]] = [self.output_token_ids, self.logprobs]
+            columns += [self.signals.top1, self.signals.self_certainty]
+            if self.params.logprobs is not None:
+                columns.append(self.top_logprobs)
+            num_whole = min(map(len, columns))
+            for column in columns:
+                del column[num_whole:]
+            self.sequence.token_ids[self.num_prompt_tokens :] = self.output_token_ids
+            self.checker = make_checker(self)
+            for token_id in self.output_token_ids:
+                self.checker.push(token_id)
+            self.finish_reason = self.checker.finish_reason
+        self.state = RequestState.WAITING if self.finish_reason is None else RequestState.FINISHED
 
     @property
     def uses_cache(self) -> bool:

@@ -29,9 +29,9 @@ class TokenSignals:
     def __add__(self, other: "TokenSignals") -> "TokenSignals":
         return TokenSignals(self.top1 + other.top1, self.self_certainty + other.self_certainty)
 
-    def without_last(self, num_tokens: int) -> "TokenSignals":
-        """Of all tokens but the last ones, of which there is at least one."""
-        return TokenSignals(self.top1[:-num_tokens], self.self_certainty[:-num_tokens])
+    def first(self, num_tokens: int) -> "TokenSignals":
+        """Those of the first tokens."""
+        return TokenSignals(self.top1[:num_tokens], self.self_certainty[:num_tokens])
 
 
 def mean_top1(tokens: TokenSignals) -> float:
