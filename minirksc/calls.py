@@ -99,20 +99,11 @@ class Call:
 
 
 class Handle(weakref.ref[object]):
-    """An object that a kept sequence goes with.
+    """A reference to the object that a kept sequence goes with; its callback tells that the object is gone.
 
-    Args:
-        owner: the object.
-        gone: called with this once it is gone, at any moment and in any thread: something that runs no Python, as the
-            `append` of a deque does, since an error in it would be lost.
+    Attributes:
         sequence: that nobody needs then.
     """
 
     __slots__ = ("sequence",)
-
-    def __new__(cls, owner: object, gone: Callable[["Handle"], None], sequence: Sequence) -> "Handle":
-        return super().__new__(cls, owner, gone)  # type: ignore[arg-type]
-
-    def __init__(self, owner: object, gone: Callable[["Handle"], None], sequence: Sequence) -> None:
-        super().__init__(owner, gone)  # type: ignore[arg-type]
-        self.sequence = sequence
+    sequence: Sequence

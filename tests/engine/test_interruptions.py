@@ -173,7 +173,7 @@ def test_an_interrupted_extend_leaves_the_tokens_so_far(model):
     for number in sorted(rng.randint(1, total) for _ in range(LINES)):
         branch = llm.branch(PROMPT)
         with pytest.raises(MemoryError):
-            at_line(lambda: llm.extend([branch], GREEDY), min(number, total // 2), memory_error)
+            at_line(lambda branch=branch: llm.extend([branch], GREEDY), min(number, total // 2), memory_error)
         llm.engine.blocks.check_integrity()
         done = branch.output_token_ids
         assert done == expected[: len(done)] and branch.token_ids == PROMPT + done
