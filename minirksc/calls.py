@@ -55,6 +55,22 @@ class Mark:
             self._modes.restore()
 
 
+class Changes:
+    """A `with` block on it changes what must be whole again at its end; where it is left half way, its mark stays."""
+
+    def __init__(self) -> None:
+        self.mark: Mark | None = None
+
+    def __enter__(self) -> None:
+        self.mark = Mark(sys._getframe(1))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.mark = None
+
+
 class Call:
     """One call from outside, and what it has in the engine; all of it goes when the call ends.
 

@@ -14,9 +14,9 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from minirksc import forks
 from minirksc.batch import ForwardBatch, LogitsRows, build_batch
-from minirksc.calls import Call, Handle, Mark
+from minirksc.calls import Call, Changes, Handle, Mark
 from minirksc.config import EngineConfig, SamplingParams
 from minirksc.depth import Depth
 from minirksc.errors import (
@@ -111,7 +111,7 @@ class Engine:
         self._pid = os.getpid()
         self._calls: list[Call] = []
         self._step_mark: Mark | None = None  # the KV of what runs is not written yet
-        self._books_mark: Mark | None = None  # tables, counts and queues are being changed
+        self._changes = Changes()  # of tables, counts and queues
         self._sequence_ids = itertools.count()
         self._request_ids = itertools.count()
         self._num_steps = 0
@@ -170,45 +170,37 @@ class Engine:
 
     def _mend(self) -> bool:
         """Puts in order what a call that was left half way has left behind; False: somebody is inside, look only."""
-        marks = [mark for mark in (self._books_mark, self._step_mark) if mark is not None]
+        marks = [mark for mark in (self._changes.mark, self._step_mark) if mark is not None]
         if any(mark.is_running for mark in marks) or any(call.is_elsewhere for call in self._calls):
             return False
         if marks:
             marks[-1].restore_modes()
-            if self._books_mark is not None:
+            if self._changes.mark is not None:
                 self._rebuild()
             else:
-                with self._changing():  # a table may point at a copy that was never made: what ran is computed again
+                with self._changes:  # a table may point at a copy that was never made: what ran is computed again
                     self.scheduler.preempt_all()
             self._step_mark = None
         for call in [call for call in self._calls if call.is_over]:
-            with self._changing():
+            with self._changes:
                 self._give_back(call)
         while self._dropped:
-            with self._changing():
+            with self._changes:
                 self._release(self._dropped[0].sequence)
                 self._dropped.popleft()
         return True
 
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Marks the books while they are being changed; where that is left half way, the mark stays."""
-        self._books_mark = Mark(sys._getframe(2))
-        yield
-        self._books_mark = None
-
     def _rebuild(self) -> None:
         """Frees all blocks; requests that have not ended go on from their tokens."""
-        self._books_mark = Mark(sys._getframe())
-        for request in self.scheduler.requests.values():
-            request.put_in_order(lambda one: self._make_checker(one.params, one.num_prompt_tokens, one.detokenizer))
-        self._blocks.clear()
-        self.scheduler.restart()
-        self._books_mark = None
+        with self._changes:
+            for request in self.scheduler.requests.values():
+                request.put_in_order(lambda one: self._make_checker(one.params, one.num_prompt_tokens, one.detokenizer))
+            self._blocks.clear()
+            self.scheduler.restart()
 
     def _end_call(self, call: Call) -> None:
         self._enter()
-        with self._changing():
+        with self._changes:
             self._give_back(call)
 
     def _give_back(self, call: Call) -> None:
@@ -299,7 +291,7 @@ class Engine:
         self.check_idle(sequence)
         seq_id = sequence.seq_id
         if seq_id in self._blocks and self._blocks.num_tokens(seq_id) > num_tokens:
-            with self._changing():
+            with self._changes:
                 # The last token that stays is computed once more, for its logits.
                 if self._blocks.can_rewind(seq_id, num_tokens - 1):
                     self._blocks.rewind(seq_id, num_tokens - 1)
@@ -330,7 +322,7 @@ class Engine:
             depth=parent.depth + 1,
             kept=kept,
         )
-        with self._changing():
+        with self._changes:
             if call is not None:
                 call.sequences.append(child)
             if parent.seq_id in self._blocks:
@@ -403,7 +395,7 @@ class Engine:
             earlier_output_ids=earlier_output_ids,
             detokenizer=detokenizer,
         )
-        with self._changing():
+        with self._changes:
             if call is not None:
                 call.requests.append(request)
             self.scheduler.add(request)
@@ -417,13 +409,13 @@ class Engine:
             reason: its finish_reason.
         """
         self._enter()
-        with self._changing():
+        with self._changes:
             self._abort(request, reason)
 
     def release(self, sequence: Sequence) -> None:
         """Gives back the blocks of a kept sequence; a request that runs on it is aborted."""
         self._enter()
-        with self._changing():
+        with self._changes:
             self._release(sequence)
 
     def _abort(self, request: Request, reason: str) -> None:
@@ -436,19 +428,19 @@ class Engine:
     def pin(self, sequence: Sequence) -> None:
         """Keeps the blocks of a kept sequence from eviction; see `BlockManager.pin`."""
         self._enter()
-        with self._changing():
+        with self._changes:
             self._blocks.pin(sequence.seq_id)
 
     def unpin(self, sequence: Sequence) -> None:
         """Takes `pin` back."""
         self._enter()
-        with self._changing():
+        with self._changes:
             self._blocks.unpin(sequence.seq_id)
 
     def reset_prefix_cache(self) -> None:
         """Forgets every cached block that no sequence uses, and unpins all."""
         self._enter()
-        with self._changing():
+        with self._changes:
             self._blocks.reset()
 
     def release_with(self, owner: object, sequence: Sequence) -> None:
@@ -489,7 +481,7 @@ class Engine:
         return changed
 
     def _step(self) -> list[Request]:
-        with self._changing():
+        with self._changes:
             step = self.scheduler.schedule()
         if not step.scheduled:
             return step.ended
@@ -512,7 +504,7 @@ class Engine:
         # KV of a request whose logits are not finite must not reach the prefix cache, nor what a gate left half made.
         failed = {request for request, one in drawn if one.failure is not None}
         stored = [item for item in step.scheduled if item.request not in failed and item.request not in left]
-        with self._changing():
+        with self._changes:
             for request, position in ({} if depth is None else depth.borrowed).items():
                 self._blocks.keep_out_of_index(request.sequence.seq_id, position)
             self.scheduler.commit(stored)
