@@ -10,6 +10,7 @@ import torch
 
 from minirksc import LLM, SamplingParams
 from minirksc.errors import BranchError, ConfigError, EngineClosedError, MinirkscError, PromptError
+from minirksc.request import Sequence
 
 ONE = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
 IDS = [5, 6, 7, 8]
@@ -322,6 +323,9 @@ def test_a_request_refuses_what_it_cannot_do(llm, branch, tiny_llama):
     pruned.prune()
     with pytest.raises(BranchError, match="was released"):
         engine.add_request(pruned._sequence, ONE)
+    for wrong in (None, 5, branch, Sequence(0, IDS)):
+        with pytest.raises(BranchError, match="no sequence|by hand"):
+            engine.add_request(wrong, ONE)
     with LLM(tiny_llama(), kv_cache_bytes="1MiB") as other, pytest.raises(BranchError, match="another engine"):
         other.engine.add_request(sequence, ONE)
     assert not engine.has_work
