@@ -324,7 +324,7 @@ def test_a_request_refuses_what_it_cannot_do(llm, branch, tiny_llama):
     with pytest.raises(BranchError, match="was released"):
         engine.add_request(pruned._sequence, ONE)
     for wrong in (None, 5, branch, Sequence(0, IDS)):
-        with pytest.raises(BranchError, match="no sequence|by hand"):
+        with pytest.raises(BranchError, match=r"no sequence|by hand"):
             engine.add_request(wrong, ONE)
     with LLM(tiny_llama(), kv_cache_bytes="1MiB") as other, pytest.raises(BranchError, match="another engine"):
         other.engine.add_request(sequence, ONE)
