@@ -141,6 +141,7 @@ class Branch:
         """What was generated here and on its ancestors, prompt and hints excluded, as `LLM.generate` shows it.
 
         Once shown it stays. Half a character alone, cut off by max_tokens, is shown as U+FFFD until it is completed.
+        While the branch is being extended this is its text as if it ended here.
         """
         return self._output().text
 
@@ -276,6 +277,10 @@ class Output:
             return
         self.text = self.settled_text + request.text
         self.num_provisional, self.detokenizer = checker.num_provisional, checker.detokenizer
+        if not request.finished:  # as if it ended here: a fork goes on from here alone
+            held, self.num_provisional = checker.held()
+            self.text += held
+            self.detokenizer = checker.detokenizer.copy(request.params.skip_special_tokens)
         if checker.finish_reason == "stop":
             self.close()
 

@@ -35,6 +35,7 @@ from minirksc.errors import (
     MinirkscError,
     NumericalError,
     PromptError,
+    brief,
 )
 from minirksc.eviction import BY_IMPORTANCE
 from minirksc.gates import Seat
@@ -276,8 +277,10 @@ class Engine:
             )
 
     def _check_owner(self, sequence: Sequence) -> None:
+        if not isinstance(sequence, Sequence):
+            raise BranchError(f"{brief(sequence)} is no sequence; make one with new_sequence or fork_sequence")
         if sequence.owner is not self._owner:
-            state = "was released" if sequence.owner is None else "is another engine's"
+            state = "was released, or made by hand" if sequence.owner is None else "is another engine's"
             raise BranchError(f"sequence {sequence.seq_id} {state}; make one with new_sequence or fork_sequence")
 
     def replace_end(self, sequence: Sequence, num_tokens: int, token_ids: SequenceOf[int]) -> None:

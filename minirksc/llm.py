@@ -254,13 +254,17 @@ class LLM:
         ]
         return self.generate(prompts, params, use_tqdm, return_errors, salt=salt)  # type: ignore[arg-type]
 
-    def logits(self, token_ids: Iterable[int]) -> Tensor:
-        """Next-token logits at every position: `[tokens, vocab]` float32 on the CPU; shares no block with any call.
+    def logits(self, token_ids: Iterable[int], *, salt: Salt | None = None) -> Tensor:
+        """Next-token logits at every position: `[tokens, vocab]` float32 on the CPU.
+
+        Args:
+            token_ids: all are computed, whatever is cached of them.
+            salt: whose calls may use what is computed here; None: nobody's.
 
         Raises:
             PromptError, CacheFullError.
         """
-        sequence = self.engine.new_sequence(token_ids, share=False)
+        sequence = self.engine.new_sequence(token_ids, share=salt is not None, salt=salt)
         out = torch.empty((len(sequence.token_ids), self.spec.vocab_size))
         with self.engine.call() as call:
             self.engine.add_request(
@@ -398,9 +402,7 @@ class LLM:
             progress = [BranchProgress(branch, request) for branch, request in zip(owned, call.requests, strict=True)]
             try:
                 for _ in self._run(call.requests):
-                    for index, reason in ((on_step(progress) if on_step else None) or {}).items():
-                        if index not in range(len(owned)):
-                            raise ConfigError(f"on_step stops branch {brief(index)} of {len(owned)}; give its index")
+                    for index, reason in _early_ends(on_step(progress) if on_step else None, len(owned)):
                         self.engine.abort(call.requests[index], reason)
             finally:
                 for branch in () if keep_stop else owned:
@@ -606,6 +608,14 @@ class LLM:
     def _raise_first_error(self, requests: SequenceOf[Request], what: str = "request") -> None:
         for index, request in enumerate(requests):
             _raise_named(request.error, what, index, len(requests))
+
+
+def _early_ends(answer: Any, num_branches: int) -> list[tuple[int, str]]:
+    """(index, finish_reason) of the branches that on_step stops."""
+    ends = {} if answer is None else answer
+    if isinstance(ends, Mapping) and all(i in range(num_branches) and isinstance(ends[i], str) for i in ends):
+        return list(ends.items())
+    raise ConfigError(f"on_step gave {brief(answer)} for {num_branches} branches; it gives index -> finish_reason")
 
 
 def _raise_named(error: Exception | None, what: str, index: int, count: int) -> None:

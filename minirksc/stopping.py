@@ -97,6 +97,11 @@ class StopChecker:
             self._take_rest()
         return self._show()
 
+    def held(self) -> tuple[str, int]:
+        """(what `flush` would give out, its provisional characters); nothing changes."""
+        rest = "" if self.detokenizer is None else self.detokenizer.flush()
+        return self._held + rest, len(rest)
+
     def _take_rest(self) -> None:
         if self.detokenizer is not None:
             rest = self.detokenizer.flush()

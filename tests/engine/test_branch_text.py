@@ -136,6 +136,28 @@ def test_half_a_character_that_something_else_follows_remains_one(llm, say):
         one.prune()
 
 
+@pytest.mark.parametrize("num_tokens", range(1, 8))
+def test_a_fork_of_a_branch_under_way_goes_on_from_there(llm, say, num_tokens):
+    said = ["ab", "Ã", "©", "a", "b", "x", "Ã", "©"]
+    say(ids(llm, *said))
+    root, made = llm.branch(PROMPT), []
+
+    def on_step(progress):
+        if progress[0].num_tokens == num_tokens and not made:
+            made.extend(root.fork(1))
+            assert root.text == made[0].text
+
+    llm.extend([root], greedy(max_tokens=8, stop="abc"), on_step)
+    (child,) = made
+    (cut,) = llm.generate(PROMPT, greedy(max_tokens=num_tokens))
+    assert child.text == cut.outputs[0].text and child.output_token_ids == cut.outputs[0].token_ids
+    say(ids(llm, *said[num_tokens:]))
+    llm.extend([child], greedy(max_tokens=8 - num_tokens))
+    assert child.text == root.text == "abéabxé"
+    child.prune()
+    root.prune()
+
+
 def test_progress_ends_as_the_branch_does(llm, say):
     branch, kept = llm.branch(PROMPT), []
     for said in (["a", "Ã"], ["©", "ab", "."]):

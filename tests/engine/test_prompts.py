@@ -10,6 +10,7 @@ import torch
 
 from minirksc import LLM, SamplingParams
 from minirksc.errors import BranchError, ConfigError, EngineClosedError, MinirkscError, PromptError
+from minirksc.request import Sequence
 
 ONE = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
 IDS = [5, 6, 7, 8]
@@ -269,7 +270,7 @@ def test_what_is_no_branch_question_or_choice_is_refused(llm, branch):
             branch.fork(n)
     with pytest.raises(ConfigError, match="its own salt"):
         branch.append({"prompt": "a", "cache_salt": "x"})
-    for answer in ({7: "stop"}, {"0": "stop"}, {-1: "stop"}):
+    for answer in ({7: "stop"}, {"0": "stop"}, {-1: "stop"}, {0: None}, {0: 5}, [0], "stop", 0):
         with pytest.raises(ConfigError, match="on_step"):
             llm.extend([branch], {"max_tokens": 3, "ignore_eos": True}, lambda progress, answer=answer: answer)
     llm.extend([branch], ONE, lambda progress: None)
@@ -322,6 +323,9 @@ def test_a_request_refuses_what_it_cannot_do(llm, branch, tiny_llama):
     pruned.prune()
     with pytest.raises(BranchError, match="was released"):
         engine.add_request(pruned._sequence, ONE)
+    for wrong in (None, 5, branch, Sequence(0, IDS)):
+        with pytest.raises(BranchError, match=r"no sequence|by hand"):
+            engine.add_request(wrong, ONE)
     with LLM(tiny_llama(), kv_cache_bytes="1MiB") as other, pytest.raises(BranchError, match="another engine"):
         other.engine.add_request(sequence, ONE)
     assert not engine.has_work
@@ -401,7 +405,7 @@ def fresh(llm):
 
 
 @pytest.mark.parametrize("owner", [None, "a", b"b", "private 0"], ids=repr)
-@pytest.mark.parametrize("entry", ["generate", "prompt", "chat", "stream", "branch", "branches", "fork"])
+@pytest.mark.parametrize("entry", ["generate", "prompt", "chat", "stream", "branch", "branches", "fork", "logits"])
 def test_nothing_crosses_salts(fresh, owner, entry):
     llm = fresh
     message = [{"role": "user", "content": "a secret that nobody else may find"}]
@@ -416,6 +420,8 @@ def test_nothing_crosses_salts(fresh, owner, entry):
         llm.chat(message, ONE, salt=owner)
     elif entry == "stream":
         list(llm.stream(prompt, ONE, salt=owner))
+    elif entry == "logits":
+        llm.logits(prompt, salt=owner)
     elif entry == "branch":
         branches = [llm.branch(given)]
     elif entry == "branches":
@@ -427,14 +433,15 @@ def test_nothing_crosses_salts(fresh, owner, entry):
     for other in (None, "a", b"b", "private 0", "ab", b"a long", "c"):
         is_same = other == owner or (isinstance(owner, bytes) and other == owner.decode())
         found = num_cached(llm, prompt, salt=other)
-        assert found == (len(prompt[:-1]) // 4 * 4 if is_same else 0), other
+        is_found = is_same and not (entry == "logits" and owner is None)
+        assert found == (len(prompt[:-1]) // 4 * 4 if is_found else 0), other
         if not is_same:
-            break_even = llm.branch(prompt, salt=other)
-            assert break_even.num_cached_tokens > 0  # its own, from right before
-            assert not set(llm.engine.blocks.block_table(break_even.seq_id)) & {
+            stranger = llm.branch(prompt, salt=other)
+            assert stranger.num_cached_tokens > 0  # its own, from right before
+            assert not set(llm.engine.blocks.block_table(stranger.seq_id)) & {
                 block for b in branches for block in llm.engine.blocks.block_table(b.seq_id)
             }
-            break_even.prune()
+            stranger.prune()
     for b in branches:
         if b.parent is not None:
             b.parent.prune()
