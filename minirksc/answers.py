@@ -5,6 +5,7 @@ such statement counts. Where there is none, each kind has its own fallback. Unde
 markers only.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -65,7 +66,7 @@ def choose(answers: Sequence[str | None], scores: Sequence[float], rule: str) ->
 
     Args:
         answers: parsed answer of each candidate; None does not vote.
-        scores: of the same candidates, larger is better.
+        scores: of the same candidates, larger is better; NaN is worse than any.
         rule: "score" (the best one), "vote" (the commonest answer; ties go to the larger sum of
             scores) or "weighted_vote" (the answer with the largest sum of scores). A vote is
             represented by the best candidate that gives the winning answer; the earlier one of
@@ -87,11 +88,11 @@ def choose(answers: Sequence[str | None], scores: Sequence[float], rule: str) ->
     if rule != "score" and groups:
 
         def weight(group: list[int]) -> tuple[float, float]:
-            total = sum(scores[index] for index in group)
+            total = sum(score for score in map(scores.__getitem__, group) if not math.isnan(score))
             return (len(group) if rule == "vote" else total, total)
 
         candidates = max(groups.values(), key=weight)
-    return max(candidates, key=lambda index: scores[index])
+    return max(candidates, key=lambda index: -math.inf if math.isnan(scores[index]) else scores[index])
 
 
 def agreement(answers: Sequence[str | None]) -> dict[str, Any]:

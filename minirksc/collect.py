@@ -150,6 +150,8 @@ class Collector(Solver):
         return found
 
     def _branch(self, branch: "Branch", verdict: Verdict, margins: list[float]) -> BranchEvidence:
+        if verdict.probability is None:
+            raise NumericalError(str(verdict.error))
         token_ids = list(branch.output_token_ids)
         text = self.llm.decode(token_ids)
         return BranchEvidence(

@@ -184,16 +184,13 @@ class _Progress:
 
 @dataclass
 class _Judged:
-    """What `Judge` sees of a branch: a node and its branch in one."""
+    """What `Judge` sees of a branch."""
 
     index: int
     signals: TokenSignals
     confidence: float
     score: float | None = None
-
-    @property
-    def branch(self) -> "_Judged":
-        return self
+    error: None = None
 
 
 @dataclass

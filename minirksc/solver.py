@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from minirksc.answers import parse_answer
 from minirksc.cgee import DEFAULT_GATES, NO_GATES, PAPER_GATES, DecodeRule, Gates
-from minirksc.errors import ConfigError
+from minirksc.errors import ConfigError, NumericalError
 from minirksc.gates_file import read_gates, settings_of
 from minirksc.guard import refusal
 from minirksc.judge import Judge
@@ -115,37 +115,42 @@ class Solver:
                 leader = None if rule is None else self._led_by(tree, rule, open_nodes)
                 break
             ask([node for node in nodes if node.score is None])
+            nodes = _well(nodes)
             survivors = sorted(nodes, key=lambda node: -(node.score or 0.0))[: config.beam]
             if all(node.finished for node in survivors):
                 break
             nodes = tree.expand(nodes, survivors, config.branches)
         answers = [parse_answer(node.text, config.answer_parser) for node in nodes]
         judge = Judge(tree, self.gates, config.select, None if verifier is None else ask)
-        best = nodes[judge.choose(nodes, answers, nodes.index(leader) if leader in nodes else None)]
-        with tree.phase("select", nodes) as event:
-            event.update(rule=config.select, parsed=list(answers), best=best.node_id)
-        return best, {node.node_id: answer for node, answer in zip(nodes, answers, strict=True)}
+        best = nodes[judge.choose(nodes, answers, None if leader is None else nodes.index(leader))]
+        well = _well(nodes)
+        parsed = {node.node_id: answer for node, answer in zip(nodes, answers, strict=True) if node in well}
+        with tree.phase("select", well) as event:
+            event.update(rule=config.select, parsed=list(parsed.values()), best=best.node_id)
+        return best, parsed
 
     def _led_by(self, tree: Tree, rule: DecodeRule, nodes: Sequence[Node]) -> Node | None:
-        """Who led decisively while these nodes were decoded."""
+        """Who led decisively while these nodes were decoded, and did not fail afterwards."""
         if rule.consensus is not None:
             tree.note("consensus", "the others stopped", f"the vote for {rule.consensus!r} could not be lost any more")
         if rule.leader is None:
             return None
-        mode = self.config.decode_exit_mode
+        mode, leader = self.config.decode_exit_mode, nodes[rule.leader]
         reason = "the others stopped" if mode == "keep_leader" else "all stopped"
-        tree.note("decode_exit", mode, reason, node=nodes[rule.leader], calibrated=self.gates.is_calibrated)
-        return nodes[rule.leader]
+        asked = "nobody is asked" if leader.error is None else "it failed, so they are asked"
+        calibrated = self.gates.is_calibrated
+        tree.note("decode_exit", mode, f"{reason}; {asked}", node=leader, calibrated=calibrated)
+        return leader if leader.error is None else None
 
     def _ask(self, tree: Tree, nodes: Sequence[Node], verifier: Verifier | None, problem: Tokens) -> None:
-        """Sets verification and score."""
+        """Sets verification and score, or error where asking failed."""
         if verifier is not None:
             with tree.phase("verify", nodes) as event:
                 candidates = [Candidate(tree.exact_branch(node), self._answer_ids(node)) for node in nodes]
                 verdicts = verifier.ask(problem, candidates, self.gates.layer_exit)
                 event["probabilities"] = [verdict.probability for verdict in verdicts]
             for node, verdict in zip(nodes, verdicts, strict=True):
-                node.verification, node.exit_layer = verdict.probability, verdict.exit_layer
+                node.verification, node.exit_layer, node.error = verdict.probability, verdict.exit_layer, verdict.error
                 if verdict.saw_nan:
                     tree.note("layer_exit", "goes on", "a hidden state was not finite", node=node)
                 elif verdict.exit_layer is not None:
@@ -161,10 +166,10 @@ class Solver:
                         calibrated=self.gates.is_calibrated,
                     )
         for node in nodes:
-            if node.verification is None:
+            if verifier is None:
                 node.score = node.confidence
-            else:
-                node.score = node.verification * math.sqrt(node.confidence)
+            elif node.verification is not None:
+                node.score = node.verification * math.sqrt(node.confidence or 0.0)
 
     def _decode_rule(self) -> DecodeRule:
         config, parser = self.config, self.config.answer_parser
@@ -262,6 +267,17 @@ def default_hint(index: int, chat: bool) -> str:
     """How the answer of a branch begins where nobody says."""
     # In a conversation it begins the assistant's turn; in plain text, a paragraph.
     return f"Approach #{index + 1}:" if chat else f"\n\nApproach #{index + 1}:"
+
+
+def _well(nodes: Sequence[Node]) -> list[Node]:
+    """Those that did not fail.
+
+    Raises:
+        NumericalError: all did.
+    """
+    if all(node.error is not None for node in nodes):
+        raise NumericalError(str(nodes[0].error))
+    return [node for node in nodes if node.error is None]
 
 
 def _branch_result(node: Node, answer: str | None) -> BranchResult:

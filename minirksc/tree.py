@@ -11,6 +11,7 @@ With semantic sharing a wording may run on the KV of the first one (`minirksc.as
 branch gets `exact_branch` instead: the first wording's own KV, and the answer computed on it.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from minirksc.errors import NumericalError
 from minirksc.gates import Seat
-from minirksc.signals import SIGNALS
+from minirksc.signals import SIGNALS, TokenSignals, mean_top1
 
 if TYPE_CHECKING:
     from minirksc.asks import Probe
@@ -49,14 +50,15 @@ class Node:
         num_saved_tokens: prompt tokens, counted by layers, that semantic sharing did not compute.
         is_semantic: it runs on KV of another wording.
         is_approximate: some of its KV is not what its own tokens would give.
-        similarity: of its wording to the first; None where they were not compared.
+        similarity: of its wording to the first; None where they were not compared, or hold NaN.
         output_ids: generated tokens, its ancestors' included.
         text: of output_ids.
-        confidence: mean probability of the likeliest token over output_ids.
+        signals: how sure the model was of each of output_ids.
         verification: p(YES); None where nobody asked.
         exit_layer: layers that the pass of the question went through, where it left early.
         score: None until it has been scored.
         error: why it failed; a failed node is not among those that go on.
+        num_tokens: prompt, hint and output_ids.
     """
 
     node_id: int
@@ -73,7 +75,7 @@ class Node:
     similarity: float | None = None
     output_ids: list[int] = field(default_factory=list)
     text: str = ""
-    confidence: float = 0.0
+    signals: TokenSignals = field(default_factory=TokenSignals)
     verification: float | None = None
     exit_layer: int | None = None
     score: float | None = None
@@ -84,6 +86,11 @@ class Node:
     def finished(self) -> bool:
         """True when it ended by itself."""
         return self.branch.finish_reason == "stop"
+
+    @property
+    def confidence(self) -> float | None:
+        """Mean probability of the likeliest token over output_ids; None where there are none."""
+        return mean_top1(self.signals) if self.signals.top1 else None
 
     @property
     def sharing(self) -> str:
@@ -110,7 +117,7 @@ class Node:
             "sharing": self.sharing,
             "similarity": self.similarity,
             "confidence": self.confidence,
-            "signals": {name: signal(self.branch.signals) for name, signal in SIGNALS.items()},
+            "signals": {name: _finite(signal(self.signals)) for name, signal in SIGNALS.items()},
             "verified": self.verification is not None,
             "verification": self.verification,
             "exit_layer": self.exit_layer,
@@ -165,8 +172,18 @@ class Tree:
         if self._on_event is not None:
             self._on_event(event)
 
-    def note(self, gate: str, decision: str, reason: str, *, node: Node | None = None, **values: Any) -> None:
-        """Notes what a gate decided: its value, threshold and layer, where it has them."""
+    def note(
+        self,
+        gate: str,
+        decision: str,
+        reason: str,
+        *,
+        node: Node | None = None,
+        value: float | None = None,
+        **values: Any,
+    ) -> None:
+        """Notes what a gate decided: its value (None where it is NaN), threshold and layer, where it has them."""
+        values["value"] = _finite(value)
         entry = {"gate": gate, "node": None if node is None else node.node_id, "layer": None, "value": None}
         entry |= {"threshold": None, "calibrated": None, **values, "decision": decision, "reason": reason}
         self.gates.append({**entry, "at_s": time.perf_counter() - self._start})
@@ -336,7 +353,7 @@ class Tree:
                 continue
             is_accepted = row in probe.accepted
             for node in (nodes[i] for i in indices):
-                node.similarity = probe.similarities.get(row)
+                node.similarity = _finite(probe.similarities.get(row))
                 node.is_semantic = is_accepted
                 node.is_approximate = is_accepted and root.exit_layer is None
                 if is_accepted:
@@ -376,6 +393,8 @@ class Tree:
             ancestor = child
             (child,) = self._fork(ancestor, [step])
             self._prune([ancestor])
+        # It goes on from what its parent had said, as a fork does.
+        child.output_token_ids, child.signals = list(branch.output_token_ids), branch.signals + TokenSignals()
         return child
 
     def _node(self, branch: "Branch", parent: Node | None, hint: str, num_prompt: int, num_cached: int) -> Node:
@@ -389,7 +408,7 @@ class Tree:
             num_cached_tokens=num_cached,
         )
         if parent is not None:
-            node.output_ids, node.confidence = list(parent.output_ids), parent.confidence
+            node.output_ids, node.signals = list(parent.output_ids), parent.signals
             node.is_semantic, node.is_approximate = parent.is_semantic, parent.is_approximate
             node.similarity = parent.similarity
         self.nodes.append(node)
@@ -398,21 +417,9 @@ class Tree:
     def _read(self, node: Node) -> None:
         """Takes over what the branch has generated since the node was made."""
         branch = node.branch
-        num_before = len(node.output_ids)
         node.num_tokens = branch.num_tokens
-        # A replanted branch knows its own round only; a forked one all of them.
-        knows_all = self._share or num_before == 0
-        new_ids = branch.output_token_ids[num_before:] if knows_all else branch.output_token_ids
-        node.output_ids = [*node.output_ids, *new_ids]
-        if knows_all:
-            node.confidence = branch.confidence
-        else:
-            total = node.confidence * num_before + branch.confidence * len(new_ids)
-            node.confidence = total / len(node.output_ids)
-        # Decoded whole: a character may span rounds. A stop string at the end is not text.
-        num_hidden = len(self._decode(branch.output_token_ids)) - len(branch.text)
-        text = self._decode(node.output_ids)
-        node.text = text[: len(text) - num_hidden]
+        node.output_ids, node.signals = list(branch.output_token_ids), branch.signals
+        node.text = branch.text
 
     def _measure_sharing(self, nodes: Sequence[Node]) -> None:
         """Before the first own token: a partial block is shared until someone writes into it."""
@@ -437,3 +444,8 @@ class Tree:
             for name, value in self._llm.stats().items()
             if name.startswith("num_") and not name.startswith("num_blocks_")
         }
+
+
+def _finite(value: float | None) -> float | None:
+    """The same, None where JSON has no number for it."""
+    return value if value is not None and math.isfinite(value) else None

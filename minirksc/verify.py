@@ -17,14 +17,13 @@ Source: Sekar 2026, arXiv 2606.09937 (question and standalone style).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from minirksc.errors import ChatTemplateError, ConfigError
+from minirksc.errors import ChatTemplateError, ConfigError, NumericalError
 
 if TYPE_CHECKING:
     from minirksc.branch import Branch
-    from minirksc.cgee import EntropyRule, MarginRule
-    from minirksc.gates import DepthGate
+    from minirksc.cgee import EntropyExit, EntropyRule, LayerExit, MarginRule
     from minirksc.llm import LLM
     from minirksc.tokenizer import Tokenizer
 
@@ -53,16 +52,18 @@ class Verdict:
     """What the model says about one answer.
 
     Attributes:
-        probability: p(YES) of the two answers.
+        probability: p(YES) of the two answers; None where the pass failed.
         exit_layer: layers that its row went through, where it left the pass early.
         margin: YES - NO in logits, as it was there.
         saw_nan: a gate saw a hidden state that was not finite, and let the row go on.
+        error: why the pass failed.
     """
 
-    probability: float
+    probability: float | None
     exit_layer: int | None = None
     margin: float | None = None
     saw_nan: bool = False
+    error: str | None = None
 
 
 class Verifier:
@@ -104,11 +105,11 @@ class Verifier:
 
         Args:
             problem: for the standalone style: text or token ids.
-            candidates: distinct branches.
+            candidates: distinct branches. One whose pass fails has an error for a verdict, and harms no other.
             rule: lets rows leave the pass early; needs answers of one token each, see `can_exit`.
 
         Raises:
-            PromptError, CacheFullError, NumericalError: as `LLM.score`.
+            PromptError, CacheFullError: as `LLM.score`.
         """
         gate = None
         if rule is not None and self.can_exit:
@@ -117,16 +118,8 @@ class Verifier:
         if self._style == "append":
             branches = [candidate.branch for candidate in candidates]
             closings = [[] if self._is_closed(branch) else self._closing for branch in branches]
-            scores = self._score(branches, [[*closing, *self._question] for closing in closings], gate)
-        else:
-            scores = self._standalone(problem, candidates, gate)
-        verdicts = [Verdict(score) for score in scores]
-        if gate is not None:
-            for row, margin in gate.margins.items():
-                verdicts[row] = Verdict((1 + math.tanh(margin / 2)) / 2, gate.exit_layers[row], margin)
-            for row in gate.problems:
-                verdicts[row] = replace(verdicts[row], saw_nan=True)
-        return verdicts
+            return self._score(branches, [[*closing, *self._question] for closing in closings], gate)
+        return self._standalone(problem, candidates, gate)
 
     @property
     def can_exit(self) -> bool:
@@ -134,8 +127,8 @@ class Verifier:
         return all(len(choice) == 1 for choice in self._choices)
 
     def _standalone(
-        self, problem: str | Sequence[int], candidates: Sequence[Candidate], gate: "DepthGate | None"
-    ) -> list[float]:
+        self, problem: str | Sequence[int], candidates: Sequence[Candidate], gate: "LayerExit | EntropyExit | None"
+    ) -> list[Verdict]:
         prompt = [*self._before, *self._problem_ids(problem), *self._between]
         open_branches: list[Branch] = []
         try:
@@ -149,14 +142,29 @@ class Verifier:
                 asked = open_branches
             for branch, candidate in zip(asked, candidates, strict=True):
                 branch.append(candidate.answer_ids)
-            return self._score(asked, [*self._closing, *self._question], gate)
+            return self._score(asked, [[*self._closing, *self._question]] * len(asked), gate)
         finally:
             for branch in open_branches:
                 branch.prune()
 
-    def _score(self, branches: Sequence["Branch"], question: Any, gate: "DepthGate | None") -> list[float]:
-        scores = self._llm.score(branches, question, self._choices, gate)  # [branches, 2]
-        return [float(row[0]) for row in scores]
+    def _score(
+        self, branches: Sequence["Branch"], questions: Sequence[list[int]], gate: "LayerExit | EntropyExit | None"
+    ) -> list[Verdict]:
+        try:
+            scores = self._llm.score(branches, questions, self._choices, gate)  # [branches, 2]
+        except NumericalError as error:
+            if len(branches) == 1:
+                return [Verdict(None, error=str(error))]
+            # It does not say whose: each by itself, and through all layers.
+            pairs = zip(branches, questions, strict=True)
+            return [verdict for branch, question in pairs for verdict in self._score([branch], [question], None)]
+        verdicts = [Verdict(float(row[0])) for row in scores]
+        if gate is not None:
+            for row, margin in gate.margins.items():
+                verdicts[row] = Verdict((1 + math.tanh(margin / 2)) / 2, gate.exit_layers[row], margin)
+            for row in gate.problems:
+                verdicts[row] = replace(verdicts[row], saw_nan=True)
+        return verdicts
 
     def _choice_ids(self, choices: Sequence[str]) -> list[list[int]]:
         """First tokens where they tell the choices apart ("Y" of "YES"): one pass scores them all."""

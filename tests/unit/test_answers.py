@@ -1,12 +1,13 @@
 """Answers are read out of text and compared by value."""
 
+import math
 from decimal import Decimal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minirksc.answers import choose, parse_answer
+from minirksc.answers import SELECT_RULES, choose, parse_answer
 from minirksc.errors import ConfigError
 
 
@@ -174,3 +175,11 @@ def test_no_other_answer_beats_the_chosen_one(candidates):
     chosen = answers[choose(answers, scores, "vote")]
     if votes:
         assert votes.count(chosen) == max(map(votes.count, votes))
+
+
+@pytest.mark.parametrize("rule", SELECT_RULES)
+@pytest.mark.parametrize("answers", [["1", "1", "2"], [None, None, "2"], [None] * 3, ["1", "2", "3"]])
+def test_a_score_that_is_no_number_never_wins_over_one_that_is(rule, answers):
+    best = choose(answers, [math.nan, 0.2, 0.3], rule)
+    assert best != 0
+    assert choose(answers, [math.nan] * 3, rule) in range(3)

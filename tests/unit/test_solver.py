@@ -444,6 +444,30 @@ def test_trace_is_json_and_events_are_in_order():
     assert {(b.similarity, b.exit_layer) for b in result.branches} == {(None, None)}
 
 
+def test_a_branch_that_generated_nothing_has_no_confidence_and_does_not_win():
+    class Stopped(FakeLLM):
+        def extend(self, branches, params, on_step=None):
+            super().extend(branches[1:], params, on_step)
+            branches[0].finish_reason = "consensus"
+
+    for verify in ("auto", "always", "never"):
+        result = solve(Stopped(one_of("1", "1", "2")), branches=3, tokens_per_step=2, verify=verify)
+        first, node = result.branches[0], result.trace["nodes"][0]
+        assert (first.text, first.confidence, node["confidence"]) == ("", None, None)
+        assert set(node["signals"].values()) == {None}
+        assert result.best != 0
+        json.dumps([result.to_dict(), result.trace], allow_nan=False)
+
+
+@pytest.mark.parametrize("sharing", ["none", "exact"])
+def test_signals_are_of_all_rounds(sharing):
+    result = solve(FakeLLM(), branches=3, depth=3, tokens_per_step=4, sharing=sharing)
+    last = [node for node in result.trace["nodes"] if node["depth"] == 3]
+    assert [node["signals"]["mean_top1"] for node in last] == [node["confidence"] for node in last]
+    other = solve(FakeLLM(), branches=3, depth=3, tokens_per_step=4)
+    assert [node["signals"] for node in result.trace["nodes"]] == [node["signals"] for node in other.trace["nodes"]]
+
+
 def test_sampling_is_taken_over():
     llm = FakeLLM()
     sampling = SamplingParams(temperature=1.5, stop=["\n"], max_tokens=7, min_tokens=6, seed=4)
