@@ -1,16 +1,20 @@
 """CGEE: what need not be computed because the outcome is clear. Cheapest gate first:
 
     while decoding   consensus   no outcome of the branches under way can change the vote: they stop
-                     decode_exit one branch leads decisively: the others stop (or all do, as published)
+                     decode_exit one branch leads decisively: the others stop (or all do, as published), nobody is asked
     before asking    agreement   every branch that could win gives the same answer: nobody is asked
                      skip (G1)   one branch leads decisively by confidence: nobody is asked
     asking (G2)      bound       the most confident are asked first; who cannot win any more, or could win only with
                                  the answer that leads already, is not asked at all
     inside the pass  layer_exit  (G3) a row leaves between layers once its YES - NO is clear
 
-consensus, agreement and bound are exact: the answer is the one that asking everybody would give, since p(YES) <= 1
-and a score is p(YES) sqrt(confidence). skip, decode_exit and layer_exit are approximations with thresholds, chosen by
-`minirksc.calibrate` so that they change few decisions, and reported for each result.
+consensus, agreement and bound are exact for the parsed answer: it is the one that asking everybody would give, since
+p(YES) <= 1 and a score is p(YES) sqrt(confidence). Which of the branches that give it is named is another matter, and
+hangs on who was asked: of those who were, the best; where nobody was, the surest (the most confident). Asking everybody
+may name another one. Where no branch gives an answer, branches are what is chosen among, and exact too.
+
+skip, decode_exit and layer_exit are approximations with thresholds, chosen by `minirksc.calibrate` so that they change
+few decisions, and reported for each result. After a decode_exit nobody is asked, unless the leader failed.
 
 Where this differs from the paper (arXiv 2606.09937), and `PAPER` for its own rules: a lead is over the best branch
 with *another* answer, not over the second best branch; layer exit looks at the sign and the margin of YES - NO through
@@ -106,7 +110,8 @@ def standing(
 
     Returns:
         (the branch that leads, those that must still be asked, highest bound first). Once nobody must be asked, the
-        leader's answer is the one that `choose` would give if all scores were known.
+        leader's answer is the one that `choose` would give if all scores were known; of those that give it the leader is
+        the best with a score, else the one with the highest bound.
     """
     unknown = {i for i, score in enumerate(scores) if score is None}
     low = [score or 0.0 for score in scores]
@@ -387,12 +392,12 @@ class Gates:
     """Which gates are on, and their thresholds.
 
     Attributes:
-        exact: agreement, bound and consensus.
+        exact: agreement, bound and consensus; exact for the parsed answer.
         signal: what leads are measured on, a key of `signals.SIGNALS`.
         skip: G1; none: never.
         compares_answers: a lead is over the best branch with another answer.
         layer_exit: G3; None: never.
-        decode_exit: leads that end decoding; none: never.
+        decode_exit: leads that end decoding, after which nobody is asked; none: never.
         decode_min_tokens: that every branch under way must have before.
         source: "exact", "paper", "uncalibrated" or, of a calibration file, "calibrated".
     """

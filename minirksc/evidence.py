@@ -329,6 +329,8 @@ class Replay:
                 break
         ends = [_Progress(branch, count) for branch, count in zip(branches, num_tokens, strict=True)]
         answers = [self._answer(index, count) for index, count in enumerate(num_tokens)]
+        if rule.consensus is not None:  # as in the solver: who was cut off gives none
+            answers = [answers[i] if num_tokens[i] == whole else None for i, whole in enumerate(self._whole)]
         return _Decoded(rule, num_tokens, [end.signals for end in ends], answers)
 
     def _answer(self, index: int, num_tokens: int) -> str | None:

@@ -24,7 +24,7 @@ class BranchResult:
         exit_layer: layers that the pass of the question went through, where it left early; else None.
         finish_reason: "stop" or "length"; "early_exit" or "consensus" where a gate stopped it; "error".
         error: why it failed; None when it did not. A failed branch is never chosen.
-        parsed: its answer in normal form; None when it gives none.
+        parsed: its answer in normal form; None when it gives none, or was cut off by consensus.
         depth: round in which it was decoded last, from 1.
         path: index of each fork from the prompt to here.
         hint: how its answer was made to begin (text; token ids are decoded where possible).

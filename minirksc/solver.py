@@ -3,11 +3,11 @@
 The prompt is computed once; branch k is a fork of it that begins its answer with hint k. All
 branches are decoded together; for depth > 1 the best `beam` of them are forked again, the others
 pruned. Then the model is asked about the answers, as far as the gates of `minirksc.cgee` leave
-anything to ask, and one is selected.
+anything to ask, and one is selected. Whoever was not asked has no score.
 
 With sharing "none" or "exact" and verify="always" nothing is approximated, unless the engine's cache
-is int8: both give the same tokens up to rounding, since the random numbers depend on seed, path and
-position alone. What else approximates says so in the result: `BranchResult.sharing`, `exit_layer`
+is int8: both give the same tokens up to rounding (see `minirksc.sampling`), since the random numbers depend on
+seed, path and position alone. What else approximates says so in the result: `BranchResult.sharing`, `exit_layer`
 and `finish_reason`, `SolveResult.gates`.
 
 Whatever happens, nothing but the prefix cache is left in the engine afterwards.
@@ -120,7 +120,7 @@ class Solver:
             if all(node.finished for node in survivors):
                 break
             nodes = tree.expand(nodes, survivors, config.branches)
-        answers = [parse_answer(node.text, config.answer_parser) for node in nodes]
+        answers = [self._answer(node) for node in nodes]
         judge = Judge(tree, self.gates, config.select, None if verifier is None else ask)
         best = nodes[judge.choose(nodes, answers, None if leader is None else nodes.index(leader))]
         well = _well(nodes)
@@ -227,6 +227,11 @@ class Solver:
             gates=self.gates.source,
             trace=trace,
         )
+
+    def _answer(self, node: Node) -> str | None:
+        """None where the vote was over before it had ended: a text that was cut off is nobody's answer."""
+        is_cut = node.branch.finish_reason == "consensus"
+        return None if is_cut else parse_answer(node.text, self.config.answer_parser)
 
     def _answer_ids(self, node: Node) -> list[int]:
         """Hint and generated tokens, without the end-of-sequence token."""

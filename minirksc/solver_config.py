@@ -49,14 +49,14 @@ class SolverConfig:
         tau: similarity from which on a wording is accepted; None: the one that was found for this
             model. Above 1 none is.
         uncalibrated: allow semantic sharing on a model for which no threshold was found.
-        verify: "always"; "auto": as far as the gates of `minirksc.cgee` leave something to ask; or
-            "never": the score is the confidence alone.
+        verify: "always"; "auto": as far as the gates of `minirksc.cgee` leave something to ask, and whoever was
+            not asked has no score; or "never": the score is the confidence alone.
         gates: thresholds for "auto": a file of `minirksc.calibrate`, or `Gates`; None: the gates that
-            change no answer, and the others with thresholds that nobody tested on this model.
+            change no parsed answer, and the others with thresholds that nobody tested on this model.
         policy: "rksc", or "paper": every published rule and constant, for comparison.
         decode_exit: what stops while decoding once a branch leads decisively: "off", "keep_leader" (the
-            others) or "stop_all" (all: answers are cut off); "auto": as the policy has it where
-            verify is "auto", else "off".
+            others) or "stop_all" (all: answers are cut off); nobody is asked then. "auto": as the policy has it
+            where verify is "auto", else "off".
         verify_style: "append" or "standalone", see `minirksc.verify`.
         select: "score", "vote" or "weighted_vote", see `minirksc.answers.choose`.
         chat: put a problem given as text through the checkpoint's chat template, where it has one.

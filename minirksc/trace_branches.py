@@ -50,7 +50,7 @@ def branch_sections(trace: Mapping[str, Any]) -> list[Markup]:
 
 def _rank(node: Node, best: int) -> tuple[float, ...]:
     """The chosen one first, then by score, and by confidence where nobody was asked."""
-    values = (node.get("score"), node.get("confidence"))
+    values: list[Any] = [node.get("score"), node.get("confidence")]
     return (node["id"] != best, *(0.0 if number(value) == DASH else -value for value in values))
 
 

@@ -100,7 +100,10 @@ _NODE = _object(
             null=True,
         ),
         "parsed": _of(
-            "string", "its answer in normal form; null where it gives none, or was no candidate at the end", null=True
+            "string",
+            "its answer in normal form; null where it gives none, was cut off by consensus, or was no candidate at the "
+            "end",
+            null=True,
         ),
         "exit_layer": _of(
             "integer", "layers that the pass of its question went through; null: all of them", null=True, minimum=1

@@ -242,6 +242,16 @@ def test_where_nobody_is_asked_there_is_no_score_anywhere_and_the_surest_is_name
         assert "nobody is asked" in result.trace["gates"][-1]["reason"]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_where_the_vote_is_over_a_branch_that_ended_is_named_and_who_was_cut_off_has_no_answer(llm, seed):
+    sampling = SamplingParams(temperature=1.0, seed=seed, stop=list("aeiou rstn"), ignore_eos=True)
+    options = dict(select="vote", tokens_per_step=60, sampling=sampling, answer_parser=lambda text: "7")
+    result = solve(llm, gates=EXACT_GATES, decode_exit="off", **options)
+    cut = [b for b in result.branches if b.finish_reason == "consensus"]
+    assert 0 < len(cut) < 3 and all(b.parsed is b.score is None for b in cut)
+    assert result.branches[result.best].finish_reason == "stop" and result.parsed == "7"
+
+
 def test_a_score_is_of_who_was_asked_and_with_verify_never_it_is_the_confidence(llm):
     gated = solve(llm, gates=EXACT_GATES, decode_exit="off", sampling=SamplingParams(temperature=1.5, seed=3))
     assert 0 < sum(b.score is None for b in gated.branches) < 6  # bound spared some
