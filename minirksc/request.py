@@ -145,7 +145,6 @@ class RequestOutput:
         prompt: the text, None when token ids were given.
         prompt_token_ids: what the model saw.
         outputs: one a sample.
-        seat: its place at a depth gate; None: it goes through all layers.
         num_cached_tokens: prompt tokens that the first sample took from the prefix cache.
         prompt_logprobs: per prompt token {token id: logprob} (None for the first); None unless asked for.
         error: why the prompt failed, when errors are returned instead of raised.
