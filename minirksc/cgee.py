@@ -110,8 +110,8 @@ def standing(
 
     Returns:
         (the branch that leads, those that must still be asked, highest bound first). Once nobody must be asked, the
-        leader's answer is the one that `choose` would give if all scores were known; of those that give it the leader is
-        the best with a score, else the one with the highest bound.
+        leader's answer is the one that `choose` would give if all scores were known; of those that give it the leader
+        is the best with a score, else the one with the highest bound.
     """
     unknown = {i for i, score in enumerate(scores) if score is None}
     low = [score or 0.0 for score in scores]
