@@ -5,6 +5,7 @@ is never tokenised again. Blocks are shared until one branch writes into a block
 """
 
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from minirksc.errors import BranchError
@@ -20,29 +21,25 @@ class Branch:
 
     Attributes:
         parent: the branch that it was forked from; None for a root.
-        finish_reason: how the last `LLM.extend` ended on it; None before the first.
-        logprobs: of its generated tokens, those of its ancestors included.
         exit_layer: of a root, layers that its prompt went through before a depth gate ended it; None: all.
         num_saved_layer_rows: of a root, its tokens times the layers that a depth gate spared them.
         num_cached_tokens: of a root, tokens of its prompt that were found in the prefix cache.
-        signals: how sure the model was of each of them; see `minirksc.signals`.
-        output_token_ids: generated tokens, hints and prompt excluded, those of its ancestors included.
     """
 
+    pruned = True  # until it is made
+
     def __init__(self, llm: "LLM", sequence: Sequence, parent: "Branch | None" = None) -> None:
+        self._dropped = llm.engine.dropped
         self._llm = llm
         self._sequence = sequence
         self._num_forks = 0
-        self._num_hidden_chars = 0  # length of a stop string at the end that is not part of the text
+        self._before = Output() if parent is None else parent._output()  # of its ancestors
+        self._requests: list[Request] = []  # that have run on it, the last one perhaps still
         self.parent = parent
         self.pruned = False
-        self.finish_reason: str | None = None
         self.exit_layer: int | None = None
         self.num_saved_layer_rows = 0
         self.num_cached_tokens = 0
-        self.output_token_ids: list[int] = list(parent.output_token_ids) if parent else []
-        self.logprobs: list[float] = list(parent.logprobs) if parent else []
-        self.signals: TokenSignals = parent.signals + TokenSignals() if parent else TokenSignals()
 
     def fork(self, n: int) -> list["Branch"]:
         """Makes n children that continue from here; no token is computed and no block copied.
@@ -54,12 +51,14 @@ class Branch:
         self._check_usable()
         if n < 1:
             raise ValueError(f"fork({n}): n must be at least 1")
-        first = self._num_forks
-        self._num_forks += n
         engine = self._llm.engine
-        return [
-            Branch(self._llm, engine.fork_sequence(self._sequence, index), self) for index in range(first, first + n)
-        ]
+        with engine.call() as call:
+            made = []
+            for index in range(self._num_forks, self._num_forks + n):
+                made.append(Branch(self._llm, engine.fork_sequence(self._sequence, index, call), self))
+            self._num_forks += n
+            call.sequences.clear()  # they are the branches'
+        return made
 
     def append(self, tokens: str | SequenceOf[int]) -> None:
         """Adds text or token ids to the end; computed with the next `LLM.extend` or `LLM.score`.
@@ -69,15 +68,22 @@ class Branch:
             PromptError: longer than the model's length, or a token id outside the vocabulary.
         """
         self._check_usable()
+        if self._is_under_way:
+            raise BranchError(f"branch {self.path} is being extended; append to it once that has ended")
         token_ids = self._llm.encode_fragment(tokens)
         self._llm.engine.check_token_ids(token_ids, num_before=self.num_tokens)
         self._sequence.token_ids += token_ids
 
     def prune(self) -> None:
         """Gives back every block that nobody else uses. The branch cannot be used after; twice is fine."""
-        if not self.pruned:
-            self.pruned = True
+        if not self.pruned and not self._llm.closed:
             self._llm.engine.release(self._sequence)
+        self.pruned = True
+
+    def __del__(self) -> None:
+        # At any moment and in any thread: whoever enters the engine next gives back its blocks.
+        if not self.pruned:
+            self._dropped.append(self._sequence)
 
     def pin(self) -> None:
         """Keeps its blocks from eviction, also once nobody uses them, until `unpin` or `LLM.reset_prefix_cache`.
@@ -103,10 +109,34 @@ class Branch:
         return len(self._sequence.token_ids)
 
     @property
+    def output_token_ids(self) -> list[int]:
+        """Generated tokens, hints and prompt excluded, those of its ancestors included."""
+        return self._output().token_ids
+
+    @property
+    def logprobs(self) -> list[float]:
+        """Of its generated tokens, those of its ancestors included."""
+        return self._output().logprobs
+
+    @property
+    def signals(self) -> TokenSignals:
+        """How sure the model was of each of them; see `minirksc.signals`."""
+        return self._output().signals
+
+    @property
+    def finish_reason(self) -> str | None:
+        """How the last `LLM.extend` ended on it; None before the first, and while one is under way."""
+        return self._requests[-1].finish_reason if self._requests else None
+
+    @property
     def text(self) -> str:
         """Generated text, prompt and hints excluded, without a stop string that ended it."""
         text = self._llm.decode(self.output_token_ids)
-        return text[: len(text) - self._num_hidden_chars]
+        checker = self._requests[-1].checker if self._requests else None
+        if checker is None or not isinstance(checker.stop_reason, str):
+            return text
+        shown = self._llm.decode(self._requests[-1].output_token_ids)
+        return text[: len(text) - (len(shown) - len(checker.text))]
 
     @property
     def confidence(self) -> float:
@@ -152,40 +182,55 @@ class Branch:
         if self._llm is not llm:
             raise BranchError(f"branch {self.path} belongs to another LLM; use the one that made it")
 
-    def _absorb(self, request: Request) -> None:
-        """Takes over what a finished request generated."""
-        self.finish_reason = request.finish_reason
-        self.output_token_ids += request.output_token_ids
-        self.logprobs += request.logprobs
-        self.signals += request.signals
-        self._num_hidden_chars = 0
-        checker = request.checker
-        if checker is not None and isinstance(checker.stop_reason, str):
-            shown = self._llm.decode(request.output_token_ids)
-            self._num_hidden_chars = len(shown) - len(checker.text)
+    @property
+    def _is_under_way(self) -> bool:
+        return bool(self._requests) and not self._requests[-1].finished
+
+    def _follow(self, request: Request) -> None:
+        """What a request generates is this branch's from now on."""
+        self._requests.append(request)
+
+    def _output(self) -> "Output":
+        """A copy of what it has generated so far."""
+        output = Output(list(self._before.token_ids), list(self._before.logprobs), self._before.signals)
+        for request in self._requests:
+            output.token_ids += request.output_token_ids
+            output.logprobs += request.logprobs
+            output.signals += request.signals
+        return output
+
+
+@dataclass(slots=True)
+class Output:
+    """What a branch has generated, one entry a token."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    signals: TokenSignals = field(default_factory=TokenSignals)
 
 
 class BranchProgress:
     """A branch while `LLM.extend` decodes it; ancestors' tokens count with its own."""
 
     def __init__(self, branch: Branch, request: Request) -> None:
-        self._branch = branch
         self._request = request
+        self._before, self._text_before = branch._output(), branch.text
+        branch._follow(request)
 
     @property
     def num_tokens(self) -> int:
         """Generated so far."""
-        return len(self._branch.output_token_ids) + len(self._request.output_token_ids)
+        return len(self._before.token_ids) + len(self._request.output_token_ids)
 
     @property
     def signals(self) -> TokenSignals:
         """How sure the model was of each generated token."""
-        return self._branch.signals + self._request.signals
+        return self._before.signals + self._request.signals
 
     @property
     def text(self) -> str:
         """Generated so far; never half a character or the beginning of a stop string."""
-        return self._branch.text + self._request.text
+        return self._text_before + self._request.text
 
     @property
     def finished(self) -> bool:

@@ -3,22 +3,38 @@
 One step: the scheduler chooses, the batch is built, the runner computes logits, the sampler draws, requests
 are updated and finished ones released. Nothing waits inside and nothing is global: whoever owns an engine
 loops over `step` from one thread, and two engines in one process know nothing of each other.
+
+A call may be left at any line, and what it was doing half done: see `minirksc.calls`. Tokens are the truth; tables,
+counts and the prefix index can be made again, and so can all KV. So whoever changes the books marks them. Where that
+mark is found left behind by the next one who enters, all blocks are freed and every live request is computed anew.
 """
 
 import itertools
+import os
+import sys
 import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from numbers import Integral
 
 import torch
 from torch import Tensor
 
+from minirksc import forks
 from minirksc.batch import ForwardBatch, LogitsRows, build_batch
+from minirksc.calls import Call, Mark
 from minirksc.config import EngineConfig, SamplingParams
 from minirksc.depth import Depth
-from minirksc.errors import NumericalError, PromptError
+from minirksc.errors import (
+    EngineBusyError,
+    EngineForkedError,
+    MinirkscError,
+    NumericalError,
+    PromptError,
+)
 from minirksc.eviction import BY_IMPORTANCE
 from minirksc.gates import Seat
 from minirksc.kernels.attention_batch import KEY_CHUNK
@@ -49,6 +65,9 @@ class Engine:
         max_model_len: longest sequence, prompt and generated tokens together.
         eos_token_ids: end a generation.
         tokenizer: for text and stop strings; None: token ids only.
+
+    Attributes:
+        dropped: kept sequences whose handle is gone, at any moment and in any thread; released by whoever enters next.
     """
 
     def __init__(
@@ -63,7 +82,7 @@ class Engine:
     ) -> None:
         spec = runner.model.spec
         self.runner = runner
-        self.blocks = blocks
+        self._blocks = blocks
         self.block_bytes = block_bytes
         device = runner.model.device
         # Triton launches on the process's current device, which need not be the model's.
@@ -82,6 +101,11 @@ class Engine:
         self.max_model_len = max_model_len
         self.eos_token_ids = eos_token_ids
         self.tokenizer = tokenizer
+        self.dropped: deque[Sequence] = deque()
+        self._pid = os.getpid()
+        self._calls: list[Call] = []
+        self._step_mark: Mark | None = None  # the KV of what runs is not written yet
+        self._books_mark: Mark | None = None  # tables, counts and queues are being changed
         self._sequence_ids = itertools.count()
         self._request_ids = itertools.count()
         self._num_steps = 0
@@ -94,6 +118,101 @@ class Engine:
         self._prefill_s = 0.0
         self._decode_s = 0.0
         self._num_tokens_in_decode_s = 0
+
+    # Entering
+
+    @property
+    def blocks(self) -> BlockManager:
+        """The block manager, put in order if an interrupted call has left it otherwise."""
+        self._mend()
+        return self._blocks
+
+    def call(self, is_alive: Callable[[], bool] | None = None) -> Call:
+        """Begins a call of the function that asks for it; what is added for it ends with it, however it ends.
+
+        Args:
+            is_alive: for a generator: whether it can still go on.
+
+        Raises:
+            EngineBusyError, EngineForkedError.
+        """
+        self._enter()
+        call = Call(self._end_call, Mark(sys._getframe(1)), is_alive)
+        self._calls.append(call)
+        return call
+
+    def _enter(self) -> None:
+        """Whoever is about to change something comes in here.
+
+        Raises:
+            EngineBusyError: another thread is inside, or a step of this one.
+            EngineForkedError: this process is a child in which the engine cannot compute.
+        """
+        if os.getpid() != self._pid:
+            reason = forks.why_not(self.runner.model.device)
+            if reason is not None:
+                raise EngineForkedError(
+                    f"this engine was made in process {self._pid} and is used in its child {os.getpid()}: {reason}; "
+                    "make it in the child, or use threads=1 on a CPU"
+                )
+        if self._mend():
+            return
+        raise EngineBusyError(
+            "the engine is in the midst of a step or of another thread's call; one thread at a time drives it, and "
+            "callbacks inside a step only look (on_step of extend() runs between steps)"
+        )
+
+    def _mend(self) -> bool:
+        """Puts in order what a call that was left half way has left behind; False: somebody is inside, look only."""
+        marks = [mark for mark in (self._books_mark, self._step_mark) if mark is not None]
+        if any(mark.is_running for mark in marks) or any(call.is_elsewhere for call in self._calls):
+            return False
+        if marks:
+            marks[-1].restore_modes()
+            if self._books_mark is not None:
+                self._rebuild()
+            else:
+                with self._changing():  # a table may point at a copy that was never made: what ran is computed again
+                    self.scheduler.preempt_all()
+            self._step_mark = None
+        for call in [call for call in self._calls if call.is_over]:
+            with self._changing():
+                self._give_back(call)
+        while self.dropped:
+            with self._changing():
+                self._release(self.dropped.popleft())
+        return True
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Marks the books while they are being changed; where that is left half way, the mark stays."""
+        self._books_mark = Mark(sys._getframe(2))
+        yield
+        self._books_mark = None
+
+    def _rebuild(self) -> None:
+        """Frees all blocks; requests that have not ended go on from their tokens."""
+        self._books_mark = Mark(sys._getframe())
+        for request in self.scheduler.requests.values():
+            request.put_in_order(lambda one: self._make_checker(one.params, one.num_prompt_tokens))
+        self._blocks.clear()
+        self.scheduler.restart()
+        self._books_mark = None
+
+    def _end_call(self, call: Call) -> None:
+        self._enter()
+        with self._changing():
+            self._give_back(call)
+
+    def _give_back(self, call: Call) -> None:
+        for request in call.requests:
+            self._abort(request, "abort")
+        for sequence in call.sequences:
+            self._release(sequence)
+        if call in self._calls:
+            self._calls.remove(call)
+
+    # Sequences and requests
 
     def new_sequence(self, token_ids: SequenceOf[int], *, share: bool = True, seed: int = 0) -> Sequence:
         """A root sequence; nothing is computed or reserved yet.
@@ -129,20 +248,35 @@ class Engine:
                 f"{num_tokens} tokens are more than max_model_len {self.max_model_len}; shorten the prompt"
             )
 
-    def fork_sequence(self, parent: Sequence, index: int) -> Sequence:
-        """A kept child that shares every block of its parent; nothing is copied."""
+    def fork_sequence(self, parent: Sequence, index: int, call: Call | None = None, *, kept: bool = True) -> Sequence:
+        """A child that shares every block of its parent; nothing is copied.
+
+        Args:
+            parent: stays as it is.
+            index: of the fork; the last part of the child's path.
+            call: with whose end it is released, unless it is taken out of it.
+            kept: its blocks stay when a request on it ends, until `release`.
+
+        Raises:
+            EngineBusyError, EngineForkedError.
+        """
+        self._enter()
         child = replace(
             parent,
             seq_id=next(self._sequence_ids),
             token_ids=list(parent.token_ids),
             path=(*parent.path, index),
             depth=parent.depth + 1,
+            kept=kept,
         )
-        if parent.seq_id in self.blocks:
-            self.blocks.fork(parent.seq_id, child.seq_id, child.depth)
-            self.scheduler.keep(child)
-        else:
-            self.blocks.await_fork(parent.seq_id, child.seq_id)
+        with self._changing():
+            if call is not None:
+                call.sequences.append(child)
+            if parent.seq_id in self._blocks:
+                self._blocks.fork(parent.seq_id, child.seq_id, child.depth)
+                self.scheduler.keep(child)
+            else:
+                self._blocks.await_fork(parent.seq_id, child.seq_id)
         return child
 
     def add_request(
@@ -155,6 +289,7 @@ class Engine:
         logits_start: int | None = None,
         on_logits: LogitsCallback | None = None,
         seat: Seat | None = None,
+        call: Call | None = None,
     ) -> Request:
         """Queues a generation on a sequence.
 
@@ -166,12 +301,17 @@ class Engine:
             logits_start: see `Request`.
             on_logits: see `Request`.
             seat: see `Request`.
+            call: with whose end it is aborted; None: it stays until it has ended.
 
         Raises:
             PromptError: prompt and max_tokens do not fit into max_model_len.
-            CacheFullError: the cache can never hold the prompt.
+            CacheFullError: the cache can never hold prompt and max_tokens.
+            EngineBusyError, EngineForkedError.
         """
+        self._enter()
         num_prompt = len(sequence.token_ids)
+        if prefill_only and self.scheduler.room_after(num_prompt) < 1:
+            raise self.scheduler.cache_full(f"a prompt of {num_prompt} tokens", num_prompt)
         checker = None if prefill_only else self._make_checker(params, num_prompt)
         request = Request(
             request_id=next(self._request_ids),
@@ -184,7 +324,10 @@ class Engine:
             on_logits=on_logits,
             seat=seat,
         )
-        self.scheduler.add(request)
+        with self._changing():
+            if call is not None:
+                call.requests.append(request)
+            self.scheduler.add(request)
         return request
 
     def abort(self, request: Request, reason: str = "abort") -> None:
@@ -194,14 +337,27 @@ class Engine:
             request: one that has finished stays as it is.
             reason: its finish_reason.
         """
+        self._enter()
+        with self._changing():
+            self._abort(request, reason)
+
+    def release(self, sequence: Sequence) -> None:
+        """Gives back the blocks of a kept sequence; a request that runs on it is aborted."""
+        self._enter()
+        with self._changing():
+            self._release(sequence)
+
+    def _abort(self, request: Request, reason: str) -> None:
         if request.finished:
             return
         if request.checker is not None:
             request.checker.flush()
         self._finish(request, reason)
 
-    def release(self, sequence: Sequence) -> None:
-        """Gives back the blocks of a kept sequence that no request runs on."""
+    def _release(self, sequence: Sequence) -> None:
+        request = self.scheduler.request_of(sequence)
+        if request is not None:
+            self._abort(request, "abort")
         self.scheduler.release(sequence)
 
     @property
@@ -215,23 +371,24 @@ class Engine:
         Returns:
             The requests that gained a token or finished; none when a chunk of a prompt was computed or nothing
             was left to do.
+
+        Raises:
+            EngineBusyError, EngineForkedError.
         """
-        try:
-            with self._device:
-                return self._step()
-        except BaseException:
-            # A table may already point at a copy that was never made: what ran is computed again.
-            self.scheduler.preempt_all()
-            raise
+        self._enter()
+        self._step_mark = Mark(sys._getframe())
+        with self._device:
+            changed = self._step()
+        self._step_mark = None
+        return changed
 
     def _step(self) -> list[Request]:
-        step = self.scheduler.schedule()
-        for request in step.failed:
-            request.finish_reason = "error"
+        with self._changing():
+            step = self.scheduler.schedule()
         if not step.scheduled:
-            return step.failed
+            return step.ended
         start = time.perf_counter()
-        batch = build_batch(step, self.blocks, self._windows, self.runner.model.device, self._key_chunk)
+        batch = build_batch(step, self._blocks, self._windows, self.runner.model.device, self._key_chunk)
         depth = self._depth(step.scheduled, batch)
         mass = self._mass_sample(step.scheduled)
         logits = self.runner.forward(batch, depth, mass)  # [rows, vocab]
@@ -249,22 +406,23 @@ class Engine:
         # KV of a request whose logits are not finite must not reach the prefix cache, nor what a gate left half made.
         failed = {request for request, one in drawn if one.failure is not None}
         stored = [item for item in step.scheduled if item.request not in failed and item.request not in left]
-        for request, position in ({} if depth is None else depth.borrowed).items():
-            self.blocks.keep_out_of_index(request.sequence.seq_id, position)
-        self.scheduler.commit(stored)
-        for request, one in drawn:
-            self._update(request, one)
-        for request, num_layers in left.items():
-            request.exit_layer = num_layers
-            if request.sequence.kept:
-                seq_id = request.sequence.seq_id
-                self.blocks.rewind(seq_id, self.blocks.num_tokens(seq_id))  # the blocks of what was half computed
-            self._finish(request, "gate")
-        prefilled = [i.request for i in stored if i.completes and i.request.checker is None]
-        for request in prefilled:
-            self._finish(request, "stop")
+        with self._changing():
+            for request, position in ({} if depth is None else depth.borrowed).items():
+                self._blocks.keep_out_of_index(request.sequence.seq_id, position)
+            self.scheduler.commit(stored)
+            for request, one in drawn:
+                self._update(request, one)
+            for request, num_layers in left.items():
+                request.exit_layer = num_layers
+                if request.sequence.kept:
+                    seq_id = request.sequence.seq_id
+                    self._blocks.rewind(seq_id, self._blocks.num_tokens(seq_id))  # the blocks of what was half computed
+                self._finish(request, "gate")
+            prefilled = [i.request for i in stored if i.completes and i.request.checker is None]
+            for request in prefilled:
+                self._finish(request, "stop")
         self._count(step.scheduled, depth, time.perf_counter() - start)
-        return [*step.failed, *(request for request, _ in drawn), *left, *prefilled]
+        return [*step.ended, *(request for request, _ in drawn), *left, *prefilled]
 
     def _depth(self, items: list[ScheduledRequest], batch: ForwardBatch) -> Depth | None:
         """Gates of a step; None where no request sits at one, or none of these will be asked."""
@@ -283,10 +441,10 @@ class Engine:
     def _observe(self, items: list[ScheduledRequest], mass: MassSample) -> None:
         rows = torch.stack(mass.masses).mean(0).tolist()  # [sequences, blocks]
         for item, row in zip(items, rows, strict=True):
-            self.blocks.observe(item.request.sequence.seq_id, row)
+            self._blocks.observe(item.request.sequence.seq_id, row)
 
     def _kv_table(self, seq_id: int, window: int | None) -> list[int]:
-        return self.blocks.block_table(seq_id) if window is None else self.blocks.window_table(seq_id)
+        return self._blocks.block_table(seq_id) if window is None else self._blocks.window_table(seq_id)
 
     def stats(self) -> Stats:
         """Counters since start and the state of the cache.
@@ -297,7 +455,7 @@ class Engine:
         Where layers with a window have a pool apart, `num_window_blocks_*` count its blocks, and `kv_bytes_used_window`
         is what they hold; all other layers are in `num_blocks_*` and `kv_bytes_used_full`.
         """
-        blocks, windows, size = self.blocks, self.blocks.windows, self.block_bytes
+        blocks, windows, size = self.blocks, self._blocks.windows, self.block_bytes
         return {
             "num_steps": self._num_steps,
             "num_prefilled_tokens": self._num_prefilled_tokens,
@@ -337,6 +495,11 @@ class Engine:
             raise PromptError(
                 f"a sequence of {num_prompt} tokens leaves no room for a new one in max_model_len {self.max_model_len}"
             )
+        room = min(room, self.scheduler.room_after(num_prompt))
+        if (params.max_tokens or 1) > room:
+            num_new = params.max_tokens or 1
+            what = f"a prompt of {num_prompt} tokens with max_tokens {num_new}"
+            raise self.scheduler.cache_full(what, num_prompt + num_new - 1)
         if params.max_tokens is None:
             params = replace(params, max_tokens=room)
         detokenizer = None
@@ -388,7 +551,12 @@ class Engine:
         request.signals.self_certainty.append(drawn.self_certainty)
         if drawn.top_logprobs is not None:
             request.top_logprobs.append(drawn.top_logprobs)
-        request.checker.push(drawn.token_id)
+        try:
+            request.checker.push(drawn.token_id)
+        except MinirkscError as error:  # its tokenizer's; the others go on
+            request.error = error
+            self._finish(request, "error")
+            return
         if request.checker.finish_reason is not None:
             self._finish(request, request.checker.finish_reason)
 

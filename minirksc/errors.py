@@ -47,3 +47,11 @@ class BranchError(MinirkscError):
 
 class EngineClosedError(MinirkscError):
     """The engine was used after close()."""
+
+
+class EngineBusyError(MinirkscError):
+    """The engine was used by a second thread, or from inside one of its own steps."""
+
+
+class EngineForkedError(MinirkscError):
+    """The engine was used in a child of os.fork in which its threads or its device do not work."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from minirksc.calls import Call
 from minirksc.config import SamplingParams
 from minirksc.engine import Engine
 from minirksc.request import CompletionOutput, Request, RequestOutput
@@ -30,7 +31,7 @@ class Job:
     prompt_logprobs: dict[int, dict[int, float]] = field(default_factory=dict)
     error: Exception | None = None
 
-    def add_requests(self, engine: Engine, seed: int) -> None:
+    def add_requests(self, engine: Engine, call: Call, seed: int) -> None:
         """Hands the samples to the engine; sample i is what a request of its own with seed + i would give.
 
         Raises:
@@ -44,6 +45,7 @@ class Job:
                 seed=seed + index,
                 logits_start=0 if wants_prompt else None,
                 on_logits=self._store_prompt_logprobs if wants_prompt else None,
+                call=call,
             )
             self.requests.append(request)
 

@@ -7,7 +7,8 @@ kv_cache_dtype="int8" asks for it.
 import math
 import os
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Generator, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from minirksc.asks import Probe, make_paper_probe, make_probe
 from minirksc.branch import Branch, BranchProgress
+from minirksc.calls import Call
 from minirksc.config import EngineConfig, SamplingParams
 from minirksc.engine import Engine
 from minirksc.errors import (
@@ -37,7 +39,7 @@ from minirksc.kernels.native_ops import why_not
 from minirksc.loading import load
 from minirksc.models.spec import ArchSpec
 from minirksc.prompts import Prompt, params_list, prompt_list, text_and_ids
-from minirksc.request import Request, RequestOutput, Sequence, Stats, StreamChunk
+from minirksc.request import Request, RequestOutput, Stats, StreamChunk
 from minirksc.scoring import score_requests
 from minirksc.threads import plan_threads
 from minirksc.tokenizer import Tokenizer
@@ -104,6 +106,11 @@ class LLM:
             raise EngineClosedError(f"LLM({self.config.model!r}) was closed; make a new one")
         return self._engine
 
+    @property
+    def closed(self) -> bool:
+        """True after close()."""
+        return self._engine is None
+
     def close(self) -> None:
         """Frees model and cache; a second call does nothing."""
         if self._engine is not None:
@@ -152,15 +159,12 @@ class LLM:
         """
         items = prompt_list(prompts)
         jobs: list[Job] = []
-        try:
+        with self.engine.call() as call:
             for prompt, one in zip(items, params_list(params, len(items)), strict=True):
-                jobs.append(self._start(prompt, one, return_errors))
-            requests = [request for job in jobs for request in job.requests]
-            with tqdm(total=len(requests), disable=not use_tqdm, unit="request") as bar:
-                for _ in self._run(requests):
-                    bar.update(sum(request.finished for request in requests) - bar.n)
-        finally:
-            self._abort(request for job in jobs for request in job.requests)
+                jobs.append(self._start(call, prompt, one, return_errors))
+            with tqdm(total=len(call.requests), disable=not use_tqdm, unit="request") as bar:
+                for _ in self._run(call.requests):
+                    bar.update(sum(request.finished for request in call.requests) - bar.n)
         results = [job.result() for job in jobs]
         for result in results:
             if result.error is not None and not return_errors:
@@ -177,9 +181,22 @@ class LLM:
         Raises:
             PromptError, CacheFullError, NumericalError, TokenizerError.
         """
-        job = self._start(prompt, params or SamplingParams(), return_errors=False)
-        shown = [(0, 0)] * len(job.requests)  # characters and tokens of each sample so far
-        try:
+        made: list[weakref.ref[Generator[StreamChunk, None, RequestOutput]]] = []
+
+        def is_alive() -> bool:
+            stream = made[0]()
+            return stream is not None and stream.gi_frame is not None  # type: ignore[attr-defined]
+
+        stream = self._stream(prompt, params or SamplingParams(), is_alive)
+        made.append(weakref.ref(stream))
+        return stream
+
+    def _stream(
+        self, prompt: Prompt, params: SamplingParams, is_alive: Callable[[], bool]
+    ) -> Generator[StreamChunk, None, RequestOutput]:
+        with self.engine.call(is_alive) as call:
+            job = self._start(call, prompt, params, return_errors=False)
+            shown = [(0, 0)] * len(job.requests)  # characters and tokens of each sample so far
             for _ in self._run(job.requests):
                 for index, request in enumerate(job.requests):
                     if request.error is not None:
@@ -193,8 +210,6 @@ class LLM:
                             token_ids=request.output_token_ids[num_tokens:],
                             finish_reason=request.finish_reason,
                         )
-        finally:
-            self._abort(job.requests)
         return job.result()
 
     def chat(
@@ -235,14 +250,16 @@ class LLM:
             PromptError, CacheFullError.
         """
         out = torch.empty((len(token_ids), self.spec.vocab_size))
-        request = self.engine.add_request(
-            self.engine.new_sequence(token_ids, share=False),
-            self._resolve(SamplingParams()),
-            prefill_only=True,
-            logits_start=0,
-            on_logits=lambda first, rows: _store(out, first, rows),
-        )
-        self._run_all([request])
+        with self.engine.call() as call:
+            self.engine.add_request(
+                self.engine.new_sequence(token_ids, share=False),
+                self._resolve(SamplingParams()),
+                prefill_only=True,
+                logits_start=0,
+                on_logits=lambda first, rows: _store(out, first, rows),
+                call=call,
+            )
+            self._run_all(call.requests)
         return out
 
     # Branches
@@ -280,28 +297,24 @@ class LLM:
         Raises:
             PromptError, CacheFullError, TokenizerError: none of them is made.
         """
-        requests: list[Request] = []
-        sequences: list[Sequence] = []
+        made: list[Branch] = []
         params = self._resolve(SamplingParams())
-        try:
+        with self.engine.call() as call:
             for index, prompt in enumerate(prompts):
                 _, token_ids = self._encode(prompt)
                 own_seed = self._next_seed() if seed is None else seed
-                sequences.append(self.engine.new_sequence(token_ids, share=share, seed=own_seed))
-                sequences[-1].kept = True
+                sequence = self.engine.new_sequence(token_ids, share=share, seed=own_seed)
+                sequence.kept = True
+                call.sequences.append(sequence)
+                made.append(Branch(self, sequence))
                 seat = None if seats is None else seats[index]
-                requests.append(self.engine.add_request(sequences[-1], params, prefill_only=True, seat=seat))
-            self._run_all(requests)
-        except BaseException:
-            self._abort(requests)
-            for sequence in sequences:  # nobody has a handle on them
-                self.engine.release(sequence)
-            raise
-        made = [Branch(self, sequence) for sequence in sequences]
-        for branch, request in zip(made, requests, strict=True):
-            branch.exit_layer = request.exit_layer
-            branch.num_saved_layer_rows = request.num_saved_layer_rows
-            branch.num_cached_tokens = request.num_cached_tokens or 0
+                self.engine.add_request(sequence, params, prefill_only=True, seat=seat, call=call)
+            self._run_all(call.requests)
+            for branch, request in zip(made, call.requests, strict=True):
+                branch.exit_layer = request.exit_layer
+                branch.num_saved_layer_rows = request.num_saved_layer_rows
+                branch.num_cached_tokens = request.num_cached_tokens or 0
+            call.sequences.clear()  # they are the branches'
         return made
 
     def extend(
@@ -334,20 +347,16 @@ class LLM:
                 raise ConfigError(f"extend() takes n=1, not {one.n}; fork the branch instead")
             if one.logprobs is not None or one.prompt_logprobs is not None:
                 raise ConfigError("extend() reports Branch.logprobs, of chosen tokens; leave logprobs options out")
-        requests: list[Request] = []
-        try:
+        with self.engine.call() as call:
+            progress: list[BranchProgress] = []
             for branch, one in pairs:
                 sequence = branch._sequence
-                requests.append(self.engine.add_request(sequence, self._resolve(one), seed=sequence.branch_seed))
-            progress = [BranchProgress(branch, request) for branch, request in zip(branches, requests, strict=True)]
-            for _ in self._run(requests):
+                request = self.engine.add_request(sequence, self._resolve(one), seed=sequence.branch_seed, call=call)
+                progress.append(BranchProgress(branch, request))
+            for _ in self._run(call.requests):
                 for index, reason in on_step(progress).items() if on_step else ():
-                    self.engine.abort(requests[index], reason)
-            self._raise_first_error(requests)
-        finally:
-            self._abort(requests)
-            for branch, request in zip(branches, requests, strict=False):
-                branch._absorb(request)
+                    self.engine.abort(call.requests[index], reason)
+            self._raise_first_error(call.requests)
 
     def score(
         self,
@@ -383,23 +392,19 @@ class LLM:
             raise ConfigError(f"a gate reads one row of logits a branch; choices {choice_ids} have more than one token")
         scores = torch.full((len(branches), len(choice_ids)), math.nan)
         sequences = [branch._sequence for branch in branches]
-        requests: list[Request] = []
-        try:
-            requests.extend(
-                score_requests(
-                    self.engine,
-                    sequences,
-                    self._questions(question, len(branches)),
-                    choice_ids,
-                    self._resolve(SamplingParams()),
-                    scores,
-                    gate,
-                )
+        with self.engine.call() as call:
+            score_requests(
+                self.engine,
+                call,
+                sequences,
+                self._questions(question, len(branches)),
+                choice_ids,
+                self._resolve(SamplingParams()),
+                scores,
+                gate,
             )
-            self._run_all(requests)
-        finally:
-            self._abort(requests)
-        left = [request.exit_layer is not None for request in requests]
+            self._run_all(call.requests)
+        left = [request.exit_layer is not None for request in call.requests]
         rows = scores if gate is None else scores[[not has_left for has_left in left]]
         if not rows.isfinite().all():
             raise NumericalError("the model gave NaN or infinite logits for a choice; try dtype='float32'")
@@ -506,14 +511,15 @@ class LLM:
         self._num_seeds += 1
         return self.config.seed + self._num_seeds - 1
 
-    def _start(self, prompt: Prompt, params: SamplingParams, return_errors: bool) -> Job:
+    def _start(self, call: Call, prompt: Prompt, params: SamplingParams, return_errors: bool) -> Job:
         job = Job(None, [], params)
         try:
             job.prompt, job.token_ids = self._encode(prompt)
             job.params = params = self._resolve(params)
-            job.add_requests(self.engine, self._next_seed() if params.seed is None else params.seed)
+            job.add_requests(self.engine, call, self._next_seed() if params.seed is None else params.seed)
         except MinirkscError as error:
-            self._abort(job.requests)
+            for request in job.requests:
+                self.engine.abort(request)
             if not return_errors:
                 raise
             job.requests.clear()
@@ -528,23 +534,14 @@ class LLM:
 
     def _run_all(self, requests: SequenceOf[Request]) -> None:
         """Runs until all have finished; raises the first error among them."""
-        try:
-            for _ in self._run(requests):
-                pass
-        finally:
-            self._abort(requests)
+        for _ in self._run(requests):
+            pass
         self._raise_first_error(requests)
 
     def _raise_first_error(self, requests: SequenceOf[Request]) -> None:
         for request in requests:
             if request.error is not None:
                 raise request.error
-
-    def _abort(self, requests: Iterable[Request]) -> None:
-        """Whatever interrupted the caller, nothing stays behind in the engine."""
-        if self._engine is not None:
-            for request in requests:
-                self._engine.abort(request)
 
 
 def _store(out: Tensor, first: int, rows: Tensor) -> None:

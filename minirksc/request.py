@@ -105,6 +105,23 @@ class Request:
         """Generated text that is final so far: never half a character or the beginning of a stop string."""
         return "" if self.checker is None else self.checker.text
 
+    def put_in_order(self, make_checker: Callable[["Request"], StopChecker]) -> None:
+        """After an interruption at any line: what is whole of its output stays, and the rest follows from it."""
+        if self.checker is not None and self.finish_reason is None:
+            columns: list[list[Any]] = [self.output_token_ids, self.logprobs]
+            columns += [self.signals.top1, self.signals.self_certainty]
+            if self.params.logprobs is not None:
+                columns.append(self.top_logprobs)
+            num_whole = min(map(len, columns))
+            for column in columns:
+                del column[num_whole:]
+            self.sequence.token_ids[self.num_prompt_tokens :] = self.output_token_ids
+            self.checker = make_checker(self)
+            for token_id in self.output_token_ids:
+                self.checker.push(token_id)
+            self.finish_reason = self.checker.finish_reason
+        self.state = RequestState.WAITING if self.finish_reason is None else RequestState.FINISHED
+
     @property
     def uses_cache(self) -> bool:
         """Cached tokens have no logits and no hidden states: who wants those of its prompt computes it whole."""

@@ -172,7 +172,7 @@ def test_a_branch_that_finished_before_is_a_rival_that_nobody_stops_for(llm):
         extend(branches, params, on_step)
         for branch in branches:
             if finish_first(branch.path):
-                branch.finish_reason = "stop"
+                branch._requests[-1].finish_reason = "stop"
 
     llm.extend = ends_early
     gates = Gates(decode_exit=(Lead(),), decode_min_tokens=1, source="uncalibrated")

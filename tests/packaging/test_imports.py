@@ -13,7 +13,7 @@ FOLDERS = {"minirksc": "minirksc.", "kernels": "minirksc.kernels.", "models": "m
 # From the bottom up. A module imports from the layers below its own; a package, from itself too.
 LAYERS = (
     ("errors", "eviction", "binomial", "gates", "guard", "signals", "trace_schema", "trace_html", "trace_style"),
-    ("window_pool", "prefix_index", "eviction_log", "host"),
+    ("window_pool", "prefix_index", "eviction_log", "host", "forks"),
     ("block_pool", "block_table", "prefix_search", "threads"),
     ("awaited", "pins"),
     ("config", "answers", "json_file", "template_sandbox", "gguf_fields", "hub", "rsbcm", "kernels"),
@@ -24,8 +24,8 @@ LAYERS = (
     ("trace_page",),
     ("codecs",),
     ("tokenizer", "sampling", "gguf_import", "models"),
-    ("request", "checkpoints", "kv_cache", "asks"),
-    ("scheduler",),
+    ("request", "checkpoints", "kv_cache", "asks", "torch_modes"),
+    ("scheduler", "calls"),
     ("batch",),
     ("decode_graphs", "decode_tapes", "depth"),
     ("runner",),
@@ -109,7 +109,7 @@ PROCESS_STATE = {
     "torch.set_default_dtype": set(),
     "torch.set_default_device": set(),
     "torch.set_default_tensor_type": set(),
-    "torch.set_grad_enabled": set(),
+    "torch.set_grad_enabled": {"minirksc.torch_modes"},  # puts back what a step that was interrupted has changed
     "torch.set_float32_matmul_precision": set(),
     "torch.use_deterministic_algorithms": set(),
     "torch.manual_seed": set(),
