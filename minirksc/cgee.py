@@ -30,6 +30,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from minirksc.answers import choose
+from minirksc.config import MAX_FLOAT
+from minirksc.errors import ConfigError, brief
 from minirksc.gates import LEAVE, GateRows, Verdicts
 from minirksc.signals import SIGNALS, TokenSignals
 
@@ -55,6 +57,11 @@ class Lead:
     top: float = 0.0
     gap: float = 0.0
     is_relative: bool = True
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether its numbers are some."""
+        return _is_number(self.top) and _is_number(self.gap) and isinstance(self.is_relative, bool)
 
     def distance(self, best: float, rest: float) -> float:
         """How far the best value is ahead, in what `gap` is measured in."""
@@ -361,6 +368,13 @@ class MarginRule:
     start: int | None = None
     correction: tuple[tuple[float, float], ...] | None = None
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether its numbers are some, and those that count are whole."""
+        lines = self.correction or ()
+        has_counts = _is_count(self.patience) and self.patience > 0 and (self.start is None or _is_count(self.start))
+        return has_counts and _is_number(self.margin) and all(_is_number(part) for line in lines for part in line)
+
     def gate(self, make_lens: "MakeLens", choices: tuple[int, int], num_layers: int) -> LayerExit:
         """The gate of one pass."""
         return LayerExit(
@@ -381,6 +395,11 @@ class EntropyRule:
     stability: float
     start: int
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether its numbers are some."""
+        return _is_number(self.entropy) and _is_number(self.stability) and _is_count(self.start)
+
     def gate(self, make_lens: "MakeLens", choices: tuple[int, int], num_layers: int) -> EntropyExit:
         """The gate of one pass."""
         lens = make_lens(None)
@@ -400,6 +419,9 @@ class Gates:
         decode_exit: leads that end decoding, after which nobody is asked; none: never.
         decode_min_tokens: that every branch under way must have before.
         source: "exact", "paper", "uncalibrated" or, of a calibration file, "calibrated".
+
+    Raises:
+        ConfigError: a value is of another kind, or not finite.
     """
 
     exact: bool = True
@@ -411,10 +433,38 @@ class Gates:
     decode_min_tokens: int = 16
     source: str = "exact"
 
+    def __post_init__(self) -> None:
+        for name in ("exact", "compares_answers"):
+            _check(name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False")
+        _check("signal", self.signal, isinstance(self.signal, str) and self.signal in SIGNALS, f"one of {[*SIGNALS]}")
+        for name in ("skip", "decode_exit"):
+            leads = getattr(self, name)
+            is_right = isinstance(leads, tuple) and all(isinstance(lead, Lead) and lead.is_finite for lead in leads)
+            _check(name, leads, is_right, "a tuple of Lead, of finite numbers")
+        rule = self.layer_exit
+        is_right = rule is None or (isinstance(rule, MarginRule | EntropyRule) and rule.is_finite)
+        _check("layer_exit", rule, is_right, "a MarginRule or EntropyRule, of finite numbers and patience above 0")
+        _check("decode_min_tokens", self.decode_min_tokens, _is_count(self.decode_min_tokens), "a whole number")
+        _check("source", self.source, isinstance(self.source, str), "text")
+
     @property
     def is_calibrated(self) -> bool:
         """False where an approximate gate has thresholds that nobody has tested on this model."""
         return self.source in ("exact", "calibrated")
+
+
+def _check(name: str, value: object, is_right: bool, wanted: str) -> None:
+    if not is_right:
+        raise ConfigError(f"gates with {name}={brief(value)}; it must be {wanted}")
+
+
+def _is_number(value: object) -> bool:
+    # NaN compares false, and an int beyond all floats compares where math.isfinite would raise.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_FLOAT
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 NO_GATES = Gates(exact=False)

@@ -198,6 +198,7 @@ EXAMPLE: dict[str, Any] = {
     "versions": {"minirksc": "0.1.0", "torch": "2.13.0", "python": "3.11.7"},
     "model": "smollm2-135m",
     "config": {"branches": 2, "depth": 1, "tokens_per_step": 4, "sharing": "exact", "verify": "auto"},
+    "seed": 0,
     "problem": "What is 17 + 25?",
     "phrasings": None,
     "nodes": [
@@ -306,6 +307,7 @@ TRACE_SCHEMA: Schema = {
             ),
             "model": _of("string", "the checkpoint, as it was named or where it lies"),
             "config": _of("object", "the SolverConfig, sampling parameters included"),
+            "seed": _count("of the random numbers: the config's, or where it has none the LLM's next"),
             "problem": {**_PROMPT, "description": "text, or token ids of a whole prompt"},
             "phrasings": _list("one wording a branch; null: all got the problem", _PROMPT, null=True),
             "nodes": _list("every branch that was ever made, in order", _NODE),

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from minirksc.branch import Branch, BranchProgress
     from minirksc.config import SamplingParams
     from minirksc.llm import LLM
+    from minirksc.request import Salt
 
 OnStep = Callable[[Sequence["BranchProgress"]], Mapping[int, str]]
 """See `LLM.extend`."""
@@ -133,6 +134,8 @@ class Tree:
     Args:
         llm: computes the branches.
         share: False: every branch computes all its tokens.
+        seed: of all branches, whose paths tell their random numbers apart.
+        salt: of all branches, see `LLM.branches`.
         on_event: called with each event as it happens.
 
     Attributes:
@@ -140,17 +143,28 @@ class Tree:
         gates: what each gate decided, in order; plain data.
         events: what happened, in order; plain data, at_s and seconds on the clock of this solve.
         stats: filled by `finish`.
+        seed: as given.
     """
 
-    def __init__(self, llm: "LLM", *, share: bool, on_event: Callable[[dict[str, Any]], None] | None = None) -> None:
+    def __init__(
+        self,
+        llm: "LLM",
+        *,
+        share: bool,
+        seed: int,
+        salt: "Salt | None" = None,
+        on_event: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
         self.nodes: list[Node] = []
         self.events: list[dict[str, Any]] = []
         self.gates: list[dict[str, Any]] = []
         self.stats: dict[str, float] = dict.fromkeys(_SECONDS.values(), 0.0)
         self._llm = llm
+        self.seed = seed
         self._share = share
+        self._salt = salt
         self._on_event = on_event
-        self._live: dict[int, Branch] = {}
+        self._made: list[Branch] = []  # all; they come here straight from who makes them, so that none gets lost
         self._first_root: Branch | None = None  # that others may run on
         self._start = time.perf_counter()
         self._counters = self._count()
@@ -243,19 +257,16 @@ class Tree:
         branch.append(node.branch.token_ids[node.num_prompt_tokens :])
         return branch
 
-    def extend(self, nodes: Sequence[Node], params: "SamplingParams", on_step: OnStep | None = None) -> list[Node]:
-        """Decodes nodes together.
+    def extend(self, nodes: Sequence[Node], params: "SamplingParams", on_step: OnStep | None = None) -> None:
+        """Decodes nodes together; one that fails has an error then, and its branch is pruned.
 
         Args:
             nodes: that go on.
             params: of all.
             on_step: may stop some early, see `LLM.extend`.
 
-        Returns:
-            Those that did not fail.
-
         Raises:
-            NumericalError: all failed.
+            NumericalError: it failed, and none of the nodes did.
         """
         with self.phase("extend", nodes):
             error = None
@@ -267,11 +278,10 @@ class Tree:
                 self._read(node)
                 if node.branch.finish_reason == "error":
                     node.error = str(error)
-        well = [node for node in nodes if node.error is None]
-        if error is not None and (not well or len(well) == len(nodes)):  # all, or none that can be named
+        failed = [node.branch for node in nodes if node.error is not None]
+        if error is not None and not failed:
             raise error
-        self._prune([node.branch for node in nodes if node.error is not None])
-        return well
+        self._prune(failed)
 
     def expand(self, nodes: Sequence[Node], survivors: Sequence[Node], width: int) -> list[Node]:
         """The next round: survivors are forked up to `width` nodes, the others pruned.
@@ -320,12 +330,13 @@ class Tree:
 
     def close(self) -> None:
         """Prunes every branch that is left; twice is fine."""
-        self._prune(list(self._live.values()))
+        self._prune(self._made)
 
     def _roots(self, prompts: Sequence[Sequence[int]], seats: Sequence[Seat | None] | None = None) -> list["Branch"]:
-        roots = self._llm.branches(prompts, share=self._share, seats=seats)
-        self._live.update((id(root), root) for root in roots)
-        return roots
+        first = len(self._made)
+        made = self._llm.branches
+        self._made.extend(made(prompts, share=self._share, seed=self.seed, seats=seats, salt=self._salt))
+        return self._made[first:]
 
     def _probed_roots(
         self, prompts: Sequence[list[int]], probe: "Probe", members: Sequence[list[int]], refusals: Sequence[str | None]
@@ -375,8 +386,9 @@ class Tree:
 
     def _fork(self, branch: "Branch", indices: Sequence[int]) -> list["Branch"]:
         """The forks with these indices: a path must not depend on what else was planted."""
-        kids = branch.fork(max(indices) + 1)
-        self._live.update((id(kid), kid) for kid in kids)
+        first = len(self._made)
+        self._made.extend(branch.fork(max(indices) + 1))
+        kids = self._made[first:]
         wanted = set(indices)
         self._prune([kid for index, kid in enumerate(kids) if index not in wanted])
         return [kids[index] for index in indices]
@@ -393,8 +405,7 @@ class Tree:
             ancestor = child
             (child,) = self._fork(ancestor, [step])
             self._prune([ancestor])
-        # It goes on from what its parent had said, as a fork does.
-        child.output_token_ids, child.signals = list(branch.output_token_ids), branch.signals + TokenSignals()
+        child.take_over(branch)
         return child
 
     def _node(self, branch: "Branch", parent: Node | None, hint: str, num_prompt: int, num_cached: int) -> Node:
@@ -429,7 +440,6 @@ class Tree:
     def _prune(self, branches: Sequence["Branch"]) -> None:
         for branch in branches:
             branch.prune()
-            self._live.pop(id(branch), None)
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return "" if self._llm.tokenizer is None else self._llm.tokenizer.decode(token_ids)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from minirksc.branch import Branch
     from minirksc.cgee import EntropyExit, EntropyRule, LayerExit, MarginRule
     from minirksc.llm import LLM
+    from minirksc.request import Salt
     from minirksc.tokenizer import Tokenizer
 
 QUESTION = "Is this answer correct? YES or NO."
@@ -74,18 +75,20 @@ class Verifier:
         style: "append" or "standalone".
         chat: ask in the checkpoint's chat format; plain text where it has none that can be used.
         share: False: nothing is shared between branches.
+        salt: of the prompts that it asks with, as of the branches.
 
     Raises:
         ConfigError: the checkpoint has no tokenizer.
     """
 
-    def __init__(self, llm: "LLM", style: str, *, chat: bool, share: bool) -> None:
+    def __init__(self, llm: "LLM", style: str, *, chat: bool, share: bool, salt: "Salt | None" = None) -> None:
         if llm.tokenizer is None:
             raise ConfigError(f"{llm.model_path} has no tokenizer, so nothing can be asked; use verify='never'")
         self._llm = llm
         self._tokenizer = llm.tokenizer
         self._style = style
         self._share = share
+        self._salt = salt
         parts = _chat_parts(llm.tokenizer, style) if chat and llm.tokenizer.has_chat_template else None
         self._choices = self._choice_ids(_PLAIN_CHOICES if parts is None else _CHAT_CHOICES)
         before, between, after = parts or _plain_parts(style)
@@ -121,6 +124,17 @@ class Verifier:
             return self._score(branches, [[*closing, *self._question] for closing in closings], gate)
         return self._standalone(problem, candidates, gate)
 
+    def num_tokens(self, num_prompt: int, problem: str | Sequence[int]) -> int:
+        """Tokens that stand around an answer when it is asked about.
+
+        Args:
+            num_prompt: tokens of its branch's prompt.
+            problem: as of `ask`.
+        """
+        if self._style == "standalone":
+            num_prompt = len(self._before) + len(self._problem_ids(problem)) + len(self._between)
+        return num_prompt + len(self._closing) + len(self._question)
+
     @property
     def can_exit(self) -> bool:
         """True when the answers are one token each: only then does a layer have a margin between them."""
@@ -132,14 +146,12 @@ class Verifier:
         prompt = [*self._before, *self._problem_ids(problem), *self._between]
         open_branches: list[Branch] = []
         try:
+            # Straight into the list, so that none gets lost; nothing is sampled, so that any seed will do.
+            for _ in candidates[:1] if self._share else candidates:
+                open_branches.append(self._llm.branch(prompt, share=self._share, seed=0, salt=self._salt))
             if self._share:
-                open_branches.append(self._llm.branch(prompt))
-                asked = open_branches[0].fork(len(candidates))
-                open_branches += asked
-            else:
-                for _ in candidates:
-                    open_branches.append(self._llm.branch(prompt, share=False))
-                asked = open_branches
+                open_branches.extend(open_branches[0].fork(len(candidates)))
+            asked = open_branches[-len(candidates) :]
             for branch, candidate in zip(asked, candidates, strict=True):
                 branch.append(candidate.answer_ids)
             return self._score(asked, [[*self._closing, *self._question]] * len(asked), gate)

@@ -8,9 +8,11 @@ import torch
 from minirksc import LLM, SamplingParams, Solver, SolverConfig, solver, verify
 from minirksc.cgee import EXACT_GATES, PAPER_GATES, DecodeRule, Gates, Lead, MarginRule
 from minirksc.errors import NumericalError
+from minirksc.tree import Node
 
 PROBLEM = "a baker bakes 12 loaves and gives 3 of them away. how many are left?"
 LAYERS = 6
+SEEDED = SamplingParams(temperature=0.8, top_p=0.95, seed=0)
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +30,8 @@ def llm(tiny_llama):
 
 def solve(llm, problem=PROBLEM, **options):
     llm.reset_prefix_cache()
-    config = {"branches": 6, "tokens_per_step": 8, "answer_parser": lambda text: text[:1] or None} | options
+    config = {"branches": 6, "tokens_per_step": 8, "answer_parser": lambda text: text[:1] or None, "sampling": SEEDED}
+    config |= options
     return Solver(llm, SolverConfig(**config)).solve(problem)
 
 
@@ -149,7 +152,7 @@ def test_the_leader_is_the_same_branch_where_another_one_failed(llm, monkeypatch
         def __call__(self, progress):
             stopped = super().__call__(progress)
             if stopped:
-                leads.append(progress[self.leader]._branch.path)
+                leads.append((self.leader,))
             return stopped
 
     monkeypatch.setattr(llm.engine, "_sample", spoil)
@@ -162,26 +165,29 @@ def test_the_leader_is_the_same_branch_where_another_one_failed(llm, monkeypatch
     assert tuple(result.trace["nodes"][note["node"]]["path"]) == leads[0]
 
 
-def test_a_branch_that_finished_before_is_a_rival_that_nobody_stops_for(llm):
-    def finish_first(path):
-        return path == (0,)
-
-    extend = llm.extend
-
-    def ends_early(branches, params, on_step=None):
-        extend(branches, params, on_step)
-        for branch in branches:
-            if finish_first(branch.path):
-                branch._requests[-1].finish_reason = "stop"
-
-    llm.extend = ends_early
+def test_a_branch_that_finished_before_is_a_rival_that_nobody_stops_for(llm, monkeypatch):
+    monkeypatch.setattr(Node, "finished", property(lambda node: node.branch.path == (0,) and node.text != ""))
     gates = Gates(decode_exit=(Lead(),), decode_min_tokens=1, source="uncalibrated")
     for select in ("score", "vote"):
         result = solve(llm, gates=gates, depth=2, beam=6, branches=6, select=select, tokens_per_step=6)
         assert (0,) in [b.path for b in result.branches]
         assert "early_exit" not in [b.finish_reason for b in result.branches]
         assert "consensus" not in [b.finish_reason for b in result.branches]
-    del llm.extend
+
+
+@pytest.mark.parametrize("others_fail", [False, True])
+def test_one_that_finished_before_is_left_where_all_others_fail(llm, monkeypatch, others_fail):
+    monkeypatch.setattr(Node, "finished", property(lambda node: node.branch.path == (0,) and node.text != ""))
+    sample = llm.engine._sample
+
+    def spoil(logits, wanted):
+        fails = others_fail and any(len(rows.item.request.sequence.path) == 2 for rows in wanted)
+        return sample(logits * math.nan if fails else logits, wanted)
+
+    monkeypatch.setattr(llm.engine, "_sample", spoil)
+    result = solve(llm, verify="always", depth=2, beam=6, tokens_per_step=6)
+    assert (result.branches[result.best].path == (0,)) or not others_fail
+    assert {b.path for b in result.branches if b.error is None} == {(0,)} or not others_fail
 
 
 def test_an_error_of_no_branch_in_particular_is_not_swallowed(llm, monkeypatch):

@@ -43,7 +43,7 @@ def llm(tiny_llama):
 @pytest.fixture(scope="module", params=["append", "standalone"])
 def collected(llm, request):
     config = SolverConfig(verify_style=request.param, **BASE)
-    return config, Collector(llm, config).collect([(problem, None) for problem in PROBLEMS])
+    return config, Collector(llm, config).collect([(problem, None) for problem in PROBLEMS], [3] * len(PROBLEMS))
 
 
 leads = st.builds(
@@ -140,14 +140,15 @@ def test_json_keeps_everything(collected):
 def test_collecting_leaves_nothing_behind_and_a_failure_harms_nobody(llm):
     collector = Collector(llm, SolverConfig(**BASE))
     too_long = "x" * 1000
-    found = collector.collect([(PROBLEMS[0], None), (too_long, None), (PROBLEMS[1], "7")])
+    found = collector.collect([(PROBLEMS[0], None), (too_long, None), (PROBLEMS[1], "7")], [1, 2, 5])
     assert [isinstance(one, Failed) for one in found] == [False, True, False]
     assert "1000" in found[1].error or "512" in found[1].error
     assert [found[0].reference, found[2].reference] == [None, "7"]
     assert llm.stats()["num_blocks_used"] == 0
     llm.engine.blocks.check_integrity()
-    (alone,) = collector.collect([(PROBLEMS[1], "7")])
+    alone, other = (collector.collect([(PROBLEMS[1], "7")], [seed])[0] for seed in (5, 6))
     assert [b.token_ids for b in alone.branches] == [b.token_ids for b in found[2].branches]
+    assert [b.token_ids for b in alone.branches] != [b.token_ids for b in other.branches]
 
 
 @pytest.mark.parametrize(
