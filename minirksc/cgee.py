@@ -24,13 +24,13 @@ and a lens, a decode rule the progress of each branch.
 """
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from minirksc.answers import choose
-from minirksc.config import MAX_FLOAT
 from minirksc.errors import ConfigError, brief
 from minirksc.gates import LEAVE, GateRows, Verdicts
 from minirksc.signals import SIGNALS, TokenSignals
@@ -460,7 +460,7 @@ def _check(name: str, value: object, is_right: bool, wanted: str) -> None:
 
 def _is_number(value: object) -> bool:
     # NaN compares false, and an int beyond all floats compares where math.isfinite would raise.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_FLOAT
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_count(value: object) -> bool:

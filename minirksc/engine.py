@@ -14,11 +14,10 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -29,6 +28,8 @@ from minirksc.calls import Call, Mark
 from minirksc.config import EngineConfig, SamplingParams
 from minirksc.depth import Depth
 from minirksc.errors import (
+    BranchError,
+    ConfigError,
     EngineBusyError,
     EngineForkedError,
     MinirkscError,
@@ -40,12 +41,13 @@ from minirksc.gates import Seat
 from minirksc.kernels.attention_batch import KEY_CHUNK
 from minirksc.models.decoder import MassSample
 from minirksc.models.spec import ArchSpec
-from minirksc.request import LogitsCallback, Request, Sequence, Stats
+from minirksc.request import LogitsCallback, Request, Salt, Sequence, Stats, salt_key
 from minirksc.rsbcm import BlockBytes, BlockManager
 from minirksc.runner import Runner
-from minirksc.sampling import Sampled, SamplingRow, sample
+from minirksc.sampling import Sampled, SamplingRow, derived_seed, sample
 from minirksc.scheduler import ScheduledRequest, Scheduler
-from minirksc.stopping import StopChecker
+from minirksc.stopping import StopChecker, TextSource
+from minirksc.token_ids import read_token_ids
 from minirksc.tokenizer import Detokenizer, Tokenizer
 
 SEED_RANGE = 2**64
@@ -65,6 +67,7 @@ class Engine:
         max_model_len: longest sequence, prompt and generated tokens together.
         eos_token_ids: end a generation.
         tokenizer: for text and stop strings; None: token ids only.
+        sampling_defaults: of the checkpoint, for sampling values that a request leaves open.
 
     Attributes:
         dropped: kept sequences whose handle is gone, at any moment and in any thread; released by whoever enters next.
@@ -79,6 +82,7 @@ class Engine:
         max_model_len: int,
         eos_token_ids: frozenset[int],
         tokenizer: Tokenizer | None,
+        sampling_defaults: Mapping[str, float],
     ) -> None:
         spec = runner.model.spec
         self.runner = runner
@@ -101,6 +105,10 @@ class Engine:
         self.max_model_len = max_model_len
         self.eos_token_ids = eos_token_ids
         self.tokenizer = tokenizer
+        self.sampling_defaults = sampling_defaults
+        self._seed = config.seed
+        self._num_seeds = 0
+        self._owner = object()  # what its sequences know it by
         self.dropped: deque[Sequence] = deque()
         self._pid = os.getpid()
         self._calls: list[Call] = []
@@ -194,7 +202,7 @@ class Engine:
         """Frees all blocks; requests that have not ended go on from their tokens."""
         self._books_mark = Mark(sys._getframe())
         for request in self.scheduler.requests.values():
-            request.put_in_order(lambda one: self._make_checker(one.params, one.num_prompt_tokens))
+            request.put_in_order(lambda one: self._make_checker(one.params, one.num_prompt_tokens, one.detokenizer))
         self._blocks.clear()
         self.scheduler.restart()
         self._books_mark = None
@@ -214,39 +222,90 @@ class Engine:
 
     # Sequences and requests
 
-    def new_sequence(self, token_ids: SequenceOf[int], *, share: bool = True, seed: int = 0) -> Sequence:
+    def next_seed(self) -> int:
+        """A seed for what was given none: independent of all others, and the same in the next run of the same calls."""
+        self._num_seeds += 1
+        return derived_seed(self._seed, self._num_seeds)
+
+    def new_sequence(
+        self,
+        token_ids: Iterable[int],
+        *,
+        share: bool = True,
+        salt: Salt | None = None,
+        seed: int = 0,
+    ) -> Sequence:
         """A root sequence; nothing is computed or reserved yet.
 
         Args:
             token_ids: the prompt.
             share: False keeps its blocks out of all sharing but that of its own forks.
+            salt: it shares blocks with sequences of the same salt alone; None: with those that have none.
             seed: of the samples of a branch on it.
 
         Raises:
             PromptError: it is empty, longer than max_model_len, or has a token id outside the vocabulary.
+            ConfigError: the salt is none.
         """
-        self.check_token_ids(token_ids, num_before=0)
-        if not token_ids:
+        prompt = self.check_token_ids(token_ids, num_before=0)
+        if not prompt:
             raise PromptError("the prompt is empty; give at least one token")
+        key = salt_key(salt)
         seq_id = next(self._sequence_ids)
-        salt = b"" if share else b"private %d" % seq_id
-        return Sequence(seq_id, list(token_ids), salt=salt, branch_seed=seed)
+        key = key if share else b"private %d" % seq_id
+        return Sequence(seq_id, prompt, salt=key, branch_seed=seed, owner=self._owner)
 
-    def check_token_ids(self, token_ids: SequenceOf[int], num_before: int) -> None:
-        """Checks tokens that are to follow `num_before` others.
+    def check_token_ids(self, token_ids: Iterable[int], num_before: int) -> list[int]:
+        """Token ids that are to follow `num_before` others, as a list of int.
 
         Raises:
             PromptError: too many for max_model_len, or one is no whole number or outside the vocabulary.
         """
-        vocab_size = self.runner.model.spec.vocab_size
-        for token_id in token_ids:
-            if not (type(token_id) is int or isinstance(token_id, Integral)) or not 0 <= token_id < vocab_size:
-                raise PromptError(f"token id {token_id!r} is outside the vocabulary; ids are 0..{vocab_size - 1}")
-        num_tokens = num_before + len(token_ids)
+        checked = read_token_ids(token_ids, self.runner.model.spec.vocab_size)
+        num_tokens = num_before + len(checked)
         if num_tokens > self.max_model_len:
             raise PromptError(
                 f"{num_tokens} tokens are more than max_model_len {self.max_model_len}; shorten the prompt"
             )
+        return checked
+
+    def check_idle(self, sequence: Sequence) -> None:
+        """Refuses a sequence that cannot be changed or given to a request.
+
+        Raises:
+            BranchError: it is in an unfinished request, was released, or is another engine's.
+        """
+        self._check_owner(sequence)
+        request = self.scheduler.request_of(sequence)
+        if request is not None:
+            raise BranchError(
+                f"sequence {sequence.seq_id} is in request {request.request_id}, which has not finished; "
+                "fork it, or wait for the end"
+            )
+
+    def _check_owner(self, sequence: Sequence) -> None:
+        if sequence.owner is not self._owner:
+            state = "was released" if sequence.owner is None else "is another engine's"
+            raise BranchError(f"sequence {sequence.seq_id} {state}; make one with new_sequence or fork_sequence")
+
+    def replace_end(self, sequence: Sequence, num_tokens: int, token_ids: SequenceOf[int]) -> None:
+        """Takes the tokens from num_tokens on out of an idle sequence, and their KV with them, and puts others there.
+
+        Raises:
+            BranchError: see `check_idle`.
+            EngineBusyError, EngineForkedError.
+        """
+        self._enter()
+        self.check_idle(sequence)
+        seq_id = sequence.seq_id
+        if seq_id in self._blocks and self._blocks.num_tokens(seq_id) > num_tokens:
+            with self._changing():
+                # The last token that stays is computed once more, for its logits.
+                if self._blocks.can_rewind(seq_id, num_tokens - 1):
+                    self._blocks.rewind(seq_id, num_tokens - 1)
+                else:  # what its window would see is gone
+                    self.scheduler.release(sequence)
+        sequence.token_ids[num_tokens:] = token_ids
 
     def fork_sequence(self, parent: Sequence, index: int, call: Call | None = None, *, kept: bool = True) -> Sequence:
         """A child that shares every block of its parent; nothing is copied.
@@ -258,9 +317,11 @@ class Engine:
             kept: its blocks stay when a request on it ends, until `release`.
 
         Raises:
+            BranchError: the parent was released, or is another engine's.
             EngineBusyError, EngineForkedError.
         """
         self._enter()
+        self._check_owner(parent)
         child = replace(
             parent,
             seq_id=next(self._sequence_ids),
@@ -284,45 +345,63 @@ class Engine:
         sequence: Sequence,
         params: SamplingParams,
         *,
-        seed: int = 0,
+        seed: int | None = None,
         prefill_only: bool = False,
         logits_start: int | None = None,
         on_logits: LogitsCallback | None = None,
         seat: Seat | None = None,
+        earlier_output_ids: SequenceOf[int] = (),
+        detokenizer: TextSource | None = None,
         call: Call | None = None,
     ) -> Request:
         """Queues a generation on a sequence.
 
         Args:
             sequence: from `new_sequence` or `fork_sequence`, and not in another unfinished request.
-            params: resolved sampling parameters.
-            seed: of the random numbers; params.seed wins.
+            params: sampling parameters, for one sample; what they leave open comes from the checkpoint.
+            seed: of the random numbers; params.seed wins; None: `next_seed`.
             prefill_only: compute the KV of what is there and sample nothing.
             logits_start: see `Request`.
             on_logits: see `Request`.
             seat: see `Request`.
+            earlier_output_ids: see `Request`.
+            detokenizer: see `Request`.
             call: with whose end it is aborted; None: it stays until it has ended.
 
         Raises:
+            ConfigError: the parameters ask for what a request does not do, or name ids outside the vocabulary.
+            BranchError: see `check_idle`.
             PromptError: prompt and max_tokens do not fit into max_model_len.
             CacheFullError: the cache can never hold prompt and max_tokens.
             EngineBusyError, EngineForkedError.
         """
         self._enter()
+        params = SamplingParams.of(params).resolved(self.sampling_defaults)
+        if params.n != 1:
+            raise ConfigError(f"a request is one sample, not n={params.n}; add {params.n}, with seeds that count up")
+        if params.prompt_logprobs is not None:
+            raise ConfigError(
+                f"a request does not report prompt_logprobs {params.prompt_logprobs}; use logits_start and on_logits"
+            )
+        params.check_vocabulary(self.runner.model.spec.vocab_size)
+        self.check_idle(sequence)
         num_prompt = len(sequence.token_ids)
         if prefill_only and self.scheduler.room_after(num_prompt) < 1:
             raise self.scheduler.cache_full(f"a prompt of {num_prompt} tokens", num_prompt)
-        checker = None if prefill_only else self._make_checker(params, num_prompt)
+        checker = None if prefill_only else self._make_checker(params, num_prompt, detokenizer)
+        seed = params.seed if params.seed is not None else seed
         request = Request(
             request_id=next(self._request_ids),
             sequence=sequence,
             params=params,
-            seed=(seed if params.seed is None else params.seed) % SEED_RANGE,
+            seed=(self.next_seed() if seed is None else seed) % SEED_RANGE,
             num_prompt_tokens=num_prompt,
             checker=checker,
             logits_start=logits_start,
             on_logits=on_logits,
             seat=seat,
+            earlier_output_ids=earlier_output_ids,
+            detokenizer=detokenizer,
         )
         with self._changing():
             if call is not None:
@@ -359,6 +438,7 @@ class Engine:
         if request is not None:
             self._abort(request, "abort")
         self.scheduler.release(sequence)
+        sequence.owner = None
 
     @property
     def has_work(self) -> bool:
@@ -484,7 +564,7 @@ class Engine:
             "kv_bytes_used_window": windows.num_used * size.window,
         }
 
-    def _make_checker(self, params: SamplingParams, num_prompt: int) -> StopChecker:
+    def _make_checker(self, params: SamplingParams, num_prompt: int, before: TextSource | None) -> StopChecker:
         room = self.max_model_len - num_prompt
         if params.max_tokens is not None and params.max_tokens > room:
             raise PromptError(
@@ -502,10 +582,14 @@ class Engine:
             raise self.scheduler.cache_full(what, num_prompt + num_new - 1)
         if params.max_tokens is None:
             params = replace(params, max_tokens=room)
-        detokenizer = None
-        if self.tokenizer is not None and params.detokenize:
-            detokenizer = Detokenizer(self.tokenizer, params.skip_special_tokens)
-        return StopChecker(params, self.eos_token_ids, detokenizer)
+        return StopChecker(params, self.eos_token_ids, self.text_source(params, before))
+
+    def text_source(self, params: SamplingParams, before: TextSource | None) -> TextSource | None:
+        """What makes text of a generation that goes on where `before` is, or begins; None where there is no text."""
+        if self.tokenizer is None or not params.detokenize:
+            return None
+        skip = params.skip_special_tokens
+        return Detokenizer(self.tokenizer, skip) if before is None else before.copy(skip)
 
     def _sample(self, logits: Tensor, wanted: list[LogitsRows]) -> list[tuple[Request, Sampled]]:
         """Draws the next token of every request whose last token has been computed."""
@@ -531,10 +615,13 @@ class Engine:
             path=request.sequence.path,
             position=len(tokens),
             forbidden_ids=forbidden,
+            earlier_output_ids=request.earlier_output_ids,
         )
 
     def _update(self, request: Request, drawn: Sampled) -> None:
         if drawn.failure is not None:
+            if request.checker is not None:
+                request.checker.flush()
             request.error = NumericalError(
                 f"request {request.request_id}: {drawn.failure} at position "
                 f"{len(request.sequence.token_ids)}; the checkpoint may be damaged, or its dtype too narrow "

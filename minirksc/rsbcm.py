@@ -391,11 +391,16 @@ class BlockManager:
         table = self._tables[seq_id]
         table.exact_len = min(table.exact_len, num_tokens)
 
+    def can_rewind(self, seq_id: int, num_tokens: int) -> bool:
+        """Whether `rewind` is possible: by the last position always, by more as far as a window is still there."""
+        table = self._tables[seq_id]
+        return min(table.window_begin, len(table.block_ids)) <= self.windows.first_needed(num_tokens)
+
     def rewind(self, seq_id: int, num_tokens: int) -> None:
-        """Forgets the KV of positions from num_tokens on; with a window, of the last one only."""
+        """Forgets the KV of positions from num_tokens on; see `can_rewind`."""
         table, size = self._tables[seq_id], self.block_size
         assert 0 <= num_tokens <= len(table.token_ids)
-        assert min(table.window_begin, len(table.block_ids)) <= self.windows.first_needed(num_tokens)
+        assert self.can_rewind(seq_id, num_tokens)
         del table.token_ids[num_tokens:]
         del table.digests[num_tokens // size :]
         keep = -(-num_tokens // size)

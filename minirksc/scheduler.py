@@ -70,7 +70,7 @@ class Scheduler:
         self.block_bytes = block_bytes
         self.prefix_caching = prefix_caching
         self.switch_len = switch_len
-        self.requests: dict[int, Request] = {}  # that have not finished, by id, in order of arrival
+        self.requests: dict[int, Request] = {}  # that have not finished, by seq_id, in order of arrival
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.idle: dict[int, Sequence] = {}  # kept sequences that hold blocks; least recently used first
@@ -91,11 +91,11 @@ class Scheduler:
 
     def request_of(self, sequence: Sequence) -> Request | None:
         """The request that has not finished on a sequence, if there is one."""
-        return next((request for request in self.requests.values() if request.sequence is sequence), None)
+        return self.requests.get(sequence.seq_id)
 
     def add(self, request: Request) -> None:
         """Queues a request."""
-        self.requests[request.request_id] = request
+        self.requests[request.sequence.seq_id] = request
         self.idle.pop(request.sequence.seq_id, None)
         self.waiting.append(request)
 
@@ -113,7 +113,7 @@ class Scheduler:
 
     def finish(self, request: Request) -> None:
         """Takes a request out at any moment of its life; its blocks are released unless they are kept."""
-        self.requests.pop(request.request_id, None)
+        self.requests.pop(request.sequence.seq_id, None)
         if request in self.running:
             self.running.remove(request)
         elif request in self.waiting:
@@ -248,8 +248,9 @@ class Scheduler:
                     blocks.free(seq_id, returns=True)
                 return None
         if request.num_cached_tokens is None:
-            request.num_cached_tokens = cached if is_new else 0
-            self.num_cached_tokens += request.num_cached_tokens
+            found = cached if is_new else 0
+            request.num_cached_tokens = found - found % blocks.block_size
+            self.num_cached_tokens += found
         request.state = RequestState.RUNNING
         self.running.append(request)  # before its blocks change, so that `preempt_all` knows of them
         copies = copies + blocks.reserve(seq_id, cached + num_tokens)

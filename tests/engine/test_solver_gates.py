@@ -152,7 +152,7 @@ def test_the_leader_is_the_same_branch_where_another_one_failed(llm, monkeypatch
         def __call__(self, progress):
             stopped = super().__call__(progress)
             if stopped:
-                leads.append((self.leader,))
+                leads.append(progress[self.leader].branch.path)
             return stopped
 
     monkeypatch.setattr(llm.engine, "_sample", spoil)

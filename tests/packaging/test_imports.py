@@ -13,7 +13,7 @@ FOLDERS = {"minirksc": "minirksc.", "kernels": "minirksc.kernels.", "models": "m
 # From the bottom up. A module imports from the layers below its own; a package, from itself too.
 LAYERS = (
     ("errors", "eviction", "binomial", "gates", "guard", "signals", "trace_schema", "trace_html", "trace_style"),
-    ("window_pool", "prefix_index", "eviction_log", "host", "forks"),
+    ("window_pool", "prefix_index", "eviction_log", "host", "forks", "token_ids"),
     ("block_pool", "block_table", "prefix_search", "threads"),
     ("awaited", "pins"),
     ("config", "answers", "json_file", "template_sandbox", "gguf_fields", "hub", "rsbcm", "kernels"),
@@ -30,7 +30,8 @@ LAYERS = (
     ("decode_graphs", "decode_tapes", "depth"),
     ("runner",),
     ("engine",),
-    ("loading", "branch", "prompts", "scoring", "job"),
+    ("loading", "prompts", "scoring", "job"),
+    ("branch",),
     ("llm",),
     ("verify", "tree", "judge"),
     ("solver", "evidence"),
@@ -59,7 +60,7 @@ ONLY = {
         "window_pool",
     },
     "scheduler": {"errors", "request", "rsbcm"},
-    "cgee": {"answers", "gates", "signals"},
+    "cgee": {"answers", "errors", "gates", "signals"},
     "asks": {"errors", "gates", "models", "similarity"},
     "judge": {"answers", "cgee", "signals"},
     "verify": {"errors"},
