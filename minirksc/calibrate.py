@@ -295,6 +295,8 @@ def read_problems(path: Path) -> Problems:
         ConfigError: it cannot be read, is empty, or a line is no problem.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"--data {path} is no regular file; give one")
         raw = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"--data {path} cannot be read: {error}") from error

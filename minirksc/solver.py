@@ -237,9 +237,15 @@ class Solver:
             return PAPER_GATES
         if config.gates is None:
             return DEFAULT_GATES
-        if isinstance(config.gates, Gates):
-            return config.gates
-        return read_gates(config.gates, self.llm.model_path, settings_of(config, self.llm))
+        gates = config.gates
+        if not isinstance(gates, Gates):
+            gates = read_gates(gates, self.llm.model_path, settings_of(config, self.llm))
+        correction, num_layers = getattr(gates.layer_exit, "correction", None), self.llm.spec.num_layers
+        if correction is not None and len(correction) < num_layers - 1:
+            raise ConfigError(
+                f"the layer_exit of gates corrects {len(correction)} layers of {num_layers}; calibrate anew"
+            )
+        return gates
 
     def _probe(self, wordings: Sequence[str | list[int]], tree: Tree) -> tuple["Probe | None", list[str | None]]:
         """What compares wordings, and why some are not even compared."""
