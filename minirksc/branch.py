@@ -31,10 +31,7 @@ class Branch:
         num_cached_tokens: of a root, tokens of its prompt that were found in the prefix cache, in whole blocks.
     """
 
-    pruned = True  # until it is made
-
     def __init__(self, llm: "LLM", sequence: Sequence, parent: "Branch | None" = None) -> None:
-        self._dropped = llm.engine.dropped
         self._llm = llm
         self._sequence = sequence
         self._num_forks = 0
@@ -46,6 +43,7 @@ class Branch:
         self.exit_layer: int | None = None
         self.num_saved_layer_rows = 0
         self.num_cached_tokens = 0
+        llm.engine.release_with(self, sequence)
 
     def fork(self, n: int) -> list["Branch"]:
         """Makes n children that continue from here; no token is computed and no block copied.
@@ -103,11 +101,6 @@ class Branch:
             self._llm.engine.release(self._sequence)
         self.pruned = True
 
-    def __del__(self) -> None:
-        # At any moment and in any thread: whoever enters the engine next gives back its blocks.
-        if not self.pruned:
-            self._dropped.append(self._sequence)
-
     def pin(self) -> None:
         """Keeps its blocks from eviction, also once nobody uses them, until `unpin` or `LLM.reset_prefix_cache`.
 
@@ -115,11 +108,11 @@ class Branch:
             BranchError: it was pruned.
         """
         self._check_usable()
-        self._llm.engine.blocks.pin(self.seq_id)
+        self._llm.engine.pin(self._sequence)
 
     def unpin(self) -> None:
         """Takes `pin` back; also after the branch was pruned."""
-        self._llm.engine.blocks.unpin(self.seq_id)
+        self._llm.engine.unpin(self._sequence)
 
     @property
     def token_ids(self) -> list[int]:
@@ -330,7 +323,7 @@ class BranchProgress:
     """A branch while `LLM.extend` decodes it; ancestors' tokens count with its own.
 
     Attributes:
-        branch: which; it gets what was generated at the end of the call.
+        branch: the branch.
     """
 
     def __init__(self, branch: Branch, request: Request) -> None:

@@ -7,6 +7,7 @@ puts things in order first; a mark of a frame that still runs says that the engi
 """
 
 import sys
+import weakref
 from collections.abc import Callable
 from threading import get_ident
 from types import FrameType, TracebackType
@@ -25,7 +26,7 @@ class Mark:
     __slots__ = ("_frame", "_modes", "_thread_id")
 
     def __init__(self, frame: FrameType) -> None:
-        self._frame = frame
+        self._frame: FrameType | None = frame
         self._thread_id = get_ident()
         self._modes = TorchModes()
 
@@ -43,6 +44,10 @@ class Mark:
                 return True
             frame = frame.f_back
         return False
+
+    def forget(self) -> None:
+        """Lets go of the function's frame, and of all that its variables hold."""
+        self._frame = None
 
     def restore_modes(self) -> None:
         """Switches off what the function has left on in torch; modes are a thread's own."""
@@ -78,6 +83,10 @@ class Call:
     ) -> None:
         self._end(self)
 
+    def close(self) -> None:
+        """Nothing of it is left in the engine."""
+        self._mark.forget()  # whose variables hold this
+
     @property
     def is_over(self) -> bool:
         """True when it has ended, whether or not it came to say so."""
@@ -87,3 +96,14 @@ class Call:
     def is_elsewhere(self) -> bool:
         """True while another thread is executing it."""
         return not self._mark.is_own and self._mark.is_running
+
+
+class Handle(weakref.ref[object]):
+    """A reference to the object that a kept sequence goes with; its callback tells that the object is gone.
+
+    Attributes:
+        sequence: that nobody needs then.
+    """
+
+    __slots__ = ("sequence",)
+    sequence: Sequence

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from minirksc import forks
 from minirksc.batch import ForwardBatch, LogitsRows, build_batch
-from minirksc.calls import Call, Mark
+from minirksc.calls import Call, Handle, Mark
 from minirksc.config import EngineConfig, SamplingParams
 from minirksc.depth import Depth
 from minirksc.errors import (
@@ -68,9 +68,6 @@ class Engine:
         eos_token_ids: end a generation.
         tokenizer: for text and stop strings; None: token ids only.
         sampling_defaults: of the checkpoint, for sampling values that a request leaves open.
-
-    Attributes:
-        dropped: kept sequences whose handle is gone, at any moment and in any thread; released by whoever enters next.
     """
 
     def __init__(
@@ -109,7 +106,8 @@ class Engine:
         self._seed = config.seed
         self._num_seeds = 0
         self._owner = object()  # what its sequences know it by
-        self.dropped: deque[Sequence] = deque()
+        self._handles: dict[int, Handle] = {}  # by seq_id
+        self._dropped: deque[Handle] = deque()  # whose owner is gone
         self._pid = os.getpid()
         self._calls: list[Call] = []
         self._step_mark: Mark | None = None  # the KV of what runs is not written yet
@@ -186,9 +184,10 @@ class Engine:
         for call in [call for call in self._calls if call.is_over]:
             with self._changing():
                 self._give_back(call)
-        while self.dropped:
+        while self._dropped:
             with self._changing():
-                self._release(self.dropped.popleft())
+                self._release(self._dropped[0].sequence)
+                self._dropped.popleft()
         return True
 
     @contextmanager
@@ -219,6 +218,7 @@ class Engine:
             self._release(sequence)
         if call in self._calls:
             self._calls.remove(call)
+        call.close()
 
     # Sequences and requests
 
@@ -433,7 +433,33 @@ class Engine:
             request.checker.flush()
         self._finish(request, reason)
 
+    def pin(self, sequence: Sequence) -> None:
+        """Keeps the blocks of a kept sequence from eviction; see `BlockManager.pin`."""
+        self._enter()
+        with self._changing():
+            self._blocks.pin(sequence.seq_id)
+
+    def unpin(self, sequence: Sequence) -> None:
+        """Takes `pin` back."""
+        self._enter()
+        with self._changing():
+            self._blocks.unpin(sequence.seq_id)
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets every cached block that no sequence uses, and unpins all."""
+        self._enter()
+        with self._changing():
+            self._blocks.reset()
+
+    def release_with(self, owner: object, sequence: Sequence) -> None:
+        """Releases a kept sequence once an object is gone, if nobody has done so before."""
+        # Told at any moment and in any thread, so by something that runs no Python: an error in it would be lost.
+        handle = Handle(owner, self._dropped.append)
+        handle.sequence = sequence
+        self._handles[sequence.seq_id] = handle
+
     def _release(self, sequence: Sequence) -> None:
+        self._handles.pop(sequence.seq_id, None)
         request = self.scheduler.request_of(sequence)
         if request is not None:
             self._abort(request, "abort")

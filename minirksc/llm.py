@@ -532,7 +532,7 @@ class LLM:
 
     def reset_prefix_cache(self) -> None:
         """Forgets every cached block that no sequence uses."""
-        self.engine.blocks.reset()
+        self.engine.reset_prefix_cache()
 
     def encode_fragment(self, tokens: Prompt) -> list[int]:
         """Token ids of what continues something, in any form of a prompt: text gets no BOS.
