@@ -97,16 +97,13 @@ class Collector(Solver):
 
     def _collect(self, problems: Sequence[tuple[str, str | None]], seeds: Sequence[int]) -> list[Evidence]:
         solves: list[_Solve] = []
-        try:
+        with self.llm.engine.call() as call:
             for (problem, reference), seed in zip(problems, seeds, strict=True):
-                tree = Tree(self.llm, share=self.config.sharing != "none", seed=seed)
+                tree = Tree(self.llm, call, share=self.config.sharing != "none", seed=seed)
                 solves.append(_Solve(problem, reference, tree, []))
                 solves[-1].nodes = self._plant(solves[-1])
             self._extend(solves)
             return self._judge_all(solves)
-        finally:
-            for one in solves:
-                one.tree.close()
 
     def _plant(self, one: _Solve) -> list[Node]:
         branches, chat = self.config.branches, self._is_chat(one.problem)

@@ -106,7 +106,7 @@ class Evidence:
             tokens, text = branch.token_ids, branch.text
             if not isinstance(text, str) or not isinstance(branch.finish_reason, str):
                 raise TypeError("text or finish_reason is no text")
-            numbers = [branch.signals.top1, branch.signals.self_certainty, branch.ends]
+            numbers: list[Sequence[float]] = [branch.signals.top1, branch.signals.self_certainty, branch.ends]
             if not all(len(part) == len(tokens) for part in numbers):
                 raise ValueError("not one signal and end a token")
             if [*branch.ends, len(text)] != sorted([0, *branch.ends, len(text)])[1:]:

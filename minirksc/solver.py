@@ -109,14 +109,12 @@ class Solver:
         self._check_prompts(prompts, hints, verifier, plain_problem)
         seed = config.step_sampling.seed
         seed = self.llm.engine.next_seed() if seed is None else seed
-        tree = Tree(self.llm, share=share, seed=seed, salt=salt, on_event=on_event)
-        try:
+        with self.llm.engine.call() as call:
+            tree = Tree(self.llm, call, share=share, seed=seed, salt=salt, on_event=on_event)
             probe, refusals = self._probe(wordings, tree)
             nodes = tree.plant(prompts, hints, probe, refusals)
             best, parsed = self._search(tree, nodes, plain_problem, verifier)
             tree.finish()
-        finally:
-            tree.close()
         return self._result(tree, best, parsed, plain_problem, own or None)
 
     def _phrasings(self, phrasings: Any) -> list[Any]:

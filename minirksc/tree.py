@@ -1,8 +1,8 @@
 """The reasoning tree of one solve: its nodes, its live branches, its clock.
 
 A `Node` is a branch with what the search knows about it, and stays when the branch is pruned. A
-`Tree` plants, extends, expands and prunes, notes every step as an event, and gives all blocks back
-in the end.
+`Tree` plants, extends, expands and prunes, and notes every step as an event. Whatever it makes it puts into the call
+that it belongs to in the same breath, so that all blocks go back with the call, wherever that is left.
 
 With share=False no branch takes a token of KV from another: each is prefilled from scratch, also
 when a deeper round begins. Paths, and with them the random numbers, are those of the shared tree.
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from minirksc.errors import NumericalError
@@ -25,6 +26,7 @@ from minirksc.signals import SIGNALS, TokenSignals, mean_top1
 if TYPE_CHECKING:
     from minirksc.asks import Probe
     from minirksc.branch import Branch, BranchProgress
+    from minirksc.calls import Call
     from minirksc.config import SamplingParams
     from minirksc.llm import LLM
     from minirksc.request import Salt
@@ -133,6 +135,7 @@ class Tree:
 
     Args:
         llm: computes the branches.
+        call: with whose end all its branches are released.
         share: False: every branch computes all its tokens.
         seed: of all branches, whose paths tell their random numbers apart.
         salt: of all branches, see `LLM.branches`.
@@ -149,6 +152,7 @@ class Tree:
     def __init__(
         self,
         llm: "LLM",
+        call: "Call",
         *,
         share: bool,
         seed: int,
@@ -164,7 +168,7 @@ class Tree:
         self._share = share
         self._salt = salt
         self._on_event = on_event
-        self._made: list[Branch] = []  # all; they come here straight from who makes them, so that none gets lost
+        self._call = call
         self._first_root: Branch | None = None  # that others may run on
         self._start = time.perf_counter()
         self._counters = self._count()
@@ -328,15 +332,10 @@ class Tree:
         self.stats["blocks_used_peak"] = self._blocks_used_peak
         self.stats["total_s"] = time.perf_counter() - self._start
 
-    def close(self) -> None:
-        """Prunes every branch that is left; twice is fine."""
-        self._prune(self._made)
-
     def _roots(self, prompts: Sequence[Sequence[int]], seats: Sequence[Seat | None] | None = None) -> list["Branch"]:
-        first = len(self._made)
-        made = self._llm.branches
-        self._made.extend(made(prompts, share=self._share, seed=self.seed, seats=seats, salt=self._salt))
-        return self._made[first:]
+        options: dict[str, Any] = {"share": self._share, "seed": self.seed, "seats": seats, "salt": self._salt}
+        self._call.sequences.extend(map(attrgetter("_sequence"), roots := self._llm.branches(prompts, **options)))
+        return roots
 
     def _probed_roots(
         self, prompts: Sequence[list[int]], probe: "Probe", members: Sequence[list[int]], refusals: Sequence[str | None]
@@ -386,9 +385,7 @@ class Tree:
 
     def _fork(self, branch: "Branch", indices: Sequence[int]) -> list["Branch"]:
         """The forks with these indices: a path must not depend on what else was planted."""
-        first = len(self._made)
-        self._made.extend(branch.fork(max(indices) + 1))
-        kids = self._made[first:]
+        self._call.sequences.extend(map(attrgetter("_sequence"), kids := branch.fork(max(indices) + 1)))
         wanted = set(indices)
         self._prune([kid for index, kid in enumerate(kids) if index not in wanted])
         return [kids[index] for index in indices]

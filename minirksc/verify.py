@@ -17,7 +17,8 @@ Source: Sekar 2026, arXiv 2606.09937 (question and standalone style).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
 from minirksc.errors import ChatTemplateError, ConfigError, NumericalError
 
@@ -144,20 +145,15 @@ class Verifier:
         self, problem: str | Sequence[int], candidates: Sequence[Candidate], gate: "LayerExit | EntropyExit | None"
     ) -> list[Verdict]:
         prompt = [*self._before, *self._problem_ids(problem), *self._between]
-        open_branches: list[Branch] = []
-        try:
-            # Straight into the list, so that none gets lost; nothing is sampled, so that any seed will do.
-            for _ in candidates[:1] if self._share else candidates:
-                open_branches.append(self._llm.branch(prompt, share=self._share, seed=0, salt=self._salt))
+        options: dict[str, Any] = {"share": self._share, "seed": 0, "salt": self._salt}  # any seed: nothing is sampled
+        prompts = [prompt] if self._share else [prompt] * len(candidates)
+        with self._llm.engine.call() as call:
+            call.sequences.extend(map(attrgetter("_sequence"), asked := self._llm.branches(prompts, **options)))
             if self._share:
-                open_branches.extend(open_branches[0].fork(len(candidates)))
-            asked = open_branches[-len(candidates) :]
+                call.sequences.extend(map(attrgetter("_sequence"), asked := asked[0].fork(len(candidates))))
             for branch, candidate in zip(asked, candidates, strict=True):
                 branch.append(candidate.answer_ids)
             return self._score(asked, [[*self._closing, *self._question]] * len(asked), gate)
-        finally:
-            for branch in open_branches:
-                branch.prune()
 
     def _score(
         self, branches: Sequence["Branch"], questions: Sequence[list[int]], gate: "LayerExit | EntropyExit | None"

@@ -152,6 +152,12 @@ def test_gates_that_are_none_are_refused_by_name(options):
         Gates(**options)
 
 
+def test_gates_of_a_model_with_fewer_layers_are_refused(llm):
+    gates = Gates(layer_exit=MarginRule(1.0, correction=()))
+    with pytest.raises(ConfigError, match="corrects 0 layers of 2"):
+        solve(llm, verify="auto", gates=gates)
+
+
 def test_params_may_be_a_dict(llm):
     values = {"temperature": 1.0, "seed": 5, "ignore_eos": True}
     assert tokens(solve(llm, sampling=values)) == tokens(solve(llm))

@@ -57,6 +57,7 @@ class FakeBranch:
             parent,
             seed,
         )
+        self._sequence = self
         self.path = () if parent is None else (*parent.path, index)
         self.depth = len(self.path)
         self.output_token_ids = list(parent.output_token_ids) if parent else []
@@ -106,6 +107,20 @@ class FakeBranch:
         return sum(id(cell) in others for cell in self.cells)
 
 
+class FakeCall:
+    """Releases with its end what it was told of."""
+
+    def __init__(self):
+        self.sequences = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for branch in self.sequences:
+            branch.prune()
+
+
 class FakeLLM:
     """Says `say(path)` ("$" ends it), else random letters keyed by seed, path and position."""
 
@@ -123,7 +138,10 @@ class FakeLLM:
         self.fail_in = None
         self.salts, self.num_seeds = [], 0
         self.engine = SimpleNamespace(
-            max_model_len=10_000, next_seed=self.next_seed, check_token_ids=lambda ids, num_before: list(ids)
+            max_model_len=10_000,
+            next_seed=self.next_seed,
+            check_token_ids=lambda ids, num_before: list(ids),
+            call=FakeCall,
         )
 
     def next_seed(self):
