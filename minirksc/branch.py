@@ -87,6 +87,14 @@ class Branch:
                 self._before.close()
             self._sequence.token_ids += token_ids
 
+    def take_over(self, other: "Branch") -> None:
+        """Goes on from what another branch has generated, as a fork of it does: for its tokens, computed anew.
+
+        Args:
+            other: whose tokens this one has, and which generated the last of them.
+        """
+        self._before = other._output()
+
     def prune(self) -> None:
         """Gives back every block that nobody else uses. The branch cannot be used after; twice is fine."""
         if not self.pruned and not self._llm.closed:

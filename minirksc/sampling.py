@@ -1,8 +1,9 @@
 """From logits to the next token of each row.
 
 Order: logit_bias, penalties, forbidden tokens, temperature, top_k, top_p, min_p, one draw. The draw is keyed:
-its only random number is a hash of (seed, branch path, position), so that a row's token depends neither on
-the batch, nor on which siblings live, nor on how its prompt was computed.
+its only random number is a hash of (seed, branch path, position), which depends neither on the batch, nor on which
+siblings live, nor on how its prompt was computed. The logits may, in their last bits, since what is computed together
+may be summed in another order (kernels/README.md says where): in 16 bits that can turn a near tie.
 
 Log-probabilities and confidence are those of the model's own distribution, before all of the above.
 """

@@ -60,7 +60,7 @@ ONLY = {
         "window_pool",
     },
     "scheduler": {"errors", "request", "rsbcm"},
-    "cgee": {"answers", "gates", "signals"},
+    "cgee": {"answers", "errors", "gates", "signals"},
     "asks": {"errors", "gates", "models", "similarity"},
     "judge": {"answers", "cgee", "signals"},
     "verify": {"errors"},
