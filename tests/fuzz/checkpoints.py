@@ -28,7 +28,14 @@ LIMITS = Limits(cpu_s=10, wall_s=90, memory=1 << 30, batch=20)
 IDS = [5, 60, 7, 7, 33, 200]
 PARAMS = SamplingParams(max_tokens=2, ignore_eos=True)
 FAMILIES = {"qwen3": "qwen3-", "gemma3": "gemma3_text-", "phi3": "phi3-"}
-GENERATION = {"bos_token_id": 1, "eos_token_id": [2, 4], "do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 20}
+GENERATION = {
+    "bos_token_id": 1,
+    "eos_token_id": [2, 4],
+    "do_sample": True,
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "top_k": 20,
+}
 SPECIAL = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}, "unk_token": "<unk>"}
 
 
@@ -40,7 +47,9 @@ def write_seeds(parent: Path) -> None:
     consolidated = children.load("models/test_consolidated.py")
     tiny.write_tiny_llama(parent / "llama", chat=True)
     (parent / "llama" / "special_tokens_map.json").write_text(json.dumps(SPECIAL))
-    tiny.write_tiny_llama(parent / "sharded", chat=True, shards=3, tie=False, rope_scaling={"type": "yarn", "factor": 2.0})
+    tiny.write_tiny_llama(
+        parent / "sharded", chat=True, shards=3, tie=False, rope_scaling={"type": "yarn", "factor": 2.0}
+    )
     (parent / "sharded" / "chat_template.jinja").write_text(tiny.CHAT_TEMPLATE)
     tiny.write_tiny_llama(parent / "sentencepiece", vocab=480)
     fields, own = gguf.trained_tokenizer()

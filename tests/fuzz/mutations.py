@@ -18,11 +18,40 @@ NUMBERS = (
     0, 1, 2, 3, 7, -1, -2, 255, 256, 65_536, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 10**18, 10**400,
     0.5, -0.0, 1e-300, 1e-45, 1e30, 1e308, 3.999, float("nan"), float("inf"), float("-inf"),
 )  # fmt: skip
-WORDS = (0, 1, 2, 8, 9, 31, 255, 65_535, 1 << 20, 1 << 31, (1 << 31) - 1, (1 << 32) - 1, 1 << 40, 1 << 62, (1 << 63) - 1, (1 << 64) - 1)
+WORDS = (
+    0,
+    1,
+    2,
+    8,
+    9,
+    31,
+    255,
+    65_535,
+    1 << 20,
+    1 << 31,
+    (1 << 31) - 1,
+    (1 << 32) - 1,
+    1 << 40,
+    1 << 62,
+    (1 << 63) - 1,
+    (1 << 64) - 1,
+)
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
 MARK = "\x01raw "
 """Begins a string that goes into the file without its quotes."""
-RAW = ("1" * 5000, "1e400", "-1e400", "NaN", "Infinity", "0123", "'x'", "[" * 100_000, '{"a":' * 3000 + "1" + "}" * 3000, "", '"\\ud800"')
+RAW = (
+    "1" * 5000,
+    "1e400",
+    "-1e400",
+    "NaN",
+    "Infinity",
+    "0123",
+    "'x'",
+    "[" * 100_000,
+    '{"a":' * 3000 + "1" + "}" * 3000,
+    "",
+    '"\\ud800"',
+)
 
 
 def mutate(folder: Path, rng: random.Random, parts: list[list[int]]) -> str:
@@ -31,7 +60,9 @@ def mutate(folder: Path, rng: random.Random, parts: list[list[int]]) -> str:
     Returns:
         What was done.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink() and path.stat().st_size < 1 << 24)
+    files = sorted(
+        path for path in folder.rglob("*") if path.is_file() and not path.is_symlink() and path.stat().st_size < 1 << 24
+    )
     if not files:
         return "nothing left"
     path = rng.choice(files)
@@ -61,7 +92,9 @@ def mutated(value: Any, rng: random.Random) -> tuple[Any, str]:
         return _junk(rng), "replaced"
     holder, key, trail = rng.choice(places)
     old = holder[key]
-    kind = rng.choice(("delete", "junk", "junk", "number", "text", "retype", "swap", "nest", "copy", "scale", "rename", "raw"))
+    kind = rng.choice(
+        ("delete", "junk", "junk", "number", "text", "retype", "swap", "nest", "copy", "scale", "rename", "raw")
+    )
     if kind == "delete":
         del holder[key]
     elif kind == "rename" and isinstance(holder, dict):
@@ -69,7 +102,9 @@ def mutated(value: Any, rng: random.Random) -> tuple[Any, str]:
     elif kind == "copy" and isinstance(holder, list):
         holder += [old] * rng.choice((1, 2, 3000))
     elif kind == "copy":
-        holder[rng.choice(["model_type", "extra", "num_layers", key + "_", "quantization_config", "rope_scaling"])] = old
+        holder[rng.choice(["model_type", "extra", "num_layers", key + "_", "quantization_config", "rope_scaling"])] = (
+            old
+        )
     elif kind == "swap":
         other_holder, other_key, _ = rng.choice(places)
         holder[key], other_holder[other_key] = other_holder[other_key], old
@@ -82,7 +117,9 @@ def mutated(value: Any, rng: random.Random) -> tuple[Any, str]:
             "scale": lambda: _scaled(old, rng),
             "raw": lambda: MARK + str(rng.randrange(len(RAW))),
         }.get(kind, lambda: _junk(rng))()
-    return value, f"{kind} at {trail}" + (f": {str(holder[key])[:60]!r}" if kind not in ("delete", "rename", "copy") else "")
+    return value, f"{kind} at {trail}" + (
+        f": {str(holder[key])[:60]!r}" if kind not in ("delete", "rename", "copy") else ""
+    )
 
 
 def _places(value: Any, rng: random.Random, trail: str = "") -> Iterator[tuple[Any, Any, str]]:
@@ -173,7 +210,9 @@ def _mutate_part(path: Path, rng: random.Random, part: list[int]) -> str:
         if size in (1, 2, 4, 8):
             new = (rng.choice(WORDS) % (1 << 8 * size)).to_bytes(size, "little")
         else:
-            new = rng.choice((os.urandom(0) or bytes(rng.randrange(256) for _ in range(size)), b"\x00" * size, b"A" * size))
+            new = rng.choice(
+                (os.urandom(0) or bytes(rng.randrange(256) for _ in range(size)), b"\x00" * size, b"A" * size)
+            )
         file.write(new)
     return f"{size} bytes at {offset} are {new[:16].hex()}"
 
@@ -207,7 +246,9 @@ def _extend(data: bytearray, rng: random.Random) -> str:
 
 def _splice(data: bytearray, rng: random.Random) -> str:
     begin, length = rng.randrange(len(data) + 1), rng.choice((1, 4, 8, 100))
-    piece = rng.choice((b"", b"\x00" * length, b"\xff" * length, bytes(data[begin // 2 : begin // 2 + length]), b"\xed\xa0\x80"))
+    piece = rng.choice(
+        (b"", b"\x00" * length, b"\xff" * length, bytes(data[begin // 2 : begin // 2 + length]), b"\xed\xa0\x80")
+    )
     data[begin : begin + rng.choice((0, length))] = piece
     return f"{len(piece)} bytes put in at {begin}"
 
