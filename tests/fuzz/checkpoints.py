@@ -41,7 +41,6 @@ SPECIAL = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}
 
 def write_seeds(parent: Path) -> None:
     """Writes the valid checkpoints, one folder each."""
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     tiny, zoo, zoo_rows = (children.load(f"models/{name}.py") for name in ("tiny", "zoo", "zoo_rows"))
     gguf, tekken = children.load("unit/test_gguf_import.py"), children.load("unit/test_tekken.py")
     consolidated = children.load("models/test_consolidated.py")

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: a pool of threads would not survive the fork
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["TQDM_DISABLE"] = "1"
 ROOT = Path(__file__).resolve().parents[2]
 import minirksc  # noqa: E402 - before a clone on PYTHONPATH goes: transformers must not find its folder `kernels`
 
