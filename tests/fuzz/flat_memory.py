@@ -12,6 +12,9 @@ from interrupting import check_engine
 
 from minirksc import LLM, SamplingParams
 
+SIZES = {"kv_cache_bytes": "512KiB", "block_size": 8, "max_model_len": 96}
+MAX_ROWS = 32
+"""Of a batch: the libraries below keep something for each number of rows that they have seen."""
 WARM = 5000
 """Requests until everything that is kept on purpose is there: the log of evictions, tapes, pools of the allocator."""
 MAX_GROWTH = 5 << 20
@@ -25,7 +28,7 @@ def run(folder: Path, count: int, item: int, note: Callable[[str], None]) -> str
     rng = random.Random(item)
     warm = min(WARM, count // 2)
     before: tuple[int, Counter[str]] | None = None
-    with LLM(folder, dtype="float32", threads=1, kv_cache_bytes="512KiB", block_size=8, max_model_len=96) as llm:
+    with LLM(folder, dtype="float32", threads=1, max_batch_tokens=MAX_ROWS, **SIZES) as llm:
         engine, live, num_added = llm.engine, [], 0
         while num_added < count:
             if rng.random() < 0.15:

@@ -174,5 +174,6 @@ def check_engine(llm: Any, is_owned: bool, most_used: int) -> None:
         gc.collect()  # what only a cycle of references keeps is gone for whoever looks closely
         if llm.stats()["num_blocks_used"] > most_used:
             raise Fault("blocks are used by nobody")
-    if most_used == 0 and llm.stats()["num_window_blocks_used"]:
+    stats = llm.stats()
+    if stats["num_window_blocks_used"] > stats["num_blocks_used"] + stats["num_blocks_pinned"]:
         raise Fault("window blocks are used by nobody")

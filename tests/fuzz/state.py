@@ -401,6 +401,8 @@ class Session:
             held.branch.prune()
         self.requests, self.branches = [], []
         self._check()
+        self.llm.reset_prefix_cache()  # or pins would fill the pool
+        self._check()
 
     def reopen(self) -> None:
         went, _, _ = self.do("close", self.llm.close)
