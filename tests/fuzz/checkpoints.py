@@ -4,7 +4,6 @@
 of its JSON, its bytes or its files, see `mutations.py`.
 """
 
-import io
 import json
 import os
 import random

@@ -19,6 +19,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ os.environ["TQDM_DISABLE"] = "1"
 ROOT = Path(__file__).resolve().parents[2]
 import minirksc  # noqa: E402 - before a clone on PYTHONPATH goes: transformers must not find its folder `kernels`
 
+PROJECT = str(Path(minirksc.__file__).parents[1])
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
 OK, REFUSED, FAULT, ABORT = "ok", "refused", "FAULT", "ABORT"
@@ -133,10 +135,8 @@ def _child(items: list[int], work: Work, limits: Limits) -> Iterator[Outcome]:
                     current = None
         finally:
             os.close(receiver)
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             status = os.waitpid(pid, 0)[1]
         if current is not None:
             output.seek(0)
@@ -209,9 +209,9 @@ def describe(error: BaseException) -> str:
     """Type and place, the same for the same fault."""
     if isinstance(error, Fault):
         return str(error)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if str(ROOT) in f.filename and "fuzz" not in f.name]
-    own = [f for f in frames if "/tests/" not in f.filename]
-    where = [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in (own or frames)[-1:]]
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename.startswith(PROJECT) and "/tests/" not in frame.filename]
+    where = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in (own or frames)[-1:]]
     return " in ".join([type(error).__name__, *where])
 
 

@@ -1,4 +1,4 @@
-"""Many requests, many of them given up at random moments: what the process holds stays as it was after the first ones."""
+"""Many requests, many of them given up at random moments: the process holds as much as after the first ones."""
 
 import gc
 import random
@@ -14,7 +14,7 @@ from minirksc import LLM, SamplingParams
 
 SIZES = {"kv_cache_bytes": "512KiB", "block_size": 8, "max_model_len": 96}
 MAX_ROWS = 32
-"""Of a batch: the libraries below keep something for each number of rows that they have seen."""
+"""Of a batch: the libraries below keep something for each number of rows seen."""
 WARM = 5000
 """Requests until everything that is kept on purpose is there: the log of evictions, tapes, pools of the allocator."""
 MAX_GROWTH = 5 << 20
@@ -54,9 +54,8 @@ def run(folder: Path, count: int, item: int, note: Callable[[str], None]) -> str
         after = _held()
     grown = after[0] - before[0]
     more = Counter({name: number - before[1][name] for name, number in after[1].items()})
-    note(
-        f"{num_added} requests; resident {before[0] >> 10} KiB, then {after[0] >> 10} KiB; objects {more.most_common(5)}"
-    )
+    kib = before[0] >> 10, after[0] >> 10
+    note(f"{num_added} requests; resident KiB {kib}; more objects {more.most_common(5)}")
     if grown > MAX_GROWTH:
         raise Fault(f"resident memory grew by more than {MAX_GROWTH >> 20} MiB")
     worst, number = more.most_common(1)[0]

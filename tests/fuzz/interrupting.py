@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -29,9 +30,9 @@ FILES = frozenset([
     contextlib.__file__, collections.__file__, torch.overrides.__file__, torch.autograd.grad_mode.__file__,
     torch.utils._contextlib.__file__, torch.utils._device.__file__,
 ])  # fmt: skip
-FIRST_GUESS = 2000
-"""Line events of a kind of call that was never seen."""
-MAX_DELAY_S = 0.03
+MAX_FIRST = 4
+"""Power of ten of the line events that a kind of call may have that was never seen."""
+MIN_DELAY_S, MAX_DELAY_S = 5e-5, 0.03
 
 
 class Interrupter:
@@ -45,7 +46,8 @@ class Interrupter:
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
-        self._num_events: dict[str, int] = {}
+        self._num_events: dict[str, list[int]] = {}
+        self._seconds: dict[str, float] = {}
         self._lines: dict[str, dict[tuple[str, int], None]] = {}
         self._is_armed = self._has_fired = False
         self.how = "none"
@@ -62,13 +64,12 @@ class Interrupter:
         """
         self.how = how
         result, error = None, None
+        begin = time.perf_counter()
         try:
             try:
                 if how == "timer":
                     self._is_armed = True
-                    delay = self._rng.choice(
-                        (self._rng.uniform(5e-5, MAX_DELAY_S), 10 ** self._rng.uniform(-4.3, -1.5))
-                    )
+                    delay = self._rng.uniform(MIN_DELAY_S, min(MAX_DELAY_S, self._seconds.get(kind, MAX_DELAY_S)))
                     self.how = f"timer {delay * 1000:.2f} ms"
                     signal.setitimer(signal.ITIMER_REAL, delay)
                 elif how != "none":
@@ -81,6 +82,8 @@ class Interrupter:
         except BaseException as caught:  # whatever comes out is looked at by the caller
             error = caught
         fired, self._has_fired = self._has_fired, False
+        if not fired and how in ("none", "timer"):
+            self._seconds[kind] = MIN_DELAY_S + time.perf_counter() - begin
         return fired, result, error
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -93,26 +96,28 @@ class Interrupter:
         """From now on lines are counted; at one of them it happens."""
         rng = self._rng
         known = self._lines.setdefault(kind, {})
-        most = self._num_events.get(kind, FIRST_GUESS)
+        counts = self._num_events.setdefault(kind, [])
+        most = rng.choice(counts) if counts else int(10 ** rng.uniform(0, MAX_FIRST))
+        counts[:] = [*counts[-4:], 0]
         wanted: tuple[str, int] | None = None
-        countdown = 1 + rng.randrange(most)
+        countdown = 1 + rng.randrange(max(1, most))
         if known and rng.random() < 0.5:  # a rare line is as likely as a frequent one
             wanted = rng.choice(list(known))
             countdown = rng.choice((1, 1, 1, 2, 3, 10))
         kind_of_error = rng.choice((KeyboardInterrupt, MemoryError))
-        state = [countdown, 0]
+        state = [countdown]
 
         def on_line(frame: FrameType, event: str, argument: Any) -> Any:
             if event != "line":
                 return on_line
             line = (frame.f_code.co_filename, frame.f_lineno)
             known[line] = None
-            state[1] += 1
-            self._num_events[kind] = max(self._num_events.get(kind, 0), state[1])
+            counts[-1] += 1
             if wanted is None or line == wanted:
                 state[0] -= 1
                 if state[0] == 0:
                     sys.settrace(None)
+                    counts[-1] = max(counts[-1], most)  # it would have gone on
                     self.how = f"{how} at {Path(line[0]).name}:{line[1]}"
                     if how == "signal":
                         self._is_armed = True

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 TEXTS = (
-    "", " ", "\x00", "\x1b[31mred\x1b[0m\x07", "\u202eright to left", "e\u0301" * 40, "😀", "\ud800", "▁", "../../../etc/passwd",
-    "/dev/zero", "/etc/shadow", "C:\\con", "a" * 100_000, "{{ 7 * 7 }}", "{% for i in range(99999) %}{% endfor %}", "%s%n",
-    "NaN", "null", "true", "0", "-1", "1e999", "bfloat16", "float8_e4m3fn", "llama", "gemma3_text", "auto", "(a+)+$", "(", "\\p{L}",
+    "", " ", "\x00", "\x1b[31mred\x1b[0m\x07", "\u202eright to left", "e\u0301" * 40, "😀", "\ud800", "▁",
+    "../../../etc/passwd",
+    "/dev/zero", "/etc/shadow", "C:\\con", "a" * 100_000, "{{ 7 * 7 }}", "{% for i in range(99999) %}{% endfor %}",
+    "%s%n",
+    "NaN", "null", "true", "0", "-1", "1e999", "bfloat16", "float8_e4m3fn", "llama", "gemma3_text", "auto",
+    "(a+)+$", "(", "\\p{L}",
     "silu", "default", "yarn", "<s>", "</s>", "<unk>", "[INST]", "QUJD", "=", "model.norm.weight",
 )  # fmt: skip
 NUMBERS = (
-    0, 1, 2, 3, 7, -1, -2, 255, 256, 65_536, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 10**18, 10**400,
+    0, 1, 2, 3, 7, -1, -2, 255, 256, 65_536, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 10**18,
+    10**400,
     0.5, -0.0, 1e-300, 1e-45, 1e30, 1e308, 3.999, float("nan"), float("inf"), float("-inf"),
 )  # fmt: skip
 WORDS = (
@@ -138,7 +142,8 @@ def _places(value: Any, rng: random.Random, trail: str = "") -> Iterator[tuple[A
 def _junk(rng: random.Random) -> Any:
     return rng.choice((
         None, True, False, [], {}, [[]], {"": None}, rng.choice(NUMBERS), rng.choice(TEXTS), [rng.choice(NUMBERS)] * 3,
-        [rng.choice(TEXTS)], {rng.choice(TEXTS): rng.choice(NUMBERS)}, ["x"] * 20_000, {str(i): i for i in range(5000)},
+        [rng.choice(TEXTS)], {rng.choice(TEXTS): rng.choice(NUMBERS)}, ["x"] * 20_000,
+        {str(i): i for i in range(5000)},
     ))  # fmt: skip
 
 

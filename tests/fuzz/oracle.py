@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,33 @@ import torch
 from children import Fault
 
 from minirksc import LLM, SamplingParams, Solver, SolverConfig
+from minirksc.branch import Branch
 from minirksc.sampling import SamplingRow, sample
 
 NOISE = 3e-4
 """Differences of float32 logits between backends and batches are far below, those of wrong keys far above."""
 NUM_MEMOISED = 64
+
+
+@dataclass
+class Held:
+    """A branch, and what is right of it."""
+
+    branch: Branch
+    seed: int
+    tokens: list[int]
+    outputs: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Stream:
+    """A stream that was pulled in part."""
+
+    generator: Any
+    prompt: list[int]
+    params: SamplingParams
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    text: dict[int, str] = field(default_factory=dict)
 
 
 class Oracle:

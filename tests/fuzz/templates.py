@@ -1,7 +1,7 @@
 """Random chat templates, weighted towards what is expensive: each renders or raises a MinirkscError, in time.
 
-`python tests/fuzz/templates.py --seed 0 --count 5000`; every item is one program from a small grammar of jinja2, compiled
-and rendered in a child with limits on CPU time and memory.
+`python tests/fuzz/templates.py --seed 0 --count 5000`; every item is one program from a small grammar of jinja2,
+compiled and rendered in a child with limits on CPU time and memory.
 """
 
 import random
@@ -49,52 +49,76 @@ NUMBERS = (
 SMALL = ("1", "2", "3", "10")
 RULES = {
     "str": (
-        "'x'", "''", "'%'", "'\\n'", "a", "b", "ns.v", "bos_token", "messages[1].content", "messages[3]['content']", "(<s> ~ <a>)", "(<s> + <s>)",
+        "'x'", "''", "'%'", "'\\n'", "a", "b", "ns.v", "bos_token", "messages[1].content",
+        "messages[3]['content']", "(<s> ~ <a>)", "(<s> + <s>)",
         "(<s> * <i>)", "(<s> * <n>)", "(<s>)[<n>:<n>]", "(<s>)[::<n>]", "(<s> if <b> else <s>)",
         *("(<s>)." + m for m in (
-            "upper()", "lower()", "title()", "swapcase()", "strip()", "casefold()", "capitalize()", "replace(<s>, <s>)", "replace('', <s>)",
-            "join(<l>)", "center(<n>)", "ljust(<n>)", "rjust(<n>, 'é')", "zfill(<n>)", "expandtabs(<n>)", "format(<a>, <a>)", "format(*<l>)",
-            "format_map({'a': <s>})", "translate({97: <s>, 120: <s>, 87: 'x' * <n>})", "translate(<s>)", "removeprefix(<s>)",
+            "upper()", "lower()", "title()", "swapcase()", "strip()", "casefold()", "capitalize()",
+            "replace(<s>, <s>)", "replace('', <s>)",
+            "join(<l>)", "center(<n>)", "ljust(<n>)", "rjust(<n>, 'é')", "zfill(<n>)", "expandtabs(<n>)",
+            "format(<a>, <a>)", "format(*<l>)",
+            "format_map({'a': <s>})", "translate({97: <s>, 120: <s>, 87: 'x' * <n>})", "translate(<s>)",
+            "removeprefix(<s>)",
             "encode().hex()", "encode().decode()", "lstrip(<s>)", "partition(<s>) | join",
         )),
         *("(<s> | " + f + ")" for f in (
-            "upper", "escape", "e", "forceescape", "indent(<n>)", "indent(<s>)", "center(<n>)", "replace('', <s>)", "replace('x', <s>, <n>)",
-            "striptags", "title", "trim(<s>)", "truncate(<n>)", "urlencode", "urlize(<n>)", "wordwrap(<n>)", "wordwrap(1, wrapstring=<s>)", "reverse",
+            "upper", "escape", "e", "forceescape", "indent(<n>)", "indent(<s>)", "center(<n>)", "replace('', <s>)",
+            "replace('x', <s>, <n>)",
+            "striptags", "title", "trim(<s>)", "truncate(<n>)", "urlencode", "urlize(<n>)", "wordwrap(<n>)",
+            "wordwrap(1, wrapstring=<s>)", "reverse",
             "string", "safe", "default(<s>)", "format(<a>, <a>)", "capitalize",
         )),
-        "(<l> | join(<s>))", "(<l> | string)", "(<a> | tojson)", "(<a> | tojson(indent=<n>))", "(<a> | pprint)", "(<i> | filesizeformat)", "(<i> | string)",
-        "({s: s} | xmlattr)", "({'a': <s>} | xmlattr)", "('%<n>d' % <i>)", "('%*d' % (<i>, 1))", "('%s%s' % (<s>, <s>))", "('%.<n>f' % <i>)",
-        "('{:<n>}'.format(<a>))", "('{:>{}}'.format(<s>, <i>))", "('{0}{0}{0}'.format(<s>))", "('{0.__class__}'.format(<s>))",
+        "(<l> | join(<s>))", "(<l> | string)", "(<a> | tojson)", "(<a> | tojson(indent=<n>))", "(<a> | pprint)",
+        "(<i> | filesizeformat)", "(<i> | string)",
+        "({s: s} | xmlattr)", "({'a': <s>} | xmlattr)", "('%<n>d' % <i>)", "('%*d' % (<i>, 1))",
+        "('%s%s' % (<s>, <s>))", "('%.<n>f' % <i>)",
+        "('{:<n>}'.format(<a>))", "('{:>{}}'.format(<s>, <i>))", "('{0}{0}{0}'.format(<s>))",
+        "('{0.__class__}'.format(<s>))",
         "('%(a)s' % {'a': <s>})", "f(<s>)", "strftime_now(<s>)", "strftime_now('%<n>Y')",
     ),
     "int": (
-        "<n>", "<n>", "<n>", "(<i> + <i>)", "(<i> * <i>)", "(<i> - <i>)", "(<i> ** <i>)", "(<n> ** <n>)", "(<i> // <i>)", "(<i> % <i>)", "(<i> / <n>)", "0.5",
-        "(<s> | length)", "(<l> | length)", "(<l> | sum)", "(<s>).count(<s>)", "(<s>).find(<s>)", "(<i> | round(<n>))", "(<i> | round(<n>, 'ceil'))",
-        "(<i> | abs)", "(<s> | int)", "(<s> | int(<n>, <n>))", "(<s> | float)", "(<l> | max)", "(<s> | wordcount)", "(<i>).bit_length()",
+        "<n>", "<n>", "<n>", "(<i> + <i>)", "(<i> * <i>)", "(<i> - <i>)", "(<i> ** <i>)", "(<n> ** <n>)",
+        "(<i> // <i>)", "(<i> % <i>)", "(<i> / <n>)", "0.5",
+        "(<s> | length)", "(<l> | length)", "(<l> | sum)", "(<s>).count(<s>)", "(<s>).find(<s>)",
+        "(<i> | round(<n>))", "(<i> | round(<n>, 'ceil'))",
+        "(<i> | abs)", "(<s> | int)", "(<s> | int(<n>, <n>))", "(<s> | float)", "(<l> | max)", "(<s> | wordcount)",
+        "(<i>).bit_length()",
         "(<i> if <b> else <i>)", "('9' * <n>) | int", "-<i>",
     ),
     "list": (
-        "range(<n>)", "range(<n>)", "range(<n>, <n>, <n>)", "messages", "[]", "[<a>, <a>]", "(<l> + <l>)", "(<l> * <n>)", "(<s>).split(<s>)",
-        "(<s>).splitlines()", "(<s>).partition(<s>)", "(<s> | list)", "(<l>)[<n>:<n>]", "(<l>)[::-1]", "(({1: <a>}).items() | list)", "dict(a=<a>).values()",
+        "range(<n>)", "range(<n>)", "range(<n>, <n>, <n>)", "messages", "[]", "[<a>, <a>]", "(<l> + <l>)",
+        "(<l> * <n>)", "(<s>).split(<s>)",
+        "(<s>).splitlines()", "(<s>).partition(<s>)", "(<s> | list)", "(<l>)[<n>:<n>]", "(<l>)[::-1]",
+        "(({1: <a>}).items() | list)", "dict(a=<a>).values()",
         *("(<l> | " + f + ")" for f in (
-            "list", "batch(<n>)", "batch(<n>, <a>) | list", "slice(<n>)", "slice(<n>, <a>) | list", "sort", "sort(reverse=true)", "unique", "reverse | list",
-            "map('string')", "map('upper') | list", "map('list')", "map('center', <n>) | list", "map('tojson')", "select | list", "select('odd') | list",
-            "reject('none') | list", "selectattr('role', 'equalto', 'user') | list", "groupby('role')", "map(attribute='content') | list",
+            "list", "batch(<n>)", "batch(<n>, <a>) | list", "slice(<n>)", "slice(<n>, <a>) | list", "sort",
+            "sort(reverse=true)", "unique", "reverse | list",
+            "map('string')", "map('upper') | list", "map('list')", "map('center', <n>) | list", "map('tojson')",
+            "select | list", "select('odd') | list",
+            "reject('none') | list", "selectattr('role', 'equalto', 'user') | list", "groupby('role')",
+            "map(attribute='content') | list",
             "sum(start=[])",
         )),
-        "({'b': <a>, 'a': <a>} | dictsort)", "({'a': <a>} | items)", "(<s> | batch(<n>) | list)", "(<s> | slice(<n>) | list)", "(<l> if <b> else <l>)",
+        "({'b': <a>, 'a': <a>} | dictsort)", "({'a': <a>} | items)", "(<s> | batch(<n>) | list)",
+        "(<s> | slice(<n>) | list)", "(<l> if <b> else <l>)",
     ),
     "bool": (
-        "true", "false", "(<a> == <a>)", "(<i> < <i>)", "(<s> in <s>)", "(<a> in <l>)", "not <b>", "(<b> and <b>)", "(<b> or <b>)", "(<a> is defined)",
-        "(<s>).startswith(<s>)", "(<i> is odd)", "(<i> is divisibleby <i>)", "(<s> < <s>)", "(<l> < <l>)", "(<s> is string)", "(<l> == <l>)",
+        "true", "false", "(<a> == <a>)", "(<i> < <i>)", "(<s> in <s>)", "(<a> in <l>)", "not <b>", "(<b> and <b>)",
+        "(<b> or <b>)", "(<a> is defined)",
+        "(<s>).startswith(<s>)", "(<i> is odd)", "(<i> is divisibleby <i>)", "(<s> < <s>)", "(<l> < <l>)",
+        "(<s> is string)", "(<l> == <l>)",
     ),
 }  # fmt: skip
 """Forms of each type; <s>, <i>, <l>, <b> and <a> stand for one of that type or any, <n> for a number as it is."""
 STRANGE = (
-    "(<a>).__class__", "(<a>).__class__.__mro__", "f.__globals__", "(<a>).mro()", "raise_exception(<s>)", "cycler(<a>, <a>).next()", "joiner(<s>)()",
-    "(<a> | attr('__class__'))", "(<s> | map(attribute=<s>) | list)", "(<a>)[<a>]", "(<a> + <a>)", "(<a> * <a>)", "(<a> | random)", "namespace(v=<a>)",
-    "(<l>).append(<a>)", "(<l>).extend(<l>)", "dict(a=<a>).update({1: 2})", "none", "tools", "loop", "self", "undefined_name.x", "messages[2].tool_calls",
-    "caller()", "(<a>).<s>", "(<s>).encode(<s>)", "(<i>).to_bytes(<n>, 'big')", "loop.previtem", "loop.index ~ <s>", "(<i>).__pow__(<i>)", "lipsum(<n>)", "loop.cycle(<a>, <a>)", "(<a> | <s>)", "_minirksc_guard",
+    "(<a>).__class__", "(<a>).__class__.__mro__", "f.__globals__", "(<a>).mro()", "raise_exception(<s>)",
+    "cycler(<a>, <a>).next()", "joiner(<s>)()",
+    "(<a> | attr('__class__'))", "(<s> | map(attribute=<s>) | list)", "(<a>)[<a>]", "(<a> + <a>)", "(<a> * <a>)",
+    "(<a> | random)", "namespace(v=<a>)",
+    "(<l>).append(<a>)", "(<l>).extend(<l>)", "dict(a=<a>).update({1: 2})", "none", "tools", "loop", "self",
+    "undefined_name.x", "messages[2].tool_calls",
+    "caller()", "(<a>).<s>", "(<s>).encode(<s>)", "(<i>).to_bytes(<n>, 'big')", "loop.previtem",
+    "loop.index ~ <s>", "(<i>).__pow__(<i>)", "lipsum(<n>)", "loop.cycle(<a>, <a>)", "(<a> | <s>)", "_minirksc_guard",
 )  # fmt: skip
 HEAD = "{% set a, b, ns = 'aa', 'b', namespace(v='') %}{% macro f(x) %}{{ x }}!{% endmacro %}"
 KINDS = {"s": "str", "i": "int", "l": "list", "b": "bool", "a": "any"}
@@ -129,9 +153,11 @@ class Grammar:
         name = rng.choice(("a", "b", "ns.v"))
         if rng.random() < 0.03:
             return rng.choice((
-                "{% generation %}" + inner + "{% endgeneration %}", "{% break %}", "{% continue %}", "{%- raw -%}" + inner + "{% endraw %}{# #}", "{% include " + one("str", 1) + " %}",
-                "{% extends 'x' %}", "{% import 'x' as y %}", "{% block z scoped %}" + inner + "{{ self.z() }}{% endblock %}",
-                "{% for a in " + one("list", 1) + " recursive %}" + inner + "{{ loop(" + one("list", 1) + ") }}{% endfor %}",
+                "{% generation %}" + inner + "{% endgeneration %}", "{% break %}", "{% continue %}",
+                "{%- raw -%}" + inner + "{% endraw %}{# #}", "{% include " + one("str", 1) + " %}",
+                "{% extends 'x' %}", "{% import 'x' as y %}",
+                "{% block z scoped %}" + inner + "{{ self.z() }}{% endblock %}",
+                f"{{% for a in {one('list', 1)} recursive %}}{inner}{{{{ loop({one('list', 1)}) }}}}{{% endfor %}}",
             ))  # fmt: skip
         return rng.choice((
             lambda: "{{ " + one("str", 3) + " }}",
@@ -142,12 +168,14 @@ class Grammar:
             lambda: "{% for m in " + one("list", 2) + " %}" + inner + "{% endfor %}",
             lambda: "{% for m in range(" + rng.choice(NUMBERS) + ") %}" + inner + "{% endfor %}",
             lambda: "{% for m in range(9999) %}{% set ns.v = ns.v ~ " + one("str", 1) + " %}{% endfor %}" + inner,
-            lambda: "{% for m in " + one("list", 1) + " if " + one("bool", 1) + " %}" + inner + "{% else %}" + inner + "{% endfor %}",
+            lambda: f"{{% for m in {one('list', 1)} if {one('bool', 1)} %}}{inner}{{% else %}}{inner}{{% endfor %}}",
             lambda: "{% if " + one("bool", 2) + " %}" + inner + "{% else %}" + inner + "{% endif %}",
-            lambda: "{% macro f(x, y=" + one("str", 1) + ") %}" + inner + "{{ x }}{% endmacro %}{{ f(" + one("str", 1) + ") }}",
-            lambda: "{% macro g(x, n) %}{{ g(x ~ " + one("str", 1) + ", n + 1) if n < " + rng.choice(NUMBERS) + " else x }}{% endmacro %}{{ g(a, 0) }}",
-            lambda: "{% macro h(x) %}{{ caller() }}{% endmacro %}{% call h(" + one("any", 1) + ") %}" + inner + "{% endcall %}",
-            lambda: "{% filter " + rng.choice(("upper", "escape", "indent(" + rng.choice(NUMBERS) + ")", "replace('', 'xx')")) + " %}" + inner + "{% endfilter %}",
+            lambda: f"{{% macro f(x, y={one('str', 1)}) %}}{inner}{{{{ x }}}}{{% endmacro %}}{{{{ f(a) }}}}",
+            lambda: f"{{% macro g(x, n) %}}{{{{ g(x ~ {one('str', 1)}, n + 1) if n < {rng.choice(NUMBERS)} else x }}}}"
+            "{% endmacro %}{{ g(a, 0) }}",
+            lambda: "{% macro h(x) %}{{ caller() }}{% endmacro %}"
+            f"{{% call h({one('any', 1)}) %}}{inner}{{% endcall %}}",
+            lambda: f"{{% filter {rng.choice(('upper', 'escape', 'indent(9999)'))} %}}{inner}{{% endfilter %}}",
             lambda: "{% set " + rng.choice("ab") + " %}" + inner + "{% endset %}",
             lambda: "{% with a = " + one("str", 2) + ", b = a %}" + inner + "{% endwith %}",
         ))()  # fmt: skip
