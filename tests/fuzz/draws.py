@@ -60,4 +60,5 @@ def solver_config(rng: random.Random) -> SolverConfig:
         chat=False,
         hints=[[65 + i] for i in range(branches)],
         select=rng.choice(("score", "vote")),
+        sampling=SamplingParams(temperature=0.8, top_p=0.95, seed=rng.randrange(3)),
     )

@@ -32,6 +32,7 @@ FILES = frozenset([
 ])  # fmt: skip
 MAX_FIRST = 4
 """Power of ten of the line events that a kind of call may have that was never seen."""
+INJECTED = "injected"
 MIN_DELAY_S, MAX_DELAY_S = 5e-5, 0.03
 
 
@@ -81,6 +82,8 @@ class Interrupter:
                 signal.setitimer(signal.ITIMER_REAL, 0)
         except BaseException as caught:  # whatever comes out is looked at by the caller
             error = caught
+        if str(error) == INJECTED:
+            error = type(error)(INJECTED)  # a caller who has caught it keeps neither its frames nor what they hold
         fired, self._has_fired = self._has_fired, False
         if not fired and how in ("none", "timer"):
             self._seconds[kind] = MIN_DELAY_S + time.perf_counter() - begin
@@ -90,7 +93,7 @@ class Interrupter:
         if self._is_armed:
             self._is_armed = False
             self._has_fired = True
-            raise KeyboardInterrupt("injected")
+            raise KeyboardInterrupt(INJECTED)
 
     def _trace(self, kind: str, how: str) -> None:
         """From now on lines are counted; at one of them it happens."""
@@ -124,7 +127,7 @@ class Interrupter:
                         signal.raise_signal(signal.SIGINT)
                     else:
                         self._has_fired = True
-                        raise kind_of_error("injected")
+                        raise kind_of_error(INJECTED)
             return on_line
 
         def on_call(frame: FrameType, event: str, argument: Any) -> Any:

@@ -10,7 +10,7 @@ import draws
 import torch
 from children import Fault
 from draws import MAX_LEN, VOCAB
-from interrupting import Interrupter, check_engine, check_process
+from interrupting import INJECTED, Interrupter, check_engine, check_process
 from oracle import Held, Oracle, Stream, summary
 
 from minirksc import LLM, SamplingParams, Solver
@@ -96,7 +96,7 @@ class Session:
         self.counts[f"{kind}: {'interrupted' if fired else what}"] += 1
         message = "" if error is None else str(error)[:80]
         self._note(f"{self.counts['calls']} {kind}, {self.interrupter.how}: {what} {message}")
-        if error is not None and not isinstance(error, MinirkscError | Callback) and str(error) != "injected":
+        if error is not None and not isinstance(error, MinirkscError | Callback) and str(error) != INJECTED:
             raise error
         return error is None, result, fired
 
