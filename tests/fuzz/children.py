@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 import minirksc  # noqa: E402 - before a clone on PYTHONPATH goes: transformers must not find its folder `kernels`
 
 PROJECT = str(Path(minirksc.__file__).parents[1])
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+sys.path[:] = [entry for entry in sys.path if not (Path(entry or ".") / "pyproject.toml").exists()]
 
 OK, REFUSED, FAULT, ABORT = "ok", "refused", "FAULT", "ABORT"
 MAX_ABORTS = 5
