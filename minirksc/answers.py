@@ -3,12 +3,21 @@ r"""Final answers: read out of generated text, brought to one normal form, and v
 A text states its answer after "####" (GSM8K), in "\boxed{...}" or after "the answer is"; the last
 such statement counts. Where there is none, each kind has its own fallback. Understands English
 markers only.
+
+Numbers are compared by value: 18, 18.0, $18, 1.8e1 and 36/2 are one answer; thousands are parted by commas (or LaTeX's
+thin spaces), and a unit or % behind a number is left out, so that 18% is 18. 3/4 is 0.75; 1/3, which has no end, stays
+1/3. What only looks like a number (10:30, 1/2/2024) is a text. Control and invisible characters are left out, other
+scripts' digits are digits.
 """
 
+import math
 import re
+import reprlib
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
-from decimal import Decimal
+from decimal import Decimal, localcontext
+from fractions import Fraction
 from typing import Any
 
 from minirksc.errors import ConfigError
@@ -17,11 +26,37 @@ AnswerParser = str | Callable[[str], str | None]
 """Name of a kind, or a function from text to the answer in normal form (None: no answer)."""
 
 _NUMBER = re.compile(
-    r"(?<![\w.])"  # neither inside a word nor the rest of a version such as 1.2.3
+    r"(?<![\w.])(?<![0-9][:/])"  # neither inside a word nor the rest of a version such as 1.2.3, a time or a date
     r"(?P<sign>(?<![)\]])[-+])?[$€£]?(?P<sign2>[-+])?"
+    r"(?:(?P<whole>[0-9]{1,9}) (?=[0-9]{1,9}/[1-9]))?"
     r"(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+    r"(?P<exponent>[eE][-+]?[0-9]{1,3}(?!\w))?(?:/(?P<below>[1-9][0-9]{0,8}))?(?![0-9.]*[.:/][0-9])"
 )
-_MARKER = re.compile(r"####|(?P<boxed>\\boxed\s*\{(?:\\text\s*\{)?)|\banswer(?:\s+is\b|\s*[:=])", re.IGNORECASE)
+_MARKER = re.compile(r"####|(?P<boxed>\\boxed\s*\{)|\banswer(?:\s+is\b|\s*[:=])", re.IGNORECASE)
+_ARTICLE = re.compile(r"\s+[a-z]")
+"""After a letter: then "A" and "I" are words."""
+
+_UNSEEN = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\t-\r\x20-\x7e]")
+"""A terminal's escape sequence, or a character of which `_seen` says more."""
+_MINUS = re.compile(r"[−﹣－]|[–‐‑](?=[\d$.])")
+_SPACED_SIGN = re.compile(r"^(\s*[-+])\s+(?=[\d.$])")
+_LATEX = (
+    (re.compile(r"(?<=\d)(?:\\[,!;]|\{,\}|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))"), ","),
+    (re.compile(r"(?<=\d)(?=\\[dt]?frac)"), " "),
+    (re.compile(r"\\[dt]?frac\s*(?:\{\s*(\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))"), r"\1\2/\3\4"),
+    (re.compile(r"(?<=\d)\s{0,4}(?:\\times|\\cdot|×)\s{0,4}10\^\{?([-+]?\d{1,3})\}?"), r"e\1"),
+    (re.compile(r"\^\s?\{?\s?\\circ\s?\}?|\\(?=[$%])"), ""),
+)
+_WRAPPER = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mathit|mbox)\s*\{([^{}]*)\}")
+_NO_UNIT = re.compile(r"[\d+*/^{},\\_|<>-]")
+"""Beside a number in a box: then it is a formula, a pair or the like."""
+
+MAX_STATEMENTS = 4
+"""So many from the end are looked at for one that was not cut off."""
+
+MAX_FRACTION_DIGITS = 30
+"""Above a stroke: fractions of longer numbers are not reduced."""
+
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
 _BARE_CHOICE = re.compile(r"[\s*]*(?:option\s+|choice\s+)?(?:\(([A-Ja-j])\)|([A-J])(?![\w'’]))", re.I)
 _BRACKETED_CHOICE = re.compile(r"\(([A-Ja-j])\)")
@@ -42,12 +77,15 @@ def parse_answer(text: str, kind: AnswerParser = "auto") -> str | None:
         The answer, or None when the text gives none.
 
     Raises:
-        ConfigError: unknown kind.
+        ConfigError: unknown kind, or the function gave something else than text or None.
     """
     if callable(kind):
-        return kind(text)
+        answer: Any = kind(text)
+        if answer is not None and not isinstance(answer, str):
+            raise ConfigError(f"answer_parser gave {reprlib.repr(answer)}; it must give text, or None for no answer")
+        return answer
     check_parser(kind)
-    return _PARSERS[kind](text)
+    return _PARSERS[kind](_plain(text))
 
 
 def check_parser(kind: AnswerParser) -> None:
@@ -56,8 +94,10 @@ def check_parser(kind: AnswerParser) -> None:
     Raises:
         ConfigError: unknown kind.
     """
-    if not callable(kind) and kind not in _PARSERS:
-        raise ConfigError(f"answer_parser={kind!r}; use one of {', '.join(_PARSERS)}, or a function of the text")
+    if not callable(kind) and not (isinstance(kind, str) and kind in _PARSERS):
+        raise ConfigError(
+            f"answer_parser={reprlib.repr(kind)}; use one of {', '.join(_PARSERS)}, or a function of the text"
+        )
 
 
 def choose(answers: Sequence[str | None], scores: Sequence[float], rule: str) -> int:
@@ -65,7 +105,7 @@ def choose(answers: Sequence[str | None], scores: Sequence[float], rule: str) ->
 
     Args:
         answers: parsed answer of each candidate; None does not vote.
-        scores: of the same candidates, larger is better.
+        scores: of the same candidates, larger is better; NaN is worse than any.
         rule: "score" (the best one), "vote" (the commonest answer; ties go to the larger sum of
             scores) or "weighted_vote" (the answer with the largest sum of scores). A vote is
             represented by the best candidate that gives the winning answer; the earlier one of
@@ -87,11 +127,11 @@ def choose(answers: Sequence[str | None], scores: Sequence[float], rule: str) ->
     if rule != "score" and groups:
 
         def weight(group: list[int]) -> tuple[float, float]:
-            total = sum(scores[index] for index in group)
+            total = sum(score for score in map(scores.__getitem__, group) if not math.isnan(score))
             return (len(group) if rule == "vote" else total, total)
 
         candidates = max(groups.values(), key=weight)
-    return max(candidates, key=lambda index: scores[index])
+    return max(candidates, key=lambda index: -math.inf if math.isnan(scores[index]) else scores[index])
 
 
 def agreement(answers: Sequence[str | None]) -> dict[str, Any]:
@@ -109,50 +149,116 @@ def agreement(answers: Sequence[str | None]) -> dict[str, Any]:
 SELECT_RULES = ("score", "vote", "weighted_vote")
 
 
-def _marked(text: str) -> str | None:
-    """What the last statement of an answer says, to the end of its sentence."""
-    last = None
-    for match in _MARKER.finditer(text):
-        last = match
-    if last is None:
-        return None
-    rest = text[last.end() :]
-    if last["boxed"]:
-        return rest.partition("}")[0].strip() or None
-    return _SENTENCE_END.split(rest.partition("\n")[0].lstrip(), maxsplit=1)[0].strip() or None
+def _plain(text: str) -> str:
+    """Without what cannot be seen; digits, minus signs and LaTeX's numbers in one form each."""
+    text = _UNSEEN.sub(_seen, _MINUS.sub("-", text))
+    for pattern, replacement in _LATEX:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def _seen(match: re.Match[str]) -> str:
+    char = match[0]
+    if len(char) > 1 or unicodedata.category(char) in ("Cc", "Cf"):
+        return ""
+    digit = unicodedata.decimal(char, None)
+    return char if digit is None else str(digit)
+
+
+def _marked(text: str) -> tuple[str | None, bool]:
+    """What the last statement of an answer says, to the end of its box or sentence, and whether it is in a box.
+
+    One that says nothing is none: the text may have been cut off there.
+    """
+    for marker in reversed(list(_MARKER.finditer(text))[-MAX_STATEMENTS:]):
+        rest = text[marker.end() :]
+        stated = _in_box(rest) if marker["boxed"] else _sentence(rest)
+        if stated:
+            return stated, marker["boxed"] is not None
+    return None, False
+
+
+def _sentence(text: str) -> str:
+    """The first, at most a line."""
+    return _SENTENCE_END.split(text.lstrip().partition("\n")[0], maxsplit=1)[0].strip()
+
+
+def _in_box(text: str) -> str:
+    r"""Up to the brace that closes the box, without \text{...} and the like."""
+    depth = 1
+    for brace in re.finditer(r"[{}]", text):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            text = text[: brace.start()]
+            break
+    else:
+        text = text.partition("\n")[0]
+    for _ in range(3):  # they may be nested, but not without end
+        text = _WRAPPER.sub(r"\1", text)
+    text = text.strip("$ \n\t")
+    return text[1:-1].strip() if text[:1] == "{" and text[-1:] == "}" else text
 
 
 def _normal_number(match: re.Match[str]) -> str:
     sign = "-" if (match["sign"] == "-") != (match["sign2"] == "-") else ""
-    number = format(Decimal(sign + match["digits"].replace(",", "")), "f")
+    digits = match["digits"].replace(",", "")
+    value = Decimal(digits + (match["exponent"] or ""))
+    if match["below"]:
+        if len(digits) > MAX_FRACTION_DIGITS:
+            return f"{sign}{digits}/{match['below']}"
+        fraction = int(match["whole"] or 0) + Fraction(value) / int(match["below"])
+        if not _ends(fraction):
+            return f"{sign}{fraction}"
+        with localcontext(prec=2000):  # more than it can have
+            value = Decimal(fraction.numerator) / Decimal(fraction.denominator)
+    number = format(value, "f")
     if "." in number:
         number = number.rstrip("0").rstrip(".")
-    return "0" if number in ("-0", "") else number
+    return "0" if number in ("0", "") else sign + number
+
+
+def _ends(fraction: Fraction) -> bool:
+    """Whether its decimals do."""
+    below = fraction.denominator
+    for prime in (2, 5):
+        while below % prime == 0:
+            below //= prime
+    return below == 1
 
 
 def _number(text: str) -> str | None:
-    text = text.replace("−", "-")
-    marked = _marked(text)
-    # "The answer is 3 + 4 = 7" means 7.
-    found = _NUMBER.search(marked.rpartition("=")[2]) if marked else None
+    marked, _ = _marked(text)
+    found = None if marked is None else _stated_number(marked)
     if found is None:
         for found in _NUMBER.finditer(text):  # noqa: B007 - the last one is wanted
             pass
     return _normal_number(found) if found else None
 
 
+def _stated_number(statement: str) -> re.Match[str] | None:
+    """The first one; "3 + 4 = 7" says 7."""
+    return _NUMBER.search(_SPACED_SIGN.sub(r"\1", statement.rpartition("=")[2]))
+
+
 def _choice(text: str) -> str | None:
-    for part in (_marked(text), text):
+    marked, _ = _marked(text)
+    for part in (marked, text):
         match = _BARE_CHOICE.match(part) if part else None
         # Without brackets only capitals: "answer is a dog" chooses nothing.
-        if match and (match[1] or match[2].isupper()):
+        if match and (match[1] or match[2].isupper()) and not (part is text and _is_word(match, text)):
             return str(match[1] or match[2]).upper()
     letters = _BRACKETED_CHOICE.findall(text)
     return str(letters[-1]).upper() if letters else None
 
 
+def _is_word(match: re.Match[str], text: str) -> bool:
+    """Whether a letter is none that was chosen: "A train leaves", "I think"."""
+    return match[2] in ("A", "I") and _ARTICLE.match(text, match.end()) is not None
+
+
 def _boolean(text: str) -> str | None:
-    for part in (_marked(text), text):
+    marked, _ = _marked(text)
+    for part in (marked, text):
         match = _LEADING_BOOLEAN.match(part) if part else None
         if match:
             return _yes_or_no(match[1])
@@ -165,18 +271,32 @@ def _yes_or_no(word: str) -> str:
 
 
 def _text(text: str) -> str | None:
-    return " ".join((_marked(text) or text).casefold().split()) or None
+    marked, _ = _marked(text)
+    return _folded(marked or text)
+
+
+def _folded(text: str) -> str | None:
+    return " ".join(text.casefold().split()) or None
 
 
 def _auto(text: str) -> str | None:
     """The kind that the statement of the answer has; without one, that of the text."""
-    stated = _marked(text) or text
+    marked, is_boxed = _marked(text)
+    stated = marked or text
     choice = _BARE_CHOICE.match(stated)
     if choice and (choice[1] or (choice[2].isupper() and stated[choice.end() :].strip(" .):*") == "")):
         return str(choice[1] or choice[2]).upper()
-    if _LEADING_BOOLEAN.match(stated):
-        return _boolean(stated)
-    return _number(text) or _choice(text) or _text(text)
+    leading = _LEADING_BOOLEAN.match(stated)
+    if leading:
+        return _yes_or_no(leading[1])
+    if marked is None:
+        return _number(text) or _choice(text) or _folded(text)
+    found = _stated_number(marked)
+    if found is not None and is_boxed:
+        value = found.string
+        beside = value[: found.start()] + value[found.end() :]
+        found = None if _NO_UNIT.search(beside) else found
+    return _normal_number(found) if found else _folded(marked)
 
 
 _PARSERS: dict[str, Callable[[str], str | None]] = {

@@ -42,6 +42,7 @@ from minirksc.generate import (
     ignored,
     run_command,
 )
+from minirksc.sampling import derived_seed
 from minirksc.signals import SIGNALS
 from minirksc.solver import DEFAULT_SAMPLING, SolverConfig
 from minirksc.trials import Trials
@@ -147,6 +148,7 @@ class Job:
         if options.limit is not None and options.limit < 1:
             raise UsageError(f"--limit {options.limit} must be at least 1")
         self.config = self._solver_config()
+        self.seed = self.config.step_sampling.seed or 0  # each problem has one derived from it
         self.engine_options = self._given(("model", *ENGINE)) | ignored(options)
         self.output = Path(options.output)
         self.evidence_path = self.output.with_name(self.output.name + ".evidence.jsonl")
@@ -187,7 +189,8 @@ class Job:
         with tqdm(total=len(self.todo), initial=done, unit="problem", disable=disable) as bar:
             for begin in range(0, len(missing), size):
                 some = missing[begin : begin + size]
-                for index, one in zip(some, collector.collect([self.todo[i] for i in some]), strict=True):
+                seeds = [derived_seed(self.seed, index) for index in some]
+                for index, one in zip(some, collector.collect([self.todo[i] for i in some], seeds), strict=True):
                     file.add(index, one)
                 file.flush()
                 bar.update(len(some))
@@ -255,12 +258,11 @@ class Job:
     def _header(self, settings: dict[str, Any], model: dict[str, str]) -> dict[str, Any]:
         import torch
 
-        seed = self.config.step_sampling.seed
         return {
             "minirksc_version": __version__,
             "torch_version": torch.__version__,
             "data": {"sha256": self.problems.sha256},
-            "seed": seed,
+            "seed": self.seed,
             "settings": {name: value for name, value in settings.items() if name not in RULES},
             "model": model,
         }
@@ -296,6 +298,8 @@ def read_problems(path: Path) -> Problems:
         ConfigError: it cannot be read, is empty, or a line is no problem.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"--data {path} is no regular file; give one")
         raw = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"--data {path} cannot be read: {error}") from error

@@ -1,16 +1,20 @@
 """CGEE: what need not be computed because the outcome is clear. Cheapest gate first:
 
     while decoding   consensus   no outcome of the branches under way can change the vote: they stop
-                     decode_exit one branch leads decisively: the others stop (or all do, as published)
+                     decode_exit one branch leads decisively: the others stop (or all do, as published), nobody is asked
     before asking    agreement   every branch that could win gives the same answer: nobody is asked
                      skip (G1)   one branch leads decisively by confidence: nobody is asked
     asking (G2)      bound       the most confident are asked first; who cannot win any more, or could win only with
                                  the answer that leads already, is not asked at all
     inside the pass  layer_exit  (G3) a row leaves between layers once its YES - NO is clear
 
-consensus, agreement and bound are exact: the answer is the one that asking everybody would give, since p(YES) <= 1
-and a score is p(YES) sqrt(confidence). skip, decode_exit and layer_exit are approximations with thresholds, chosen by
-`minirksc.calibrate` so that they change few decisions, and reported for each result.
+consensus, agreement and bound are exact for the parsed answer: it is the one that asking everybody would give, since
+p(YES) <= 1 and a score is p(YES) sqrt(confidence). Which of the branches that give it is named is another matter, and
+hangs on who was asked: of those who were, the best; where nobody was, the surest (the most confident). Asking everybody
+may name another one. Where no branch gives an answer, branches are what is chosen among, and exact too.
+
+skip, decode_exit and layer_exit are approximations with thresholds, chosen by `minirksc.calibrate` so that they change
+few decisions, and reported for each result. After a decode_exit nobody is asked, unless the leader failed.
 
 Where this differs from the paper (arXiv 2606.09937), and `PAPER` for its own rules: a lead is over the best branch
 with *another* answer, not over the second best branch; layer exit looks at the sign and the margin of YES - NO through
@@ -20,12 +24,14 @@ and a lens, a decode rule the progress of each branch.
 """
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from minirksc.answers import choose
+from minirksc.errors import ConfigError, brief
 from minirksc.gates import LEAVE, GateRows, Verdicts
 from minirksc.signals import SIGNALS, TokenSignals
 
@@ -51,6 +57,11 @@ class Lead:
     top: float = 0.0
     gap: float = 0.0
     is_relative: bool = True
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether its numbers are some."""
+        return _is_number(self.top) and _is_number(self.gap) and isinstance(self.is_relative, bool)
 
     def distance(self, best: float, rest: float) -> float:
         """How far the best value is ahead, in what `gap` is measured in."""
@@ -106,7 +117,8 @@ def standing(
 
     Returns:
         (the branch that leads, those that must still be asked, highest bound first). Once nobody must be asked, the
-        leader's answer is the one that `choose` would give if all scores were known.
+        leader's answer is the one that `choose` would give if all scores were known; of those that give it the leader
+        is the best with a score, else the one with the highest bound.
     """
     unknown = {i for i, score in enumerate(scores) if score is None}
     low = [score or 0.0 for score in scores]
@@ -356,6 +368,13 @@ class MarginRule:
     start: int | None = None
     correction: tuple[tuple[float, float], ...] | None = None
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether its numbers are some, and those that count are whole."""
+        lines = self.correction or ()
+        has_counts = _is_count(self.patience) and self.patience > 0 and (self.start is None or _is_count(self.start))
+        return has_counts and _is_number(self.margin) and all(_is_number(part) for line in lines for part in line)
+
     def gate(self, make_lens: "MakeLens", choices: tuple[int, int], num_layers: int) -> LayerExit:
         """The gate of one pass."""
         return LayerExit(
@@ -376,6 +395,11 @@ class EntropyRule:
     stability: float
     start: int
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether its numbers are some."""
+        return _is_number(self.entropy) and _is_number(self.stability) and _is_count(self.start)
+
     def gate(self, make_lens: "MakeLens", choices: tuple[int, int], num_layers: int) -> EntropyExit:
         """The gate of one pass."""
         lens = make_lens(None)
@@ -387,14 +411,17 @@ class Gates:
     """Which gates are on, and their thresholds.
 
     Attributes:
-        exact: agreement, bound and consensus.
+        exact: agreement, bound and consensus; exact for the parsed answer.
         signal: what leads are measured on, a key of `signals.SIGNALS`.
         skip: G1; none: never.
         compares_answers: a lead is over the best branch with another answer.
         layer_exit: G3; None: never.
-        decode_exit: leads that end decoding; none: never.
+        decode_exit: leads that end decoding, after which nobody is asked; none: never.
         decode_min_tokens: that every branch under way must have before.
         source: "exact", "paper", "uncalibrated" or, of a calibration file, "calibrated".
+
+    Raises:
+        ConfigError: a value is of another kind, or not finite.
     """
 
     exact: bool = True
@@ -406,10 +433,38 @@ class Gates:
     decode_min_tokens: int = 16
     source: str = "exact"
 
+    def __post_init__(self) -> None:
+        for name in ("exact", "compares_answers"):
+            _check(name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False")
+        _check("signal", self.signal, isinstance(self.signal, str) and self.signal in SIGNALS, f"one of {[*SIGNALS]}")
+        for name in ("skip", "decode_exit"):
+            leads = getattr(self, name)
+            is_right = isinstance(leads, tuple) and all(isinstance(lead, Lead) and lead.is_finite for lead in leads)
+            _check(name, leads, is_right, "a tuple of Lead, of finite numbers")
+        rule = self.layer_exit
+        is_right = rule is None or (isinstance(rule, MarginRule | EntropyRule) and rule.is_finite)
+        _check("layer_exit", rule, is_right, "a MarginRule or EntropyRule, of finite numbers and patience above 0")
+        _check("decode_min_tokens", self.decode_min_tokens, _is_count(self.decode_min_tokens), "a whole number")
+        _check("source", self.source, isinstance(self.source, str), "text")
+
     @property
     def is_calibrated(self) -> bool:
         """False where an approximate gate has thresholds that nobody has tested on this model."""
         return self.source in ("exact", "calibrated")
+
+
+def _check(name: str, value: object, is_right: bool, wanted: str) -> None:
+    if not is_right:
+        raise ConfigError(f"gates with {name}={brief(value)}; it must be {wanted}")
+
+
+def _is_number(value: object) -> bool:
+    # NaN compares false, and an int beyond all floats compares where math.isfinite would raise.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 NO_GATES = Gates(exact=False)

@@ -167,7 +167,7 @@ def print_solve(result: "SolveResult") -> None:
             f"{'>' if index == result.best else ''}{index + 1}",
             "-" if branch.score is None else f"{branch.score:.3f}",
             "-" if branch.verification is None else f"{branch.verification:.3f}",
-            f"{branch.confidence:.3f}",
+            "-" if branch.confidence is None else f"{branch.confidence:.3f}",
             str(branch.num_own_tokens),
             f"{branch.num_shared_tokens}{'~' if branch.sharing == 'semantic' else ''}",
             branch.finish_reason or "-",

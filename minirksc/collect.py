@@ -80,31 +80,30 @@ class Collector(Solver):
             raise ConfigError("verify='never' asks nobody, so no gate can spare anything; use verify='always'")
         super().__init__(llm, replace(config, verify="always", gates=None, policy="rksc", decode_exit="auto"))
 
-    def collect(self, problems: Sequence[tuple[str, str | None]]) -> list[Evidence | Failed]:
+    def collect(self, problems: Sequence[tuple[str, str | None]], seeds: Sequence[int]) -> list[Evidence | Failed]:
         """Evidence of problems that are decoded together; one that fails does not harm the others.
 
         Args:
             problems: text and, where it is known, the right answer.
+            seeds: of each: with one seed all problems would share their luck.
         """
         try:
-            return list(self._collect(problems))
+            return list(self._collect(problems, seeds))
         except MinirkscError as error:
             if len(problems) == 1:
                 return [Failed(str(error))]
-        return [one for problem in problems for one in self.collect([problem])]
+        pairs = zip(problems, seeds, strict=True)
+        return [one for problem, seed in pairs for one in self.collect([problem], [seed])]
 
-    def _collect(self, problems: Sequence[tuple[str, str | None]]) -> list[Evidence]:
+    def _collect(self, problems: Sequence[tuple[str, str | None]], seeds: Sequence[int]) -> list[Evidence]:
         solves: list[_Solve] = []
-        try:
-            for problem, reference in problems:
-                tree = Tree(self.llm, share=self.config.sharing != "none")
+        with self.llm.engine.call() as call:
+            for (problem, reference), seed in zip(problems, seeds, strict=True):
+                tree = Tree(self.llm, call, share=self.config.sharing != "none", seed=seed)
                 solves.append(_Solve(problem, reference, tree, []))
                 solves[-1].nodes = self._plant(solves[-1])
             self._extend(solves)
             return self._judge_all(solves)
-        finally:
-            for one in solves:
-                one.tree.close()
 
     def _plant(self, one: _Solve) -> list[Node]:
         branches, chat = self.config.branches, self._is_chat(one.problem)
@@ -114,7 +113,7 @@ class Collector(Solver):
     def _extend(self, solves: Sequence[_Solve]) -> None:
         try:
             branches = [node.branch for one in solves for node in one.nodes]
-            self.llm.extend(branches, self.config.step_sampling)
+            self.llm.extend(branches, replace(self.config.step_sampling, seed=None))
         except NumericalError:  # after the others have ended; as in the solver, a branch that fails alone is left out
             for one in solves:
                 one.nodes = [node for node in one.nodes if node.branch.finish_reason != "error"]
@@ -150,6 +149,8 @@ class Collector(Solver):
         return found
 
     def _branch(self, branch: "Branch", verdict: Verdict, margins: list[float]) -> BranchEvidence:
+        if verdict.probability is None:
+            raise NumericalError(str(verdict.error))
         token_ids = list(branch.output_token_ids)
         text = self.llm.decode(token_ids)
         return BranchEvidence(

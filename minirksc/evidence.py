@@ -78,13 +78,49 @@ class Evidence:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Evidence":
-        """The opposite of `to_dict`."""
+        """The opposite of `to_dict`.
+
+        Raises:
+            KeyError, TypeError, ValueError: the values are no evidence.
+        """
         branches = []
         for branch in values["branches"]:
             signals = TokenSignals(**branch["signals"])
             margins = [math.nan if margin is None else margin for margin in branch["margins"]]
             branches.append(BranchEvidence(**{**branch, "signals": signals, "margins": margins}))
-        return cls(**{**values, "branches": branches})
+        evidence = cls(**{**values, "branches": branches})
+        evidence.check()
+        return evidence
+
+    def check(self) -> None:
+        """Holds the parts against each other.
+
+        Raises:
+            TypeError, ValueError: one is of another kind, or does not fit.
+        """
+        if not self.branches or self.num_layers < 1 or not 0 <= self.num_question_tokens < math.inf:
+            raise ValueError(f"{len(self.branches)} branches, num_layers {self.num_layers}")
+        if not isinstance(self.reference, str | None):
+            raise TypeError("the reference is no text")
+        for branch in self.branches:
+            tokens, text = branch.token_ids, branch.text
+            if not isinstance(text, str) or not isinstance(branch.finish_reason, str):
+                raise TypeError("text or finish_reason is no text")
+            numbers: list[Sequence[float]] = [branch.signals.top1, branch.signals.self_certainty, branch.ends]
+            if not all(len(part) == len(tokens) for part in numbers):
+                raise ValueError("not one signal and end a token")
+            if [*branch.ends, len(text)] != sorted([0, *branch.ends, len(text)])[1:]:
+                raise ValueError("ends that are not in the text")
+            whole = [*tokens, *branch.ends, branch.num_hidden, self.num_layers]
+            if not all(type(number) is int for number in whole) or not 0 <= branch.num_hidden <= len(text):
+                raise ValueError("a token, an end or num_hidden is no whole number, or outside the text")
+            finite = [*branch.signals.top1, *branch.signals.self_certainty, 1 - branch.probability, branch.probability]
+            if not all(map(math.isfinite, finite)) or not 0 <= branch.probability <= 1:
+                raise ValueError("a signal or probability is not finite")
+            if not all(isinstance(margin, float | int) for margin in branch.margins):
+                raise TypeError("a margin is no number")
+            if len(branch.margins) not in (0, self.num_layers - 1):
+                raise ValueError(f"{len(branch.margins)} margins of {self.num_layers} layers")
 
 
 @dataclass(frozen=True)
@@ -184,16 +220,13 @@ class _Progress:
 
 @dataclass
 class _Judged:
-    """What `Judge` sees of a branch: a node and its branch in one."""
+    """What `Judge` sees of a branch."""
 
     index: int
     signals: TokenSignals
     confidence: float
     score: float | None = None
-
-    @property
-    def branch(self) -> "_Judged":
-        return self
+    error: None = None
 
 
 @dataclass
@@ -332,6 +365,8 @@ class Replay:
                 break
         ends = [_Progress(branch, count) for branch, count in zip(branches, num_tokens, strict=True)]
         answers = [self._answer(index, count) for index, count in enumerate(num_tokens)]
+        if rule.consensus is not None:  # as in the solver: who was cut off gives none
+            answers = [answers[i] if num_tokens[i] == whole else None for i, whole in enumerate(self._whole)]
         return _Decoded(rule, num_tokens, [end.signals for end in ends], answers)
 
     def _answer(self, index: int, num_tokens: int) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from minirksc.errors import ConfigError
+from minirksc.errors import ConfigError, brief
 from minirksc.evidence import Evidence, Failed
 
 SCHEMA = "minirksc.evidence"
@@ -33,6 +33,8 @@ class EvidenceFile:
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         self.path = path
         header = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **header}
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path} is no regular file; choose another --output")
         try:
             raw = path.read_bytes() if path.exists() else b""
             num_valid = raw.rfind(b"\n") + 1
@@ -99,16 +101,22 @@ def _parse(path: Path, raw: bytes) -> tuple[dict[str, Any], dict[int, Evidence |
                 if header["schema"] != SCHEMA or header["schema_version"] != SCHEMA_VERSION:
                     raise ValueError(f"schema {header['schema']!r}, version {header['schema_version']!r}")
             elif "error" in values:
-                found[values["problem"]] = Failed(values["error"])
+                found[_number(values["problem"])] = Failed(str(values["error"]))
             else:
-                found[values["problem"]] = Evidence.from_dict(values["evidence"])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+                found[_number(values["problem"])] = Evidence.from_dict(values["evidence"])
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ConfigError(
                 f"{path}: line {number} is no evidence of this version ({error}); remove the file, or choose another"
             ) from error
     if not header:
         raise ConfigError(f"{path} is empty; collect evidence with `python -m minirksc.calibrate`")
     return header, found
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"problem {brief(value)} is no number")
+    return value
 
 
 def _check_header(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -124,8 +132,8 @@ def _check_header(path: Path, found: dict[str, Any], expected: dict[str, Any]) -
                 if one.get(key) != other.get(key)
             )
         raise ConfigError(
-            f"{path} was collected with {name} {one!r}, and this run has {other!r}; go on with the same options, "
-            "choose another --output, or remove the file"
+            f"{path} was collected with {name} {brief(one)}, and this run has {brief(other)}; go on with the same "
+            "options, choose another --output, or remove the file"
         )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minirksc.cgee import Gates, Lead, MarginRule
-from minirksc.errors import ConfigError, MinirkscError
+from minirksc.errors import ConfigError, MinirkscError, brief
 from minirksc.json_file import read_json_object
 
 if TYPE_CHECKING:
@@ -37,6 +37,9 @@ WHOLE_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+MAX_FILE_BYTES = 16 * 1024 * 1024
+"""Of a gates file: a thousand times what one has."""
+
 NUM_SAMPLES = 64
 SAMPLE_BYTES = 64 * 1024
 MAX_HEADER_BYTES = 100 * 1024 * 1024
@@ -122,33 +125,37 @@ def read_gates_file(path: str | Path, model_path: str | Path) -> GatesFile:
         ConfigError: there is no such file, it is none of ours, of another version, was changed, or is of another model.
     """
     path = Path(path)
-    if not path.is_file():
+    try:
+        is_there = path.is_file()
+    except OSError as error:
+        raise ConfigError(f"gates {brief(str(path))} cannot be read: {error.strerror}; {REMEDY}") from error
+    if not is_there:
         raise ConfigError(f"gates {path}: there is no such file; {REMEDY}")
-    content = read_json_object(path, ConfigError)
+    content = read_json_object(path, ConfigError, MAX_FILE_BYTES)
     if content.get("schema") != SCHEMA:
-        raise ConfigError(f"gates {path}: schema is {content.get('schema')!r}, expected {SCHEMA!r}; {REMEDY}")
-    if content.get("schema_version") != SCHEMA_VERSION:
-        found = content.get("schema_version")
-        raise ConfigError(f"gates {path}: schema_version is {found!r}, this minirksc reads {SCHEMA_VERSION}; {REMEDY}")
+        raise ConfigError(f"gates {path}: schema is {brief(content.get('schema'))}, expected {SCHEMA!r}; {REMEDY}")
+    if type(content.get("schema_version")) is not int or content["schema_version"] != SCHEMA_VERSION:
+        found = brief(content.get("schema_version"))
+        raise ConfigError(f"gates {path}: schema_version is {found}, this minirksc reads {SCHEMA_VERSION}; {REMEDY}")
     stored = content.pop("checksum", None)
     expected = checksum(content)
     if stored != expected:
         raise ConfigError(
-            f"gates {path}: checksum is {stored!r}, its content has {expected!r}: it was changed after the "
+            f"gates {path}: checksum is {brief(stored)}, its content has {expected!r}: it was changed after the "
             f"calibration, and says what nobody tested; {REMEDY}"
         )
     try:
         file = GatesFile(
             gates=_gates(content["gates"]),
-            budget=content["budget"],
-            confidence=content["confidence"],
-            counts=content["counts"],
-            data=content["data"],
-            settings=content["settings"],
-            model=content["model"],
-            minirksc_version=content["minirksc_version"],
+            budget=_share(content["budget"]),
+            confidence=_share(content["confidence"]),
+            counts=_of_kind(content["counts"], dict),
+            data=_of_kind(content["data"], dict),
+            settings=_of_kind(content["settings"], dict),
+            model={name: _of_kind(digest, str) for name, digest in _of_kind(content["model"], dict).items()},
+            minirksc_version=_of_kind(content["minirksc_version"], str),
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:  # ConfigError is a ValueError
         raise ConfigError(f"gates {path}: a field is missing or has another form ({error}); {REMEDY}") from error
     if different := model_differences(file.model, fingerprint(model_path)):
         raise ConfigError(
@@ -243,16 +250,32 @@ def _gates(values: Mapping[str, Any]) -> Gates:
     return Gates(
         exact=values["exact"],
         signal=values["signal"],
-        skip=tuple(Lead(**lead) for lead in values["skip"]),
+        skip=_leads(values["skip"]),
         compares_answers=values["compares_answers"],
         layer_exit=None if layer_exit is None else _margin_rule(layer_exit),
-        decode_exit=tuple(Lead(**lead) for lead in values["decode_exit"]),
+        decode_exit=_leads(values["decode_exit"]),
         decode_min_tokens=values["decode_min_tokens"],
         source="calibrated",
     )
 
 
+def _leads(values: Any) -> tuple[Lead, ...]:
+    return tuple(Lead(one["top"], one["gap"], one["is_relative"]) for one in _of_kind(values, list))
+
+
+def _of_kind(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{brief(value)} is no {kind.__name__}")
+    return value
+
+
+def _share(value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1:
+        raise ValueError(f"{brief(value)} is not between 0 and 1")
+    return value
+
+
 def _margin_rule(values: Mapping[str, Any]) -> MarginRule:
     lines = values["correction"]
-    correction = None if lines is None else tuple((float(slope), float(offset)) for slope, offset in lines)
+    correction = None if lines is None else tuple((slope, offset) for slope, offset in _of_kind(lines, list))
     return MarginRule(values["margin"], values["patience"], values["start"], correction)

@@ -26,7 +26,8 @@ class Judge:
         tree: whose trace says what was decided.
         gates: which are on.
         select: how the answer is chosen, see `answers.choose`.
-        ask: sets verification and score of nodes; None: nobody is ever asked, and a score is the confidence.
+        ask: sets verification and score of nodes, or error where that fails; None: nobody is ever asked, and the
+            score of each is its confidence.
     """
 
     def __init__(self, tree: "Tree", gates: Gates, select: str, ask: Callable[[Sequence["Node"]], None] | None) -> None:
@@ -41,13 +42,17 @@ class Judge:
         Args:
             nodes: of the last round; those that had finished in an earlier one have their scores.
             answers: that they give.
-            leader: index of the one that led decisively while they were decoded; None: none did.
+            leader: index of the one that led decisively while they were decoded, so that nobody is asked; None: none
+                did.
+
+        Returns:
+            The index. Whoever was not asked has no score, unless nobody ever is.
         """
         if leader is not None:
-            _score_by_confidence(nodes)
             return leader
         if self._ask is None:
-            _score_by_confidence(nodes)
+            for node in nodes:
+                node.score = node.confidence
         elif not self._gates.exact:
             return self._after_skip(nodes, answers, self._ask_everybody)
         else:
@@ -55,11 +60,10 @@ class Judge:
             if threats:
                 return self._after_skip(nodes, answers, self._ask_while_open)
             if any(node.score is None for node in nodes):
-                reason = f"all that can win answer {answers[best]!r}"
+                reason = f"all that can win answer {answers[best]!r}; the surest of them is named"
                 self._tree.note("agreement", decision="nobody is asked", reason=reason)
-                _score_by_confidence(nodes)
                 return best
-        return choose(answers, [node.score or 0.0 for node in nodes], self._select)
+        return choose(*_known(nodes, answers), self._select)
 
     def _after_skip(
         self,
@@ -71,7 +75,7 @@ class Judge:
         gates = self._gates
         if not gates.skip:
             return ask(nodes, answers)
-        values = [SIGNALS[gates.signal](node.branch.signals) for node in nodes]
+        values = [SIGNALS[gates.signal](node.signals) for node in nodes]
         rivals = answers if gates.compares_answers else None
         best = leader_of(values, rivals, gates.skip)
         _, top, rest = best_and_rest(values, rivals)
@@ -83,15 +87,12 @@ class Judge:
             reason=f"{gates.signal} {', '.join(f'{value:.3f}' for value in values)}",
             calibrated=gates.is_calibrated,
         )
-        if best is None:
-            return ask(nodes, answers)
-        _score_by_confidence(nodes)
-        return best
+        return ask(nodes, answers) if best is None else best
 
     def _ask_everybody(self, nodes: Sequence["Node"], answers: Sequence[str | None]) -> int:
         assert self._ask is not None
         self._ask([node for node in nodes if node.score is None])
-        return choose(answers, [node.score or 0.0 for node in nodes], self._select)
+        return choose(*_known(nodes, answers), self._select)
 
     def _ask_while_open(self, nodes: Sequence["Node"], answers: Sequence[str | None]) -> int:
         """The likeliest first; then whoever can still change the answer."""
@@ -102,19 +103,23 @@ class Judge:
             self._ask([nodes[i] for i in threats[:num_at_once]])
             num_at_once = len(nodes)
             best, threats = self._standing(nodes, answers)
-        num_spared = sum(node.score is None for node in nodes)
+        num_spared = sum(node.score is None and node.error is None for node in nodes)
         if num_spared:
             reason = "whatever they would score, the answer stays"
             self._tree.note("bound", value=num_spared, decision=f"{num_spared} not asked", reason=reason)
         return best
 
     def _standing(self, nodes: Sequence["Node"], answers: Sequence[str | None]) -> tuple[int, list[int]]:
-        bounds = [math.sqrt(node.confidence) for node in nodes]  # p(YES) is at most 1
-        return standing(answers, [node.score for node in nodes], bounds, self._select)
+        bounds = [math.sqrt(node.confidence or 0.0) for node in nodes]  # p(YES) is at most 1
+        scores = [node.score if node.error is None else -math.inf for node in nodes]
+        return standing(_of_those_well(nodes, answers), scores, bounds, self._select)
 
 
-def _score_by_confidence(nodes: Sequence["Node"]) -> None:
-    """For those that nobody was asked about: there is nothing else to rank them by."""
-    for node in nodes:
-        if node.score is None:
-            node.score = node.confidence
+def _known(nodes: Sequence["Node"], answers: Sequence[str | None]) -> tuple[list[str | None], list[float]]:
+    """Answers and scores to choose by: one that failed while it was asked about is worse than all others."""
+    scores = [-math.inf if node.error is not None else node.score or 0.0 for node in nodes]
+    return _of_those_well(nodes, answers), scores
+
+
+def _of_those_well(nodes: Sequence["Node"], answers: Sequence[str | None]) -> list[str | None]:
+    return [answer if node.error is None else None for node, answer in zip(nodes, answers, strict=True)]

@@ -138,6 +138,7 @@ def load(config: EngineConfig, use_tqdm: bool = False) -> Loaded:
         runner.recorded = DecodeGraphs(model, layers, config.block_size, max_batch, max_model_len, recorder)
     elif backend.recording == "tape" and not config.enforce_eager:
         runner.recorded = DecodeTapes(model, layers)
+    sampling_defaults = _sampling_defaults(generation)
     engine = Engine(
         runner,
         BlockManager(
@@ -148,6 +149,7 @@ def load(config: EngineConfig, use_tqdm: bool = False) -> Loaded:
         max_model_len,
         _eos_token_ids(spec, generation, tokenizer),
         tokenizer,
+        sampling_defaults,
     )
     return Loaded(
         engine=engine,
@@ -155,7 +157,7 @@ def load(config: EngineConfig, use_tqdm: bool = False) -> Loaded:
         spec=spec,
         model_path=path,
         tokenizer=tokenizer,
-        sampling_defaults=_sampling_defaults(generation),
+        sampling_defaults=sampling_defaults,
         load_s=time.perf_counter() - start,
         pack_s=pack_s,
     )

@@ -13,16 +13,18 @@ class BranchResult:
     Attributes:
         text: generated text, prompt and hint excluded.
         token_ids: the same as generated tokens.
-        score: what it was ranked by; None where nobody asked, since it could not change the answer.
-        confidence: mean probability of the likeliest token at each generated position.
+        score: p(YES) sqrt(confidence); None where nobody asked, since a gate had settled the answer. With
+            verify="never" it is the confidence.
+        confidence: mean probability of the likeliest token at each generated position; None where it generated
+            nothing.
         verification: p(YES); None where nobody asked.
         sharing: what it got: "semantic" when it runs on KV of another wording, "exact" when
             num_shared_tokens > 0, else "none".
-        similarity: of its wording to the first; None where no gate compared them.
+        similarity: of its wording to the first; None where no gate compared them, or found NaN.
         exit_layer: layers that the pass of the question went through, where it left early; else None.
         finish_reason: "stop" or "length"; "early_exit" or "consensus" where a gate stopped it; "error".
         error: why it failed; None when it did not. A failed branch is never chosen.
-        parsed: its answer in normal form; None when it gives none.
+        parsed: its answer in normal form; None when it gives none, or was cut off by consensus.
         depth: round in which it was decoded last, from 1.
         path: index of each fork from the prompt to here.
         hint: how its answer was made to begin (text; token ids are decoded where possible).
@@ -35,7 +37,7 @@ class BranchResult:
     text: str
     token_ids: list[int]
     score: float | None
-    confidence: float
+    confidence: float | None
     verification: float | None
     sharing: str
     similarity: float | None
@@ -58,8 +60,9 @@ class SolveResult:
     Attributes:
         answer: text of the chosen branch.
         parsed: its answer in normal form; None when it gives none.
-        best: index of the chosen branch.
-        branches: those that were left at the end.
+        best: index of the chosen branch; where nobody was asked, of the surest that gives the answer, or of the one
+            that led decisively.
+        branches: those that were left at the end, then those that failed.
         stats: seconds by phase (prefill_s: prompts; decode_s: hints and decoding; verify_s;
             total_s), what the engine counted meanwhile (num_prefilled_tokens and so on),
             blocks_used_peak (blocks in use, the most that was seen between phases).

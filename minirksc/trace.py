@@ -50,6 +50,7 @@ def make_trace(
         "versions": {"minirksc": __version__, "torch": version("torch"), "python": platform.python_version()},
         "model": model,
         "config": config.to_dict(),
+        "seed": tree.seed,
         "problem": plain(problem),
         "phrasings": plain(phrasings),
         "nodes": nodes,

@@ -1,6 +1,7 @@
 """The branches of a trace as folded sections: what each said, and all that is known about it."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from minirksc.trace_html import Markup, Part, join, tag
@@ -37,7 +38,7 @@ def branch_sections(trace: Mapping[str, Any]) -> list[Markup]:
         rounds.setdefault(node.get("depth", 1), []).append(node)
     parts: list[Part] = [tag("h2", "Branches, in full"), tag("div", class_="tools")]
     for depth in sorted(rounds, reverse=True):
-        ranked = sorted(rounds[depth], key=lambda node: (node["id"] != trace["best"], -(node.get("score") or 0.0)))
+        ranked = sorted(rounds[depth], key=partial(_rank, best=trace["best"]))
         sections = [_branch(node, nodes, node["id"] == trace["best"], node["id"] in pruned) for node in ranked]
         title = f"Round {depth}: {some(len(ranked), 'branch', 'branches')}"
         if depth < len(rounds) and len(ranked) > _MANY:
@@ -45,6 +46,12 @@ def branch_sections(trace: Mapping[str, Any]) -> list[Markup]:
         else:
             parts += [tag("h3", title) if len(rounds) > 1 else None, *sections]
     return [tag("section", parts, id="branches")]
+
+
+def _rank(node: Node, best: int) -> tuple[float, ...]:
+    """The chosen one first, then by score, and by confidence where nobody was asked."""
+    values: list[Any] = [node.get("score"), node.get("confidence")]
+    return (node["id"] != best, *(0.0 if number(value) == DASH else -value for value in values))
 
 
 def folded_text(text: str) -> Markup:

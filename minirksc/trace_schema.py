@@ -81,7 +81,9 @@ _NODE = _object(
             "number", "prompt tokens, counted by layers, that semantic sharing did not compute", minimum=0
         ),
         "sharing": _of("string", "what it got, not what was asked for; semantic is an approximation", enum=[*SHARING]),
-        "similarity": _of("number", "of its wording to the first one; null where no gate compared them", null=True),
+        "similarity": _of(
+            "number", "of its wording to the first one; null where no gate compared them, or found NaN", null=True
+        ),
         "confidence": _probability(
             "mean probability of the likeliest token at each generated position; null without tokens", null=True
         ),
@@ -92,10 +94,16 @@ _NODE = _object(
         ),
         "verification": _probability("p(YES) when the model was asked about the answer; null where not", null=True),
         "score": _of(
-            "number", "what it was ranked by; null where nobody asked, since it could not change the answer", null=True
+            "number",
+            "p(YES) sqrt(confidence); null where nobody asked, since a gate had settled the answer; with verify "
+            '"never" the confidence',
+            null=True,
         ),
         "parsed": _of(
-            "string", "its answer in normal form; null where it gives none, or was no candidate at the end", null=True
+            "string",
+            "its answer in normal form; null where it gives none, was cut off by consensus, or was no candidate at the "
+            "end",
+            null=True,
         ),
         "exit_layer": _of(
             "integer", "layers that the pass of its question went through; null: all of them", null=True, minimum=1
@@ -122,7 +130,7 @@ _EVENT = _object(
         "nodes": _list("ids of the nodes that it was about", _NODE_ID),
         "num_prompts": _count("prefill: prompts that were computed; equal ones count once"),
         "survivors": _list("fork: ids of the nodes that went on, best first", _NODE_ID),
-        "probabilities": _list("verify: p(YES) of each node", {"type": ["number", "null"]}),
+        "probabilities": _list("verify: p(YES) of each node; null where asking failed", {"type": ["number", "null"]}),
         "rule": _of("string", "select: score, vote or weighted_vote"),
         "parsed": _list("select: each node's answer in normal form", {"type": ["string", "null"]}),
         "best": _count("select: id of the chosen node"),
@@ -136,7 +144,7 @@ _GATE = _object(
         "gate": _of("string", "; ".join(f"{name}: {question}" for name, question in GATES.items()), enum=[*GATES]),
         "node": _count("id of the node that it was about; null: all of them", null=True),
         "layer": _count("layers that were computed when it decided; null: not between layers", null=True),
-        "value": _of("number", "what was compared", null=True),
+        "value": _of("number", "what was compared; null where it was NaN", null=True),
         "threshold": _of("number", "with what", null=True),
         "decision": _of("string", f"what follows from it; by {', '.join(NO_EFFECT)} nothing is left out"),
         "reason": _of("string", "why, in words"),
@@ -190,6 +198,7 @@ EXAMPLE: dict[str, Any] = {
     "versions": {"minirksc": "0.1.0", "torch": "2.13.0", "python": "3.11.7"},
     "model": "smollm2-135m",
     "config": {"branches": 2, "depth": 1, "tokens_per_step": 4, "sharing": "exact", "verify": "auto"},
+    "seed": 0,
     "problem": "What is 17 + 25?",
     "phrasings": None,
     "nodes": [
@@ -212,7 +221,7 @@ EXAMPLE: dict[str, Any] = {
             "confidence": 0.81,
             "signals": {"mean_top1": 0.81, "tail": 0.74},
             "verification": None,
-            "score": 0.81,
+            "score": None,
             "parsed": "42",
             "exit_layer": None,
             "verified": False,
@@ -239,7 +248,7 @@ EXAMPLE: dict[str, Any] = {
             "confidence": 0.66,
             "signals": {"mean_top1": 0.66, "tail": 0.58},
             "verification": None,
-            "score": 0.66,
+            "score": None,
             "parsed": "42",
             "exit_layer": None,
             "verified": False,
@@ -265,7 +274,7 @@ EXAMPLE: dict[str, Any] = {
             "value": None,
             "threshold": None,
             "decision": "nobody is asked",
-            "reason": "all that can win answer '42'",
+            "reason": "all that can win answer '42'; the surest of them is named",
             "calibrated": None,
             "at_s": 0.43,
         }
@@ -298,6 +307,7 @@ TRACE_SCHEMA: Schema = {
             ),
             "model": _of("string", "the checkpoint, as it was named or where it lies"),
             "config": _of("object", "the SolverConfig, sampling parameters included"),
+            "seed": _count("of the random numbers: the config's, or where it has none the LLM's next"),
             "problem": {**_PROMPT, "description": "text, or token ids of a whole prompt"},
             "phrasings": _list("one wording a branch; null: all got the problem", _PROMPT, null=True),
             "nodes": _list("every branch that was ever made, in order", _NODE),

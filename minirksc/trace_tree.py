@@ -172,8 +172,8 @@ def _legend(nodes: Sequence[Node], shades: Shades) -> Markup:
         swatches = [tag("rect", x=i * 14, y=3, width=14, height=12, class_=f"shape q{i}") for i in range(NUM_SHADES)]
         strip = tag("svg", swatches, width=NUM_SHADES * 14, height=18, aria_hidden="true")
         entries.append(("score ", number(shades.low), " ", strip, " ", number(shades.high)))
-        if any(shades.of(node) is None and not node.get("error") for node in nodes):
-            entries.append("unshaded: not asked about, no score")
+    if any(shades.of(node) is None and not node.get("error") for node in nodes):
+        entries.append("unshaded: not asked about, no score")
     for sharing, meaning in _SHAPES.items():
         if any(node.get("sharing", "none") == sharing for node in nodes):
             entries.append((_key(shape(sharing, 9, 9, 6, "shape")), meaning))

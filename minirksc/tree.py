@@ -1,8 +1,8 @@
 """The reasoning tree of one solve: its nodes, its live branches, its clock.
 
 A `Node` is a branch with what the search knows about it, and stays when the branch is pruned. A
-`Tree` plants, extends, expands and prunes, notes every step as an event, and gives all blocks back
-in the end.
+`Tree` plants, extends, expands and prunes, and notes every step as an event. Whatever it makes it puts into the call
+that it belongs to in the same breath, so that all blocks go back with the call, wherever that is left.
 
 With share=False no branch takes a token of KV from another: each is prefilled from scratch, also
 when a deeper round begins. Paths, and with them the random numbers, are those of the shared tree.
@@ -11,21 +11,25 @@ With semantic sharing a wording may run on the KV of the first one (`minirksc.as
 branch gets `exact_branch` instead: the first wording's own KV, and the answer computed on it.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from minirksc.errors import NumericalError
 from minirksc.gates import Seat
-from minirksc.signals import SIGNALS
+from minirksc.signals import SIGNALS, TokenSignals, mean_top1
 
 if TYPE_CHECKING:
     from minirksc.asks import Probe
     from minirksc.branch import Branch, BranchProgress
+    from minirksc.calls import Call
     from minirksc.config import SamplingParams
     from minirksc.llm import LLM
+    from minirksc.request import Salt
 
 OnStep = Callable[[Sequence["BranchProgress"]], Mapping[int, str]]
 """See `LLM.extend`."""
@@ -49,14 +53,15 @@ class Node:
         num_saved_tokens: prompt tokens, counted by layers, that semantic sharing did not compute.
         is_semantic: it runs on KV of another wording.
         is_approximate: some of its KV is not what its own tokens would give.
-        similarity: of its wording to the first; None where they were not compared.
+        similarity: of its wording to the first; None where they were not compared, or hold NaN.
         output_ids: generated tokens, its ancestors' included.
         text: of output_ids.
-        confidence: mean probability of the likeliest token over output_ids.
+        signals: how sure the model was of each of output_ids.
         verification: p(YES); None where nobody asked.
         exit_layer: layers that the pass of the question went through, where it left early.
         score: None until it has been scored.
         error: why it failed; a failed node is not among those that go on.
+        num_tokens: prompt, hint and output_ids.
     """
 
     node_id: int
@@ -73,7 +78,7 @@ class Node:
     similarity: float | None = None
     output_ids: list[int] = field(default_factory=list)
     text: str = ""
-    confidence: float = 0.0
+    signals: TokenSignals = field(default_factory=TokenSignals)
     verification: float | None = None
     exit_layer: int | None = None
     score: float | None = None
@@ -84,6 +89,11 @@ class Node:
     def finished(self) -> bool:
         """True when it ended by itself."""
         return self.branch.finish_reason == "stop"
+
+    @property
+    def confidence(self) -> float | None:
+        """Mean probability of the likeliest token over output_ids; None where there are none."""
+        return mean_top1(self.signals) if self.signals.top1 else None
 
     @property
     def sharing(self) -> str:
@@ -110,7 +120,7 @@ class Node:
             "sharing": self.sharing,
             "similarity": self.similarity,
             "confidence": self.confidence,
-            "signals": {name: signal(self.branch.signals) for name, signal in SIGNALS.items()},
+            "signals": {name: _finite(signal(self.signals)) for name, signal in SIGNALS.items()},
             "verified": self.verification is not None,
             "verification": self.verification,
             "exit_layer": self.exit_layer,
@@ -125,7 +135,10 @@ class Tree:
 
     Args:
         llm: computes the branches.
+        call: with whose end all its branches are released.
         share: False: every branch computes all its tokens.
+        seed: of all branches, whose paths tell their random numbers apart.
+        salt: of all branches, see `LLM.branches`.
         on_event: called with each event as it happens.
 
     Attributes:
@@ -133,17 +146,29 @@ class Tree:
         gates: what each gate decided, in order; plain data.
         events: what happened, in order; plain data, at_s and seconds on the clock of this solve.
         stats: filled by `finish`.
+        seed: as given.
     """
 
-    def __init__(self, llm: "LLM", *, share: bool, on_event: Callable[[dict[str, Any]], None] | None = None) -> None:
+    def __init__(
+        self,
+        llm: "LLM",
+        call: "Call",
+        *,
+        share: bool,
+        seed: int,
+        salt: "Salt | None" = None,
+        on_event: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
         self.nodes: list[Node] = []
         self.events: list[dict[str, Any]] = []
         self.gates: list[dict[str, Any]] = []
         self.stats: dict[str, float] = dict.fromkeys(_SECONDS.values(), 0.0)
         self._llm = llm
+        self.seed = seed
         self._share = share
+        self._salt = salt
         self._on_event = on_event
-        self._live: dict[int, Branch] = {}
+        self._call = call
         self._first_root: Branch | None = None  # that others may run on
         self._start = time.perf_counter()
         self._counters = self._count()
@@ -165,8 +190,18 @@ class Tree:
         if self._on_event is not None:
             self._on_event(event)
 
-    def note(self, gate: str, decision: str, reason: str, *, node: Node | None = None, **values: Any) -> None:
-        """Notes what a gate decided: its value, threshold and layer, where it has them."""
+    def note(
+        self,
+        gate: str,
+        decision: str,
+        reason: str,
+        *,
+        node: Node | None = None,
+        value: float | None = None,
+        **values: Any,
+    ) -> None:
+        """Notes what a gate decided: its value (None where it is NaN), threshold and layer, where it has them."""
+        values["value"] = _finite(value)
         entry = {"gate": gate, "node": None if node is None else node.node_id, "layer": None, "value": None}
         entry |= {"threshold": None, "calibrated": None, **values, "decision": decision, "reason": reason}
         self.gates.append({**entry, "at_s": time.perf_counter() - self._start})
@@ -226,19 +261,16 @@ class Tree:
         branch.append(node.branch.token_ids[node.num_prompt_tokens :])
         return branch
 
-    def extend(self, nodes: Sequence[Node], params: "SamplingParams", on_step: OnStep | None = None) -> list[Node]:
-        """Decodes nodes together.
+    def extend(self, nodes: Sequence[Node], params: "SamplingParams", on_step: OnStep | None = None) -> None:
+        """Decodes nodes together; one that fails has an error then, and its branch is pruned.
 
         Args:
             nodes: that go on.
             params: of all.
             on_step: may stop some early, see `LLM.extend`.
 
-        Returns:
-            Those that did not fail.
-
         Raises:
-            NumericalError: all failed.
+            NumericalError: it failed, and none of the nodes did.
         """
         with self.phase("extend", nodes):
             error = None
@@ -250,11 +282,10 @@ class Tree:
                 self._read(node)
                 if node.branch.finish_reason == "error":
                     node.error = str(error)
-        well = [node for node in nodes if node.error is None]
-        if error is not None and (not well or len(well) == len(nodes)):  # all, or none that can be named
+        failed = [node.branch for node in nodes if node.error is not None]
+        if error is not None and not failed:
             raise error
-        self._prune([node.branch for node in nodes if node.error is not None])
-        return well
+        self._prune(failed)
 
     def expand(self, nodes: Sequence[Node], survivors: Sequence[Node], width: int) -> list[Node]:
         """The next round: survivors are forked up to `width` nodes, the others pruned.
@@ -301,13 +332,9 @@ class Tree:
         self.stats["blocks_used_peak"] = self._blocks_used_peak
         self.stats["total_s"] = time.perf_counter() - self._start
 
-    def close(self) -> None:
-        """Prunes every branch that is left; twice is fine."""
-        self._prune(list(self._live.values()))
-
     def _roots(self, prompts: Sequence[Sequence[int]], seats: Sequence[Seat | None] | None = None) -> list["Branch"]:
-        roots = self._llm.branches(prompts, share=self._share, seats=seats)
-        self._live.update((id(root), root) for root in roots)
+        options: dict[str, Any] = {"share": self._share, "seed": self.seed, "seats": seats, "salt": self._salt}
+        self._call.sequences.extend(map(attrgetter("_sequence"), roots := self._llm.branches(prompts, **options)))
         return roots
 
     def _probed_roots(
@@ -336,7 +363,7 @@ class Tree:
                 continue
             is_accepted = row in probe.accepted
             for node in (nodes[i] for i in indices):
-                node.similarity = probe.similarities.get(row)
+                node.similarity = _finite(probe.similarities.get(row))
                 node.is_semantic = is_accepted
                 node.is_approximate = is_accepted and root.exit_layer is None
                 if is_accepted:
@@ -358,8 +385,7 @@ class Tree:
 
     def _fork(self, branch: "Branch", indices: Sequence[int]) -> list["Branch"]:
         """The forks with these indices: a path must not depend on what else was planted."""
-        kids = branch.fork(max(indices) + 1)
-        self._live.update((id(kid), kid) for kid in kids)
+        self._call.sequences.extend(map(attrgetter("_sequence"), kids := branch.fork(max(indices) + 1)))
         wanted = set(indices)
         self._prune([kid for index, kid in enumerate(kids) if index not in wanted])
         return [kids[index] for index in indices]
@@ -376,6 +402,7 @@ class Tree:
             ancestor = child
             (child,) = self._fork(ancestor, [step])
             self._prune([ancestor])
+        child.take_over(branch)
         return child
 
     def _node(self, branch: "Branch", parent: Node | None, hint: str, num_prompt: int, num_cached: int) -> Node:
@@ -389,7 +416,7 @@ class Tree:
             num_cached_tokens=num_cached,
         )
         if parent is not None:
-            node.output_ids, node.confidence = list(parent.output_ids), parent.confidence
+            node.output_ids, node.signals = list(parent.output_ids), parent.signals
             node.is_semantic, node.is_approximate = parent.is_semantic, parent.is_approximate
             node.similarity = parent.similarity
         self.nodes.append(node)
@@ -398,21 +425,9 @@ class Tree:
     def _read(self, node: Node) -> None:
         """Takes over what the branch has generated since the node was made."""
         branch = node.branch
-        num_before = len(node.output_ids)
         node.num_tokens = branch.num_tokens
-        # A replanted branch knows its own round only; a forked one all of them.
-        knows_all = self._share or num_before == 0
-        new_ids = branch.output_token_ids[num_before:] if knows_all else branch.output_token_ids
-        node.output_ids = [*node.output_ids, *new_ids]
-        if knows_all:
-            node.confidence = branch.confidence
-        else:
-            total = node.confidence * num_before + branch.confidence * len(new_ids)
-            node.confidence = total / len(node.output_ids)
-        # Decoded whole: a character may span rounds. A stop string at the end is not text.
-        num_hidden = len(self._decode(branch.output_token_ids)) - len(branch.text)
-        text = self._decode(node.output_ids)
-        node.text = text[: len(text) - num_hidden]
+        node.output_ids, node.signals = list(branch.output_token_ids), branch.signals
+        node.text = branch.text
 
     def _measure_sharing(self, nodes: Sequence[Node]) -> None:
         """Before the first own token: a partial block is shared until someone writes into it."""
@@ -422,7 +437,6 @@ class Tree:
     def _prune(self, branches: Sequence["Branch"]) -> None:
         for branch in branches:
             branch.prune()
-            self._live.pop(id(branch), None)
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return "" if self._llm.tokenizer is None else self._llm.tokenizer.decode(token_ids)
@@ -437,3 +451,8 @@ class Tree:
             for name, value in self._llm.stats().items()
             if name.startswith("num_") and not name.startswith("num_blocks_")
         }
+
+
+def _finite(value: float | None) -> float | None:
+    """The same, None where JSON has no number for it."""
+    return value if value is not None and math.isfinite(value) else None

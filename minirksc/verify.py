@@ -17,15 +17,16 @@ Source: Sekar 2026, arXiv 2606.09937 (question and standalone style).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from minirksc.errors import ChatTemplateError, ConfigError
+from minirksc.errors import ChatTemplateError, ConfigError, NumericalError
 
 if TYPE_CHECKING:
     from minirksc.branch import Branch
-    from minirksc.cgee import EntropyRule, MarginRule
-    from minirksc.gates import DepthGate
+    from minirksc.cgee import EntropyExit, EntropyRule, LayerExit, MarginRule
     from minirksc.llm import LLM
+    from minirksc.request import Salt
     from minirksc.tokenizer import Tokenizer
 
 QUESTION = "Is this answer correct? YES or NO."
@@ -53,16 +54,18 @@ class Verdict:
     """What the model says about one answer.
 
     Attributes:
-        probability: p(YES) of the two answers.
+        probability: p(YES) of the two answers; None where the pass failed.
         exit_layer: layers that its row went through, where it left the pass early.
         margin: YES - NO in logits, as it was there.
         saw_nan: a gate saw a hidden state that was not finite, and let the row go on.
+        error: why the pass failed.
     """
 
-    probability: float
+    probability: float | None
     exit_layer: int | None = None
     margin: float | None = None
     saw_nan: bool = False
+    error: str | None = None
 
 
 class Verifier:
@@ -73,18 +76,20 @@ class Verifier:
         style: "append" or "standalone".
         chat: ask in the checkpoint's chat format; plain text where it has none that can be used.
         share: False: nothing is shared between branches.
+        salt: of the prompts that it asks with, as of the branches.
 
     Raises:
         ConfigError: the checkpoint has no tokenizer.
     """
 
-    def __init__(self, llm: "LLM", style: str, *, chat: bool, share: bool) -> None:
+    def __init__(self, llm: "LLM", style: str, *, chat: bool, share: bool, salt: "Salt | None" = None) -> None:
         if llm.tokenizer is None:
             raise ConfigError(f"{llm.model_path} has no tokenizer, so nothing can be asked; use verify='never'")
         self._llm = llm
         self._tokenizer = llm.tokenizer
         self._style = style
         self._share = share
+        self._salt = salt
         parts = _chat_parts(llm.tokenizer, style) if chat and llm.tokenizer.has_chat_template else None
         self._choices = self._choice_ids(_PLAIN_CHOICES if parts is None else _CHAT_CHOICES)
         before, between, after = parts or _plain_parts(style)
@@ -104,11 +109,11 @@ class Verifier:
 
         Args:
             problem: for the standalone style: text or token ids.
-            candidates: distinct branches.
+            candidates: distinct branches. One whose pass fails has an error for a verdict, and harms no other.
             rule: lets rows leave the pass early; needs answers of one token each, see `can_exit`.
 
         Raises:
-            PromptError, CacheFullError, NumericalError: as `LLM.score`.
+            PromptError, CacheFullError: as `LLM.score`.
         """
         gate = None
         if rule is not None and self.can_exit:
@@ -117,16 +122,19 @@ class Verifier:
         if self._style == "append":
             branches = [candidate.branch for candidate in candidates]
             closings = [[] if self._is_closed(branch) else self._closing for branch in branches]
-            scores = self._score(branches, [[*closing, *self._question] for closing in closings], gate)
-        else:
-            scores = self._standalone(problem, candidates, gate)
-        verdicts = [Verdict(score) for score in scores]
-        if gate is not None:
-            for row, margin in gate.margins.items():
-                verdicts[row] = Verdict((1 + math.tanh(margin / 2)) / 2, gate.exit_layers[row], margin)
-            for row in gate.problems:
-                verdicts[row] = replace(verdicts[row], saw_nan=True)
-        return verdicts
+            return self._score(branches, [[*closing, *self._question] for closing in closings], gate)
+        return self._standalone(problem, candidates, gate)
+
+    def num_tokens(self, num_prompt: int, problem: str | Sequence[int]) -> int:
+        """Tokens that stand around an answer when it is asked about.
+
+        Args:
+            num_prompt: tokens of its branch's prompt.
+            problem: as of `ask`.
+        """
+        if self._style == "standalone":
+            num_prompt = len(self._before) + len(self._problem_ids(problem)) + len(self._between)
+        return num_prompt + len(self._closing) + len(self._question)
 
     @property
     def can_exit(self) -> bool:
@@ -134,29 +142,37 @@ class Verifier:
         return all(len(choice) == 1 for choice in self._choices)
 
     def _standalone(
-        self, problem: str | Sequence[int], candidates: Sequence[Candidate], gate: "DepthGate | None"
-    ) -> list[float]:
+        self, problem: str | Sequence[int], candidates: Sequence[Candidate], gate: "LayerExit | EntropyExit | None"
+    ) -> list[Verdict]:
         prompt = [*self._before, *self._problem_ids(problem), *self._between]
-        open_branches: list[Branch] = []
-        try:
+        options: dict[str, Any] = {"share": self._share, "seed": 0, "salt": self._salt}  # any seed: nothing is sampled
+        prompts = [prompt] if self._share else [prompt] * len(candidates)
+        with self._llm.engine.call() as call:
+            call.sequences.extend(map(attrgetter("_sequence"), asked := self._llm.branches(prompts, **options)))
             if self._share:
-                open_branches.append(self._llm.branch(prompt))
-                asked = open_branches[0].fork(len(candidates))
-                open_branches += asked
-            else:
-                for _ in candidates:
-                    open_branches.append(self._llm.branch(prompt, share=False))
-                asked = open_branches
+                call.sequences.extend(map(attrgetter("_sequence"), asked := asked[0].fork(len(candidates))))
             for branch, candidate in zip(asked, candidates, strict=True):
                 branch.append(candidate.answer_ids)
-            return self._score(asked, [*self._closing, *self._question], gate)
-        finally:
-            for branch in open_branches:
-                branch.prune()
+            return self._score(asked, [[*self._closing, *self._question]] * len(asked), gate)
 
-    def _score(self, branches: Sequence["Branch"], question: Any, gate: "DepthGate | None") -> list[float]:
-        scores = self._llm.score(branches, question, self._choices, gate)  # [branches, 2]
-        return [float(row[0]) for row in scores]
+    def _score(
+        self, branches: Sequence["Branch"], questions: Sequence[list[int]], gate: "LayerExit | EntropyExit | None"
+    ) -> list[Verdict]:
+        try:
+            scores = self._llm.score(branches, questions, self._choices, gate)  # [branches, 2]
+        except NumericalError as error:
+            if len(branches) == 1:
+                return [Verdict(None, error=str(error))]
+            # It does not say whose: each by itself, and through all layers.
+            pairs = zip(branches, questions, strict=True)
+            return [verdict for branch, question in pairs for verdict in self._score([branch], [question], None)]
+        verdicts = [Verdict(float(row[0])) for row in scores]
+        if gate is not None:
+            for row, margin in gate.margins.items():
+                verdicts[row] = Verdict((1 + math.tanh(margin / 2)) / 2, gate.exit_layers[row], margin)
+            for row in gate.problems:
+                verdicts[row] = replace(verdicts[row], saw_nan=True)
+        return verdicts
 
     def _choice_ids(self, choices: Sequence[str]) -> list[list[int]]:
         """First tokens where they tell the choices apart ("Y" of "YES"): one pass scores them all."""

@@ -188,14 +188,14 @@ def test_a_root_that_could_not_be_computed_leaves_nothing_behind(llm, monkeypatc
 
 
 def test_unshared_branches_share_with_their_forks_alone(llm):
-    llm.branch(PROMPT)
+    first = llm.branch(PROMPT)
     private = llm.branch(PROMPT, share=False)
     assert private.num_shared_tokens == 0
     assert llm.stats()["num_prefilled_tokens"] == 2 * len(PROMPT)
     kid = private.fork(1)[0]
     assert kid.num_shared_tokens == len(PROMPT)
     third = llm.branch(PROMPT)
-    assert third.num_shared_tokens > 0
+    assert third.num_shared_tokens == first.num_shared_tokens > 0
     assert llm.stats()["num_prefilled_tokens"] < 2 * len(PROMPT) + 16
 
 
@@ -221,8 +221,6 @@ def test_misuse_is_a_clear_error(llm, tiny_llama):
             llm.extend([root], SamplingParams(**options))
     with pytest.raises(PromptError, match="outside the vocabulary"):
         root.append([10**6])
-    with pytest.raises(PromptError, match="token id 'prompt_token_ids'"):
-        root.append({"prompt_token_ids": [3]})  # of `branch`, not of a piece of text
     with pytest.raises(ConfigError, match="at least two"):
         llm.score([root], [1], [[2]])
     with pytest.raises(ValueError, match="at least 1"):

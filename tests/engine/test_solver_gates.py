@@ -8,9 +8,11 @@ import torch
 from minirksc import LLM, SamplingParams, Solver, SolverConfig, solver, verify
 from minirksc.cgee import EXACT_GATES, PAPER_GATES, DecodeRule, Gates, Lead, MarginRule
 from minirksc.errors import NumericalError
+from minirksc.tree import Node
 
 PROBLEM = "a baker bakes 12 loaves and gives 3 of them away. how many are left?"
 LAYERS = 6
+SEEDED = SamplingParams(temperature=0.8, top_p=0.95, seed=0)
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +30,8 @@ def llm(tiny_llama):
 
 def solve(llm, problem=PROBLEM, **options):
     llm.reset_prefix_cache()
-    config = {"branches": 6, "tokens_per_step": 8, "answer_parser": lambda text: text[:1] or None} | options
+    config = {"branches": 6, "tokens_per_step": 8, "answer_parser": lambda text: text[:1] or None, "sampling": SEEDED}
+    config |= options
     return Solver(llm, SolverConfig(**config)).solve(problem)
 
 
@@ -95,7 +98,7 @@ def test_the_published_policy_stops_everybody(llm):
 def test_a_skip_asks_nobody(llm):
     gates = Gates(skip=(Lead(),), source="uncalibrated")
     gated = solve(llm, gates=gates, decode_exit="off", answer_parser=lambda text: None)
-    assert all(b.verification is None and b.score == b.confidence for b in gated.branches)
+    assert all(b.verification is None and b.score is None for b in gated.branches)
     assert gated.branches[gated.best].confidence == max(b.confidence for b in gated.branches)
     assert gated.stats["verify_s"] == 0
 
@@ -149,7 +152,7 @@ def test_the_leader_is_the_same_branch_where_another_one_failed(llm, monkeypatch
         def __call__(self, progress):
             stopped = super().__call__(progress)
             if stopped:
-                leads.append(progress[self.leader]._branch.path)
+                leads.append(progress[self.leader].branch.path)
             return stopped
 
     monkeypatch.setattr(llm.engine, "_sample", spoil)
@@ -162,26 +165,29 @@ def test_the_leader_is_the_same_branch_where_another_one_failed(llm, monkeypatch
     assert tuple(result.trace["nodes"][note["node"]]["path"]) == leads[0]
 
 
-def test_a_branch_that_finished_before_is_a_rival_that_nobody_stops_for(llm):
-    def finish_first(path):
-        return path == (0,)
-
-    extend = llm.extend
-
-    def ends_early(branches, params, on_step=None):
-        extend(branches, params, on_step)
-        for branch in branches:
-            if finish_first(branch.path):
-                branch.finish_reason = "stop"
-
-    llm.extend = ends_early
+def test_a_branch_that_finished_before_is_a_rival_that_nobody_stops_for(llm, monkeypatch):
+    monkeypatch.setattr(Node, "finished", property(lambda node: node.branch.path == (0,) and node.text != ""))
     gates = Gates(decode_exit=(Lead(),), decode_min_tokens=1, source="uncalibrated")
     for select in ("score", "vote"):
         result = solve(llm, gates=gates, depth=2, beam=6, branches=6, select=select, tokens_per_step=6)
         assert (0,) in [b.path for b in result.branches]
         assert "early_exit" not in [b.finish_reason for b in result.branches]
         assert "consensus" not in [b.finish_reason for b in result.branches]
-    del llm.extend
+
+
+@pytest.mark.parametrize("others_fail", [False, True])
+def test_one_that_finished_before_is_left_where_all_others_fail(llm, monkeypatch, others_fail):
+    monkeypatch.setattr(Node, "finished", property(lambda node: node.branch.path == (0,) and node.text != ""))
+    sample = llm.engine._sample
+
+    def spoil(logits, wanted):
+        fails = others_fail and any(len(rows.item.request.sequence.path) == 2 for rows in wanted)
+        return sample(logits * math.nan if fails else logits, wanted)
+
+    monkeypatch.setattr(llm.engine, "_sample", spoil)
+    result = solve(llm, verify="always", depth=2, beam=6, tokens_per_step=6)
+    assert (result.branches[result.best].path == (0,)) or not others_fail
+    assert {b.path for b in result.branches if b.error is None} == {(0,)} or not others_fail
 
 
 def test_an_error_of_no_branch_in_particular_is_not_swallowed(llm, monkeypatch):
@@ -218,3 +224,90 @@ def test_a_gate_that_sees_nan_lets_its_row_go_on_and_reports_it(llm, monkeypatch
     assert [b.score for b in gated.branches] == pytest.approx([b.score for b in full.branches])
     assert [gate["decision"] for gate in gated.trace["gates"]] == ["goes on"] * 6
     assert torch.isfinite(torch.tensor([b.score for b in gated.branches])).all()
+
+
+UNTESTED = dict(source="uncalibrated")
+NOBODY_ASKED = {
+    "agreement": dict(gates=EXACT_GATES, decode_exit="off", answer_parser=lambda text: "7"),
+    "skip": dict(gates=Gates(skip=(Lead(),), **UNTESTED), decode_exit="off"),
+    "decode_exit": dict(gates=Gates(decode_exit=(Lead(),), decode_min_tokens=3, **UNTESTED), decode_exit="keep_leader"),
+}
+
+
+@pytest.mark.parametrize("gate", NOBODY_ASKED)
+def test_where_nobody_is_asked_there_is_no_score_anywhere_and_the_surest_is_named(llm, gate):
+    result = solve(llm, tokens_per_step=12, **NOBODY_ASKED[gate])
+    assert gate in [note["gate"] for note in result.trace["gates"]] and result.stats["verify_s"] == 0
+    branches, nodes = result.branches, result.trace["nodes"]
+    assert {(b.score, b.verification) for b in branches} == {(None, None)}
+    assert {(n["score"], n["verification"], n["verified"]) for n in nodes} == {(None, None, False)}
+    assert [b["score"] for b in result.to_dict()["branches"]] == [None] * 6
+    if gate in ("agreement", "skip"):
+        assert branches[result.best].confidence == max(b.confidence for b in branches)
+    if gate == "decode_exit":
+        assert "nobody is asked" in result.trace["gates"][-1]["reason"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_where_the_vote_is_over_a_branch_that_ended_is_named_and_who_was_cut_off_has_no_answer(llm, seed):
+    sampling = SamplingParams(temperature=1.0, seed=seed, stop=list("aeiou rstn"), ignore_eos=True)
+    options = dict(select="vote", tokens_per_step=60, sampling=sampling, answer_parser=lambda text: "7")
+    result = solve(llm, gates=EXACT_GATES, decode_exit="off", **options)
+    cut = [b for b in result.branches if b.finish_reason == "consensus"]
+    assert 0 < len(cut) < 3 and all(b.parsed is b.score is None for b in cut)
+    assert result.branches[result.best].finish_reason == "stop" and result.parsed == "7"
+
+
+def test_a_score_is_of_who_was_asked_and_with_verify_never_it_is_the_confidence(llm):
+    gated = solve(llm, gates=EXACT_GATES, decode_exit="off", sampling=SamplingParams(temperature=1.5, seed=3))
+    assert 0 < sum(b.score is None for b in gated.branches) < 6  # bound spared some
+    for branch in gated.branches:
+        expected = None if branch.verification is None else branch.verification * math.sqrt(branch.confidence)
+        assert branch.score == expected
+    never = solve(llm, verify="never")
+    assert [b.score for b in never.branches] == [b.confidence for b in never.branches]
+    assert all(b.verification is None for b in never.branches)
+
+
+@pytest.mark.parametrize("options", [dict(verify="always"), dict(gates=EXACT_GATES, decode_exit="off")])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_branch_whose_question_fails_is_left_out_and_all_of_them_are_an_error(llm, monkeypatch, options, depth):
+    score, broken = llm.score, set()
+
+    def fails(branches, *rest):
+        rows = score(branches, *rest)
+        if any(branch.path[:1] in broken for branch in branches):
+            raise NumericalError("the model gave NaN for a choice")
+        return rows
+
+    monkeypatch.setattr(llm, "score", fails)
+    full = solve(llm, depth=depth, **options)
+    assert full.branches[full.best].verification is not None
+    broken.add(full.branches[full.best].path[:1])
+    result = solve(llm, depth=depth, **options)
+    failed = [b for b in result.branches if b.error]
+    assert failed and all(b.path[:1] in broken and "NaN" in b.error for b in failed)
+    assert all(b.score is b.verification is b.parsed is None for b in failed)
+    assert result.branches[result.best].path[:1] not in broken
+    broken.update((i,) for i in range(6))
+    if options == dict(verify="always"):  # with the gates the last one that is left needs no asking
+        with pytest.raises(NumericalError, match="NaN for a choice"):
+            solve(llm, depth=depth, **options)
+
+
+@pytest.mark.parametrize("leader_fails", [False, True])
+def test_a_leader_that_fails_leaves_the_others_to_be_asked(llm, monkeypatch, leader_fails):
+    sample = llm.engine._sample
+
+    def spoil(logits, wanted):
+        requests = [rows.item.request for rows in wanted]
+        alone = leader_fails and len(requests) == 1 and requests[0].checker is not None
+        return sample(logits * math.nan if alone else logits, wanted)
+
+    monkeypatch.setattr(llm.engine, "_sample", spoil)
+    gates = Gates(decode_exit=(Lead(),), decode_min_tokens=3, source="uncalibrated")
+    result = solve(llm, gates=gates, tokens_per_step=12)
+    (note,) = [note for note in result.trace["gates"] if note["gate"] == "decode_exit"]
+    assert ("nobody is asked" in note["reason"]) is not leader_fails
+    assert any(b.verification is not None for b in result.branches) is leader_fails
+    assert result.branches[result.best].error is None

@@ -1,12 +1,13 @@
 """Answers are read out of text and compared by value."""
 
+import math
 from decimal import Decimal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minirksc.answers import choose, parse_answer
+from minirksc.answers import SELECT_RULES, choose, parse_answer
 from minirksc.errors import ConfigError
 
 
@@ -124,6 +125,64 @@ def test_unknown_parser_and_rule():
         choose(["1"], [1.0], "best")
 
 
+@pytest.mark.parametrize(
+    ("answer", "texts"),
+    [
+        ("18", ["18", "18.0", "$18", "$ 18", "018", "1.8e1", "36/2", "18.", "**18**", "18 dollars", "18%", "１８", "١٨",
+                "18\u200b", "\x1b[31m18\x1b[0m", r"\boxed{18}", r"\boxed{{18}}", r"\boxed{\$18}", r"\boxed{18\%}",
+                r"$\boxed{18}$",
+                r"\boxed{18^\circ}", r"\boxed{\mathbf{18}}", r"\boxed{x = 18}", "Answer:\n18", "#### **18**"]),
+        ("1000", ["1,000", "1e3", "$1,000.00", r"\boxed{1{,}000}", r"\boxed{1\,000}", "1\u202f000", r"1 \times 10^3",
+                  r"\boxed{1 \times 10^{3}}"]),
+        ("0.75", ["3/4", ".75", "6/8", r"\boxed{\frac{3}{4}}", r"\boxed{\dfrac34}", r"\boxed{3/4}", "0.750"]),
+        ("1.5", ["1 1/2", "3/2", r"\boxed{1\frac{1}{2}}"]),
+        ("1/3", ["1/3", "2/6", r"\frac{1}{3}"]),
+        ("-5", ["-5", "−5", "–5", "- 5", "-$5", "$-5", r"\boxed{-5}", "-5.0"]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("frame", ["The answer is {}", "{}"])
+def test_equal_answers_are_one_however_they_are_written(answer, texts, frame):
+    skipped = ("- 5", "$ 18") if frame == "{}" else ("Answer:\n18", "#### **18**")
+    for text in texts:
+        if text not in skipped:
+            assert (text, parse_answer(frame.format(text))) == (text, answer)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("The answer is 10:30.", "10:30"),
+        ("The answer is 1/2/2024", "1/2/2024"),
+        ("The answer is 1.2.3", "1.2.3"),
+        (r"\boxed{\sqrt{2}}", r"\sqrt{2}"),
+        (r"so x is \boxed{x^{2}+1}.", "x^{2}+1"),
+        (r"\boxed{(1, 2)}", "(1, 2)"),
+        ("5 * 3 = 15, so the answer is Paris.", "paris"),
+        ("(A) dog (B) cat. The answer is a dog", "a dog"),
+        ("The answer is 5. I checked it: the answer is", "5"),
+        ("I have no idea", "i have no idea"),
+        ("A train leaves", "a train leaves"),
+        ("Answer: A because it is", "A"),
+        ("\x00\u202e", None),
+    ],
+)
+def test_different_answers_stay_different(text, answer):
+    kind = "choice" if answer == "A" else "auto"
+    assert parse_answer(text, kind) == answer
+
+
+@pytest.mark.parametrize("answer", [7, 1.5, b"7", ["7"], True, {}])
+def test_a_parser_that_gives_no_text_is_an_error(answer):
+    with pytest.raises(ConfigError, match="it must give text, or None"):
+        parse_answer("7", lambda text: answer)
+
+
+@pytest.mark.parametrize("kind", [None, 5, ["number"], b"number"])
+def test_a_parser_of_another_kind_is_an_error(kind):
+    with pytest.raises(ConfigError, match="or a function of the text"):
+        parse_answer("7", kind)
+
+
 DECIMALS = st.decimals(allow_nan=False, allow_infinity=False, places=4, min_value=-(10**12), max_value=10**12)
 
 
@@ -150,9 +209,11 @@ def test_any_text_gives_an_answer_or_none(text, kind):
 
 
 def test_long_text_is_read_in_linear_time():
-    for piece in ("1,", "answer is ", "(", "#### ", "\\boxed{", "-" * 3, "a" * 9, ". ", "1" * 50):
+    pieces = ["1,", "1.", "1/", "(", " ", "* ", "-" * 3, "a" * 9, ". ", "1" * 20, ",000", "\x1b[", "- ", "$"]
+    pieces += ["answer is ", "answer is\n", "#### ", "#", "\\boxed{", "\\text{", "\\frac1", "^{\\circ", "1 \\times 10^"]
+    for piece in pieces:
         for kind in ("number", "choice", "boolean", "text", "auto"):
-            parse_answer(piece * 20_000, kind)
+            parse_answer("1" + piece * 10_000, kind)
 
 
 def test_choose():
@@ -174,3 +235,11 @@ def test_no_other_answer_beats_the_chosen_one(candidates):
     chosen = answers[choose(answers, scores, "vote")]
     if votes:
         assert votes.count(chosen) == max(map(votes.count, votes))
+
+
+@pytest.mark.parametrize("rule", SELECT_RULES)
+@pytest.mark.parametrize("answers", [["1", "1", "2"], [None, None, "2"], [None] * 3, ["1", "2", "3"]])
+def test_a_score_that_is_no_number_never_wins_over_one_that_is(rule, answers):
+    best = choose(answers, [math.nan, 0.2, 0.3], rule)
+    assert best != 0
+    assert choose(answers, [math.nan] * 3, rule) in range(3)

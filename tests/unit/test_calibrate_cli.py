@@ -85,11 +85,11 @@ def test_an_interrupted_run_goes_on_where_it_was(run, monkeypatch):
     monkeypatch.setattr(calibrate, "BRANCHES_AT_ONCE", 12)
     collect, asked = Collector.collect, []
 
-    def interrupted(self, problems):
+    def interrupted(self, problems, seeds):
         if len(asked) == 2:
             raise KeyboardInterrupt
         asked.append(problems)
-        return collect(self, problems)
+        return collect(self, problems, seeds)
 
     monkeypatch.setattr(Collector, "collect", interrupted)
     code, out, err = run()
@@ -99,7 +99,7 @@ def test_an_interrupted_run_goes_on_where_it_was(run, monkeypatch):
     with run.evidence.open("ab") as stream:
         stream.write(b'{"problem": 8, "evid')  # torn off
     seen = []
-    monkeypatch.setattr(Collector, "collect", lambda self, problems: seen.extend(problems) or collect(self, problems))
+    monkeypatch.setattr(Collector, "collect", lambda *given: seen.extend(given[1]) or collect(*given))
     code, _, err = run()
     assert code == 0, err
     assert [problem for problem, _ in seen] == [f"How many are {i} and {i}?" for i in range(8, NUM_PROBLEMS)]

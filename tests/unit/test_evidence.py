@@ -14,6 +14,7 @@ from minirksc.cgee import EXACT_GATES, NO_GATES, PAPER_GATES, Gates, Lead, Margi
 from minirksc.collect import Collector
 from minirksc.errors import ConfigError
 from minirksc.evidence import BranchEvidence, Evidence, Failed, Replay, replay
+from minirksc.evidence_file import EvidenceFile, read_evidence
 from minirksc.signals import SIGNALS, TokenSignals
 from minirksc.solver import Solver, SolverConfig
 
@@ -43,7 +44,7 @@ def llm(tiny_llama):
 @pytest.fixture(scope="module", params=["append", "standalone"])
 def collected(llm, request):
     config = SolverConfig(verify_style=request.param, **BASE)
-    return config, Collector(llm, config).collect([(problem, None) for problem in PROBLEMS])
+    return config, Collector(llm, config).collect([(problem, None) for problem in PROBLEMS], [3] * len(PROBLEMS))
 
 
 leads = st.builds(
@@ -140,14 +141,15 @@ def test_json_keeps_everything(collected):
 def test_collecting_leaves_nothing_behind_and_a_failure_harms_nobody(llm):
     collector = Collector(llm, SolverConfig(**BASE))
     too_long = "x" * 1000
-    found = collector.collect([(PROBLEMS[0], None), (too_long, None), (PROBLEMS[1], "7")])
+    found = collector.collect([(PROBLEMS[0], None), (too_long, None), (PROBLEMS[1], "7")], [1, 2, 5])
     assert [isinstance(one, Failed) for one in found] == [False, True, False]
     assert "1000" in found[1].error or "512" in found[1].error
     assert [found[0].reference, found[2].reference] == [None, "7"]
     assert llm.stats()["num_blocks_used"] == 0
     llm.engine.blocks.check_integrity()
-    (alone,) = collector.collect([(PROBLEMS[1], "7")])
+    alone, other = (collector.collect([(PROBLEMS[1], "7")], [seed])[0] for seed in (5, 6))
     assert [b.token_ids for b in alone.branches] == [b.token_ids for b in found[2].branches]
+    assert [b.token_ids for b in alone.branches] != [b.token_ids for b in other.branches]
 
 
 @pytest.mark.parametrize(
@@ -229,3 +231,53 @@ def test_costs_are_within_those_of_asking_everybody(seed, gates, select, mode):
     assert len(branches) <= outcome.num_decoded_tokens <= outcome.num_decoded_tokens_full
     assert all(layer is None or 4 <= layer < 6 for layer in outcome.exit_layers)
     assert (outcome.reason in ("asked", "bound")) == (outcome.num_asked > 0)
+
+
+def changed(values, place, value):
+    for key in place[:-1]:
+        values = values[key]
+    values[place[-1]] = value
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("branches",), None), (("branches",), []), (("branches",), [5]), (("branches",), {}), (("num_layers",), "6"),
+        (("num_layers",), 0), (("num_question_tokens",), "x"), (("num_question_tokens",), float("nan")),
+        (("reference",), 5),
+        *[(("branches", 0, "probability"), value) for value in (None, "x", -0.1, 1.1, float("nan"), [], True + 1)],
+        *[(("branches", 0, "token_ids"), value) for value in (None, "12", [1], [1.5, 2], ["1", "2"], 5)],
+        *[(("branches", 0, "ends"), value) for value in (None, [2, 1], [1, 99], [-1, 2], ["1", "2"], [1])],
+        *[(("branches", 0, "num_hidden"), value) for value in (None, -1, 99, 1.5, "1")],
+        *[(("branches", 0, "signals", "top1"), value)
+            for value in (None, [0.5], [0.5, None], ["a", "b"], [0.5, float("nan")])],
+        (("branches", 0, "signals"), None), (("branches", 0, "signals"), {"top1": []}), (("branches", 0, "text"), None),
+        (("branches", 0, "margins"), ["a"] * 5), (("branches", 0, "margins"), [1.0]),
+        (("branches", 0, "margins"), None),
+        (("branches", 0, "finish_reason"), 5), (("more",), 5),
+    ],
+)  # fmt: skip
+def test_a_file_of_other_evidence_is_refused_by_name(tmp_path, place, value):
+    path = tmp_path / "evidence.jsonl"
+    evidence = Evidence([branch(margins=[0.5] * 5)], LAYERS, 7.0)
+    with EvidenceFile(path, {}) as file:
+        file.add(0, evidence)
+    assert read_evidence(path)[1] == [evidence]
+    header, line = path.read_text().splitlines()
+    values = json.loads(line)
+    changed(values["evidence"], place, value)
+    path.write_text(f"{header}\n{json.dumps(values)}\n")
+    with pytest.raises(ConfigError, match="line 2 is no evidence"):
+        read_evidence(path)
+
+
+@pytest.mark.parametrize(
+    "line", ["5", "[]", "null", '{"problem": "x", "error": "y"}', '{"problem": [], "error": "y"}', "{}", "["]
+)
+def test_a_line_that_is_none_is_refused_by_name(tmp_path, line):
+    path = tmp_path / "evidence.jsonl"
+    with EvidenceFile(path, {}) as file:
+        file.add(0, Failed("lost"))
+    path.write_text(f"{path.read_text()}{line}\n")
+    with pytest.raises(ConfigError, match="line 3 is no evidence"):
+        read_evidence(path)

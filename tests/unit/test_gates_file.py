@@ -144,6 +144,68 @@ def test_a_file_without_a_field_is_refused_even_with_a_checksum(path, folder):
         read_gates(path, folder)
 
 
+NO_NUMBERS = [None, True, "0.2", [], {}, [1], float("nan"), float("inf"), 10**400]
+HOSTILE = [
+    *[
+        (("gates", place, 0, name), value)
+        for place in ("skip", "decode_exit")
+        for name in ("top", "gap")
+        for value in NO_NUMBERS
+    ],
+    *[(("gates", "layer_exit", name), value) for name in ("margin", "patience") for value in NO_NUMBERS[:-1]],
+    *[(("gates", "layer_exit", "correction", 0, 1), value) for value in NO_NUMBERS],
+    *[(("gates", "decode_min_tokens"), value) for value in (*NO_NUMBERS[:-1], -1, 1.5)],
+    *[
+        (("gates", name), value)
+        for name in ("skip", "decode_exit")
+        for value in (None, 5, "x", {}, [5], [{}], [{"gap": 0.1}])
+    ],
+    *[(("gates", name), value) for name in ("exact", "compares_answers") for value in (None, 1, "true", [])],
+    *[(("gates", "signal"), value) for value in (None, "best", [], {}, 5)],
+    *[(("gates", "layer_exit"), value) for value in (5, "x", [], {}, [[1, 2]])],
+    *[(("gates", "layer_exit", "correction"), value) for value in (5, "x", {}, [5], [[1]], [[1, 2, 3]])],
+    *[((name,), value) for name in ("budget", "confidence") for value in (*NO_NUMBERS, 0, 1, -1)],
+    *[
+        ((name,), value)
+        for name in ("model", "counts", "data", "settings", "gates")
+        for value in (None, 5, "x", [], [[1, 2]])
+    ],
+    *[(("model", "config.json"), value) for value in (None, 5, [], {})],
+    *[(("minirksc_version",), value) for value in (None, 5, [])],
+]
+
+
+def test_no_value_of_another_kind_comes_in_even_with_a_checksum(path, folder):
+    whole = path.read_text()
+    for place, value in HOSTILE:
+        content = json.loads(whole)
+        inner = content
+        for key in place[:-1]:
+            inner = inner[key]
+        inner[place[-1]] = value
+        del content["checksum"]
+        path.write_text(json.dumps({**content, "checksum": checksum(content)}))
+        with pytest.raises(ConfigError, match="gates ") as caught:
+            read_gates(path, folder)
+        assert len(str(caught.value)) < 1000, place
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"\xff\xfe{}", b"[" * 10**5, b" " * (16 * 2**20 + 1), b'{"schema": "' + b"x" * 10**6 + b'"}']
+)
+def test_what_is_no_json_of_this_size_is_refused_in_few_words(path, folder, raw):
+    path.write_bytes(raw)
+    with pytest.raises(ConfigError) as caught:
+        read_gates(path, folder)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "\0", "x" * 5000, ""])
+def test_what_is_no_file_is_refused(folder, name):
+    with pytest.raises(ConfigError):
+        read_gates(name, folder)
+
+
 def test_another_model_is_refused_and_named(path, folder):
     (folder / "tokenizer.json").write_text('{"a": 2}')
     with pytest.raises(ConfigError, match=r"another model than .*model: tokenizer\.json has SHA-256 .*, expected "):

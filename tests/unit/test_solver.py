@@ -57,6 +57,7 @@ class FakeBranch:
             parent,
             seed,
         )
+        self._sequence = self
         self.path = () if parent is None else (*parent.path, index)
         self.depth = len(self.path)
         self.output_token_ids = list(parent.output_token_ids) if parent else []
@@ -78,6 +79,9 @@ class FakeBranch:
     def append(self, tokens):
         assert not self.pruned
         self.token_ids += self.llm.fragment(tokens)
+
+    def take_over(self, other):
+        self.output_token_ids, self.signals = list(other.output_token_ids), other.signals + TokenSignals()
 
     def prune(self):
         if not self.pruned:
@@ -103,6 +107,20 @@ class FakeBranch:
         return sum(id(cell) in others for cell in self.cells)
 
 
+class FakeCall:
+    """Releases with its end what it was told of."""
+
+    def __init__(self):
+        self.sequences = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for branch in self.sequences:
+            branch.prune()
+
+
 class FakeLLM:
     """Says `say(path)` ("$" ends it), else random letters keyed by seed, path and position."""
 
@@ -118,6 +136,23 @@ class FakeLLM:
         self.asked, self.params = [], []
         self.counts = {"num_prefilled_tokens": 0, "num_decoded_tokens": 0, "num_cached_tokens": 0}
         self.fail_in = None
+        self.salts, self.num_seeds = [], 0
+        self.engine = SimpleNamespace(
+            max_model_len=10_000,
+            next_seed=self.next_seed,
+            check_token_ids=lambda ids, num_before: list(ids),
+            call=FakeCall,
+        )
+
+    def next_seed(self):
+        self.num_seeds += 1
+        return 1000 + self.num_seeds
+
+    def need_tokenizer(self, what):
+        return self.tokenizer
+
+    def encode_fragment(self, tokens):
+        return self.fragment(tokens)
 
     def fragment(self, tokens):
         return self.tokenizer.encode(tokens, False) if isinstance(tokens, str) else list(tokens)
@@ -133,15 +168,16 @@ class FakeLLM:
     def evictions(self):
         return []
 
-    def branches(self, prompts, *, share=True, seats=None):
-        return [self.branch(prompt, share=share) for prompt in prompts]
+    def branches(self, prompts, *, share, seed, salt, seats=None):
+        return [self.branch(prompt, share=share, seed=seed, salt=salt) for prompt in prompts]
 
-    def branch(self, prompt, *, share=True):
+    def branch(self, prompt, *, share, seed, salt):
         self._maybe_fail("branch")
+        self.salts.append(salt)
         ids = list(prompt)
         cells = next((self.cache[k] for k in self._keys(ids)[::-1] if k in self.cache), []) if share else []
         self.counts["num_cached_tokens"] += len(cells)
-        branch = FakeBranch(self, ids, list(cells))
+        branch = FakeBranch(self, ids, list(cells), seed=seed)
         branch.num_cached_tokens = len(cells)
         self._compute(branch)
         if share:
@@ -157,7 +193,8 @@ class FakeLLM:
             start, done = len(branch.output_token_ids), params.max_tokens * (branch.depth - 1)
             branch.finish_reason = "length"
             for step in range(params.max_tokens):
-                key = f"{params.seed} {branch.path} {len(branch.token_ids)}"
+                seed = branch.seed if params.seed is None else params.seed
+                key = f"{seed} {branch.path} {len(branch.token_ids)}"
                 rng = random.Random(key)
                 token = ord(rng.choice("abcdefgh"))
                 if script is not None:
@@ -221,7 +258,7 @@ def test_one_prefill_for_all_and_each_branch_has_its_hint():
     assert [b.path for b in result.branches] == [(0,), (1,), (2,), (3,)]
     assert len({b.text for b in result.branches}) == 4
     assert all(len(b.token_ids) == len(b.text) == 5 for b in result.branches)
-    assert (llm.params[0].temperature, llm.params[0].top_p, llm.params[0].seed) == (0.8, 0.95, 0)
+    assert (llm.params[0].temperature, llm.params[0].top_p, llm.params[0].seed) == (0.8, 0.95, None)
 
 
 @pytest.mark.parametrize("verify_style", ["append", "standalone"])
@@ -388,8 +425,8 @@ def test_phrasings_share_what_they_have_in_common():
 
 def test_one_branch_shares_with_nobody_but_the_cache():
     llm = FakeLLM()
-    first = solve(llm, branches=1, verify="never", chat=False)
-    again = solve(llm, branches=1, verify="never", chat=False)
+    options = dict(branches=1, verify="never", chat=False, sampling=SamplingParams(seed=0))
+    first, again = (solve(llm, **options) for _ in range(2))
     assert (first.branches[0].sharing, first.branches[0].num_shared_tokens) == ("none", 0)
     assert again.branches[0].sharing == "exact"
     assert again.branches[0].num_shared_tokens == again.stats["num_cached_tokens"] > 0
@@ -444,16 +481,50 @@ def test_trace_is_json_and_events_are_in_order():
     assert {(b.similarity, b.exit_layer) for b in result.branches} == {(None, None)}
 
 
+def test_a_branch_that_generated_nothing_has_no_confidence_and_does_not_win():
+    class Stopped(FakeLLM):
+        def extend(self, branches, params, on_step=None):
+            super().extend(branches[1:], params, on_step)
+            branches[0].finish_reason = "consensus"
+
+    for verify in ("auto", "always", "never"):
+        result = solve(Stopped(one_of("1", "1", "2")), branches=3, tokens_per_step=2, verify=verify)
+        first, node = result.branches[0], result.trace["nodes"][0]
+        assert (first.text, first.confidence, node["confidence"]) == ("", None, None)
+        assert set(node["signals"].values()) == {None}
+        assert result.best != 0
+        json.dumps([result.to_dict(), result.trace], allow_nan=False)
+
+
+@pytest.mark.parametrize("sharing", ["none", "exact"])
+def test_signals_are_of_all_rounds(sharing):
+    result = solve(FakeLLM(), branches=3, depth=3, tokens_per_step=4, sharing=sharing)
+    last = [node for node in result.trace["nodes"] if node["depth"] == 3]
+    assert [node["signals"]["mean_top1"] for node in last] == [node["confidence"] for node in last]
+    other = solve(FakeLLM(), branches=3, depth=3, tokens_per_step=4)
+    assert [node["signals"] for node in result.trace["nodes"]] == [node["signals"] for node in other.trace["nodes"]]
+
+
 def test_sampling_is_taken_over():
     llm = FakeLLM()
     sampling = SamplingParams(temperature=1.5, stop=["\n"], max_tokens=7, min_tokens=6, seed=4)
     solve(llm, branches=2, tokens_per_step=5, sampling=sampling)
     (params,) = llm.params
     assert (params.temperature, params.seed, params.max_tokens, params.stop) == (1.5, 4, 5, ("\n",))
-    texts = [
-        [b.text for b in solve(FakeLLM(), branches=2, sampling=SamplingParams(seed=s)).branches] for s in (None, 0, 1)
-    ]
-    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_solve_without_a_seed_takes_one_of_the_llm_for_all_its_branches():
+    llm = FakeLLM()
+    wordings = [PROBLEM, PROBLEM + "?"]
+    first, second = (
+        solve(llm, PROBLEM, wordings, branches=2, verify_style="standalone", sharing=sharing)
+        for sharing in ("exact", "none")
+    )
+    assert (first.trace["seed"], second.trace["seed"], llm.num_seeds) == (1001, 1002, 2)
+    assert [b.text for b in first.branches] != [b.text for b in second.branches]
+    again = solve(FakeLLM(), PROBLEM, wordings, branches=2, sampling=SamplingParams(seed=1001))
+    assert [b.text for b in again.branches] == [b.text for b in first.branches]
+    assert again.trace["seed"] == 1001
 
 
 @pytest.mark.parametrize("sharing", ["none", "exact"])

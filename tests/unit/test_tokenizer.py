@@ -163,6 +163,9 @@ def test_pieces_join_to_the_whole_text(any_tokenizer, text, data):
         shown += detokenizer.push(ids[place : place + step])
         assert not shown.endswith("\ufffd") or "\ufffd" in text
         place += step
+        if data.draw(st.booleans()):  # a look at the rest changes nothing, and a copy goes on where it was
+            detokenizer.flush()
+            detokenizer = detokenizer.copy(True)
     assert shown + detokenizer.flush() == any_tokenizer.decode(ids)
 
 
@@ -195,6 +198,9 @@ def test_half_a_character_is_held_back(tokenizer):
     assert [detokenizer.push([i]) for i in ids] == ["", "é"]
     detokenizer.push(ids[:1])
     assert detokenizer.flush() == "\ufffd"
+    assert detokenizer.push(ids[1:]) == "é"  # nothing is lost by a look at the rest
+    detokenizer.push(ids[:1])
+    detokenizer = detokenizer.cut()
     assert [detokenizer.push([i]) for i in ids] == ["", "é"]
 
 

@@ -103,11 +103,28 @@ def test_the_trace_of_a_solve_keeps_to_the_schema(llm, options):
     assert set(trace) == set(TRACE_SCHEMA["properties"])
 
 
+def keys(value, prefix=""):
+    """Paths of all keys that are there."""
+    if isinstance(value, list):
+        return {path for item in value for path in keys(item, prefix.removesuffix(".") + "[].")}
+    pairs = value.items() if isinstance(value, dict) else ()
+    return {path for key, item in pairs for path in (prefix + key, *keys(item, f"{prefix}{key}."))}
+
+
+def test_no_key_is_documented_that_no_trace_has(llm):
+    seen = set()
+    for options in (dict(verify="always", depth=2), dict(policy="paper")):
+        solver = Solver(llm, SolverConfig(branches=4, tokens_per_step=8, **options))
+        seen |= keys(json.loads(to_json(solver.solve("What is 17 + 25?").trace)))
+    assert {path for path in DOCUMENTED if not path.startswith("blocks.evictions[]")} - seen == set()
+
+
 def test_evictions_keep_to_the_schema(tiny_llama):
     with LLM(tiny_llama(tokenizer=True, max_len=256), kv_cache_bytes="100KiB", block_size=8) as small:
         for problem in ("one, two, three, four, five, six, seven", "eight, nine, ten, eleven, twelve, thirteen"):
             config = SolverConfig(branches=2, tokens_per_step=16, verify="never", chat=False)
             trace = json.loads(to_json(Solver(small, config).solve(problem).trace))
     assert trace["blocks"]["evictions"]
+    assert {path for path in DOCUMENTED if path.startswith("blocks.")} <= keys(trace)
     VALIDATOR.validate(trace)
     assert undocumented(trace) == set()
