@@ -20,25 +20,36 @@ HEAD = "lm_head."
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Modules that hold another one and nothing else."""
 
-PARTS = ("model", "language_model", *WRAPPERS)
+INNER = "language_model"
+"""Where a multimodal model has its text model."""
+
+PARTS = ("model", INNER, *WRAPPERS)
 """What a beginning is made of."""
 
 Entries = dict[str, "TensorEntry"]
 
 
-def renamed(entries: Mapping[str, "TensorEntry"]) -> tuple[Entries, Entries]:
+def renamed(entries: Mapping[str, "TensorEntry"], is_wrapped: bool) -> tuple[Entries, Entries]:
     """The tensors of the text model by the names that it has alone (`model.layers.0...`, `lm_head.weight`).
 
     Args:
         entries: by the names in the files.
+        is_wrapped: the text model must be inside a multimodal one.
 
     Returns:
         (its tensors by their new names, all others by their own).
 
     Raises:
-        CheckpointError: there are two text models, or two heads.
+        CheckpointError: there are two text models or two heads, or the text model is alone and should not be.
     """
     body = _beginning(entries)
+    if body is None:
+        body = "model."
+    elif is_wrapped and INNER not in body.split("."):
+        raise CheckpointError(
+            f"config.json is of a multimodal model, and {body}{ANCHORS[0]} is in a text model alone; put the "
+            "content of its text_config in the place of config.json"
+        )
     head = _beginning_of_head(entries, body)
     own: Entries = {}
     others: Entries = {}
@@ -52,7 +63,7 @@ def renamed(entries: Mapping[str, "TensorEntry"]) -> tuple[Entries, Entries]:
     return own, others
 
 
-def _beginning(entries: Mapping[str, "TensorEntry"]) -> str:
+def _beginning(entries: Mapping[str, "TensorEntry"]) -> str | None:
     for anchor in ANCHORS:
         found = sorted({name.removesuffix(anchor) for name in entries if _is_known(name, anchor)})
         if len(found) > 1:
@@ -62,7 +73,7 @@ def _beginning(entries: Mapping[str, "TensorEntry"]) -> str:
             )
         if found:
             return found[0]
-    return "model."
+    return None
 
 
 def _beginning_of_head(entries: Mapping[str, "TensorEntry"], body: str) -> str | None:

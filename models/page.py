@@ -280,7 +280,7 @@ def _value(field: str, value: Any) -> str:
         return ", ".join(f"{name} {_parameter(number)}" for name, number in value) or "none"
     if field == "eos_token_ids":
         return ", ".join(map(str, value)) or "none"
-    if field in ("bos_token_id", "model_type") or isinstance(value, str):
+    if field in ("bos_token_id", "model_type", "layout.fp8") or isinstance(value, str):
         return str(value)
     return _number(value)
 

@@ -205,7 +205,7 @@ class _Tensors:
 def _tensors(folder: Path, spec: ArchSpec) -> _Tensors:
     """Raises one error with everything that does not fit."""
     layout = spec.layout
-    entries, foreign = renamed(read_entries(folder, layout.fp8 is not None))
+    entries, foreign = renamed(read_entries(folder, layout.fp8 is not None), layout.is_wrapped)
     files = sorted({str(entry.file) for entry in (*entries.values(), *foreign.values())})
     skipped: list[str] = []
     problems: list[str] = []

@@ -14,6 +14,7 @@ from minirksc.models import safetensors_file
 from minirksc.models.consolidated import LAYER_NAMES, TOP_NAMES
 from minirksc.models.explain import explain_folder
 from minirksc.models.families import load_config, spec_from_config
+from minirksc.models.page import model_page
 from minirksc.models.safetensors_file import widened
 from minirksc.models.weights import checkpoint_report, iter_weights
 from safetensors.torch import load_file, save_file
@@ -216,6 +217,7 @@ def test_stats_and_the_explanation_name_it(tiny_llama, tmp_path, form, said):
     explained = explain_folder("x", folder)
     assert explained.weights.stored["F8_E4M3"] == 14
     assert "layout.fp8" in {departure.field for departure in explained.departures}
+    assert said in model_page(explained)
 
 
 def test_bytes_are_those_in_the_files_and_activations_are_skipped(tiny_llama, tmp_path):

@@ -559,6 +559,9 @@ def test_a_text_model_is_found_inside_a_multimodal_one(copy, place, inside):
     rename(folder, lambda name: name.removeprefix(inside + place) if ".1." in name else name)
     with pytest.raises(CheckpointError, match=r"missing model\.layers\.1"):
         load(folder)
+    rename(folder, swapped(inside + place, "model."))
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight is in a text model alone"):
+        load(folder)
 
 
 def test_a_list_of_problems_ends_after_twenty_lines(copy):
