@@ -173,7 +173,9 @@ def _attend_to_tile(
         scores = tl.where(visible, scores, float("-inf"))
     peaks = scores
     if scales_ptr is not None:  # what is added up is p * v_scale: a sink has most of the weight, and hardly a value
-        peaks += tl.log2(tl.maximum(v_scale, 5.421011e-20))[None, :]  # 2^-64: p itself must stay in float32
+        # log2 to 0.09, by the bits; -64 at least, since p itself must stay in the range of float32.
+        bits = tl.maximum(v_scale.to(tl.int32, bitcast=True), 63 << 23)
+        peaks += (bits.to(tl.float32) * 1.1920929e-07 - 127.0)[None, :]
     new_m = tl.max(peaks, 1)
     if q.dtype == tl.float16:  # whose smallest normal number is 2^-14, and whose largest 2^16
         new_m -= 15.0
