@@ -64,13 +64,16 @@ void pack_weight_bf16(const uint32_t* weight, uint32_t* packed, int64_t out_feat
     });
 }
 
-void unpack_rows_bf16(const uint32_t* packed, const int64_t* rows, uint32_t* out, int64_t num_rows,
-                      int64_t in_features) {
+int64_t unpack_rows_bf16(const uint32_t* packed, const int64_t* rows, uint32_t* out, int64_t num_rows,
+                         int64_t in_features, int64_t out_features) {
+    int64_t bad = first_outside(rows, num_rows, out_features);
+    if (bad >= 0) return bad;
     int64_t num_pairs = in_features / 2;
     for_all(num_rows, in_features, [&](int64_t i) {
         const uint32_t* from = packed + rows[i] / PANEL * num_pairs * PANEL + rows[i] % PANEL;
         for (int64_t pair = 0; pair < num_pairs; ++pair) out[i * num_pairs + pair] = from[pair * PANEL];
     });
+    return -1;
 }
 
 void linear_bf16(const uint16_t* x, const uint16_t* packed, const uint16_t* bias, void* out, int64_t rows,
