@@ -34,7 +34,7 @@ def paged_attention_mass_native(
         return paged_attention_mass_torch(q, kv, layer_cache, batch, scale, softcap)
     check_decode(batch)
     plan = batch.plan(*WHOLE)
-    plan.check(len(q), check_layout(q, layer_cache, batch.block_size))
+    plan.check(len(q), check_layout(q, layer_cache, batch.block_size, softcap))
     out = q.new_empty(q.shape)
     table = plan.table_with_sums(*q.shape[1:])
     attend_tiled(q, layer_cache.kv, out, table.table, batch.window, scale, softcap)

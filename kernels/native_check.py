@@ -1,6 +1,6 @@
 """What the compiled operations can take: they are given addresses, and read and write as far as the sizes say.
 
-Tensors are checked in each call, in a microsecond; a recorded step makes none. Slots, rows of weights and whatever else
+Tensors are checked in each call, in a microsecond or two; a recorded step makes no calls. Slots, rows of weights and whatever else
 are numbers in a tensor are checked where they are read (`kernels/native`), or in the plan of a step.
 """
 
@@ -20,7 +20,13 @@ def is_plain(tensor: object, dtype: torch.dtype, *shape: int) -> bool:
         dtype: that it must have.
         shape: that it must have.
     """
-    return is_rows(tensor, dtype, *shape) and tensor.is_contiguous()  # type: ignore[attr-defined, no-any-return]
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.is_cpu
+        and tensor.dtype is dtype
+        and tensor.shape == shape
+        and tensor.is_contiguous()
+    )
 
 
 def is_rows(tensor: object, dtype: torch.dtype, *shape: int) -> bool:
@@ -29,19 +35,23 @@ def is_rows(tensor: object, dtype: torch.dtype, *shape: int) -> bool:
 
 
 def is_some(tensor: object, num_dimensions: int) -> bool:
-    """Whether it is of the CPU, of one of `DTYPES`, and has so many dimensions, rows of consecutive numbers in the end.
+    """Whether it is of the CPU, of one of `DTYPES`, and each token's numbers lie together, apart from those of others.
 
     Args:
         tensor: anything.
-        num_dimensions: that it must have.
+        num_dimensions: that it must have: 2, `[tokens, size]`, or 3, `[tokens, heads, size]`.
     """
-    return (
-        isinstance(tensor, Tensor)
-        and tensor.is_cpu
-        and tensor.dtype in DTYPES
-        and tensor.dim() == num_dimensions
-        and (tensor.stride(-1) == 1 or tensor.shape[-1] < 2)
-    )
+    if not (isinstance(tensor, Tensor) and tensor.is_cpu and tensor.dtype in DTYPES):
+        return False
+    shape, stride = tensor.shape, tensor.stride()
+    if len(shape) != num_dimensions or (stride[-1] != 1 and shape[-1] > 1):
+        return False
+    size = shape[-1]
+    if num_dimensions == 3:
+        if stride[1] != size and shape[1] > 1:
+            return False
+        size *= shape[1]
+    return stride[0] >= size or shape[0] < 2
 
 
 def refused(name: str, given: object, limit: str) -> ConfigError:

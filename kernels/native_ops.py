@@ -69,12 +69,11 @@ def rms_norm_native(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     Raises:
         ConfigError: a tensor that it would misread.
     """
-    if not isinstance(x, Tensor) or x.dim() == 0:
+    if not isinstance(x, Tensor) or not x.is_cpu or x.dtype not in DTYPES or x.dim() == 0:
         raise refused("x", x, "[..., size] float32 or bfloat16 of the CPU")
     x = x.contiguous()
     out = torch.empty_like(x)
-    if x.numel():
-        _norm(x.view(-1, x.shape[-1]), None, None, weight, out, eps)
+    _norm(x.view(x.shape[:-1].numel(), x.shape[-1]), None, None, weight, out, eps)
     return out
 
 
@@ -86,22 +85,21 @@ def add_rms_norm_native(
     Raises:
         ConfigError: a tensor that it would misread.
     """
-    if not is_some(hidden, 2) or (hidden.shape[0] > 1 and hidden.stride(0) < hidden.shape[1]):
+    if not is_some(hidden, 2):
         raise refused("hidden", hidden, "[tokens, size] float32 or bfloat16 of the CPU, each row by itself")
     if not is_rows(update, hidden.dtype, *hidden.shape):
         raise refused("update", update, f"{list(hidden.shape)} {hidden.dtype} of the CPU, as hidden")
     out = hidden.new_empty(hidden.shape)
-    if hidden.numel():
-        _norm(hidden, update if update.stride(-1) == 1 else update.contiguous(), update_norm, weight, out, eps)
+    _norm(hidden, update if update.stride(-1) == 1 else update.contiguous(), update_norm, weight, out, eps)
     return out
 
 
 def _norm(
     x: Tensor, update: Tensor | None, update_norm: Tensor | None, weight: Tensor | None, out: Tensor, eps: float
 ) -> None:
-    if not is_some(x, 2):
-        raise refused("x", x, "float32 and bfloat16 of the CPU")
-    is_float32 = _is_float32({"update_norm": update_norm, "weight": weight}, x.shape[1], x.dtype)
+    is_float32 = _is_float32(update_norm, weight, x.shape[1], x.dtype)
+    if x.numel() == 0:
+        return
     native.add_rms_norm(
         x.data_ptr(),
         pointer(update),
@@ -117,17 +115,16 @@ def _norm(
     )
 
 
-def _is_float32(weights: dict[str, Tensor | None], size: int, dtype: torch.dtype) -> bool:
-    """Whether weights of norms, of one dtype, are float32: that, or the dtype of what is normed."""
-    found: Tensor | None = None
-    for name, weight in weights.items():
-        if weight is None:
-            continue
-        first = weight if found is None else found
-        if not (is_plain(weight, torch.float32, size) or is_plain(weight, dtype, size)) or weight.dtype != first.dtype:
-            raise refused(name, weight, f"[{size}] float32 or {dtype} of the CPU, contiguous, one dtype for all norms")
-        found = first
-    return found is not None and found.dtype == torch.float32
+def _is_float32(weight: Tensor | None, other: Tensor | None, size: int, dtype: torch.dtype) -> bool:
+    """Whether two weights of norms are float32; else they are of the dtype of what is normed."""
+    of = dtype
+    for one in (weight, other):
+        if isinstance(one, Tensor) and one.dtype is torch.float32:
+            of = torch.float32
+    for one in (weight, other):
+        if one is not None and not is_plain(one, of, size):
+            raise refused("a norm's weight", one, f"[{size}] {of} of the CPU, contiguous, one dtype for all norms")
+    return of is torch.float32
 
 
 def gated_act_native(gate_up: Tensor, activation: str) -> Tensor:
@@ -183,7 +180,7 @@ def kv_store_native(
     num_kv_heads = (num_all_heads - num_heads) // 2
     if not 0 < num_heads <= num_all_heads or num_heads + 2 * num_kv_heads != num_all_heads:
         raise ConfigError(f"{num_heads} heads of q among {num_all_heads}; the others must be as many of k as of v")
-    is_float32 = _is_float32({"q_norm": q_norm, "k_norm": k_norm}, head_dim, qkv.dtype)
+    is_float32 = _is_float32(q_norm, k_norm, head_dim, qkv.dtype)
     cos, sin = (None, None) if rope is None else rope
     if rope is not None:
         rotary_dim = cos.shape[-1] if isinstance(cos, Tensor) and cos.dim() else 0
@@ -237,12 +234,8 @@ def check_heads(name: str, heads: Tensor) -> None:
     Raises:
         ConfigError: it is something else.
     """
-    if is_some(heads, 3):
-        num_tokens, num_heads, head_dim = heads.shape
-        stride = heads.stride()
-        if (num_heads < 2 or stride[1] == head_dim) and (num_tokens < 2 or stride[0] >= num_heads * head_dim):
-            return
-    raise refused(name, heads, "[tokens, heads, head_dim] float32 or bfloat16 of the CPU, a token's heads together")
+    if not is_some(heads, 3):
+        raise refused(name, heads, "[tokens, heads, head_dim] float32 or bfloat16 of the CPU, a token's heads together")
 
 
 def slots_of(kv: Tensor, dtype: torch.dtype, num_kv_heads: int, head_dim: int) -> int:
@@ -257,13 +250,15 @@ def slots_of(kv: Tensor, dtype: torch.dtype, num_kv_heads: int, head_dim: int) -
     Raises:
         ConfigError: it is no such cache.
     """
-    blocks, size = kv.shape[:2] if isinstance(kv, Tensor) and kv.dim() in (5, 6) else (0, 0)
-    if is_plain(kv, dtype, blocks, size, 2, num_kv_heads, head_dim):
-        return blocks * size
-    if is_plain(kv, dtype, blocks, size, 2, num_kv_heads, TILE, head_dim) and head_dim % 2 == 0:
-        return blocks * size * TILE
-    rest = f"[blocks, size, 2, {num_kv_heads}, {head_dim}] or [blocks, tiles, 2, {num_kv_heads}, {TILE}, {head_dim}]"
-    raise refused("the cache", kv, f"{rest} {dtype} of the CPU, contiguous")
+    if isinstance(kv, Tensor) and kv.is_cpu and kv.dtype is dtype and kv.is_contiguous():
+        blocks, size, *rest = kv.shape if kv.dim() > 1 else (0, 0)
+        if rest == [2, num_kv_heads, head_dim]:
+            return blocks * size
+        if rest == [2, num_kv_heads, TILE, head_dim] and head_dim % 2 == 0:
+            return blocks * size * TILE
+    tiles = f"[blocks, tiles, 2, {num_kv_heads}, {TILE}, {head_dim}]"
+    limit = f"[blocks, size, 2, {num_kv_heads}, {head_dim}] or {tiles} {dtype} of the CPU, contiguous"
+    raise refused("the cache", kv, limit)
 
 
 def confidence_native(logits: Tensor) -> Confidence:

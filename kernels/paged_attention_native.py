@@ -17,7 +17,7 @@ import torch
 from minirksc.kernels.attention_batch import AttentionBatch
 from minirksc.kernels.attention_reads import DecodeReads, PrefillReads, Run, find_reads
 from minirksc.kernels.layer_cache import TILE, LayerCache, plain_block_shape
-from minirksc.kernels.native_check import refused
+from minirksc.kernels.native_check import is_rows, refused
 from minirksc.kernels.native_ops import check_heads, has_bf16_products, is_bfloat16, native, pointer, slots_of
 from minirksc.kernels.paged_attention_torch import (
     Attend,
@@ -137,12 +137,14 @@ def paged_attention_native(
     """
     if layer_cache.scales is not None:
         return paged_attention_torch(q, kv, layer_cache, batch, scale, softcap)
-    num_slots = check_layout(q, layer_cache, batch.block_size)
+    num_slots = check_layout(q, layer_cache, batch.block_size, softcap)
     num_heads, head_dim = q.shape[1:]
     plan = batch.plan(*(WHOLE if layer_cache.is_tiled else DECODE))
     plan.check(len(q), num_slots)
     out = q.new_empty(q.shape)
     if plan.prefills:
+        if not is_rows(kv, q.dtype, len(q), 2, layer_cache.kv.shape[3], head_dim):
+            raise refused("kv", kv, f"[{len(q)}, 2, {layer_cache.kv.shape[3]}, {head_dim}] {q.dtype} of the CPU")
         cache = Slots.of(layer_cache, q.dtype)
         attend_prefills(out, q, kv, cache, plan.prefills, plan.masks, batch.window, Attend(scale, softcap))
     if plan.has_rows:
@@ -154,17 +156,20 @@ def paged_attention_native(
     return out
 
 
-def check_layout(q: Tensor, cache: LayerCache, block_size: int) -> int:
+def check_layout(q: Tensor, cache: LayerCache, block_size: int, softcap: float | None) -> int:
     """How many slots the cache has.
 
     Args:
         q: `[tokens, num_heads, head_dim]`.
         cache: of the layer.
         block_size: of the batch.
+        softcap: of the scores.
 
     Raises:
         ConfigError: queries that the compiled forms would misread, or a cache that does not go with them.
     """
+    if softcap is not None and not softcap > 0:  # 0 would stand for none
+        raise ConfigError(f"softcap is {softcap!r}; it must be above 0, or None")
     check_heads("q", q)
     _, num_heads, head_dim = q.shape
     num_kv_heads = cache.kv.shape[3] if isinstance(cache.kv, Tensor) and cache.kv.dim() > 3 else 0

@@ -86,7 +86,7 @@ void linear(const float* x, const uint32_t* packed, const float* bias, float* ou
             int64_t out_features);
 
 // linear_bf16.cpp: see kernels/native_weight.py; only where has_bf16_products().
-void pack_weight_bf16(const uint32_t* weight, uint32_t* packed, int64_t out_features, int64_t in_features);
+void pack_weight_bf16(const uint16_t* weight, uint32_t* packed, int64_t out_features, int64_t in_features);
 int64_t unpack_rows_bf16(const uint32_t* packed, const int64_t* rows, uint32_t* out, int64_t num_rows,
                          int64_t in_features, int64_t out_features);
 void linear_bf16(const uint16_t* x, const uint16_t* packed, const uint16_t* bias, void* out, int64_t rows,
