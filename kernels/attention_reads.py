@@ -74,7 +74,9 @@ def find_reads(batch: AttentionBatch) -> tuple[list[PrefillReads], DecodeReads]:
         raise ConfigError(f"blocks of {size} tokens and a window of {batch.window}; both must be 1 at least")
     counts = {len(batch.cu_seqlens_q) - 1, len(batch.context_lens), len(batch.block_tables), len(batch.kv_tables)}
     if len(counts) > 1 or batch.cu_seqlens_q[0] != 0:
-        raise ConfigError(f"lists of {sorted(counts)} sequences, from row {batch.cu_seqlens_q[0]}: as many in each, from 0")
+        raise ConfigError(
+            f"lists of {sorted(counts)} sequences, from row {batch.cu_seqlens_q[0]}: as many in each, from 0"
+        )
     prefills: list[PrefillReads] = []
     decode = []
     for i, context_len in enumerate(batch.context_lens):

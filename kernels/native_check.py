@@ -1,7 +1,7 @@
 """What the compiled operations can take: they are given addresses, and read and write as far as the sizes say.
 
-Tensors are checked in each call, in a microsecond or two; a recorded step makes no calls. Slots, rows of weights and whatever else
-are numbers in a tensor are checked where they are read (`kernels/native`), or in the plan of a step.
+Tensors are checked in each call, in a microsecond or two; a recorded step makes no calls. Slots, rows of weights and
+whatever else are numbers in a tensor are checked where they are read (`kernels/native`), or in the plan of a step.
 """
 
 import torch
