@@ -4,6 +4,7 @@ The same calls on the CPU's torch backend give the same tokens.
 """
 
 import importlib
+import json
 import sys
 from itertools import chain
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from minirksc import LLM, SamplingParams, Solver, SolverConfig
 from minirksc.cgee import LayerExit
 from minirksc.collect import Recorder
+from minirksc.errors import NumericalError
 
 pytest.importorskip("triton")
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))  # in importlib mode pytest does not add it
@@ -41,10 +43,26 @@ DRAWN = SamplingParams(
 )
 
 
-def open_llm(tiny_llama, on_cuda=True, **options):
+def open_llm(tiny_llama, on_cuda=True, window=None, **options):
     folder = tiny_llama(layers=LAYERS, hidden=32, heads=2, kv_heads=1, head_dim=16, intermediate=32, tokenizer=True)
+    if window is not None:
+        folder = with_window(folder, window)
     device = {"device": "cuda"} if on_cuda else {"device": "cpu", "backend": "torch"}
     return LLM(str(folder), **{"dtype": "float32", "kv_cache_bytes": "1MiB", "max_model_len": 256, **device, **options})
+
+
+def with_window(folder, window):
+    """The same weights as a Mistral whose queries see so many keys."""
+    copy = folder.with_name(f"{folder.name}-window-{window}")
+    copy.mkdir(exist_ok=True)
+    for file in folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
+    for name in ("attention_bias", "mlp_bias"):
+        del config[name]
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
 
 
 def generate(llm):
@@ -78,13 +96,13 @@ def share(llm):
         branches=2, tokens_per_step=2, verify="never", sharing="semantic", tau=-9.0, uncalibrated=True, hints=[(), ()]
     )
     result = Solver(llm, config).solve(wordings[0], wordings)
-    assert [branch.sharing for branch in result.branches] == ["none", "semantic"]
+    assert [branch.sharing for branch in result.branches] == ["exact", "semantic"]
     return [branch.token_ids for branch in result.branches], []
 
 
 USES = {
     "generate": (generate, {}),
-    "in chunks": (generate, {"max_batch_tokens": 8}),
+    "a window, in chunks": (generate, {"max_batch_tokens": 8, "window": 4, "block_size": 8}),
     "an int8 cache": (generate, {"kv_cache_dtype": "int8"}),
     "evicted by importance": (generate, {"eviction": "rksc"}),
     "draw": (draw, {}),
@@ -105,3 +123,18 @@ def test_the_tokens_are_those_of_the_cpu(tiny_llama, cuda, use):
         assert llm.stats()["backend"] == "triton" and llm.stats()["device"] == "cuda:0"
         llm.engine.blocks.check_integrity()
     assert cuda.num_launches > 0
+
+
+def test_logits_in_bfloat16_are_near_those_of_float32(tiny_llama, cuda):
+    with open_llm(tiny_llama, on_cuda=False) as llm:
+        exact = llm.logits(PROMPTS[1])
+    with open_llm(tiny_llama, dtype="bfloat16") as llm:
+        found = llm.logits(PROMPTS[1]).cpu()
+    assert (found - exact).norm() < 0.05 * exact.norm()
+
+
+def test_nan_in_the_weights_fails_the_request_by_name(tiny_llama, cuda):
+    with open_llm(tiny_llama) as llm:
+        llm.engine.runner.model.layers[1].attn_norm[3] = float("nan")
+        with pytest.raises(NumericalError, match="NaN"):
+            llm.generate(PROMPTS[1:], GREEDY)
