@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from minirksc.kernels.attention_batch import AttentionBatch
 from minirksc.kernels.prefix_attention import Segment, in_view, own_ranges, shared_segments
 
+from minirksc.errors import ConfigError
+
 Run = tuple[int, int]
 """(first slot, number of tokens) of keys that lie consecutively in the cache."""
 
@@ -61,12 +63,29 @@ class DecodeReads:
 
 
 def find_reads(batch: AttentionBatch) -> tuple[list[PrefillReads], DecodeReads]:
-    """Those of a batch."""
+    """Those of a batch.
+
+    Raises:
+        ConfigError: its lists do not go together, or a sequence has more new tokens than tokens, or more tokens than
+            its blocks hold.
+    """
     size = batch.block_size
+    if size < 1 or (batch.window is not None and batch.window < 1):
+        raise ConfigError(f"blocks of {size} tokens and a window of {batch.window}; both must be 1 at least")
+    counts = {len(batch.cu_seqlens_q) - 1, len(batch.context_lens), len(batch.block_tables), len(batch.kv_tables)}
+    if len(counts) > 1 or batch.cu_seqlens_q[0] != 0:
+        raise ConfigError(
+            f"lists of {sorted(counts)} sequences, from row {batch.cu_seqlens_q[0]}: as many in each, from 0"
+        )
     prefills: list[PrefillReads] = []
     decode = []
     for i, context_len in enumerate(batch.context_lens):
         begin, end = batch.cu_seqlens_q[i], batch.cu_seqlens_q[i + 1]
+        room = min(len(batch.block_tables[i]), len(batch.kv_tables[i])) * size
+        if not 0 <= begin <= end <= begin + context_len <= begin + room:
+            raise ConfigError(f"sequence {i} has {end - begin} new of {context_len} tokens in blocks for {room}")
+        if end == begin:
+            continue
         if end - begin == 1:
             decode.append(i)
         else:

@@ -13,19 +13,30 @@ from minirksc.kernels.attention_batch import AttentionBatch
 from minirksc.kernels.block_mass import check_decode
 from minirksc.kernels.block_mass_torch import paged_attention_mass_torch
 from minirksc.kernels.layer_cache import TILE, LayerCache
-from minirksc.kernels.paged_attention_native import PIECE_TILES, WHOLE, TableWithSums, attend_tiled
+from minirksc.kernels.paged_attention_native import (
+    PIECE_TILES,
+    WHOLE,
+    TableWithSums,
+    attend_tiled,
+    check_layout,
+)
 from torch import Tensor
 
 
 def paged_attention_mass_native(
     q: Tensor, kv: Tensor, layer_cache: LayerCache, batch: AttentionBatch, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Arguments, result and errors as in `paged_attention_mass_reference`; out is that of `paged_attention_native`."""
+    """Arguments, result and errors as in `paged_attention_mass_reference`, and those of `paged_attention_native`.
+
+    Its `out` is that of `paged_attention_native`.
+    """
     if not layer_cache.is_tiled:
         return paged_attention_mass_torch(q, kv, layer_cache, batch, scale, softcap)
     check_decode(batch)
+    plan = batch.plan(*WHOLE)
+    plan.check(len(q), check_layout(q, layer_cache, batch.block_size, softcap))
     out = q.new_empty(q.shape)
-    table = batch.plan(*WHOLE).table_with_sums(*q.shape[1:])
+    table = plan.table_with_sums(*q.shape[1:])
     attend_tiled(q, layer_cache.kv, out, table.table, batch.window, scale, softcap)
     return out, block_mass(batch, table)
 

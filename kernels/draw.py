@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from minirksc.kernels.native_check import is_rows, refused
 from minirksc.kernels.native_ops import native
 from torch import Tensor
 
@@ -62,8 +63,15 @@ def draw_torch(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 
 def draw_native(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """The same with float32 weights and float64 sums, in one pass over the logits and a sort of few."""
-    rows, vocab = logits.shape
+    """The same with float32 weights and float64 sums, in one pass over the logits and a sort of few.
+
+    Raises:
+        ConfigError: it would misread the logits.
+    """
+    vocab = logits.shape[-1] if isinstance(logits, Tensor) and logits.dim() else 0
+    rows = len(draws)
+    if not is_rows(logits, torch.float32, rows, vocab) or vocab == 0:
+        raise refused("logits", logits, f"[{rows}, vocab] float32 of the CPU, a row for each draw")
     if vocab > 1 and logits.stride(1) != 1:
         logits = logits.contiguous()
     numbers = torch.tensor([[d.temperature, d.top_p, d.min_p, d.uniform] for d in draws], dtype=torch.float64)

@@ -17,7 +17,7 @@ Source: GGML's Q8_0 (github.com/ggml-org/ggml, src/ggml-quants.c), whose scales 
 
 import torch
 from minirksc.kernels.native_ops import has_bf16_products, native, pointer
-from minirksc.kernels.native_weight import BF16_PANEL, Empty
+from minirksc.kernels.native_weight import BF16_PANEL, Empty, check_product
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -102,7 +102,12 @@ class Int8Weight:
         return rows
 
     def __call__(self, x: Tensor, bias: Tensor | None, in_float32: bool = False) -> Tensor:
-        """`[tokens, in_features]` bfloat16 -> x W^T + bias, `[tokens, out_features]`; on request as it is summed up."""
+        """`[tokens, in_features]` bfloat16 -> x W^T + bias, `[tokens, out_features]`; on request as it is summed up.
+
+        Raises:
+            ConfigError: it would misread x or the bias.
+        """
+        check_product(x, bias, self._shape, self.dtype)
         x = x.contiguous()
         out_features, in_features = self._shape
         num_tokens = x.shape[0]

@@ -144,6 +144,7 @@ class Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, pack: Pack = PlainWeight) -> None:
         self._pack = pack
+        self._device = weight.device
         self._weight = pack(weight)
         self._bias = None if bias is None else bias.to(self._weight.dtype)
 
@@ -158,7 +159,7 @@ class Linear:
 
     def rows(self, indices: Sequence[int]) -> "Linear":
         """The layer that computes these outputs alone."""
-        places = torch.tensor(list(indices), dtype=torch.int64)
+        places = torch.tensor(list(indices), dtype=torch.int64, device=self._device)
         bias = None if self._bias is None else self._bias[places]
         return Linear(self._weight.rows(places), bias, self._pack)
 

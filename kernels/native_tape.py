@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 ALLOCATIONS = ("new_empty", "empty", "empty_like")
 VIEWS = ("view", "flatten", "__getitem__", "contiguous", "to", "float", "long")
-QUERIES = ("__get__", "__len__", "data_ptr", "dim", "is_contiguous", "size", "stride")
+QUERIES = ("__get__", "__len__", "data_ptr", "dim", "is_contiguous", "numel", "size", "stride")
 
 CHUNK_BYTES = 2**22
 ALIGNMENT = 64

@@ -12,8 +12,9 @@ ahead: were it loaded where it is used, the pipeliner would give keys and values
 
 Scores are in base 2 (log2 e is in the scale), accumulated in float32; probabilities are rounded to the dtype of the
 values before the second product. An int8 cache is multiplied as float16 (exact), its scales folded into scores and
-probabilities. A range's result is a partial: its own softmax, and the base-2 log-sum-exp to merge it by. Keys and
-values outside what a query sees are never used, whatever they hold, NaN included.
+probabilities; what float16 then holds is relative to the largest of these products, 2^15, so that little is lost of
+small ones. A range's result is a partial: its own softmax, and the base-2 log-sum-exp to merge it by. Keys and values
+outside what a query sees are never used, whatever they hold, NaN included; NaN in what it sees makes its result NaN.
 
 Limits: head_dim to 512 (256 in float32), block_size a power of two to 256, at most 64 query heads a KV head.
 Source: Dao et al. 2022, arXiv 2205.14135 (tiled softmax); Kwon et al. 2023, arXiv 2309.06180 (paged KV); the grouped
@@ -170,7 +171,15 @@ def _attend_to_tile(
         if WINDOW > 0:
             visible = visible & (at[None, :] > positions[:, None] - WINDOW)
         scores = tl.where(visible, scores, float("-inf"))
-    new_m = tl.maximum(m, tl.max(scores, 1))
+    peaks = scores
+    if scales_ptr is not None:  # what is added up is p * v_scale: a sink has most of the weight, and hardly a value
+        # log2 to 0.09, by the bits; -64 at least, since p itself must stay in the range of float32.
+        bits = tl.maximum(v_scale.to(tl.int32, bitcast=True), 63 << 23)
+        peaks += (bits.to(tl.float32) * 1.1920929e-07 - 127.0)[None, :]
+    new_m = tl.max(peaks, 1)
+    if q.dtype == tl.float16:  # whose smallest normal number is 2^-14, and whose largest 2^16
+        new_m -= 15.0
+    new_m = tl.maximum(m, new_m)
     # A row may see nothing of a masked tile: -inf - -inf would be NaN.
     shift = tl.where(new_m == float("-inf"), 0.0, new_m) if MASKED else new_m
     p = tl.exp2(scores - shift[:, None])
@@ -283,9 +292,8 @@ def _paged_attention_kernel(
             PRECISION, True,
         )  # fmt: skip
 
-    has_seen = total > 0
-    acc = acc / tl.where(has_seen, total, 1.0)[:, None]
-    lse = tl.where(has_seen, m + tl.log2(tl.where(has_seen, total, 1.0)), float("-inf"))
+    acc = acc / total[:, None]  # NaN of a row that sees none of these keys, whose lse is -inf
+    lse = m + tl.log2(total)
     if part < 0:
         row = token * NUM_HEADS + head
         tl.store(out_ptr + row[:, None] * HEAD_DIM + offs_d[None, :], acc.to(out_ptr.dtype.element_ty), mask=io_mask)

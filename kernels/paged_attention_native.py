@@ -17,7 +17,8 @@ import torch
 from minirksc.kernels.attention_batch import AttentionBatch
 from minirksc.kernels.attention_reads import DecodeReads, PrefillReads, Run, find_reads
 from minirksc.kernels.layer_cache import TILE, LayerCache, plain_block_shape
-from minirksc.kernels.native_ops import has_bf16_products, is_bfloat16, native, pointer
+from minirksc.kernels.native_check import is_rows, refused
+from minirksc.kernels.native_ops import check_heads, has_bf16_products, is_bfloat16, native, pointer, slots_of
 from minirksc.kernels.paged_attention_torch import (
     Attend,
     Masks,
@@ -28,6 +29,8 @@ from minirksc.kernels.paged_attention_torch import (
     paged_attention_torch,
 )
 from torch import Tensor
+
+from minirksc.errors import ConfigError
 
 PIECE_KEYS = 256
 QUERIES = 32
@@ -52,6 +55,8 @@ class NativePlan:
         part_begins: `[places + 1]`, where each place's entries of `parts` begin.
         parts: `[parts]`, rows of the partial results that are added up.
         num_results: rows of the partial results, those that need no adding up included.
+        num_tokens: rows of the batch.
+        slots: [begin, end) of those that are read.
         masks: of the prefills' tiles.
     """
 
@@ -62,6 +67,8 @@ class NativePlan:
     part_begins: Tensor
     parts: Tensor
     num_results: int
+    num_tokens: int
+    slots: tuple[int, int]
     masks: Masks = field(default_factory=dict)
     _tables: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
@@ -69,6 +76,19 @@ class NativePlan:
     def has_rows(self) -> bool:
         """Whether there is anything to do beside the prefills."""
         return self.rows.shape[0] > 0
+
+    def check(self, num_tokens: int, num_slots: int) -> None:
+        """Refuses a batch of another size, and slots that a cache does not have.
+
+        Raises:
+            ConfigError: it is such a batch.
+        """
+        begin, end = self.slots
+        if self.num_tokens != num_tokens or begin < 0 or end > num_slots:
+            raise ConfigError(
+                f"a batch of {self.num_tokens} tokens that reads slots {begin} to {end - 1}, with {num_tokens} queries "
+                f"and a cache of {num_slots} slots"
+            )
 
     def table(self, num_heads: int, head_dim: int) -> Tensor:
         """What a layer of these sizes hands over: the numbers of `AttentionPlan` in `kernels/native/ops.h`, int64."""
@@ -110,14 +130,21 @@ class TableWithSums(NamedTuple):
 def paged_attention_native(
     q: Tensor, kv: Tensor, layer_cache: LayerCache, batch: AttentionBatch, scale: float, softcap: float | None
 ) -> Tensor:
-    """Arguments and result as in `paged_attention_reference`."""
+    """Arguments and result as in `paged_attention_reference`.
+
+    Raises:
+        ConfigError: a tensor that it would misread, or a batch that does not go with it.
+    """
     if layer_cache.scales is not None:
         return paged_attention_torch(q, kv, layer_cache, batch, scale, softcap)
+    num_slots = check_layout(q, layer_cache, batch.block_size, softcap)
     num_heads, head_dim = q.shape[1:]
-    in_bfloat16 = is_bfloat16[q.dtype]
     plan = batch.plan(*(WHOLE if layer_cache.is_tiled else DECODE))
+    plan.check(len(q), num_slots)
     out = q.new_empty(q.shape)
     if plan.prefills:
+        if not is_rows(kv, q.dtype, len(q), 2, layer_cache.kv.shape[3], head_dim):
+            raise refused("kv", kv, f"[{len(q)}, 2, {layer_cache.kv.shape[3]}, {head_dim}] {q.dtype} of the CPU")
         cache = Slots.of(layer_cache, q.dtype)
         attend_prefills(out, q, kv, cache, plan.prefills, plan.masks, batch.window, Attend(scale, softcap))
     if plan.has_rows:
@@ -125,8 +152,35 @@ def paged_attention_native(
         if layer_cache.is_tiled:
             attend_tiled(*given, batch.window, scale, softcap)
         else:
-            _attend(native.decode_attention, *given, in_bfloat16, scale, softcap)
+            _attend(native.decode_attention, *given, is_bfloat16[q.dtype], scale, softcap)
     return out
+
+
+def check_layout(q: Tensor, cache: LayerCache, block_size: int, softcap: float | None) -> int:
+    """How many slots the cache has.
+
+    Args:
+        q: `[tokens, num_heads, head_dim]`.
+        cache: of the layer.
+        block_size: of the batch.
+        softcap: of the scores.
+
+    Raises:
+        ConfigError: queries that the compiled forms would misread, or a cache that does not go with them.
+    """
+    if softcap is not None and not softcap > 0:  # 0 would stand for none
+        raise ConfigError(f"softcap is {softcap!r}; it must be above 0, or None")
+    check_heads("q", q)
+    _, num_heads, head_dim = q.shape
+    num_kv_heads = cache.kv.shape[3] if isinstance(cache.kv, Tensor) and cache.kv.dim() > 3 else 0
+    num_slots = slots_of(cache.kv, q.dtype, num_kv_heads, head_dim)
+    group = num_heads // max(num_kv_heads, 1)
+    is_served = has_bf16_products and head_dim % 32 == 0 and group <= MAX_GROUP if cache.is_tiled else head_dim % 8 == 0
+    if group == 0 or group * num_kv_heads != num_heads or not is_served:
+        raise refused("the cache", cache.kv, f"what {num_heads} heads of {head_dim} numbers can share")
+    if num_slots != len(cache.kv) * block_size:
+        raise refused("the cache", cache.kv, f"blocks of {block_size} tokens, as the batch")
+    return num_slots
 
 
 def attend_tiled(
@@ -168,14 +222,14 @@ def block_shape_native(
 def plan_decode(batch: AttentionBatch) -> NativePlan:
     """Cuts what decode rows read into pieces, and leaves prompts to torch."""
     prefills, decode = find_reads(batch)
-    return _plan(decode, [], find_prefills(prefills, batch.device))
+    return _plan(batch, decode, [], find_prefills(prefills, batch.device))
 
 
 def plan_all(batch: AttentionBatch) -> NativePlan:
     """Cuts all that the batch reads into pieces."""
     prefills, decode = find_reads(batch)
     tiles = [tile for reads in prefills for tile in _tiles(reads, batch)]
-    return _plan(decode, tiles, [])
+    return _plan(batch, decode, tiles, [])
 
 
 DECODE = "native, decode", plan_decode
@@ -203,7 +257,7 @@ def _tiles(reads: PrefillReads, batch: AttentionBatch) -> Iterator[_Tile]:
         yield _Tile(reads.begin + begin, reads.begin + end, first_query, first_key, runs)
 
 
-def _plan(decode: DecodeReads, tiles: Sequence[_Tile], prefills: list[Prefill]) -> NativePlan:
+def _plan(batch: AttentionBatch, decode: DecodeReads, tiles: Sequence[_Tile], prefills: list[Prefill]) -> NativePlan:
     pieces: list[tuple[int, ...]] = []
     runs: list[Run] = []
     rows = list(decode.rows)
@@ -234,6 +288,7 @@ def _plan(decode: DecodeReads, tiles: Sequence[_Tile], prefills: list[Prefill]) 
     for some in parts:
         part_begins.append(part_begins[-1] + len(some))
     part_begins += [part_begins[-1]] * (len(rows) - len(parts))
+    read = [*runs, *chain(*(prefill.past for prefill in prefills if isinstance(prefill.past, list)))]
     # One tensor for all of them: each costs microseconds.
     lists = rows, [*chain(*pieces)], [*chain(*runs)], part_begins, [*chain(*parts)]
     numbers = torch.tensor([*chain(*lists)], dtype=torch.int64).split([len(some) for some in lists])
@@ -245,6 +300,8 @@ def _plan(decode: DecodeReads, tiles: Sequence[_Tile], prefills: list[Prefill]) 
         part_begins=numbers[3],
         parts=numbers[4],
         num_results=num_results,
+        num_tokens=batch.cu_seqlens_q[-1],
+        slots=(min((begin for begin, _ in read), default=0), max((begin + n for begin, n in read), default=0)),
     )
 
 

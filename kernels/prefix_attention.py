@@ -143,11 +143,10 @@ def merge_partials_reference(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> 
         (out `[rows, heads, head_dim]`, lse `[rows, heads]`), float32.
     """
     lse = torch.logsumexp(torch.stack([x.float() for x in lses]), dim=0)
-    weights = [torch.exp(x.float() - lse).nan_to_num_(0.0) for x in lses]
-    parts = [
-        torch.where(w.unsqueeze(-1) > 0, w.unsqueeze(-1) * out.float(), 0.0)
-        for w, out in zip(weights, outs, strict=True)
-    ]
+    parts = []
+    for out, own in zip(outs, lses, strict=True):
+        weight = torch.where(own.isneginf(), 0.0, torch.exp(own.float() - lse)).unsqueeze(-1)
+        parts.append(torch.where(weight == 0, 0.0, weight * out.float()))
     return torch.stack(parts).sum(0), lse
 
 
@@ -194,7 +193,7 @@ def _merge_partials_kernel(
         is_part = first + offs_p < num_parts
         rows = (begin + first + offs_p).to(tl.int64) * NUM_HEADS + head  # [PARTS]
         lse = tl.load(part_lse_ptr + rows, mask=is_part, other=float("-inf"))
-        mask = (lse > float("-inf"))[:, None] & (offs_d < HEAD_DIM)[None, :]
+        mask = (lse != float("-inf"))[:, None] & (offs_d < HEAD_DIM)[None, :]  # NaN is read
         part = tl.load(part_out_ptr + rows[:, None] * HEAD_DIM + offs_d[None, :], mask=mask, other=0.0)
         new_m = tl.maximum(m, tl.max(lse, 0))
         shift = tl.where(new_m == float("-inf"), 0.0, new_m)
@@ -203,12 +202,11 @@ def _merge_partials_kernel(
         acc = acc * decay + tl.sum(weights[:, None] * part, 0)
         total = total * decay + tl.sum(weights, 0)
         m = new_m
-    has_seen = total > 0
-    acc = acc / tl.where(has_seen, total, 1.0)
+    acc = acc / tl.where(num_parts == 0, 1.0, total)
     row = token * NUM_HEADS + head
     tl.store(out_ptr + row * HEAD_DIM + offs_d, acc.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
     if lse_ptr is not None:
-        tl.store(lse_ptr + row, tl.where(has_seen, m + tl.log2(tl.where(has_seen, total, 1.0)), float("-inf")))
+        tl.store(lse_ptr + row, m + tl.log2(total))
 
 
 def merge_partials_triton(part_out: Tensor, part_lse: Tensor, parts: Tensor, out: Tensor, lse: Tensor | None) -> None:

@@ -45,9 +45,11 @@ class _FixedPlan:
         self._of_layer = {layer: next(rows[size]) for layer, size in head_dims.items()}
         self._recorded = iter(self._of_layer.values())
         self._kept: list[Any] = [plan]  # what the tables point at
+        self._sizes = (0, 0)
 
     def follow(self, plan: NativePlan, measured: Collection[int] = ()) -> dict[int, TableWithSums]:
         """Does what this plan says from now on; `measured` layers leave what they find in these tables."""
+        plan.check(*self._sizes)
         for size, tables in self._tables.items():
             tables.copy_(plan.table(self._num_heads, size))
         found = {
@@ -59,6 +61,10 @@ class _FixedPlan:
             self._of_layer[layer].copy_(table.table)
         self._kept = [plan, found]
         return found
+
+    def check(self, num_tokens: int, num_slots: int) -> None:
+        """Notes, while it is recorded, what all plans must fit."""
+        self._sizes = num_tokens, num_slots
 
     def table(self, num_heads: int, head_dim: int) -> Tensor:
         """Of the next layer; they are recorded in order."""

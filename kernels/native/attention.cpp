@@ -107,12 +107,13 @@ void attend(Queries& queries, const T* keys, const T* values, int64_t stride, in
         float largest = queries.largest[q], total = 0;
 #pragma omp simd reduction(max : largest)
         for (int k = 0; k < num_keys; ++k) largest = scores[k] > largest ? scores[k] : largest;
+        float shift = largest == -INFINITY ? 0 : largest;  // -inf - -inf is NaN
 #pragma omp simd reduction(+ : total)
         for (int k = 0; k < num_keys; ++k) {
-            scores[k] = exponential(scores[k] - largest);
+            scores[k] = exponential(scores[k] - shift);
             total += scores[k];
         }
-        float fade = exponential(queries.largest[q] - largest);
+        float fade = exponential(queries.largest[q] - shift);
         queries.largest[q] = largest;
         queries.totals[q] = queries.totals[q] * fade + total;
         if (fade != 1) {

@@ -88,13 +88,16 @@ void typed(void* qkv_, const void* q_norm_, const void* k_norm_, const void* cos
 
 }  // namespace
 
-void kv_store(void* qkv, const void* q_norm, const void* k_norm, const void* cos, const void* sin, const void* growth,
-              void* cache, const int64_t* slots, int64_t tokens, int64_t token_stride, int64_t num_heads,
-              int64_t num_kv_heads, int64_t head_dim, int64_t rotary_dim, int64_t is_v_normed, int64_t is_tiled,
-              int64_t is_bfloat16, int64_t is_weight_float32, double eps) {
+int64_t kv_store(void* qkv, const void* q_norm, const void* k_norm, const void* cos, const void* sin,
+                 const void* growth, void* cache, const int64_t* slots, int64_t num_slots, int64_t tokens,
+                 int64_t token_stride, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t rotary_dim,
+                 int64_t is_v_normed, int64_t is_tiled, int64_t is_bfloat16, int64_t is_weight_float32, double eps) {
+    int64_t bad = slots == nullptr ? -1 : first_outside(slots, tokens, num_slots);
+    if (bad >= 0) return bad;
     auto run = !is_bfloat16 ? typed<float, float> : is_weight_float32 ? typed<BFloat16, float> : typed<BFloat16, BFloat16>;
     run(qkv, q_norm, k_norm, cos, sin, growth, cache, slots, tokens, token_stride, num_heads, num_kv_heads, head_dim,
         rotary_dim, is_v_normed != 0, is_tiled != 0, (float)eps);
+    return -1;
 }
 
 }  // namespace minirksc

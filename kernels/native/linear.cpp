@@ -83,7 +83,10 @@ int64_t pack_weight(const float* weight, uint32_t* packed, int64_t out_features,
     return any_lost == 0;
 }
 
-void unpack_rows(const uint32_t* packed, const int64_t* rows, float* out, int64_t num_rows, int64_t in_features) {
+int64_t unpack_rows(const uint32_t* packed, const int64_t* rows, float* out, int64_t num_rows, int64_t in_features,
+                    int64_t out_features) {
+    int64_t bad = first_outside(rows, num_rows, out_features);
+    if (bad >= 0) return bad;
     for_all(num_rows, in_features, [&](int64_t i) {
         int64_t panel = rows[i] / PANEL, column = rows[i] % PANEL;
         const uint32_t* from = packed + panel * in_features * WIDTH + column % WIDTH;
@@ -91,6 +94,7 @@ void unpack_rows(const uint32_t* packed, const int64_t* rows, float* out, int64_
         for (int64_t k = 0; k < in_features; ++k)
             to[k] = column < WIDTH ? from[k * WIDTH] << 16 : from[k * WIDTH] & 0xffff0000u;
     });
+    return -1;
 }
 
 void linear(const float* x, const uint32_t* packed, const float* bias, float* out, int64_t rows, int64_t in_features,

@@ -52,25 +52,31 @@ void typed(const uint16_t* x, const uint16_t* packed, const uint16_t* bias, void
 
 }  // namespace
 
-void pack_weight_bf16(const uint32_t* weight, uint32_t* packed, int64_t out_features, int64_t in_features) {
+void pack_weight_bf16(const uint16_t* weight, uint32_t* packed, int64_t out_features, int64_t in_features) {
     int64_t num_pairs = in_features / 2;
     for_all(num_panels(out_features), PANEL * in_features, [&](int64_t panel) {
         uint32_t* to = packed + panel * num_pairs * PANEL;
         for (int64_t column = 0; column < PANEL; ++column) {
             int64_t row = panel * PANEL + column;
-            for (int64_t pair = 0; pair < num_pairs; ++pair)
-                to[pair * PANEL + column] = row < out_features ? weight[row * num_pairs + pair] : 0;
+            for (int64_t pair = 0; pair < num_pairs; ++pair) {
+                to[pair * PANEL + column] = 0;
+                if (row < out_features)  // a weight may begin between two words
+                    std::memcpy(to + pair * PANEL + column, weight + 2 * (row * num_pairs + pair), sizeof *to);
+            }
         }
     });
 }
 
-void unpack_rows_bf16(const uint32_t* packed, const int64_t* rows, uint32_t* out, int64_t num_rows,
-                      int64_t in_features) {
+int64_t unpack_rows_bf16(const uint32_t* packed, const int64_t* rows, uint32_t* out, int64_t num_rows,
+                         int64_t in_features, int64_t out_features) {
+    int64_t bad = first_outside(rows, num_rows, out_features);
+    if (bad >= 0) return bad;
     int64_t num_pairs = in_features / 2;
     for_all(num_rows, in_features, [&](int64_t i) {
         const uint32_t* from = packed + rows[i] / PANEL * num_pairs * PANEL + rows[i] % PANEL;
         for (int64_t pair = 0; pair < num_pairs; ++pair) out[i * num_pairs + pair] = from[pair * PANEL];
     });
+    return -1;
 }
 
 void linear_bf16(const uint16_t* x, const uint16_t* packed, const uint16_t* bias, void* out, int64_t rows,

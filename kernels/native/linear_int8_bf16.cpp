@@ -49,8 +49,8 @@ GroupScale round_group(const uint16_t* x, int64_t count, int8_t* to, int64_t str
         _mm_storeu_si128((__m128i*)(rounded + i * LANES), _mm512_cvtepi32_epi8(whole));
     }
     for (int i = 0; i < GROUP; i += QUAD) std::memcpy(to + i / QUAD * stride, rounded + i, QUAD);
-    float scale = not_finite ? std::numeric_limits<float>::quiet_NaN() : most / 127;
-    return {scale, -128 * _mm512_reduce_add_epi32(sum)};
+    if (not_finite) return {std::numeric_limits<float>::quiet_NaN(), 0};
+    return {most / 127, -128 * _mm512_reduce_add_epi32(sum)};
 }
 
 // Rows of x, rounded: four numbers of each row beside each other, then the next four.
@@ -140,6 +140,7 @@ void typed(const int8_t* x, const GroupScale* x_scales, const Panel& matrix, voi
 void linear_int8(const uint16_t* x, const uint8_t* packed, const uint16_t* scales, const uint16_t* bias,
                  int8_t* x_numbers, void* x_scales_, void* out, int64_t rows, int64_t in_features,
                  int64_t out_features, int64_t is_out_float32) {
+    if (rows == 0) return;
     GroupScale* x_scales = (GroupScale*)x_scales_;
     int64_t groups = (in_features + GROUP - 1) / GROUP, num_blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
     constexpr int64_t AT_A_TIME = 8;  // numbers are rounded in the time that for_all expects of one

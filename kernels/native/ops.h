@@ -24,11 +24,19 @@ void gelu_tanh_bf16(const void* gate_up, void* out, int64_t rows, int64_t interm
 // Slots of a tile of the KV cache, where it has tiles: kernels/layer_cache.py.
 constexpr int64_t KV_TILE = 16;
 
-// kv_store.cpp: see kernels/kv_store.py; the cache holds T.
-void kv_store(void* qkv, const void* q_norm, const void* k_norm, const void* cos, const void* sin, const void* growth,
-              void* cache, const int64_t* slots, int64_t tokens, int64_t token_stride, int64_t num_heads,
-              int64_t num_kv_heads, int64_t head_dim, int64_t rotary_dim, int64_t is_v_normed, int64_t is_tiled,
-              int64_t is_bfloat16, int64_t is_weight_float32, double eps);
+// Of so many numbers, the first that is not in [0, end); -1: all are.
+inline int64_t first_outside(const int64_t* numbers, int64_t count, int64_t end) {
+    for (int64_t i = 0; i < count; ++i)
+        if ((uint64_t)numbers[i] >= (uint64_t)end) return i;
+    return -1;
+}
+
+// kv_store.cpp: see kernels/kv_store.py; the cache holds T. Returns -1, or the first token whose slot the cache does not
+// have: then nothing is done.
+int64_t kv_store(void* qkv, const void* q_norm, const void* k_norm, const void* cos, const void* sin, const void* growth,
+              void* cache, const int64_t* slots, int64_t num_slots, int64_t tokens, int64_t token_stride,
+              int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t rotary_dim, int64_t is_v_normed,
+              int64_t is_tiled, int64_t is_bfloat16, int64_t is_weight_float32, double eps);
 
 // confidence.cpp: see kernels/confidence.py. `results` are top-1 probability, entropy, log-sum-exp and mean logit of
 // all rows, one after the other.
@@ -69,16 +77,18 @@ void attention_bf16(const void* q, const void* cache, void* out, const Attention
                     int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t window, double scale,
                     double softcap);
 
-// linear.cpp: see kernels/native_weight.py.
+// linear.cpp: see kernels/native_weight.py. To unpack returns -1, or the place of the first row that there is not: then
+// nothing is done.
 int64_t pack_weight(const float* weight, uint32_t* packed, int64_t out_features, int64_t in_features);
-void unpack_rows(const uint32_t* packed, const int64_t* rows, float* out, int64_t num_rows, int64_t in_features);
+int64_t unpack_rows(const uint32_t* packed, const int64_t* rows, float* out, int64_t num_rows, int64_t in_features,
+                    int64_t out_features);
 void linear(const float* x, const uint32_t* packed, const float* bias, float* out, int64_t rows, int64_t in_features,
             int64_t out_features);
 
 // linear_bf16.cpp: see kernels/native_weight.py; only where has_bf16_products().
-void pack_weight_bf16(const uint32_t* weight, uint32_t* packed, int64_t out_features, int64_t in_features);
-void unpack_rows_bf16(const uint32_t* packed, const int64_t* rows, uint32_t* out, int64_t num_rows,
-                      int64_t in_features);
+void pack_weight_bf16(const uint16_t* weight, uint32_t* packed, int64_t out_features, int64_t in_features);
+int64_t unpack_rows_bf16(const uint32_t* packed, const int64_t* rows, uint32_t* out, int64_t num_rows,
+                         int64_t in_features, int64_t out_features);
 void linear_bf16(const uint16_t* x, const uint16_t* packed, const uint16_t* bias, void* out, int64_t rows,
                  int64_t in_features, int64_t out_features, int64_t is_out_float32);
 

@@ -27,6 +27,8 @@ from minirksc.kernels.native_weight import Bf16Weight, WidenedWeight
 from minirksc.kernels.paged_attention import paged_attention_reference
 from minirksc.kernels.paged_attention_native import PIECE_KEYS, QUERIES, paged_attention_native, plan_all, plan_decode
 
+from minirksc.errors import ConfigError
+
 sys.path.append(str(Path(__file__).parent))  # in importlib mode pytest does not add it
 attention, forms, stores = map(importlib.import_module, ("attention_cases", "forms", "test_kv_store"))
 
@@ -311,17 +313,17 @@ def test_an_odd_number_of_inputs_is_left_to_others():
 def test_other_dtypes_never_reach_the_compiled_code(dtype):
     assert "not in" in why_not(dtype, {64})
     x = torch.ones(2, 8, dtype=dtype)
-    with pytest.raises(KeyError):
+    with pytest.raises(ConfigError, match="float32 or bfloat16"):
         rms_norm_native(x, None, 1e-5)
-    with pytest.raises(KeyError):
+    with pytest.raises(ConfigError, match="float32 or bfloat16"):
         add_rms_norm_native(x, x.clone(), None, None, 1e-5)
-    with pytest.raises(KeyError):
+    with pytest.raises(ConfigError, match="float32 or bfloat16"):
         gated_act_native(x, "silu")
-    with pytest.raises(KeyError):
+    with pytest.raises(ConfigError, match="float32 or bfloat16"):
         kv_store_native(**stores.make_case(dtype=dtype))
     for queries in ([1, 1], [3, 2]):
         case = attention.make_case(queries, [5, 9], dtype=dtype)
-        with pytest.raises(KeyError):
+        with pytest.raises(ConfigError, match="float32 or bfloat16"):
             paged_attention_native(*case, 1.0, None)
 
 
@@ -332,7 +334,7 @@ def test_why_a_model_is_not_served():
 
 def test_norm_weights_that_would_be_misread_are_refused():
     x, wide, narrow = torch.ones(2, 64), torch.ones(64), torch.ones(64, dtype=torch.bfloat16)
-    with pytest.raises(TypeError, match="norm weights are"):
+    with pytest.raises(ConfigError, match="one dtype for all norms"):
         rms_norm_native(x, narrow, 1e-5)
-    with pytest.raises(TypeError, match="norm weights are"):
+    with pytest.raises(ConfigError, match="one dtype for all norms"):
         add_rms_norm_native(x.bfloat16(), x.bfloat16(), narrow, wide, 1e-5)

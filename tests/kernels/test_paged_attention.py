@@ -32,6 +32,7 @@ def tiled_native(q, kv, cache, *more):
     return paged_attention_native(q, kv, cases.in_tiles(cache), *more)
 
 
+NAN = float("nan")
 ALL = [paged_attention_torch, paged_attention_native, paged_attention_reference]
 FORMS = forms.parameters(ALL)
 # Between the form in the dtype and the reference, which computes in float32 and rounds once.
@@ -291,6 +292,36 @@ def test_merge_into_equals_attention_over_the_union():
         merge_into(out, acc, other, other_lse)
     torch.testing.assert_close(out, whole)
     torch.testing.assert_close(acc, lse)
+
+
+@pytest.mark.parametrize("where", ["key", "value", "query", "all keys"])
+@pytest.mark.parametrize("position", [0, 47, 48, 255, 256, 270])  # at the edges of tiles and pieces
+@pytest.mark.parametrize(("dtype", "is_int8"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])
+def test_nan_in_what_a_query_sees_makes_its_result_nan(dtype, is_int8, position, where):
+    """Alone, beside a branch with the same prefix, in a few new tokens, in a prompt; and it stays in its sequence."""
+    prefix = list(range(16))
+    for num_queries, tables in (1, None), (1, [[*prefix, 16], [*prefix, 17], [20, 21, 22]]), (2, None), (130, None):
+        queries, lens = ([num_queries, 1], [271, 40]) if tables is None else ([1, 1, 1], [271, 271, 40])
+        options = {"block_size": 16, "head_dim": 32, "dtype": dtype, "is_int8": is_int8, "tables": tables}
+        q, kv, cache, batch = make_case(queries, lens, **options)
+        first_query = 271 - num_queries
+        q, kv = q.clone(), kv.clone()
+        if where == "query":
+            q[0, 1, 3] = NAN
+        for at in range(271) if where == "all keys" else [position] if where != "query" else []:
+            numbers = cache.kv if cache.scales is None else cache.scales
+            numbers[batch.kv_tables[0][at // 16], at % 16, int(where == "value")] = NAN
+            if at >= first_query:
+                kv[at - first_query, int(where == "value")] = NAN
+        sees = [first_query + row >= position or where == "all keys" for row in range(num_queries)]
+        sees += [position < 256 or where == "all keys"] * (tables is not None)
+        for form in (*forms_that_serve(q, cache), paged_attention_reference):
+            out = form(q, kv, cache, batch, SCALE, None)
+            assert out[-1].isfinite().all()
+            if where == "query":
+                assert out[0, 1].isnan().all() and out[0, 0].isfinite().all() and out[1:].isfinite().all()
+            else:
+                assert out[:-1][sees].isnan().all()
 
 
 def test_merge_reference_takes_empty_parts():

@@ -24,11 +24,14 @@ from minirksc.errors import ConfigError
 sys.path.append(str(Path(__file__).parent))  # in importlib mode pytest does not add it
 cases = importlib.import_module("attention_cases")
 make_case, NESTED, SCALE = cases.make_case, cases.NESTED, cases.SCALE
+bf16_products = importlib.import_module("interpreter_bf16").bf16_products
 
 # The reference computes in float32 and rounds once; the kernel's second product takes its probabilities in the dtype.
-TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3}
-INT8_TOLERANCE = {torch.float32: 2e-3, torch.float16: 4e-3}  # multiplied as float16
-DTYPES = list(TOLERANCE)
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+INT8_TOLERANCE = {torch.float32: 2e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}  # multiplied as float16
+DTYPES = [torch.float32, torch.float16]
+NAN, INF = float("nan"), float("inf")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, which the interpreter computes with
 
 
 def shape_of(q, cache):
@@ -63,6 +66,90 @@ def test_heads_and_dims(heads, head_dim, dtype):
     check(make_case([1, 3], [17, 37], **options), scale=head_dim**-0.5)
     check(make_case([1, 3], [5, 19], window=6, apart="own", **options), softcap=1.5, scale=head_dim**-0.5)
     check(make_case([1, 3], [5, 19], is_int8=True, **options), scale=head_dim**-0.5)
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [((5, 1), 80), ((4, 2), 64), ((2, 1), 512)])
+def test_in_bfloat16(heads, head_dim):
+    options = {"heads": heads, "head_dim": head_dim, "dtype": torch.bfloat16, "block_size": 16}
+    check(make_case([1, 3, 70], [140, 37, 75], **options), scale=head_dim**-0.5, chunk=64)
+    check(make_case([1, 3], [5, 19], window=6, apart="own", **options), softcap=1.5, scale=head_dim**-0.5)
+    check(make_case([1, 3], [5, 19], is_int8=True, **options), scale=head_dim**-0.5)
+
+
+@pytest.mark.parametrize("where", ["key", "value", "query", "all keys"])
+@pytest.mark.parametrize("position", [0, 63, 64, 129])  # in the first and the last range, at their edges
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_nan_in_what_a_query_sees_makes_its_result_nan(is_int8, position, where):
+    options = {"block_size": 64, "heads": (2, 1), "dtype": torch.bfloat16, "is_int8": is_int8}
+    for num_queries, chunk in (1, 64), (1, 256), (2, 64), (33, 64):  # keys split, in one range, a few, a prompt
+        q, kv, cache, batch = make_case([num_queries, 1], [130, 40], **options)
+        batch.key_chunk = chunk
+        clean = paged_attention_triton(q, kv, cache, batch, SCALE, None)
+        if where == "query":
+            q = q.clone()
+            q[0, 1, 3] = NAN
+        for at in range(130) if where == "all keys" else [position] if where != "query" else []:
+            numbers = cache.kv if cache.scales is None else cache.scales
+            numbers[batch.kv_tables[0][at // 64], at % 64, int(where == "value")] = NAN
+        found = attend(q, cache, batch, SCALE, None, with_lse=True)
+        if where == "query":
+            assert found.out[0, 1].isnan().all() and found.lse[0, 1].isnan()
+            assert torch.equal(found.out[0, 0], clean[0, 0]) and torch.equal(found.out[1:], clean[1:])
+            continue
+        sees = [130 - num_queries + row >= position or where == "all keys" for row in range(num_queries)]
+        assert found.out[:-1][sees].isnan().all() and torch.equal(found.out[-1], clean[-1])
+        assert where == "value" or found.lse[:-1][sees].isnan().all()
+
+
+@pytest.mark.parametrize("chunk", [64, 256])
+def test_scores_that_are_all_minus_infinity_give_no_number(chunk):
+    """And among others they have no weight."""
+    q, kv, cache, batch = make_case([1], [130], block_size=16, heads=(2, 1))
+    batch.key_chunk = chunk
+    q[:, :, 0] = 1.0
+    table = batch.kv_tables[0]
+    cache.kv[table[8], 1, 0, :, 0] = -INF  # the last key: at an edge
+    expected = paged_attention_reference(q, kv, cache, batch, SCALE, None)
+    out = paged_attention_triton(q, kv, cache, batch, SCALE, None)
+    torch.testing.assert_close(out, expected, atol=3e-6, rtol=3e-6)
+    cache.kv[table, :, 0, :, 0] = -INF
+    assert paged_attention_triton(q, kv, cache, batch, SCALE, None).isnan().all()
+
+
+@pytest.mark.parametrize("queries", [1, 70])
+@pytest.mark.parametrize(
+    ("dtype", "is_int8", "gap", "size"),  # by how many nats the sink is ahead; of the other values
+    [
+        *[(torch.bfloat16, True, gap, size) for gap in (4, 11, 14, 20) for size in (0.02, 40.0)],
+        *[(torch.float16, True, gap, 1.0) for gap in (4, 11, 14)],  # beyond, the result is below its numbers
+        *[(torch.float16, False, gap, 1.0) for gap in (4, 11, 14)],
+    ],
+)
+def test_what_is_left_beside_an_attention_sink_is_exact(dtype, is_int8, gap, size, queries):
+    """The first key has nearly all of the weight and a value of zero, as in trained models: the rest is the result."""
+    context, head_dim = 300, 16
+    q, kv, cache, batch = make_case([queries], [context], block_size=16, heads=(1, 1), head_dim=head_dim)
+    q.zero_()
+    q[..., 0] = gap
+    slots = cache.kv.flatten(0, 1)  # a view
+    own = [batch.kv_tables[0][p // 16] * 16 + p % 16 for p in range(context)]
+    slots[own, 0] = 0.0
+    slots[own[0], 0, 0, 0] = 1.0
+    slots[own, 1] = (slots[own, 1] * 0.3 + 1) * size
+    slots[own[0], 1] = 0.0
+    cache = cases.quantised(cache.kv) if is_int8 else LayerCache(cache.kv.to(dtype))
+    if is_int8:
+        cache.scales[batch.kv_tables[0][0], 0, 1] = 0.0
+        cache.kv[batch.kv_tables[0][0], 0, 1] = 0
+        cache.scales.masked_fill_(cache.scales.isnan() & (cache.kv == 0).all(-1), 0.0)
+    stored = cache.kv.flatten(0, 1)[own].double()
+    if is_int8:
+        stored = stored * cache.scales.flatten(0, 1)[own].double().unsqueeze(-1)
+    weights = (stored[:, 0, 0] @ q[0, 0].double()).softmax(0)
+    expected = weights @ stored[:, 1, 0]
+    out = paged_attention_triton(q.to(dtype), kv, cache, batch, 1.0, None)[-1, 0].double()
+    bound = {torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    assert (out - expected).norm() <= bound * expected.norm()
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 8, 16, 32, 64, 128, 256])
@@ -255,7 +342,6 @@ def check_random_batch(case, softcap, chunk):
     options["block_size"] = 4 if size == 3 else size
     if size == 3:
         options["tables"] = None
-    options["dtype"] = torch.float16 if options["dtype"] == torch.bfloat16 else options["dtype"]
     check(make_case(queries, lens, **options), softcap, chunk=chunk)
 
 
