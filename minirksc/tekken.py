@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minirksc.errors import TokenizerError
-from minirksc.json_file import read_json_object
+from minirksc.json_file import MAX_TOKENIZER_BYTES, read_json_object
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -57,7 +57,7 @@ def read_tekken(file: Path) -> "Backend":
     Raises:
         TokenizerError: it is not such a file.
     """
-    content = read_json_object(file, TokenizerError)
+    content = read_json_object(file, TokenizerError, MAX_TOKENIZER_BYTES)
     try:
         config = content["config"]
         num_special = config["default_num_special_tokens"]

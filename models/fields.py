@@ -4,6 +4,7 @@ A field that is absent takes the family's default; null counts as a value where 
 where it does not.
 """
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,6 @@ from minirksc.models.consolidated import PARAMS_FILE, config_from_params, read_p
 from minirksc.errors import CheckpointError, UnsupportedModelError
 from minirksc.json_file import read_json_object
 
-MAX_CONFIG_BYTES = 10 << 20
 MAX_SIZE = 10**8
 """No real model has a dimension as large; a config that says so is damaged or hostile."""
 
@@ -216,8 +216,8 @@ def load_config(folder: Path) -> dict[str, Any]:
         CheckpointError: it is absent, too large, not JSON or not an object.
     """
     path = folder / "config.json"
-    if not path.exists() and (folder / PARAMS_FILE).is_file():
+    if os.path.lexists(path):
+        return read_json_object(path)
+    if (folder / PARAMS_FILE).is_file():
         return config_from_params(read_params(folder))
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; a checkpoint folder needs a config.json")
-    return read_json_object(path, max_bytes=MAX_CONFIG_BYTES)
+    raise CheckpointError(f"{path} does not exist; a checkpoint folder needs a config.json")

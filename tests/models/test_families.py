@@ -349,6 +349,6 @@ def test_unreadable_config_files(tmp_path, content, message):
 
 
 def test_a_config_of_absurd_size_is_not_parsed(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"a": "x" * (11 << 20)}))
+    (tmp_path / "config.json").write_text(json.dumps({"a": "x" * (17 << 20)}))
     with pytest.raises(CheckpointError, match="more than"):
         load_config(tmp_path)
