@@ -13,7 +13,7 @@ FOLDERS = {"minirksc": "minirksc.", "kernels": "minirksc.kernels.", "models": "m
 # From the bottom up. A module imports from the layers below its own; a package, from itself too.
 LAYERS = (
     ("errors", "eviction", "binomial", "gates", "guard", "signals", "trace_schema", "trace_html", "trace_style"),
-    ("window_pool", "prefix_index", "eviction_log", "host"),
+    ("window_pool", "prefix_index", "eviction_log", "host", "chat_messages"),
     ("block_pool", "block_table", "prefix_search", "threads"),
     ("awaited", "pins"),
     ("config", "answers", "json_file", "template_sandbox", "gguf_fields", "hub", "rsbcm", "kernels"),
@@ -70,6 +70,7 @@ NO_TORCH = (
     "errors",
     "config",
     "answers",
+    "chat_messages",
     "chat_template",
     "codecs",
     "tekken",

@@ -306,6 +306,30 @@ def test_renders_what_transformers_renders(name, conversation):
                     assert template.render(messages, prompted, tools, variables) == expected
 
 
+@pytest.mark.parametrize("conversation", ["tool", "two tools", "tool call with text", "several turns"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_messages_of_openai_clients_render_as_templates_expect_them(name, conversation):
+    """Which form a template expects is that of the conversations here, compared with transformers above."""
+    template = ChatTemplate(TEMPLATES[name], {"bos_token": "<s>", "eos_token": "</s>"})
+    sent = []
+    for message in CONVERSATIONS[conversation]:
+        nothing = {"content": None, "refusal": None, "audio": None, "function_call": None, "name": None}
+        sent.append({**nothing, "tool_calls": [], **message} if message["role"] == "assistant" else message)
+        if message.get("tool_calls"):
+            calls = [{**c, "function": {**c["function"], "arguments": json.dumps(c["function"]["arguments"])}} for c in
+                     message["tool_calls"]]  # fmt: skip
+            sent[-1] = {**sent[-1], "tool_calls": calls}
+    in_parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} if m["content"] else m for m in sent]
+    for messages in (sent, in_parts):
+        try:
+            expected = template.render(CONVERSATIONS[conversation])
+        except ChatTemplateError:
+            with pytest.raises(ChatTemplateError):
+                template.render(messages)
+        else:
+            assert template.render(messages) == expected
+
+
 @pytest.mark.oracle
 @pytest.mark.parametrize("version", [3, 7])
 def test_a_whole_chat_has_the_ids_of_mistral_common(tmp_path, version):
