@@ -287,7 +287,8 @@ CONVERSATIONS = {
 def test_renders_what_transformers_renders(name, conversation):
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    source, messages = TEMPLATES[name], CONVERSATIONS[conversation]
+    source = TEMPLATES[name]
+    messages = [{"content": "", **message} for message in CONVERSATIONS[conversation]]  # what an absent one is
     template = ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"})
     given = [{}] + [{"enable_thinking": value} for value in (True, False) if "enable_thinking" in source]
     given += [{"date_string": "1 Jan 2030"}] * ("date_string" in source)
@@ -301,9 +302,9 @@ def test_renders_what_transformers_renders(name, conversation):
                     )  # fmt: skip
                 except Exception:
                     with pytest.raises(ChatTemplateError):
-                        template.render(messages, prompted, tools, variables)
+                        template.render(CONVERSATIONS[conversation], prompted, tools, variables)
                 else:
-                    assert template.render(messages, prompted, tools, variables) == expected
+                    assert template.render(CONVERSATIONS[conversation], prompted, tools, variables) == expected
 
 
 @pytest.mark.parametrize("conversation", ["tool", "two tools", "tool call with text", "several turns"])
