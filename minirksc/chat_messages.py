@@ -134,7 +134,7 @@ def template_message(message: Mapping[str, Any], knows_developer: bool) -> dict[
         plain["tool_calls"] = [_tool_call(call) for call in plain["tool_calls"]]
     content = plain.get("content")
     if isinstance(content, list):
-        plain["content"] = TextParts(TextPart(part, type="text", text=_text_of(part)) for part in content)
+        plain["content"] = TextParts(TextPart(part, type="text", text=str(_text_of(part))) for part in content)
     else:
         plain["content"] = Text(content or refusal or "")
     reasoning = next((plain[key] for key in REASONING_FIELDS if key in plain), None)

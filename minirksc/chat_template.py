@@ -178,7 +178,7 @@ def _sources(folder: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str, s
     if isinstance(source, str):
         source = {"default": source}
     if isinstance(source, Mapping):
-        source = [{"name": name, "template": text} for name, text in source.items()]
+        source = [{"name": key, "template": value} for key, value in source.items()]
     for template in source if isinstance(source, list) else [] if source is None else [source]:
         named = template if isinstance(template, Mapping) else {}
         name, text = named.get("name"), named.get("template")

@@ -280,12 +280,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         known = {**self.filters, "join": _join, "replace": _replace, "sum": _sum, "tojson": _tojson}
         self.filters = {name: _guarded_filter(name, known[name]) for name in FILTERS}
         self.filters |= {"_each": _each, "_charged": _charged, "_compared": _compared, "_concat": _concat}
-        # upper and lower are all that would read a whole text
-        self.tests = {
-            name: _guarded_test(name, function)
-            for name, function in self.tests.items()
-            if name not in ("upper", "lower")
-        }
+        tests: dict[str, Any] = dict(self.tests)
+        del tests["upper"], tests["lower"]  # all that would read a whole text
+        self.tests = {name: _guarded_test(name, function) for name, function in tests.items()}
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now
         self.globals["namespace"] = _Namespace
@@ -390,7 +387,7 @@ class _Instrument(NodeTransformer):
 class _Limits(Extension):
     """Ends the reading of a source that is too long to be compiled in time."""
 
-    def filter_stream(self, stream: TokenStream) -> Iterator[Token]:  # type: ignore[override]
+    def filter_stream(self, stream: TokenStream) -> Iterator[Token]:
         for place, token in enumerate(stream):
             if place > MAX_TOKENS:
                 raise TemplateSyntaxError(f"it has more than {MAX_TOKENS} words and signs", token.lineno)

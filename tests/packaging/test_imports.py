@@ -13,7 +13,7 @@ FOLDERS = {"minirksc": "minirksc.", "kernels": "minirksc.kernels.", "models": "m
 # From the bottom up. A module imports from the layers below its own; a package, from itself too.
 LAYERS = (
     ("errors", "eviction", "binomial", "gates", "guard", "signals", "trace_schema", "trace_html", "trace_style"),
-    ("window_pool", "prefix_index", "eviction_log", "host", "chat_messages"),
+    ("window_pool", "prefix_index", "eviction_log", "host", "chat_messages", "tokenizer_checks"),
     ("block_pool", "block_table", "prefix_search", "threads"),
     ("awaited", "pins"),
     ("config", "answers", "json_file", "template_sandbox", "gguf_fields", "gguf_header", "hub", "rsbcm", "kernels"),
@@ -75,6 +75,7 @@ NO_TORCH = (
     "chat_template",
     "codecs",
     "tekken",
+    "tokenizer_checks",
     "template_sandbox",
     "eviction",
     "rsbcm",
