@@ -167,8 +167,8 @@ def _sources(folder: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str, s
     """Names and texts of the templates of a folder."""
     files = _files(folder)
     if files:
-        for name, file in files.items():
-            yield name, read_text(file, ChatTemplateError)
+        for key, file in files.items():
+            yield key, read_text(file, ChatTemplateError)
         return
     source, place = settings.get("chat_template"), folder / "tokenizer_config.json"
     if os.path.lexists(folder / "chat_template.json"):
