@@ -16,7 +16,8 @@ from jinja2 import TemplateError, nodes
 from minirksc.chat_messages import check_messages, plain_data, short, suit_contents, template_message
 from minirksc.errors import ChatTemplateError
 from minirksc.json_file import read_json, read_text
-from minirksc.template_sandbox import GUARD, MAX_CHARS, Guard, Sandbox
+from minirksc.template_guard import MAX_CHARS, Guard
+from minirksc.template_sandbox import GUARD, Sandbox
 
 MAX_SOURCE_CHARS = 200_000
 """Of a template; the longest published ones have 20 000."""

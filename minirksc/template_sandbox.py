@@ -15,44 +15,43 @@ or a generator, would be shown as an address.
 """
 
 import json
-import re
-import sys
-import time
-from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import wraps
 from typing import Any
 
-from jinja2 import Environment, Undefined, nodes, pass_context, pass_environment
-from jinja2.exceptions import SecurityError, TemplateSyntaxError
+from jinja2 import Environment, nodes, pass_context, pass_environment
+from jinja2.exceptions import TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import make_attrgetter
 from jinja2.lexer import Token, TokenStream
 from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Cycler, Namespace
+from jinja2.utils import Cycler
 from jinja2.visitor import NodeTransformer
 
-from minirksc.chat_messages import Text, TextParts, ToolArguments
+from minirksc.chat_messages import Text, TextParts
 from minirksc.errors import ChatTemplateError
+from minirksc.template_guard import (
+    COMPARING,
+    CONTAINERS,
+    FROM_THE_END,
+    MAX_CHARS,
+    MAX_ITEMS,
+    PADDING,
+    SELECTING,
+    SHOWING,
+    Guard,
+    TemplateNamespace,
+    children,
+)
 
 MAX_TOKENS = 20_000
 """Of a source; the longest published ones have 4 000."""
 
 MAX_DEPTH = 100
 """Of expressions and blocks within each other; published ones have up to 28. Python's own parser ends at 200."""
-
-MAX_RENDER_S = 2.0
-MAX_CHARS = 10_000_000
-MAX_ITEMS = 150_000
-MAX_TOTAL_BYTES = 300_000_000
-ITEM_CHARS = 64
-MAX_INT_BITS = 10_000
-MAX_WIDTH = 10_000
-MAX_FORMAT_CHARS = 10_000
-MAX_SEARCH = 200_000_000
-"""Characters of a text times those that it is searched for from its end, which takes the product."""
 
 GUARD = "_minirksc_guard"
 """Variable that carries a rendering's limits; templates may not mention it."""
@@ -61,16 +60,6 @@ STATEMENTS = (
     *(nodes.Output, nodes.For, nodes.If, nodes.Assign, nodes.AssignBlock, nodes.Macro, nodes.CallBlock),
     *(nodes.FilterBlock, nodes.With, nodes.Scope, nodes.Break, nodes.Continue),
 )
-SHOWING = frozenset(
-    [
-        *("capitalize", "center", "e", "escape", "format", "indent", "join", "lower", "replace", "safe", "string"),
-        *("title", "tojson", "trim", "truncate", "upper"),
-    ]
-)
-"""Filters that make text of whatever they get."""
-
-COMPARING = frozenset(["dictsort", "groupby", "max", "min", "sort", "sum", "unique"])
-SELECTING = frozenset(["list", "map", "reject", "rejectattr", "select", "selectattr"])
 FILTERS = (
     SHOWING
     | COMPARING
@@ -79,17 +68,12 @@ FILTERS = (
         ["abs", "count", "d", "default", "first", "float", "int", "items", "last", "length", "reverse", "round"]
     )
 )
-STEPWISE = (COMPARING | SELECTING | {"join", "title", "splitlines"}) - {"dictsort"}
-"""Filters and methods that take a text character by character, or make an object of every part."""
-
 COMPARING_TESTS = frozenset(
     [
         *("==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", ">=", "ge", "<", "lt", "lessthan", "<=", "le"),
         *("in",),
     ]
 )
-PADDING = frozenset(["center", "ljust", "rjust", "zfill"])
-FROM_THE_END = frozenset(["lstrip", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "strip", "trim"])
 ATTRIBUTES: Sequence[tuple[Any, frozenset[str]]] = (
     (
         str,
@@ -118,151 +102,6 @@ ATTRIBUTES: Sequence[tuple[Any, frozenset[str]]] = (
 )
 """What a template can reach of a value; beside it, the keys of objects and of namespaces."""
 
-CONTAINERS = (Mapping, list, tuple, set, frozenset, KeysView, ItemsView, ValuesView)
-WIDE_PERCENT = re.compile(r"%(\([^)]*\))?[^%a-zA-Z]*(\d{4,}|\*)")
-WIDE_BRACES = re.compile(r"\{[^{}]*:[^{}]*(\d{4,}|\{)")
-BRACES_WITH_PATH = re.compile(r"\{[^{}:!]*[.\[]")
-
-
-class Guard:
-    """The limits of one rendering."""
-
-    def __init__(self) -> None:
-        self._deadline = time.thread_time() + MAX_RENDER_S
-        self._bytes_left = MAX_TOTAL_BYTES
-
-    def tick(self) -> None:
-        """Looks at the clock."""
-        if time.thread_time() > self._deadline:
-            raise ChatTemplateError(f"the chat template ran for more than {MAX_RENDER_S} seconds")
-
-    def charge(self, value: Any, with_items: bool = False) -> Any:
-        """Counts a value that the template has made, perhaps together with its items; returns it."""
-        self.tick()
-        if isinstance(value, str):
-            if len(value) > MAX_CHARS:
-                raise _too_long()
-        elif isinstance(value, list | tuple | dict):
-            if len(value) > MAX_ITEMS:
-                raise ChatTemplateError(f"the chat template makes a list of more than {MAX_ITEMS} items")
-            if isinstance(value, tuple):
-                self.weigh(value, is_shown=False)  # a tuple may be hashed, which goes through all of it
-        elif isinstance(value, int):
-            self.weigh(value)
-        self._bytes_left -= sys.getsizeof(value)
-        if with_items and isinstance(value, list):
-            self._bytes_left -= sum(map(sys.getsizeof, value))
-        if self._bytes_left < 0:
-            raise ChatTemplateError(f"the chat template made more than {MAX_TOTAL_BYTES} bytes in passing")
-        return value
-
-    def weigh(self, value: Any, is_shown: bool = True) -> int:
-        """Characters that a value would show; what is in it twice counts twice.
-
-        Args:
-            value: any.
-            is_shown: that it holds something else than data is an error.
-        """
-        num_chars = 0
-        stack = [value]
-        while stack:
-            item = stack.pop()
-            if isinstance(item, str | bytes):
-                num_chars += len(item)
-            elif isinstance(item, int):
-                if item.bit_length() > MAX_INT_BITS:
-                    raise ChatTemplateError("the chat template computes a number that is too large")
-                num_chars += 1 + item.bit_length() // 3
-            elif isinstance(item, (*CONTAINERS, _Namespace)):
-                children = _children(item)
-                if is_shown and isinstance(item, TextParts):
-                    item.is_shown = True
-                num_chars += ITEM_CHARS * (1 + len(children))
-                num_chars += len(str(item)) if isinstance(item, ToolArguments) else 0
-                if num_chars <= MAX_CHARS:
-                    stack += children
-            elif is_shown and not isinstance(item, float | range | Undefined | None):
-                raise ChatTemplateError(f"the chat template shows a {type(item).__name__}, which is no text")
-            else:
-                num_chars += ITEM_CHARS
-            if num_chars > MAX_CHARS:
-                raise _too_long()
-        return num_chars
-
-    def check_filter(self, name: str, subject: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Refuses a filter that would take long or make much, before it is run."""
-        operands = [*args, *kwargs.values()]
-        self._check_text(name, subject, operands)
-        if name in SHOWING:
-            self.weigh([subject, *operands])
-        elif name in COMPARING:
-            self.weigh([subject, *operands], is_shown=False)
-        if name == "format":
-            self.check_percent(str(subject), kwargs or args)
-        if name == "round" and any(abs(n) > 100 for n in operands if isinstance(n, int | float)):
-            raise ChatTemplateError("the chat template rounds to more than 100 digits")
-        if name == "indent":
-            width = max([4, *(len(a) if isinstance(a, str) else a for a in operands if isinstance(a, str | int))])
-            if width * (1 + str(subject).count("\n")) > MAX_CHARS:
-                raise ChatTemplateError(f"the chat template pads to more than {MAX_CHARS} characters (indent)")
-        paths = args[:1] if name.endswith("attr") else operands
-        if name in COMPARING | SELECTING and any(isinstance(path, str) and path.count(".") > 20 for path in paths):
-            raise ChatTemplateError(f"the chat template follows too long a path of attributes ({name})")
-
-    def check_method(self, name: str, text: str, args: tuple[Any, ...]) -> None:
-        """Refuses a method of a text that would take long or make much, before it is run."""
-        self._check_text(name, text, args)
-        if name == "replace" and len(args) > 1 and all(isinstance(a, str) for a in args[:2]):
-            if text.count(args[0]) * len(args[1]) > MAX_CHARS:
-                raise ChatTemplateError(f"the chat template replaces to more than {MAX_CHARS} characters")
-        elif name == "join" and args:
-            self.weigh(args[0])
-            if len(args[0]) * len(text) > MAX_CHARS:
-                raise ChatTemplateError(f"the chat template joins to more than {MAX_CHARS} characters")
-
-    def check_percent(self, form: str, values: Any) -> None:
-        """Refuses text with % that would become huge."""
-        self._check_format(form, WIDE_PERCENT, form.count("%"), values)
-
-    def check_braces(self, form: str, values: Any) -> None:
-        """Refuses a call of str.format that would give huge text, or look into values."""
-        plain = form.replace("{{", "").replace("}}", "")
-        self._check_format(plain, WIDE_BRACES, plain.count("{"), values)
-        if BRACES_WITH_PATH.search(plain):
-            raise ChatTemplateError("the chat template formats parts of a value; only whole values are taken")
-
-    def _check_format(self, form: str, wide: re.Pattern[str], num_fields: int, values: Any) -> None:
-        if len(form) > MAX_FORMAT_CHARS or wide.search(form):
-            raise ChatTemplateError("the chat template formats with a width that is too large or not fixed")
-        if num_fields * self.weigh(values) > MAX_CHARS:
-            raise _too_long()
-
-    def _check_text(self, name: str, subject: Any, operands: Iterable[Any]) -> None:
-        if name in STEPWISE and isinstance(subject, str) and len(subject) > MAX_ITEMS:
-            raise ChatTemplateError(f"the chat template takes more than {MAX_ITEMS} characters one by one ({name})")
-        if name in PADDING and any(isinstance(width, int) and width > MAX_WIDTH for width in operands):
-            raise ChatTemplateError(f"the chat template pads to more than {MAX_WIDTH} characters ({name})")
-        num_chars = len(subject) if name in FROM_THE_END and isinstance(subject, str) else 0
-        if any(isinstance(part, str) and len(part) * num_chars > MAX_SEARCH for part in operands):
-            raise ChatTemplateError(f"the chat template searches for too long a text ({name})")
-
-
-class _Namespace(Namespace):
-    """`namespace()` of templates, without names that Python itself may look for."""
-
-    def __init__(self, /, *args: Any, **kwargs: Any) -> None:
-        attributes = dict(*args, **kwargs)
-        for name in attributes:
-            _check_name(name)
-        super().__init__(attributes)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        super().__setitem__(name, value)
-
-    def __repr__(self) -> str:
-        return "<namespace>"
-
 
 class Sandbox(ImmutableSandboxedEnvironment):
     """What chat templates expect, and a guard over everything that can repeat or grow."""
@@ -285,7 +124,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.tests = {name: _guarded_test(name, function) for name, function in tests.items()}
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now
-        self.globals["namespace"] = _Namespace
+        self.globals["namespace"] = TemplateNamespace
         del self.globals["lipsum"]
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
@@ -298,7 +137,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         """Whether a template can reach an attribute of a value."""
         names = next((names for kind, names in ATTRIBUTES if isinstance(obj, kind)), frozenset[str]())
-        return super().is_safe_attribute(obj, attr, value) and (isinstance(obj, _Namespace) or attr in names)
+        return super().is_safe_attribute(obj, attr, value) and (isinstance(obj, TemplateNamespace) or attr in names)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         """An item of a list or object, or an attribute."""
@@ -526,7 +365,7 @@ def _tojson(
     if indent is not None:
         level = [value]
         for _ in range(64):
-            level = [child for item in level if isinstance(item, CONTAINERS) for child in _children(item)]
+            level = [child for item in level if isinstance(item, CONTAINERS) for child in children(item)]
         if level:
             raise ChatTemplateError("the chat template writes indented JSON that is nested more than 64 deep")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
@@ -582,18 +421,3 @@ def _strftime_now(form: str) -> str:
 def _take_apart(value: Any) -> None:
     if isinstance(value, Text | TextParts):
         value.is_taken_apart = True
-
-
-def _too_long() -> ChatTemplateError:
-    return ChatTemplateError(f"the chat template makes a value of more than {MAX_CHARS} characters")
-
-
-def _check_name(name: Any) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"a namespace cannot hold {name!r}: names with a leading underscore are not allowed")
-
-
-def _children(item: Any) -> list[Any]:
-    if isinstance(item, _Namespace):
-        item = object.__getattribute__(item, "_Namespace__attrs")
-    return [*item.keys(), *item.values()] if isinstance(item, Mapping) else list(item)

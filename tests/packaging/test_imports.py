@@ -14,7 +14,7 @@ FOLDERS = {"minirksc": "minirksc.", "kernels": "minirksc.kernels.", "models": "m
 LAYERS = (
     ("errors", "eviction", "binomial", "gates", "guard", "signals", "trace_schema", "trace_html", "trace_style"),
     ("window_pool", "prefix_index", "eviction_log", "host", "chat_messages", "tokenizer_checks"),
-    ("block_pool", "block_table", "prefix_search", "threads"),
+    ("block_pool", "block_table", "prefix_search", "threads", "template_guard"),
     ("awaited", "pins"),
     ("config", "answers", "json_file", "template_sandbox", "gguf_fields", "gguf_header", "hub", "rsbcm", "kernels"),
     ("stopping", "chat_template", "tekken", "gguf_config", "cgee", "similarity"),
@@ -76,6 +76,7 @@ NO_TORCH = (
     "codecs",
     "tekken",
     "tokenizer_checks",
+    "template_guard",
     "template_sandbox",
     "eviction",
     "rsbcm",

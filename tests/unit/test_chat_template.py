@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from minirksc import template_sandbox
+from minirksc import template_guard
 from minirksc.chat_template import ChatTemplate, load_chat_templates
 from minirksc.errors import ChatTemplateError
-from minirksc.template_sandbox import MAX_CHARS, MAX_RENDER_S
+from minirksc.template_guard import MAX_CHARS, MAX_RENDER_S
 
 NESTED = "{% for i in range(100000) %}{% for j in range(100000) %}"
 CHAT = [
@@ -81,8 +81,8 @@ def test_helpers():
 )
 def test_a_template_that_runs_for_long_is_stopped(source, monkeypatch):
     if not source.startswith(NESTED):
-        monkeypatch.setattr(template_sandbox, "MAX_RENDER_S", 0.2)
-    limit_s = template_sandbox.MAX_RENDER_S
+        monkeypatch.setattr(template_guard, "MAX_RENDER_S", 0.2)
+    limit_s = template_guard.MAX_RENDER_S
     ends = []
 
     def run():  # in a thread that is not the main one, so without signals
