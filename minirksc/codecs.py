@@ -10,18 +10,22 @@ The first of them that is there wins. tekken.json is what a model was trained wi
 a conversion, wrong in several published checkpoints. tokenizer.json comes before tokenizer.model, since it says
 itself what that leaves to other files: added tokens and what stands in front of a prompt.
 
-Text that spells a special token is that token, in every kind: chat templates write them so. Whoever wants text from
+Text that spells a special token is that token, in every kind: chat templates write them so (unless
+tokenizer_config.json has `split_special_tokens`). Whoever wants text from
 strangers to be safe from this must take such spellings out of it.
 """
 
+import operator
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from minirksc.errors import TokenizerError
-from minirksc.json_file import read_json_object
+from minirksc.json_file import MAX_TOKENIZER_BYTES, read_bytes, read_json_object, read_text
 from minirksc.tekken import NAMED_TOKENS, mend_split, read_tekken
+from minirksc.tokenizer_checks import MAX_PREFIX_IDS, check_backend, declared_tokens, library_errors
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -86,19 +90,26 @@ class BackendCodec:
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         # The file's own post-processor knows what comes in front; tokenizer_config.json has no say in it.
         plain = self.encode("a")
-        full: list[int] = self._backend.encode("a", add_special_tokens=True).ids
+        with library_errors("the tokens around a text cannot be read"):
+            full: list[int] = self._backend.encode("a", add_special_tokens=True).ids
         begins = (n for n in range(len(full)) if full[n : n + len(plain)] == plain)
         self.prefix_ids = full[: next(begins, 0)]
+        if len(self.prefix_ids) > MAX_PREFIX_IDS:
+            raise TokenizerError(
+                f"the tokenizer puts {len(self.prefix_ids)} tokens in front of a prompt, {MAX_PREFIX_IDS} are allowed"
+            )
 
     def encode(self, text: str) -> list[int]:
         """See `Codec`."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        with library_errors(f"a text of {len(text)} characters cannot be encoded"):
+            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """See `Codec`."""
-        valid = [i for i in token_ids if 0 <= i < self.MAX_ID]
-        text: str = self._backend.decode(valid, skip_special_tokens=skip_special_tokens)
+        with library_errors(f"{len(token_ids)} token ids cannot be decoded"):
+            valid = [i for i in token_ids if 0 <= i < self.MAX_ID]
+            text: str = self._backend.decode(valid, skip_special_tokens=skip_special_tokens)
         return text
 
     def token_id(self, token: str) -> int | None:
@@ -132,10 +143,9 @@ class SentencePieceCodec:
     def __init__(self, file: Path, settings: Mapping[str, Any], added: Mapping[int, Mapping[str, Any]]) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        try:
-            self._backend = SentencePieceProcessor(model_file=str(file))
-        except (RuntimeError, OSError, ValueError) as error:
-            raise TokenizerError(f"{file} cannot be read: {error}") from error
+        content = read_bytes(file, TokenizerError, MAX_TOKENIZER_BYTES)
+        with library_errors(f"{file} cannot be read"):
+            self._backend = SentencePieceProcessor(model_proto=content)
         self._num_pieces: int = self._backend.vocab_size()
         self.vocab_size: int = max(self._num_pieces, *(i + 1 for i in added), 0)
         special = {i for i in range(self._num_pieces) if self._backend.is_control(i) or self._backend.is_unknown(i)}
@@ -153,19 +163,19 @@ class SentencePieceCodec:
         self.prefix_ids = [bos] if bos >= 0 and settings.get("add_bos_token", True) else []
         # A private character that is no piece: nothing can merge with it.
         private = (chr(code) for code in range(0xE000, 0xF900))
-        self._lead = next(c for c in private if self._backend.is_unknown(self._backend.piece_to_id(c)))
+        self._lead = next((c for c in private if self._backend.is_unknown(self._backend.piece_to_id(c))), "")
         self._num_lead_ids = len(self._backend.encode(self._lead))
 
     def encode(self, text: str) -> list[int]:
         """See `Codec`."""
         ids: list[int] = []
         start = 0
-        for cut in self._cut.finditer(text):
-            ids += self._encode_between(text, start, cut.start())
-            token = cut.group()
-            ids.append(self._ids[token if token in self._ids else token.strip()])
-            start = cut.end()
-        return ids + self._encode_between(text, start, len(text))
+        with library_errors(f"a text of {len(text)} characters cannot be encoded"):
+            for cut in self._cut.finditer(text):
+                ids += self._encode_between(text, start, cut.start())
+                ids.append(self._ids[cut[cut.lastindex or 0]])
+                start = cut.end()
+            return ids + self._encode_between(text, start, len(text))
 
     def _encode_between(self, text: str, start: int, end: int) -> list[int]:
         part = text[start:end]
@@ -179,15 +189,16 @@ class SentencePieceCodec:
         """See `Codec`."""
         text = ""
         run: list[int] = []
-        for i in token_ids:
-            if skip_special_tokens and i in self.special_ids:
-                continue
-            if i in self._verbatim:
-                text += self._decode_run(run, bool(text)) + self._verbatim[i]
-                run = []
-            elif 0 <= i < self._num_pieces:
-                run.append(i)
-        return text + self._decode_run(run, bool(text))
+        with library_errors(f"{len(token_ids)} token ids cannot be decoded"):
+            for i in token_ids:
+                if skip_special_tokens and i in self.special_ids:
+                    continue
+                if i in self._verbatim:
+                    text += self._decode_run(run, bool(text)) + self._verbatim[i]
+                    run = []
+                elif 0 <= i < self._num_pieces:
+                    run.append(operator.index(i))
+            return text + self._decode_run(run, bool(text))
 
     def _decode_run(self, run: list[int], is_inside: bool) -> str:
         if not is_inside:
@@ -223,15 +234,24 @@ def load_codec(folder: Path, settings: Mapping[str, Any]) -> Codec:
     Raises:
         TokenizerError: there is none, or it cannot be read.
     """
-    if (folder / "tekken.json").is_file():
-        return BackendCodec(read_tekken(folder / "tekken.json"), NAMED_TOKENS)
-    added = _added_tokens(folder, settings)
-    if (folder / "tokenizer.json").is_file():
-        backend = _read_json(folder / "tokenizer.json", settings, added)
+    file = next((folder / name for name in TOKENIZER_FILES if os.path.lexists(folder / name)), None)
+    splits_special = bool(settings.get("split_special_tokens"))
+    if file is not None and splits_special and file.name != "tokenizer.json":
+        raise TokenizerError(
+            f"{folder}: split_special_tokens is true, which only a tokenizer.json can follow, not {file.name}; set it "
+            "to false in tokenizer_config.json: special tokens in a text are then taken for what they spell"
+        )
+    if file is not None and file.name == "tekken.json":
+        return BackendCodec(read_tekken(file), NAMED_TOKENS)
+    in_file = read_json_object(folder / "added_tokens.json", TokenizerError)
+    added = declared_tokens(in_file, settings, folder)
+    if file is not None and file.name == "tokenizer.json":
+        backend = _read_json(file, settings, added)
         mend_split(backend, settings, read_json_object(folder / "config.json", TokenizerError))
+        backend.encode_special_tokens = splits_special
         return BackendCodec(backend, {})
-    if (folder / "tokenizer.model").is_file():
-        return SentencePieceCodec(folder / "tokenizer.model", settings, added)
+    if file is not None:
+        return SentencePieceCodec(file, settings, added)
     raise TokenizerError(f"{folder} has none of {', '.join(TOKENIZER_FILES)}; give token ids instead")
 
 
@@ -253,10 +273,10 @@ def _read_json(file: Path, settings: Mapping[str, Any], added: Mapping[int, Mapp
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as Backend
 
-    try:
-        backend = Backend.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception
-        raise TokenizerError(f"{file} cannot be read: {error}") from error
+    content = read_text(file, TokenizerError, MAX_TOKENIZER_BYTES)
+    with library_errors(f"{file} cannot be read"):
+        backend = Backend.from_str(content)
+    check_backend(backend, file)
     flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
     tokens = [
         AddedToken(token["content"], **{name: token[name] for name in flags if isinstance(token.get(name), bool)})
@@ -270,19 +290,9 @@ def _read_json(file: Path, settings: Mapping[str, Any], added: Mapping[int, Mapp
         if text and text not in known:
             tokens.append(AddedToken(text, special=True))
             known.add(text)
-    backend.add_tokens(tokens)
+    with library_errors(f"{len(tokens)} tokens cannot be added to {file}"):
+        backend.add_tokens(tokens)
     return backend
-
-
-def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """Tokens that a checkpoint has beside its tokenizer file: id -> description as in tokenizer_config.json."""
-    in_file = read_json_object(folder / "added_tokens.json", TokenizerError)
-    added: dict[int, dict[str, Any]] = {i: {"content": text} for text, i in in_file.items() if isinstance(i, int)}
-    declared = settings.get("added_tokens_decoder")
-    for token_id, token in declared.items() if isinstance(declared, Mapping) else ():
-        if str(token_id).isdecimal() and isinstance(token, Mapping) and isinstance(token.get("content"), str):
-            added[int(token_id)] = dict(token)
-    return added
 
 
 def _cuts(verbatim: Mapping[int, str], added: Mapping[int, Mapping[str, Any]]) -> re.Pattern[str]:
@@ -290,5 +300,6 @@ def _cuts(verbatim: Mapping[int, str], added: Mapping[int, Mapping[str, Any]]) -
     found = []
     for i, text in sorted(verbatim.items(), key=lambda item: -len(item[1])):
         token = added.get(i, {})
-        found.append(r"\s*" * bool(token.get("lstrip")) + re.escape(text) + r"\s*" * bool(token.get("rstrip")))
+        before, after = (r"\s*" * bool(token.get(side)) for side in ("lstrip", "rstrip"))
+        found.append(f"{before}({re.escape(text)}){after}")
     return re.compile("|".join(found))

@@ -61,6 +61,8 @@ NEUTRAL_FIELDS = {
 }
 """Fields that mean nothing with these values."""
 
+MAX_LAYERS = 1000
+
 LLAMA3_FACTORS = (8.0, 32.0)
 LLAMA3_BANDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """As published with Llama 3.1 and 3.3 (factor 8) and Llama 3.2 (factor 32)."""
@@ -139,6 +141,11 @@ def make_config(
     """
     fields.check_known((*KNOWN_FIELDS, *arch.fields), NEUTRAL_FIELDS)
     heads, hidden = fields.integer("attention.head_count"), fields.integer("embedding_length")
+    num_layers = fields.integer("block_count")
+    if num_layers > MAX_LAYERS:
+        raise CheckpointError(
+            f"{fields.source}: {fields.prefix}block_count is {num_layers}, no model has over {MAX_LAYERS}"
+        )
     head_dim = fields.integer("attention.key_length", hidden // heads)
     for name in ("attention.value_length", "rope.dimension_count"):
         if fields.integer(name, head_dim) != head_dim:
@@ -151,7 +158,7 @@ def make_config(
         arch.activation[0]: arch.activation[1],
         "hidden_size": hidden,
         "intermediate_size": fields.integer("feed_forward_length"),
-        "num_hidden_layers": fields.integer("block_count"),
+        "num_hidden_layers": num_layers,
         "num_attention_heads": heads,
         "num_key_value_heads": fields.integer("attention.head_count_kv", heads),
         "head_dim": head_dim,
@@ -251,7 +258,7 @@ def _gemma3(fields: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
 def _rope_scaling(
     fields: GgufFields, config: Mapping[str, Any], rope_factors: Sequence[float] | None
 ) -> dict[str, Any] | None:
-    factor = fields.get("rope.scaling.factor", fields.get("rope.scale_linear", 1.0)) or 1.0
+    factor = fields.decimal("rope.scaling.factor", fields.decimal("rope.scale_linear", 1.0)) or 1.0
     kind = fields.get("rope.scaling.type", "linear")  # what a factor without a type means
     if kind not in ("none", "linear"):
         raise CheckpointError(
@@ -261,9 +268,10 @@ def _rope_scaling(
     linear = {"rope_type": "linear", "factor": float(factor)} if kind == "linear" and factor != 1.0 else None
     if rope_factors is None:
         return linear
-    for candidate in LLAMA3_FACTORS:
+    is_complete = len(rope_factors) == config["head_dim"] // 2
+    for candidate in LLAMA3_FACTORS if is_complete and config["rope_theta"] > 0 else ():
         wanted = _llama3_factors(config["rope_theta"], config["head_dim"], candidate)
-        is_same = len(wanted) == len(rope_factors) and bool(np.allclose(wanted, rope_factors, rtol=1e-5, atol=0))
+        is_same = bool(np.allclose(wanted, rope_factors, rtol=1e-5, atol=0))
         if is_same and linear is None:
             return {"rope_type": "llama3", "factor": candidate, **LLAMA3_BANDS}
     raise CheckpointError(

@@ -8,6 +8,8 @@ import numpy as np
 
 from minirksc.errors import CheckpointError
 
+LARGEST_DECIMAL = float(np.finfo(np.float32).max)
+
 
 class GgufFields:
     """Fields of a GGUF file below one prefix; a missing or ill-typed one is an error that names it.
@@ -50,7 +52,7 @@ class GgufFields:
             CheckpointError: it is no number, or is absent and has no default.
         """
         value = self[name] if default is None else self.get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= LARGEST_DECIMAL:
             raise CheckpointError(f"{self.source}: {self.prefix}{name} is {value!r:.80}, expected a number")
         return float(str(np.float32(value)))
 

@@ -15,7 +15,8 @@ import numpy as np
 from minirksc.errors import CheckpointError
 from minirksc.gguf_config import ARCHITECTURES, ROPE_FACTORS, expected_shapes, hf_name, is_norm, make_config, part_of
 from minirksc.gguf_fields import GgufFields
-from minirksc.gguf_tokenizer import CONTROL, adds_bos, build_tokenizer
+from minirksc.gguf_header import check_header
+from minirksc.gguf_tokenizer import CONTROL, adds_bos, build_tokenizer, token_id
 
 ITEM_BYTES = {"bfloat16": 2, "float32": 4}
 DTYPES = tuple(ITEM_BYTES)
@@ -37,15 +38,16 @@ class GgufModel:
             import gguf
         except ImportError as error:
             raise CheckpointError("reading GGUF files needs the gguf package: pip install 'minirksc[demo]'") from error
+        check_header(source)
         try:
             self._reader = gguf.GGUFReader(source)
             fields = {name: field.contents() for name, field in self._reader.fields.items()}
         except Exception as error:  # of a damaged file, whatever the reader stumbles over
             raise CheckpointError(f"{source} is not a readable GGUF file: {error}") from error
         name = fields.get("general.architecture")
-        if name not in ARCHITECTURES:
+        if not isinstance(name, str) or name not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
-            raise CheckpointError(f"{source}: architecture {name!r} cannot be imported; known: {known}")
+            raise CheckpointError(f"{source}: architecture {name!r:.80} cannot be imported; known: {known}")
         self._source = source
         self._arch = ARCHITECTURES[name]
         self._chat_template = fields.get("tokenizer.chat_template")
@@ -121,11 +123,9 @@ class GgufModel:
 
     def _json_files(self, dtype: str) -> Iterator[tuple[str, dict[str, Any]]]:
         tokens = self._tokens
-        ids = {
-            name: tokens[f"{source}_token_id"]
-            for name, source in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown"))
-            if tokens.get(f"{source}_token_id") is not None
-        }
+        sources = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+        found = {name: token_id(tokens, source) for name, source in sources.items()}
+        ids = {name: i for name, i in found.items() if i is not None}
         words = tokens["tokens"]
         settings: dict[str, Any] = {f"{name}_token": words[i] for name, i in ids.items()}
         settings |= {
@@ -152,7 +152,7 @@ class GgufModel:
             for i, (word, kind) in enumerate(zip(tokens["tokens"], tokens["token_type"], strict=True))
             if kind == CONTROL and word in self._arch.end_tokens
         ]
-        ends = [tokens.get(f"{name}_token_id") for name in ("eos", "eot", "eom")]
+        ends = [token_id(tokens, name) for name in ("eos", "eot", "eom")]
         return list(dict.fromkeys(i for i in (*ends, *named) if i is not None))
 
 

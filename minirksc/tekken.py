@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from minirksc.errors import TokenizerError
 from minirksc.json_file import MAX_TOKENIZER_BYTES, read_json_object
+from minirksc.tokenizer_checks import library_errors
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -50,6 +51,9 @@ FAULTY_PATTERN = (
 NUM_SPECIAL = 1000
 """Special tokens of every tekken file so far."""
 
+MAX_SPECIAL = 100_000
+MAX_TOKEN_BYTES = 1000
+
 
 def read_tekken(file: Path) -> "Backend":
     """Reads tekken.json.
@@ -60,16 +64,16 @@ def read_tekken(file: Path) -> "Backend":
     content = read_json_object(file, TokenizerError, MAX_TOKENIZER_BYTES)
     try:
         config = content["config"]
-        num_special = config["default_num_special_tokens"]
-        num_ranks = config["default_vocab_size"] - num_special
-        table = [base64.b64decode(entry["token_bytes"]) for entry in content["vocab"][:num_ranks]]
+        num_special, num_ids = config["default_num_special_tokens"], config["default_vocab_size"]
+        if not 0 < num_special < num_ids or num_special > MAX_SPECIAL:
+            raise ValueError(f"of {num_ids} tokens {num_special} are special; at most {MAX_SPECIAL} can be")
+        table = _table(content["vocab"], num_ids - num_special)
         special = _special_tokens(content.get("special_tokens"), num_special)
-        if len(set(table)) < num_ranks or table[:256] != [bytes([i]) for i in range(256)]:
-            raise ValueError(f"{num_ranks} different entries are expected in vocab, the 256 bytes first")
-        return _build(table, special, config["pattern"])
-    except (KeyError, TypeError, ValueError) as error:
+        with library_errors("its parts do not fit each other"):
+            return _build(table, special, config["pattern"])
+    except (KeyError, TypeError, ValueError, AttributeError, TokenizerError) as error:
         raise TokenizerError(
-            f"{file} is not a tekken file: {error!r}; get it from the model's publisher again"
+            f"{file} is not a tekken file: {error!r:.300}; get it from the model's publisher again"
         ) from error
 
 
@@ -124,6 +128,17 @@ def _build(table: list[bytes], special: list[str], pattern: str) -> "Backend":
     return backend
 
 
+def _table(entries: list[dict[str, Any]], num_ranks: int) -> list[bytes]:
+    """The byte strings by rank."""
+    table = [base64.b64decode(entry["token_bytes"], validate=True) for entry in entries[:num_ranks]]
+    if len(set(table)) < num_ranks or table[:256] != [bytes([i]) for i in range(256)]:
+        raise ValueError(f"{num_ranks} different entries are expected in vocab, the 256 bytes first")
+    for place, (entry, token) in enumerate(zip(entries, table, strict=False)):
+        if entry.get("rank", place) != place or len(token) > MAX_TOKEN_BYTES:
+            raise ValueError(f"entry {place} of vocab has the rank {entry.get('rank')} and {len(token)} bytes")
+    return table
+
+
 def _pairs(table: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
     """Every pair of entries that joins to an entry, in the order of what they join to."""
     known = set(table)
@@ -140,7 +155,7 @@ def _special_tokens(declared: list[dict[str, Any]] | None, num_special: int) -> 
     if declared is None:
         tokens |= dict(enumerate(DEFAULT_SPECIAL_TOKENS))
     else:
-        tokens |= {token["rank"]: str(token["token_str"]) for token in declared}
+        tokens |= {token["rank"]: token["token_str"] for token in declared}
     if sorted(tokens) != list(range(num_special)) or len(set(tokens.values())) < num_special:
         raise ValueError(f"special tokens must differ and have the ids 0..{num_special - 1}")
     return list(tokens.values())

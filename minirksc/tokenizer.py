@@ -13,6 +13,7 @@ from minirksc.chat_template import ChatTemplate, load_chat_templates
 from minirksc.codecs import Codec, load_codec, token_id_of
 from minirksc.errors import ChatTemplateError, PromptError, TokenizerError
 from minirksc.json_file import read_json_object
+from minirksc.tokenizer_checks import check_settings, eos_ids
 
 REPLACEMENT = "\ufffd"
 """What an incomplete UTF-8 sequence decodes to."""
@@ -65,8 +66,7 @@ class Tokenizer:
         eos = {token_id_of(codec, settings.get("eos_token"))}
         others = (read_json_object(folder / name, TokenizerError) for name in ("config.json", "generation_config.json"))
         for file in (settings, *others):
-            ids = file.get("eos_token_id")
-            eos |= {i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
+            eos |= eos_ids(file, folder)
         templates: Mapping[str, ChatTemplate] | ChatTemplateError
         try:
             templates = load_chat_templates(folder, settings)
@@ -84,6 +84,7 @@ class Tokenizer:
 
         Raises:
             PromptError: it is not text, or not valid Unicode.
+            TokenizerError: the tokenizer's library fails on it.
         """
         if not isinstance(text, str):
             raise PromptError(f"text must be str, not {type(text).__name__}")
@@ -98,7 +99,11 @@ class Tokenizer:
         return token_ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids; ids that the tokenizer does not know are skipped."""
+        """Text of token ids; ids that the tokenizer does not know are skipped.
+
+        Raises:
+            TokenizerError: they are no ids.
+        """
         return self._codec.decode(token_ids, skip_special_tokens)
 
     def check_fits(self, vocab_size: int) -> None:
@@ -269,4 +274,5 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     settings = read_json_object(folder / "tokenizer_config.json", TokenizerError)
     if "added_tokens_decoder" not in settings:
         settings |= read_json_object(folder / "special_tokens_map.json", TokenizerError)
+    check_settings(settings, folder)
     return settings

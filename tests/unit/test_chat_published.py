@@ -287,7 +287,8 @@ CONVERSATIONS = {
 def test_renders_what_transformers_renders(name, conversation):
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    source, messages = TEMPLATES[name], CONVERSATIONS[conversation]
+    source = TEMPLATES[name]
+    messages = [{"content": "", **message} for message in CONVERSATIONS[conversation]]  # what an absent one is
     template = ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"})
     given = [{}] + [{"enable_thinking": value} for value in (True, False) if "enable_thinking" in source]
     given += [{"date_string": "1 Jan 2030"}] * ("date_string" in source)
@@ -301,9 +302,33 @@ def test_renders_what_transformers_renders(name, conversation):
                     )  # fmt: skip
                 except Exception:
                     with pytest.raises(ChatTemplateError):
-                        template.render(messages, prompted, tools, variables)
+                        template.render(CONVERSATIONS[conversation], prompted, tools, variables)
                 else:
-                    assert template.render(messages, prompted, tools, variables) == expected
+                    assert template.render(CONVERSATIONS[conversation], prompted, tools, variables) == expected
+
+
+@pytest.mark.parametrize("conversation", ["tool", "two tools", "tool call with text", "several turns"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_messages_of_openai_clients_render_as_templates_expect_them(name, conversation):
+    """Which form a template expects is that of the conversations here, compared with transformers above."""
+    template = ChatTemplate(TEMPLATES[name], {"bos_token": "<s>", "eos_token": "</s>"})
+    sent = []
+    for message in CONVERSATIONS[conversation]:
+        nothing = {"content": None, "refusal": None, "audio": None, "function_call": None, "name": None}
+        sent.append({**nothing, "tool_calls": [], **message} if message["role"] == "assistant" else message)
+        if message.get("tool_calls"):
+            calls = [{**c, "function": {**c["function"], "arguments": json.dumps(c["function"]["arguments"])}} for c in
+                     message["tool_calls"]]  # fmt: skip
+            sent[-1] = {**sent[-1], "tool_calls": calls}
+    in_parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} if m["content"] else m for m in sent]
+    for messages in (sent, in_parts):
+        try:
+            expected = template.render(CONVERSATIONS[conversation])
+        except ChatTemplateError:
+            with pytest.raises(ChatTemplateError):
+                template.render(messages)
+        else:
+            assert template.render(messages) == expected
 
 
 @pytest.mark.oracle

@@ -1,15 +1,17 @@
 """Chat templates: what transformers renders, within limits."""
 
+import enum
 import json
+import os
 import threading
 import time
 
 import pytest
 
-from minirksc import template_sandbox
+from minirksc import template_guard
 from minirksc.chat_template import ChatTemplate, load_chat_templates
 from minirksc.errors import ChatTemplateError
-from minirksc.template_sandbox import MAX_CHARS, MAX_RENDER_S
+from minirksc.template_guard import MAX_CHARS, MAX_RENDER_S
 
 NESTED = "{% for i in range(100000) %}{% for j in range(100000) %}"
 CHAT = [
@@ -36,6 +38,10 @@ TEMPLATES = [
     "{% for x in [1, [2, [3]]] recursive %}{{ loop(x) if x is iterable else x }}{% endfor %}{% for i in range(9) %}"
     "{% if i == 3 %}{% break %}{% endif %}{{ loop.previtem }}{{ loop.nextitem }}{{ loop.cycle('a', 'b') }}{% endfor %}",
 ]
+
+
+class Role(str, enum.Enum):  # noqa: UP042
+    USER = "user"
 
 
 def render(source, messages=tuple(CHAT), add_generation_prompt=True, tools=None, **variables):
@@ -75,8 +81,8 @@ def test_helpers():
 )
 def test_a_template_that_runs_for_long_is_stopped(source, monkeypatch):
     if not source.startswith(NESTED):
-        monkeypatch.setattr(template_sandbox, "MAX_RENDER_S", 0.2)
-    limit_s = template_sandbox.MAX_RENDER_S
+        monkeypatch.setattr(template_guard, "MAX_RENDER_S", 0.2)
+    limit_s = template_guard.MAX_RENDER_S
     ends = []
 
     def run():  # in a thread that is not the main one, so without signals
@@ -93,6 +99,8 @@ def test_a_template_that_runs_for_long_is_stopped(source, monkeypatch):
     assert cpu_s < limit_s + 1
 
 
+DAGS = "{% set ns = namespace(x=[1], y=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}"
+DAGS += "{% set ns.y = [ns.y, ns.y] %}{% endfor %}"
 DOUBLING = "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = DOUBLED %}{% endfor %}{{ ns.x }}"
 
 
@@ -114,15 +122,61 @@ DOUBLING = "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x 
         ("{{ 9 ** 9999999 }}", "power"),
         ("{{ 'x' | center(1000000000) }}", "pads"),
         ("{{ 'x'.ljust(1000000000) }}", "pads"),
-        ("{{ (1).to_bytes(10000000000, 'big') }}", "pads"),
+        ("{{ (1).to_bytes(10000000000, 'big') }}", "SecurityError"),
+        ("{{ ('a' * 1000000).translate({97: 'b' * 1000000}) }}", "SecurityError"),
+        ("{{ 15 | round(-1000000000) }}", "rounds"),
+        ("{{ 15 | round(precision=-1e300) }}", "rounds"),
+        ("{{ ('1' * 1000000) | replace(1, 'b' * 1000000) }}", "replaces"),
+        ("{{ ('a' * 1000000) | replace(new='b' * 1000000, old='a') }}", "replaces"),
+        ("{% set x = 'x' * 9000000 %}{{ (x" + " ~ x" * 1000 + ") | length }}", "value of more"),
+        ("{% set x = 'x' * 9000000 %}" + "{% set y = x[1:] %}" * 100, "passing"),
+        ("{% set x = [1] * 100000 %}" + "{% set y = x[1:] %}" * 900, "passing"),
+        ("{{ ('a' * 5000000).rfind('b' ~ 'a' * 2500000) }}", "searches"),
+        ("{{ ('a' * 5000000).strip('b' * 5000000 ~ 'a') }}", "searches"),
+        ("{{ ('a' * 5000000) | trim('b' * 5000000 ~ 'a') }}", "searches"),
+        ("{{ ('a' * 5000000) | list | length }}", "one by one"),
+        ("{{ ('ab' * 5000000).split('a') | length }}", "list of more"),
+        ("{{ ('a ' * 5000000).split() | length }}", "list of more"),
+        ("{{ ('{0}' * 3000).format('x' * 1000000) }}", "value of more"),
+        ("{{ ('%(a)s' * 1900) | format(a='x' * 1000000) }}", "value of more"),
+        ("{{ ('%(' * 4000000) % {} }}", "formats"),
+        ("{{ '%.999999999f' % 1.0 }}", "formats"),
+        ("{{ ([1] * 100000) | tojson(separators=('x' * 1000000, ':')) }}", "blanks a step"),
+        ("{{ [[1]] | tojson(indent=1000) }}", "blanks a step"),
+        (
+            "{% set ns = namespace(x=[1] * 100000) %}{% for i in range(900) %}{% set ns.x = [ns.x] %}{% endfor %}"
+            "{{ ns.x | tojson(indent=16) | length }}",
+            "nested more than 64",
+        ),
+        (DAGS + "{{ ns.x == ns.y }}", "value of more"),
+        (DAGS + "{{ ns.x is eq(ns.y) }}", "value of more"),
+        (DAGS + "{{ [ns.x].index(ns.y) }}", "value of more"),
+        (DAGS + "{{ [ns.x] | select('eq', ns.y) | list | length }}", "value of more"),
+        (DAGS + "{{ [ns.x, ns.y] | max | length }}", "value of more"),
+        (DAGS + "{{ raise_exception(ns.x) }}", "value of more"),
+        (
+            "{% set ns = namespace() %}{% set ns.s = ns %}{{ [ns] | map(attribute='s' ~ '.s' * 100000) | list }}",
+            "path of attributes",
+        ),
+        ("{{ strftime_now('%c' * 1000) }}", "date in 2000 characters"),
+        ("{{ ('1' * 5000000) | int(base=2) }}", "number that is too large"),
+        ("{{ 'x' | wordwrap(1) }}", "No filter named 'wordwrap'"),
+        ("{{ 10 ** 10 ** 8 }}", "power"),
+        ("{% autoescape 10 ** 10 ** 8 %}{% endautoescape %}", "has no use for"),
+        ("{{ [" + "1," * 90_000 + "] }}", "words and signs"),
+        ("{{ " + "[" * 1000 + "]" * 1000 + " }}", "recursion"),
+        ("{{ 1" + " + 1" * 9000 + " }}", "nested more than 100 deep"),
+        ("{{ " + "1" * 100_000 + " }}", "digits"),
+        ("{% if 0 %}" + "{% elif 0 %}" * 3900 + "{% endif %}", "recursion"),
         ("{{ '%1000000000d' % 1 }}", "width"),
         ("{{ '%*d' | format(1000000000, 1) }}", "width"),
         ("{{ '{:1000000000}'.format(1) }}", "width"),
         ("{{ '{:{}}'.format(1, 1000000000) }}", "width"),
         ("{{ ('a' * 1000000).replace('a', 'b' * 1000000) }}", "replaces"),
-        ("{{ ('b' * 1000000).join(range(100000) | map('string')) }}", "joins"),
+        ("{{ ('b' * 100000).join(range(1000) | map('string')) }}", "joins"),
         ("{{ range(100000) | map('string') | join('b' * 1000000) }}", "joins"),
-        ("{{ range(100000) | map('string') | map('center', 1000000) | list }}", "passing"),
+        ("{{ range(100000) | map('string') | map('center', 10000) | list }}", "passing"),
+        ("{{ 'x' | center(10001) }}", "pads"),
         (
             "{% set ns = namespace(x='') %}{% set l = [ns] * 10000 %}{% set ns.x = 'x' * 5000000 %}"
             "{{ l | map(attribute='x') | join }}",
@@ -137,11 +191,11 @@ DOUBLING = "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x 
         ("{{ messages.append(1) }}", "SecurityError"),
         ("{{ missing.attribute }}", "UndefinedError"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
-        ("{% include 'x' %}", "raised"),
+        ("{% include 'x' %}", "no use for 'include'"),
         ("{% set _minirksc_guard = 1 %}", "reserved"),
         ("{% macro f(_minirksc_guard) %}{% endmacro %}", "reserved"),
         ("{{ _minirksc_guard.tick }}", "reserved"),
-        ("x" * 1_000_001, "1000001 characters"),
+        ("x" * 200_001, "200001 characters"),
     ],
 )
 def test_a_template_cannot_do_harm(source, message):
@@ -173,6 +227,10 @@ def test_a_syntax_error_names_its_line():
         ([{"role": "user", "content": 5}], "content of message 0 is 5"),
         ([{"role": "user"}], r"message 0 \(user\) has no content"),
         ([{"role": "user", "content": None}], r"message 0 \(user\) has no content"),
+        ([{"role": "user", "content": None, "name": "x"}], r"message 0 \(user\) has no content"),
+        ([{"role": "tool", "tool_call_id": "1"}], r"message 0 \(tool\) has no content"),
+        ([{"role": "assistant", "content": None, "tool_calls": []}], r"message 0 \(assistant\) has no content"),
+        ([{"role": "assistant", "audio": {"id": "1"}}], "message 0 holds audio"),
         ([{"role": "user", "content": ["hi"]}], "message 0 has the part 'hi'"),
         ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "image.*only"),
         ([{"role": "user", "content": "x", "extra": threading}], "plain data only, not module"),
@@ -183,20 +241,136 @@ def test_malformed_conversations(messages, message):
         ChatTemplate("x", {}).render(messages)
 
 
-def test_contents_in_parts():
-    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
-    chat = [{"role": "user", "content": parts}]
-    assert render("{{ messages[0].content }}", chat) == "one\ntwo"
-    looping = "{% for m in messages %}{% for part in m['content'] %}{{ part.text }}|{% endfor %}{% endfor %}"
-    assert render(looping, chat) == "one|two|"
-    by_macro = "{% macro f(content) %}{% for p in content %}{{ p.text }}|{% endfor %}{% endmacro %}"
-    assert render(by_macro + "{{ f(messages[0].content) }}", chat) == "one|two|"
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'x'.upper }}",
+        "{{ range }}",
+        "{{ [messages[0].items] | string }}",
+        "{{ messages | join(attribute='items') }}",
+        "{{ messages | map(attribute='items') | list }}",
+        "{{ messages[0][raise_exception].x }}",
+        "{{ [].index(raise_exception) }}",
+        "{{ 'a' ~ range }}",
+        "{{ 'x' | map('upper') }}",
+        "{{ {raise_exception: 1} }}",
+        "{{ '%s' % range }}",
+        "{{ '{}'.format(range) }}",
+        "{{ '{0.upper}'.format('x') }}",
+        "{{ raise_exception(range) }}",
+        "{{ joiner(',') }}{{ cycler(1) }}",
+        "{{ messages | groupby('items') }}",
+        "{{ 'x' | default(range) }}{{ none | default(range, true) }}",
+        "{% for m in messages %}{{ loop }}{% endfor %}",
+        "{% macro f() %}{% endmacro %}{{ f }}",
+    ],
+)
+def test_what_is_no_data_cannot_be_shown(source):
+    with pytest.raises(ChatTemplateError) as raised:
+        render(source)
+    assert " at 0x" not in str(raised.value)
 
 
-def test_an_absent_content_is_not_shown_as_none():
+def test_errors_are_short():
+    with pytest.raises(ChatTemplateError) as raised:
+        render("{{ raise_exception('x' * 1000000) }}")
+    assert len(str(raised.value)) < 1000
+    with pytest.raises(ChatTemplateError) as raised:
+        render("{{ messages[0]['x' * 1000000].y }}")
+    assert len(str(raised.value)) < 1000
+
+
+PARTS = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+LOOP = "{% for part in m.content %}{{ part.text }}|{% endfor %}"
+IN_PARTS = {
+    "{{ m.content }}": "one\ntwo",
+    "{{ m.content | trim }}": "one\ntwo",
+    "{{ m.role + m.content }}": "ROLEone\ntwo",
+    "{{ m.content.strip() }}": "one\ntwo",
+    "{% if m.content is string %}{{ m.content }}{% else %}{{ m.content | tojson }}{% endif %}": "one\ntwo",
+    LOOP: "one|two|",
+    "{% if m.content is string %}{{ m.content }}{% else %}" + LOOP + "{% endif %}": "one|two|",
+    "{% macro f(c) %}{% for p in c %}{{ p.text }}|{% endfor %}{% endmacro %}{{ f(m['content']) }}": "one|two|",
+    "{{ m.content | map(attribute='text') | join('+') }}": "one+two",
+    "{{ m.content[0].text }}{{ m.content[1]['text'] }}": "onetwo",
+    "{% for part in m.content %}{{ part }}{% endfor %}": "onetwo",  # shows parts for which it was not written
+    "{% for p in m.content if p.type == 'image' %}{% endfor %}{{ m.content }}": "one\ntwo",
+    "{% for p in m.content if p.type == 'image' %}{% endfor %}{{ m.content | tojson }}": '"one\\ntwo"',
+}
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
+@pytest.mark.parametrize("shown", IN_PARTS)
+def test_contents_in_parts(shown, role):
+    source = "{% for m in messages %}" + shown + "{% endfor %}"
+    expected = IN_PARTS[shown].replace("ROLE", role)
+    assert render(source, [{"role": role, "content": PARTS}]) == expected
+    if "[0]" not in shown:
+        assert "one" in render(source, [{"role": role, "content": "one"}])  # text is not lost in a loop over parts
+
+
+def test_each_content_has_the_form_that_its_place_wants():
+    source = "{{ messages[0].content | trim }};{% for part in messages[1].content %}{{ part.text }}|{% endfor %}"
+    chat = [{"role": "system", "content": PARTS}, {"role": "user", "content": PARTS}]
+    assert render(source, chat) == "one\ntwo;one|two|"
+    assert render(source, [{**message, "content": "o"} for message in chat]) == "o;o|"
+
+
+CALL = "{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name }}"
+CALL_TEMPLATES = {
+    "tojson": CALL + "{{ c.function.arguments | tojson }}{% endfor %}",
+    "either": CALL + "{% if c.function.arguments is string %}{{ c.function.arguments }}{% else %}"
+    "{{ c.function.arguments | tojson }}{% endif %}{% endfor %}",
+    "text": CALL + "{{ '' + c.function.arguments + '' }}{% endfor %}",
+    "shown": CALL + "{{ c.function.arguments }}{% endfor %}",
+    "joined": CALL + "{{ '' ~ c.function.arguments }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("arguments", [{"city": "Köln", "n": [1, None]}, '{"city": "Köln", "n": [1, null]}'])
+@pytest.mark.parametrize("call", ["tool_calls", "function_call"])
+@pytest.mark.parametrize("kind", CALL_TEMPLATES)
+def test_a_call_is_rendered_as_the_template_was_written(kind, call, arguments):
+    """The text of the arguments, once encoded, whichever form they come in."""
+    function = {"name": "f", "arguments": arguments}
+    calls = {"tool_calls": [{"id": "1", "type": "function", "function": function}], "function_call": function}
+    source = "{% for m in messages %}" + CALL_TEMPLATES[kind] + "{% endfor %}"
+    for content in ({}, {"content": None}, {"content": ""}, {"content": []}):
+        message = {"role": "assistant", **content, "refusal": None, "audio": None, "function_call": None}
+        assert render(source, [message | {call: calls[call]}]) == 'f{"city": "Köln", "n": [1, null]}'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [("", "{}"), ("{", '"{"'), ("[1]", '"[1]"'), ("[" * 100_000, None), ("9" * 5000, None), ('{"a": 1}', '{"a": 1}')],
+)
+def test_arguments_that_are_no_object_stay_text(arguments, expected):
+    message = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+    shown = render("{{ messages[0].tool_calls[0].function.arguments | tojson }}", [message])
+    assert shown == (json.dumps(arguments) if expected is None else expected)
+
+
+@pytest.mark.parametrize(
+    ("message", "source", "expected"),
+    [
+        ({"role": "assistant", "content": None, "refusal": "No."}, "{{ messages[0].content }}", "No."),
+        ({"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}, "{{ messages[0].content }}", "No."),
+        ({"role": "assistant", "content": "a", "tool_calls": []}, "{{ 'tool_calls' in messages[0] }}", "False"),
+        ({"role": "developer", "content": "a"}, "{{ messages[0].role }}", "system"),
+        ({"role": "developer", "content": "a"}, "{{ messages[0].role == 'developer' }}", "True"),
+        ({"role": "tool", "content": PARTS, "tool_call_id": "7", "name": "f"}, "{{ messages[0].tool_call_id }}", "7"),
+        ({"role": "user", "content": "a", "name": None}, "{{ messages[0].name is defined }}", "False"),
+        ({"role": Role.USER, "content": "a"}, "{{ messages[0].role }}", "user"),
+    ],
+)
+def test_fields_of_openai_clients(message, source, expected):
+    assert render(source, [message]) == expected
+
+
+def test_a_content_that_is_not_there_is_empty():
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
     assert render("{{ messages[0].content or messages[0].tool_calls[0].name }}", [call]) == "f"
-    assert render("{{ 'content' in messages[0] }}", [call]) == "False"
+    assert render("{{ messages[0].content + '!' }}", [call]) == "!"
 
 
 def test_a_template_changes_nothing_of_the_callers(tmp_path):
@@ -221,10 +395,24 @@ def test_all_places_where_a_template_can_be(tmp_path):
     assert found({"eos_token": {"content": "</s>"}}) == "in jinja </s>"
     (tmp_path / "chat_template.jinja").unlink()
     (tmp_path / "chat_template.json").write_text("{")
-    with pytest.raises(ChatTemplateError, match="cannot be read"):
+    with pytest.raises(ChatTemplateError, match="is not readable JSON"):
         found()
     (tmp_path / "chat_template.json").unlink()
-    with pytest.raises(ChatTemplateError, match="cannot be read"):
-        found({"chat_template": ["x"]})
-    with pytest.raises(ChatTemplateError, match="not text but int"):
-        found({"chat_template": 5})
+    for wrong in (5, ["x"], [{"name": 5, "template": "x"}], [{"name": "default"}], {"default": 5}, [[["x"]]]):
+        with pytest.raises(ChatTemplateError, match=r"tokenizer_config\.json has a chat template that is"):
+            found({"chat_template": wrong})
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "chat_template.json", "additional_chat_templates/x.jinja"])
+def test_only_regular_files_of_a_sensible_size_are_read(tmp_path, name):
+    (tmp_path / "additional_chat_templates").mkdir()
+    file = tmp_path / name
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.mkdir()):
+        make(file)
+        with pytest.raises(ChatTemplateError, match=r"no regular file|cannot be read"):
+            load_chat_templates(tmp_path, {})
+        file.rmdir() if file.is_dir() else file.unlink()
+    file.touch()
+    os.truncate(file, 20 << 30)
+    with pytest.raises(ChatTemplateError, match=f"{20 << 30} bytes"):
+        load_chat_templates(tmp_path, {})

@@ -1,7 +1,10 @@
 """GGUF files of every architecture and tokenizer, against transformers' own readers of them."""
 
+import contextlib
 import io
 import json
+import os
+import struct
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from minirksc.checkpoints import import_gguf
 from minirksc.errors import CheckpointError
 from minirksc.gguf_config import ARCHITECTURES, LLAMA3_BANDS, expected_shapes, make_config
 from minirksc.gguf_fields import GgufFields
+from minirksc.gguf_header import check_header
 from minirksc.gguf_tokenizer import BYTE, CONTROL, UNKNOWN, UNUSED, USER_DEFINED, _merges
 
 gguf = pytest.importorskip("gguf")
@@ -155,8 +159,10 @@ def test_token_ids_are_those_of_transformers_own_reader(tmp_path, tokenizers, ar
     same, ours = AutoTokenizer.from_pretrained(folder), Tokenizer.from_folder(folder)
     texts = [*TEXTS, "x</s>y", "<unk>", "x<end_of_turn>\n\n\ny", "<h1> <h1>", "<|im_end|>", "a<tool> b"]
     for text in texts:
-        # transformers' reader leaves out the composition of Qwen's tokenizer: see the next test.
-        ids = theirs.encode(text) if architecture != "qwen2" or "\u0301" not in text else ours.encode(text)
+        # transformers' reader leaves out the composition of Qwen's tokenizer, and the blank in front of a text that
+        # begins with blanks, as llama.cpp does not: see the next tests.
+        is_other = (architecture == "qwen2" and "\u0301" in text) or (architecture == "llama" and text[:1] in " ▁")
+        ids = ours.encode(text) if is_other else theirs.encode(text)
         assert ours.encode(text) == same.encode(text) == ids, text
         for skip in (True, False):
             assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip), text
@@ -181,9 +187,8 @@ def test_pieces_are_those_of_sentencepiece(tmp_path_factory, llama_tokenizer, ge
     from minirksc.gguf_tokenizer import build_tokenizer
 
     for (fields, own), is_gemma in ((llama_tokenizer, False), (gemma_tokenizer, True)):
-        # transformers puts no second blank in front, SentencePiece does; a run of blanks that is longer than any
-        # piece it cuts from both sides, SentencePiece from the left.
-        if " " * 5 in text or (not is_gemma and text.startswith(" ")):
+        # A run of blanks that is longer than any piece is cut from both sides, by SentencePiece from the left.
+        if " " * 4 in text:
             continue
         made = build_tokenizer(GgufFields("m.gguf", fields, ""), is_gemma)
         ids = made.encode(text, add_special_tokens=False).ids
@@ -248,6 +253,9 @@ def test_gemma_fields():
         ({"attention__sliding_window": 0}, "attention.sliding_window is 0, expected a positive integer"),
         ({"attention__layer_norm_rms_epsilon": "x"}, "layer_norm_rms_epsilon is 'x', expected a number"),
         ({"block_count": True}, "block_count is True"),
+        ({"block_count": 2**32 - 1}, "block_count is 4294967295, no model has over 1000"),
+        ({"rope__freq_base": float("nan")}, "freq_base is nan, expected a number"),
+        ({"rope__scaling__factor": "x"}, "factor is 'x', expected a number"),
         ({"rope__scaling__type": "yarn"}, "type 'yarn' cannot be translated"),
     ],
 )
@@ -298,6 +306,138 @@ def test_other_tokenizers_are_refused(tmp_path, llama_tokenizer, change, message
     write_gguf(tmp_path / "m.gguf", "llama", llama_tokenizer[0] | change)
     with pytest.raises(CheckpointError, match=message):
         import_gguf(tmp_path / "m.gguf", tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", [" a", "  a", "   ", " the cat", "▁a", "a", "\n a", " \n"])
+def test_a_leading_blank_is_kept(llama_tokenizer, text):
+    from minirksc.gguf_tokenizer import build_tokenizer
+
+    fields, own = llama_tokenizer
+    made = build_tokenizer(GgufFields("m.gguf", fields, ""))
+    ids = made.encode(text, add_special_tokens=False).ids
+    assert ids == own.encode(text)
+    assert made.decode(ids) == text.replace("▁", " ")
+
+
+SPLIT_ALIKE = {
+    "qwen2": ["deepseek-r1-qwen", "megrez", "kormo", "f2llmv2"],
+    "llama-bpe": ["llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"],
+    "gpt-2": ["phi-2", "gigachat", "a.x-4.0", "mellum", "exaone4"],
+}
+
+
+@pytest.mark.parametrize(("known", "alias"), [(known, alias) for known in SPLIT_ALIKE for alias in SPLIT_ALIKE[known]])
+def test_names_of_pre_tokenizers_that_mean_the_same(known, alias):
+    from minirksc.gguf_tokenizer import build_tokenizer
+
+    made, other = (build_tokenizer(GgufFields("m.gguf", {**BYTE_LEVEL, "pre": pre}, "")) for pre in (known, alias))
+    assert made.to_str() == other.to_str()
+
+
+def test_tekken_splits_as_its_own_file_does():
+    from minirksc.gguf_tokenizer import adds_bos, build_tokenizer
+
+    fields = {**BYTE_LEVEL, "pre": "tekken"}
+    fields.pop("add_bos_token")
+    made = build_tokenizer(GgufFields("m.gguf", fields, ""))
+    pieces = [piece for piece, _ in made.pre_tokenizer.pre_tokenize_str("HelloWorld 123")]
+    assert pieces == ["Hello", "World", "Ġ", "1", "2", "3"] and adds_bos(GgufFields("m.gguf", fields, ""))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pre": "bloom"}, "pre-tokenizer 'bloom' cannot be imported; known: llama, and gpt2 with llama-bpe, llama3"),
+        ({"pre": ["qwen2"]}, "cannot be imported"),
+        ({"tokens": 5}, "tokens must be a list of str"),
+        ({"tokens": [1]}, "tokens must be a list of str"),
+        ({"token_type": ["a"]}, "token_type must be a list of int"),
+        ({"merges": [1]}, "merges must be a list of str"),
+        ({"merges": ["a"]}, "do not fit its vocabulary"),
+        ({"merges": ["q z"]}, "do not fit its vocabulary"),
+        ({"bos_token_id": 10**6, "add_bos_token": True}, "bos_token_id is 1000000, the vocabulary has"),
+        ({"bos_token_id": None, "add_bos_token": True}, "prompts begin with BOS, but bos_token_id is absent"),
+        ({"tokens": ["x" * 1001] * 106}, "a token of 1001 characters"),
+    ],
+)
+def test_fields_of_a_byte_level_tokenizer_that_cannot_be(change, message):
+    from minirksc.gguf_tokenizer import build_tokenizer
+
+    change = {"token_type": [1] * len(change["tokens"])} | change if isinstance(change.get("tokens"), list) else change
+    with pytest.raises(CheckpointError, match=message):
+        build_tokenizer(GgufFields("m.gguf", {**BYTE_LEVEL, **change}, ""))
+
+
+@pytest.mark.parametrize("scores", [[0.0], ["a"], float("nan"), None])
+def test_scores_that_cannot_be(llama_tokenizer, scores):
+    from minirksc.gguf_tokenizer import build_tokenizer
+
+    fields = llama_tokenizer[0]
+    scores = [scores] * len(fields["tokens"]) if isinstance(scores, float) else scores
+    with pytest.raises(CheckpointError, match="scores must be"):
+        build_tokenizer(GgufFields("m.gguf", {**fields, "scores": scores}, ""))
+
+
+def header(num_tensors=0, num_fields=0, rest=b"", version=3):
+    return b"GGUF" + struct.pack("<IQQ", version, num_tensors, num_fields) + rest
+
+
+def field(kind, rest):
+    return struct.pack("<Q", 1) + b"a" + struct.pack("<I", kind) + rest
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a readable GGUF file"),
+        (b"GGUF", "ends after 4 bytes"),
+        (b"GGML" + bytes(60), "does not begin with GGUF"),
+        (header(version=1), "version is 1"),
+        (header(version=3 << 24), "little-endian"),
+        (header(num_tensors=2**60), "claims 0 fields and 1152921504606846976 tensors"),
+        (header(num_fields=2**60), "claims 1152921504606846976 fields"),
+        (header(num_fields=1), "ends after 24 bytes"),
+        (header(num_fields=1, rest=struct.pack("<Q", 2**63)), "claims a text of 9223372036854775808 bytes"),
+        (header(num_fields=1, rest=field(8, struct.pack("<Q", 2**40))), "claims a text of"),
+        (header(num_fields=1, rest=field(13, b"")), "type 13, which is not known"),
+        (header(num_fields=1, rest=field(9, struct.pack("<IQ", 0, 2**60))), "arrays claim more than"),
+        (header(num_fields=1, rest=field(9, struct.pack("<IQ", 0, 10**6))), "ends after"),
+        (header(num_fields=1, rest=field(9, struct.pack("<IQ", 9, 1) * 1000)), "array of the type 9"),
+        (header(num_tensors=1, rest=struct.pack("<QI", 0, 2**31)), "2147483648 dimensions"),
+        (header(num_tensors=1, rest=struct.pack("<QIQQIQ", 0, 2, 2**40, 2**40, 0, 0)), "cannot be in"),
+    ],
+)
+def test_what_a_header_claims_must_fit_the_file(tmp_path, content, message):
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        import_gguf(tmp_path / "m.gguf", tmp_path / "out")
+
+
+def test_only_regular_files_are_imported(tmp_path):
+    os.mkfifo(tmp_path / "m.gguf")
+    with pytest.raises(CheckpointError, match="no regular file"):
+        check_header(tmp_path / "m.gguf")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_file_is_an_error_or_a_checkpoint(tmp_path_factory, intact, data):
+    """Bytes of the header are replaced, or the file is cut."""
+    source = tmp_path_factory.mktemp("damaged") / "m.gguf"
+    content = bytearray(intact)
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, 6000))
+        content[place : place + 8] = data.draw(st.sampled_from([b"\xff" * 8, bytes(8), b"\x01" + bytes(7), b"\x7f"]))
+    source.write_bytes(content[: data.draw(st.sampled_from([len(content), 5000, len(content) - 1]))])
+    with contextlib.suppress(CheckpointError):
+        import_gguf(source, source.parent / "out")
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory):
+    source = tmp_path_factory.mktemp("intact") / "m.gguf"
+    write_gguf(source, "qwen2", BYTE_LEVEL, {"block_count": 1})
+    return source.read_bytes()
 
 
 def test_words_that_are_there_twice_are_refused(tmp_path, llama_tokenizer):

@@ -16,6 +16,14 @@ WORDS = ("12", "123", "th", "the", " the", "é", "\u3042", "ab", "ba", "aba", "a
 EXAMPLES = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
+CONFIG = {"pattern": PATTERN, "default_vocab_size": 30 + 256 + len(WORDS), "default_num_special_tokens": 30}
+BYTES = {**CONFIG, "default_vocab_size": 30 + 256}
+
+
+def b64(token):
+    return base64.b64encode(token).decode()
+
+
 def write_tekken(folder, num_special=30, **changes):
     vocab = [bytes([i]) for i in range(256)] + [word.encode() for word in WORDS]
     content = {
@@ -128,6 +136,29 @@ def test_it_wins_over_a_conversion_beside_it(tmp_path):
         ({"special_tokens": [{"rank": 30, "token_str": "<s>"}]}, r"ids 0\.\.29"),
         ({"special_tokens": [{"rank": 3, "token_str": "<s>"}, {"rank": 4, "token_str": "<s>"}]}, "must differ"),
         ({"special_tokens": [{"rank": 3}]}, "token_str"),
+        ({"special_tokens": [{"rank": 3, "token_str": 5}]}, "Error"),
+        ({"special_tokens": 5}, "Error"),
+        ({"config": {**CONFIG, "default_num_special_tokens": 2**40}}, "at most 100000"),
+        ({"config": {**CONFIG, "default_vocab_size": 2**60, "default_num_special_tokens": 2**59}}, "at most 100000"),
+        ({"config": {**CONFIG, "default_vocab_size": 10}}, "at most 100000"),
+        ({"config": {**CONFIG, "default_vocab_size": "x"}}, "Error"),
+        ({"config": {**CONFIG, "default_vocab_size": 10**9}}, "999999970 different entries"),
+        ({"config": {**CONFIG, "pattern": "("}}, "do not fit each other"),
+        ({"config": {**CONFIG, "pattern": 5}}, "do not fit each other"),
+        ({"config": 5}, "Error"),
+        ({"vocab": [5]}, "Error"),
+        ({"vocab": [{"rank": 0, "token_bytes": "!!"}]}, "Error"),
+        (
+            {"vocab": [{"rank": i + 1, "token_bytes": b64(bytes([i]))} for i in range(256)], "config": BYTES},
+            "the rank 1",
+        ),
+        (
+            {
+                "vocab": [{"token_bytes": b64(bytes([i]))} for i in range(256)] + [{"token_bytes": b64(bytes(1001))}],
+                "config": {**BYTES, "default_vocab_size": 287},
+            },
+            "1001 bytes",
+        ),
     ],
 )
 def test_a_damaged_file_is_refused(make_tekken, changes, message):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 
 import pytest
@@ -337,3 +338,133 @@ def test_an_added_token_takes_the_blanks_that_it_says(make_sentencepiece):
 
     assert decoded("the<|end|> \n fox <x> the\n\n") == "the<|end|>fox<x> the\n\n"
     assert tokenizer.encode("\n\n")[-1] == 402
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("bos_token", [5, ["x"], {"content": 5}, {}, True]),
+        ("eos_token", [5, [["x"]]]),
+        ("extra_special_tokens", [5, "x", [5], [["x"]], {"a": 5}, True]),
+        ("additional_special_tokens", [5, "x", [5], {"a": ["x"]}]),
+        (
+            "added_tokens_decoder",
+            [
+                *(5, "x", [1], {"x": {"content": "x"}}, {"1": 5}, {"1": {}}, {"1": {"content": 5}}),
+                *({"-1": {"content": "x"}}, {str(2**31): {"content": "x"}}, {"9" * 5000: {"content": "x"}}),
+            ],
+        ),
+        ("eos_token_id", ["x", [["x"]], {"a": 1}, True, 1.5]),
+        ("split_special_tokens", ["x", 5, []]),
+    ],
+)
+def test_fields_of_a_wrong_type_are_named(rewrite, name, values):
+    for value in values:
+        with pytest.raises(TokenizerError, match=name):
+            rewrite(**{name: value})
+
+
+@pytest.mark.parametrize("content", ['{"x": "y"}', '{"x": -1}', '{"x": 1e9}', '{"x": 99999999}', "[]", "{", "[" * 999])
+def test_damaged_companions_are_named(rewrite, content):
+    folder = rewrite()._folder
+    (folder / "added_tokens.json").write_text(content)
+    with pytest.raises(TokenizerError, match=r"added_tokens\.json"):
+        Tokenizer.from_folder(folder)
+
+
+FILES = [
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tekken.json", "generation_config.json"),
+]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_only_regular_files_of_a_sensible_size_are_read(rewrite, name):
+    folder = rewrite()._folder
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("added_tokens_decoder", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    file = folder / name
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.touch()):
+        file.unlink(missing_ok=True)
+        make(file)
+        if file.is_file():
+            os.truncate(file, 20 << 30)
+        with pytest.raises(TokenizerError, match=r"no regular file|21474836480 bytes"):
+            Tokenizer.from_folder(folder)
+
+
+def test_special_tokens_in_a_text_can_be_split(rewrite):
+    [special], split = (rewrite(split_special_tokens=value).encode("</s>", False) for value in (False, True))
+    assert special in rewrite().special_ids and len(split) > 1 and special not in split
+
+
+def test_only_tokenizer_json_can_split_special_tokens(make_sentencepiece):
+    make_sentencepiece(split_special_tokens=False)
+    with pytest.raises(TokenizerError, match="split_special_tokens is true"):
+        make_sentencepiece(split_special_tokens=True)
+
+
+def backend_of(folder, **parts):
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models
+
+    backend = Backend(models.BPE({"a": 0, "b": 1}, []))
+    for name, part in parts.items():
+        setattr(backend, name, part)
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_file_that_multiplies_text_is_refused(tmp_path):
+    from tokenizers import Regex, decoders, normalizers, processors
+
+    replace, long = normalizers.Replace, "a" * 1000
+    chain = normalizers.Sequence([replace("a", "aaa")] * 4)
+    nested = normalizers.Sequence([normalizers.Sequence([replace("a", "aaa")]), chain])
+    for part in (replace("a", long), replace(Regex("a?"), long), replace(Regex("$"), long), chain, nested):
+        with pytest.raises(TokenizerError, match="characters of one"):
+            Tokenizer.from_folder(backend_of(tmp_path, normalizer=part))
+    with pytest.raises(TokenizerError, match="characters of one"):
+        Tokenizer.from_folder(backend_of(tmp_path, decoder=decoders.Replace("a", long)))
+    with pytest.raises(TokenizerError, match="in front of a text"):
+        Tokenizer.from_folder(backend_of(tmp_path, normalizer=normalizers.Prepend(long + "a")))
+    with pytest.raises(TokenizerError, match="more than 64 steps"):
+        Tokenizer.from_folder(backend_of(tmp_path, normalizer=normalizers.Sequence([normalizers.NFC()] * 65)))
+    many = processors.TemplateProcessing(single=["b"] * 17 + ["$A"], special_tokens=[("b", 1)])
+    with pytest.raises(TokenizerError, match="17 tokens in front"):
+        Tokenizer.from_folder(backend_of(tmp_path, post_processor=many))
+    usual = normalizers.Sequence([normalizers.NFKC(), normalizers.Prepend("a"), replace(Regex(" {2,}"), "a")])
+    assert Tokenizer.from_folder(backend_of(tmp_path, normalizer=usual)).encode("b") == [0, 1]
+
+
+def test_a_panic_of_the_library_is_an_error(tmp_path, capfd):
+    from tokenizers import Regex, pre_tokenizers
+
+    split = pre_tokenizers.Split(Regex(r"(a+)+$"), "isolated")
+    tokenizer = Tokenizer.from_folder(backend_of(tmp_path, pre_tokenizer=split))
+    with pytest.raises(TokenizerError, match="a text of 25 characters cannot be encoded: PanicException"):
+        tokenizer.encode("a" * 24 + "b")
+    assert tokenizer.encode("ab") == [0, 1]
+
+
+@pytest.mark.parametrize("ids", [["x"], [None], [[1]], [1.5]])
+def test_what_is_no_id_cannot_be_decoded(any_tokenizer, ids):
+    with pytest.raises(TokenizerError, match="1 token ids cannot be decoded"):
+        any_tokenizer.decode(ids)
+
+
+def test_ids_outside_the_vocabulary_are_skipped(any_tokenizer):
+    ids = any_tokenizer.encode("a", add_special_tokens=False)
+    for other in (-1, any_tokenizer.vocab_size, 2**31, 2**32, 2**64):
+        assert any_tokenizer.decode([*ids, other]) == any_tokenizer.decode(ids)
+
+
+def test_an_interruption_is_no_error_of_the_tokenizer(tokenizer, monkeypatch):
+    class Interrupted:
+        def encode(self, *_, **__):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenizer._codec, "_backend", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.encode("a")
