@@ -9,6 +9,11 @@ The table goes to stdout, everything else to stderr. Exit codes: 0, 1 when somet
 for the budget, 2 for a wrong command line, 130 when interrupted.
 """
 
+if __name__ == "__main__":  # while the rest is imported, too
+    from minirksc.interrupts import leave_at_once
+
+    leave_at_once()
+
 import argparse
 import hashlib
 import json
@@ -16,6 +21,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +30,13 @@ from minirksc.answers import SELECT_RULES, check_parser
 from minirksc.binomial import problems_needed, smallest_budget
 from minirksc.calibration import KINDS, Calibration, calibrate
 from minirksc.cgee import Gates, MarginRule
-from minirksc.cli_output import check_writable, is_terminal, note, print_json
+from minirksc.cli_output import check_writable, print_json
 from minirksc.collect import BRANCHES_AT_ONCE, Collector
+from minirksc.command import UsageError, run_command
 from minirksc.errors import ConfigError, MinirkscError
 from minirksc.evidence import Failed, Replay
 from minirksc.evidence_file import EvidenceFile
+from minirksc.files import GrowingFile, check_utf8, read_file
 from minirksc.gates_file import GatesFile, fingerprint, settings_of, write_gates
 from minirksc.generate import (
     DEFAULT_MODEL,
@@ -37,17 +45,19 @@ from minirksc.generate import (
     SAMPLING,
     Options,
     Parser,
-    UsageError,
-    run_command,
+    open_llm,
 )
+from minirksc.interrupts import run_process
 from minirksc.signals import SIGNALS
 from minirksc.solver import DEFAULT_SAMPLING, SolverConfig
+from minirksc.terminal import deliver, is_terminal, note
 from minirksc.trials import Trials
 
 if TYPE_CHECKING:
     from minirksc.llm import LLM
 
 TEXT_FIELDS = ("question", "problem", "prompt")
+MAX_DATA_BYTES = 1 << 30
 MAX_BUDGET = 0.5
 RULES = ("select", "answer_parser", "decode_exit")
 """Settings that evidence does not depend on: they can be changed without solving anew."""
@@ -117,7 +127,7 @@ def main(arguments: Sequence[str] | None = None, make_llm: Callable[..., "LLM"] 
         arguments: None for the process's own.
         make_llm: called with the engine's options; None for `LLM`.
     """
-    return run_command(build_parser, Job, arguments, make_llm)
+    return run_command(lambda: partial(Job(build_parser().parse(arguments)).run, make_llm or open_llm))
 
 
 class Job:
@@ -157,10 +167,11 @@ class Job:
         needed = problems_needed(self.budget, self.confidence)
         note(f"a budget of {self.budget:g} at {self.confidence:g} needs {needed} problems if no decision changes")
         self._check_count(len(self.todo), "")
-        with make_llm(**self.engine_options) as llm:
+        with GrowingFile(self.evidence_path, "evidence") as stream, make_llm(**self.engine_options) as llm:
             settings = settings_of(self.config, llm)
             model = fingerprint(llm.model_path)
-            with EvidenceFile(self.evidence_path, self._header(settings, model)) as file, self._explain_end(file):
+            file = EvidenceFile(stream, self._header(settings, model))
+            with self._explain_end(file):
                 self._collect(llm, file)
         found = [file.found[index] for index in range(len(self.todo))]
         failed = [one for one in found if isinstance(one, Failed)]
@@ -232,11 +243,11 @@ class Job:
             certified.gates, self.budget, self.confidence, counts, data, settings, model, minirksc_version=__version__
         )
         write_gates(self.output, file)
+        note(f"wrote {self.output}")
         if self._options.json:
             print_json({"output": str(self.output), "budget": self.budget, "confidence": self.confidence, **counts})
         else:
             print_table(found, accuracy)
-        note(f"wrote {self.output}")
         return 0
 
     def _solver_config(self) -> SolverConfig:
@@ -292,10 +303,8 @@ def read_problems(path: Path) -> Problems:
     Raises:
         ConfigError: it cannot be read, is empty, or a line is no problem.
     """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"--data {path} cannot be read: {error}") from error
+    raw = read_file(path, MAX_DATA_BYTES, "--data")
+    check_utf8(raw, f"--data {path}")
     items = []
     for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if line.strip():
@@ -331,15 +340,18 @@ def print_table(found: Calibration, accuracy: dict[str, float] | None) -> None:
             "certified" if step is certified else "" if step.passed else "not certified",
             style="bold" if step is certified else None,
         )
-    console.print(table)
-    console.print(
+    lines = [
         f"signal {found.variant.signal}; {found.num_ordering} problems made the sequence, {found.num_test} tested it.\n"
-        "question, decoding, all: rows (tokens x layers) that need not be computed, of those without gates"
-    )
+        "question, decoding, all: rows (tokens x layers) that need not be computed, of those without gates",
+    ]
     if accuracy is not None:
-        console.print(f"right answers: {accuracy['before']:.1%} without gates, {accuracy['after']:.1%} with them")
+        lines.append(f"right answers: {accuracy['before']:.1%} without gates, {accuracy['after']:.1%} with them")
     if certified is found.steps[0]:
-        console.print("Only the exact gates were certified; more problems or a larger budget may allow more.")
+        lines.append("Only the exact gates were certified; more problems or a larger budget may allow more.")
+    with console.capture() as capture:
+        for part in (table, *lines):
+            console.print(part)
+    deliver(capture.get())
 
 
 def _shown_exit(rule: MarginRule) -> str:
@@ -386,4 +398,4 @@ def _add_table(group: Any, table: Options) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

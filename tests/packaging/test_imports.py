@@ -13,8 +13,9 @@ FOLDERS = {"minirksc": "minirksc.", "kernels": "minirksc.kernels.", "models": "m
 # From the bottom up. A module imports from the layers below its own; a package, from itself too.
 LAYERS = (
     ("errors", "eviction", "binomial", "gates", "guard", "signals", "trace_schema", "trace_html", "trace_style"),
-    ("window_pool", "prefix_index", "eviction_log", "host"),
-    ("block_pool", "block_table", "prefix_search", "threads"),
+    ("window_pool", "prefix_index", "eviction_log", "host", "terminal"),
+    ("block_pool", "block_table", "prefix_search", "threads", "files", "interrupts"),
+    ("command",),
     ("awaited", "pins"),
     ("config", "answers", "json_file", "template_sandbox", "gguf_fields", "hub", "rsbcm", "kernels"),
     ("stopping", "chat_template", "tekken", "gguf_config", "gguf_tokenizer", "cgee", "similarity"),
@@ -120,13 +121,13 @@ PROCESS_STATE = {
     "random.seed": set(),
     "numpy.random.seed": set(),
     # The command lines; and what OpenMP was told, which `threads` warns about.
-    "os.environ": {"minirksc.generate", "minirksc.checkpoints", "minirksc.llm"},
+    "os.environ": {"minirksc.command", "minirksc.generate", "minirksc.checkpoints", "minirksc.llm"},
     "os.getenv": set(),
     "os.putenv": set(),
     "os.chdir": set(),
     "warnings.simplefilter": set(),
     "warnings.filterwarnings": set(),
-    "signal.signal": {"minirksc.generate"},
+    "signal.signal": {"minirksc.interrupts"},
     "logging.basicConfig": {"minirksc.generate"},
 }
 
