@@ -30,7 +30,7 @@ from minirksc.answers import SELECT_RULES, check_parser
 from minirksc.binomial import problems_needed, smallest_budget
 from minirksc.calibration import KINDS, Calibration, calibrate
 from minirksc.cgee import Gates, MarginRule
-from minirksc.cli_output import check_writable, print_json
+from minirksc.cli_output import check_writable, print_json, print_page
 from minirksc.collect import BRANCHES_AT_ONCE, Collector
 from minirksc.command import UsageError, run_command
 from minirksc.errors import ConfigError, MinirkscError
@@ -50,7 +50,7 @@ from minirksc.generate import (
 from minirksc.interrupts import run_process
 from minirksc.signals import SIGNALS
 from minirksc.solver import DEFAULT_SAMPLING, SolverConfig
-from minirksc.terminal import deliver, is_terminal, note
+from minirksc.terminal import is_terminal, note
 from minirksc.trials import Trials
 
 if TYPE_CHECKING:
@@ -317,10 +317,8 @@ def read_problems(path: Path) -> Problems:
 def print_table(found: Calibration, accuracy: dict[str, float] | None) -> None:
     """What was tested, and what came of it."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if is_terminal(sys.stdout) else 120, highlight=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("skip", "layer exit", "decode exit", "changed", "bound", "question", "decoding", "all", ""):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)
@@ -348,10 +346,7 @@ def print_table(found: Calibration, accuracy: dict[str, float] | None) -> None:
         lines.append(f"right answers: {accuracy['before']:.1%} without gates, {accuracy['after']:.1%} with them")
     if certified is found.steps[0]:
         lines.append("Only the exact gates were certified; more problems or a larger budget may allow more.")
-    with console.capture() as capture:
-        for part in (table, *lines):
-            console.print(part)
-    deliver(capture.get())
+    print_page(table, *lines)
 
 
 def _shown_exit(rule: MarginRule) -> str:

@@ -4,6 +4,11 @@
 file inside its packages, into the user's cache folder. A conversion appears whole or not at all.
 """
 
+if __name__ == "__main__":  # while the rest is imported, too
+    from minirksc.interrupts import leave_at_once
+
+    leave_at_once()
+
 import argparse
 import difflib
 import errno

@@ -1,6 +1,7 @@
 """What the command line shows: text, tables, JSON, statistics and progress."""
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.status import Status
 from rich.table import Table
 from rich.text import Text
@@ -18,7 +19,7 @@ from rich.text import Text
 from minirksc.config import NEUTRAL, SamplingParams
 from minirksc.errors import ConfigError
 from minirksc.files import write_file
-from minirksc.terminal import deliver, is_terminal, note, say, show, visible
+from minirksc.terminal import check_stdout, deliver, is_terminal, note, say, show, visible
 from minirksc.trace_page import trace_page
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def solve_as_dict(result: "SolveResult") -> dict[str, Any]:
 
 def print_json(record: dict[str, Any]) -> None:
     """One line on stdout."""
+    check_stdout()
     text = to_json(record)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
@@ -133,6 +135,18 @@ def print_stream(chunks: "Iterable[StreamChunk]") -> None:
         note(f"cut at {num_tokens} tokens (--max-tokens)")
 
 
+def print_page(*parts: RenderableType) -> None:
+    """Tables and lines: on a terminal as wide as it is, with its styles."""
+    check_stdout()
+    stream = io.TextIOWrapper(io.BytesIO(), sys.stdout.encoding or "utf-8", errors="replace", newline="\n")
+    is_wide = is_terminal(sys.stdout)
+    console = Console(file=stream, force_terminal=is_wide, width=None if is_wide else PLAIN_WIDTH, highlight=False)
+    for part in parts:
+        console.print(part)
+    stream.seek(0)
+    deliver(stream.read())
+
+
 def print_samples(result: "RequestOutput") -> None:
     """Several samples of one prompt, each under a heading."""
     for output in result.outputs:
@@ -141,7 +155,6 @@ def print_samples(result: "RequestOutput") -> None:
 
 def print_solve(result: "SolveResult") -> None:
     """A table of the branches, and the answer; on stderr that it was cut, if it was."""
-    console = Console(width=None if is_terminal(sys.stdout) else PLAIN_WIDTH, highlight=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
     for name in ("#", "score", "P(YES)", "conf", "own", "shared", "end", "answer"):
         table.add_column(name, justify="left" if name in ("end", "answer") else "right", no_wrap=True)
@@ -165,12 +178,7 @@ def print_solve(result: "SolveResult") -> None:
         f"decoding {stats['decode_s']:.2f}, verifying {stats['verify_s']:.2f}; "
         f"{stats['num_prefilled_tokens']} tokens prefilled, {stats['num_decoded_tokens']} decoded\n"
     )
-    with console.capture() as capture:
-        console.print(table)
-        console.print(summary)
-        for line in _what_gates_did(result):
-            console.print(_one_line(line))
-    deliver(capture.get())
+    print_page(table, summary, *map(_one_line, _what_gates_did(result)))
     show(f"Branch {result.best + 1}: {result.answer.strip()}")
     best = result.branches[result.best]
     if best.finish_reason == "length":
