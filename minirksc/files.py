@@ -34,7 +34,7 @@ def read_file(path: Path, max_bytes: int, what: str, error: type[MinirkscError] 
         error: it is no regular file, too large, or cannot be read.
     """
     try:
-        with open(os.open(path, os.O_RDONLY | _NO_WAITING), "rb") as stream:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NO_WAITING)) as stream:
             status = os.fstat(stream.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise error(f"{what} {path} is no regular file; write what it gives into one and name that")

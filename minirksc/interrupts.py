@@ -1,8 +1,8 @@
 """Ctrl-C in a command that is a process of its own: exit code 130 and one line, wherever it comes.
 
 While the work is done it raises KeyboardInterrupt, once, so that files are closed and what is finished is named. Before
-and after that, while extension modules are imported, and when it is pressed again, the process ends where it stands:
-an exception would be printed or lost there.
+that, while extension modules are imported, and when it is pressed again, the process ends where it stands: an exception
+would be printed or lost there. Once the exit code is known it stays.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ INTERRUPTED = 130
 
 def leave_at_once() -> None:
     """From now on Ctrl-C ends the process where it stands; not where whoever started it had it ignored."""
-    if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, _raise):
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
 
 
@@ -45,7 +45,8 @@ def run_process(main: Callable[[], int]) -> NoReturn:
         if signal.getsignal(signal.SIGINT) is _leave:
             signal.signal(signal.SIGINT, _raise)
         code = main()
-        leave_at_once()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # and where main was left by an interruption
     if code == INTERRUPTED:
         discard(sys.stdout)  # a reader that takes nothing must not hold up the end
     sys.exit(code)

@@ -81,13 +81,16 @@ def say(text: str) -> None:
     if sys.stderr is None:
         return
     try:
-        print(visible(text), file=sys.stderr, flush=True)
+        # A name of a file may hold bytes that are no text.
+        print(visible(text).encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
     except (OSError, ValueError):  # full, or closed
         discard(sys.stderr)
 
 
-def discard(stream: IO[str]) -> None:
+def discard(stream: IO[str] | None) -> None:
     """What a failed write has left in a stream's buffer must not fail again when the interpreter ends."""
+    if stream is None:
+        return
     with contextlib.suppress(OSError, ValueError):
         number = stream.fileno()
         null = os.open(os.devnull, os.O_WRONLY)
