@@ -25,7 +25,7 @@ def read_json_object(
     if max_bytes is not None and path.stat().st_size > max_bytes:
         raise error(f"{path} has {path.stat().st_size} bytes, more than {max_bytes}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as cause:
         raise error(f"{path} is not readable JSON: {cause}") from cause
     if not isinstance(content, dict):
