@@ -93,7 +93,7 @@ class FakeEngine:
         step = self.scheduler.schedule()
         self.peak_used_blocks = max(self.peak_used_blocks, self.blocks.num_used)
         self.scheduler.commit(step.scheduled)
-        finished = list(step.failed)
+        finished = list(step.ended)
         for item in step.scheduled:
             request = item.request
             self.num_prefilled_tokens += 0 if item.is_decode else item.num_tokens

@@ -208,6 +208,7 @@ def timed_arms(shapes: Sequence[Shape], options: argparse.Namespace) -> list[Arm
                 loaded.max_model_len,
                 frozenset(),
                 tokenizer,
+                {},
             )
             begin = time.perf_counter()
             tokens = Service(engine, work.prompts, work.shape, work.hint).run()

@@ -6,6 +6,7 @@ that does more than calls of compiled operations, allocations and views cannot b
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -42,6 +43,7 @@ class NativeRecorder:
         Raises:
             NotRecordableError: it cannot be.
         """
+        drop_recording()
         native.begin_recording()
         try:
             with _Watch(self._chunks):
@@ -49,6 +51,13 @@ class NativeRecorder:
         finally:
             tape = native.end_recording()
         return partial(_replay, tape, tuple(self._chunks)), out
+
+
+def drop_recording() -> None:
+    """Ends what this thread records, if it was left in the midst of it."""
+    if native is not None:
+        with suppress(RuntimeError):  # it records nothing
+            native.end_recording()
 
 
 def _replay(tape: bytes, memory: Sequence[Tensor]) -> None:

@@ -26,18 +26,21 @@ class BlockPool:
         policy: eviction policy, a key of `eviction.POLICIES` or a function like those.
         index: where blocks may be indexed.
         windows: where blocks may have room for layers with a window.
+        log: of evictions.
 
     Raises:
         ConfigError: an unknown policy.
     """
 
-    def __init__(self, num_blocks: int, policy: str | Policy, index: PrefixIndex, windows: WindowPool) -> None:
+    def __init__(
+        self, num_blocks: int, policy: str | Policy, index: PrefixIndex, windows: WindowPool, log: EvictionLog
+    ) -> None:
         if isinstance(policy, str) and policy not in POLICIES:
             raise ConfigError(f"eviction {policy!r} is unknown; choose one of {', '.join(POLICIES)}")
-        self.log = EvictionLog()
         self._priority = POLICIES[policy] if isinstance(policy, str) else policy
         self._policy = self._priority.__name__
         self._index = index
+        self._evictions = log
         self._windows = windows
         self._blocks = [Block(i) for i in range(num_blocks)]
         # Lowest ids first, and the neighbour of a table's last block before all: runs become likely.
@@ -147,7 +150,7 @@ class BlockPool:
         """Frees every block that is merely cached."""
         while self._cached:
             self._evict(logged=False)
-        self.log.forget_lost()
+        self._evictions.forget_lost()
 
     def check(self, references: Sequence[int], views: Sequence[int]) -> None:
         """Verifies that each block is free, cached or held, exactly once, and can be found.
@@ -181,7 +184,7 @@ class BlockPool:
         assert self._free.issubset(self._free_heap), "a free block cannot be found"
         leaves = {(self._priority(b), i) for i in self._cached if not (b := self._blocks[i]).children}
         assert leaves.issubset(self._victims), "a cached leaf cannot be found"
-        self.log.check(lambda digest: self._index.get(digest) is not None)
+        self._evictions.check(lambda digest: self._index.get(digest) is not None)
 
     def _give_back(self, block: Block) -> None:
         self._windows.drop(block)
@@ -236,4 +239,4 @@ class BlockPool:
             policy=self._policy,
             at=self._clock,
         )
-        self.log.add(block.digest, eviction)
+        self._evictions.add(block.digest, eviction)

@@ -3,11 +3,12 @@
 import difflib
 import re
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from types import NoneType
 from typing import Any, Self, get_args
 
-from minirksc.errors import ConfigError
+from minirksc.errors import ConfigError, PromptError, brief
+from minirksc.token_ids import BYTES, plain, read_token_ids
 
 MAX_SAMPLES = 256
 """As many as run at once by default; for more, ask twice with different seeds."""
@@ -43,14 +44,15 @@ class SamplingParams:
         top_k: the k likeliest tokens; 0 or -1 for all.
         min_p: tokens at least this fraction as likely as the likeliest.
         repetition_penalty: divides (multiplies, if negative) the logits of tokens in prompt and output.
-        presence_penalty, frequency_penalty: subtracted once, or per occurrence, for tokens in the output.
+        presence_penalty, frequency_penalty: subtracted once, or per occurrence, for tokens in the output; of a branch,
+            in all that was generated on it and its ancestors.
         max_tokens: None for as many as the model's length allows.
         min_tokens: no end, by token or string, before so many.
         stop: strings that end the text; they may span tokens.
         stop_token_ids: tokens that end it, besides the checkpoint's own.
         include_stop_str_in_output: keep the stop string in the text.
         ignore_eos: go on after the checkpoint's end tokens.
-        seed: of the random numbers; None for the engine's next.
+        seed: of the random numbers; None for the engine's next, which has nothing to do with any other.
         logprobs, prompt_logprobs: report the chosen token's and the top k's log-probabilities.
         logit_bias: added to the logits of these token ids.
         skip_special_tokens: leave special tokens out of the text.
@@ -74,7 +76,7 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    logit_bias: Mapping[int, float] | None = None
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
     skip_special_tokens: bool = True
     detokenize: bool = True
 
@@ -82,7 +84,7 @@ class SamplingParams:
         _check_kinds(self)
         stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop)
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids))
+        object.__setattr__(self, "stop_token_ids", _as_ids("stop_token_ids", self.stop_token_ids))
         _check_int("n", self.n, 1, MAX_SAMPLES)
         _check_float("temperature", self.temperature, 0)
         _check_float("top_p", self.top_p, 0, 1, open_low=True)
@@ -96,16 +98,19 @@ class SamplingParams:
         _check_int("seed", self.seed, 0, 2**64 - 1)
         _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         _check_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
-        for token_id in self.stop_token_ids:
-            _check_int("stop_token_ids", token_id, 0, None, optional=False)
         _check_stops(stop)
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
-                raise ConfigError(f"logit_bias {self.logit_bias!r} must map token ids to numbers, as in {{50: -1.5}}")
-            object.__setattr__(self, "logit_bias", dict(self.logit_bias))  # the caller may change theirs
+                raise ConfigError(
+                    f"logit_bias {brief(self.logit_bias)} must map token ids to numbers, as in {{50: -1.5}}"
+                )
+            ids = _as_ids("logit_bias", list(self.logit_bias))
+            if len(set(ids)) < len(ids):
+                raise ConfigError(f"logit_bias {brief(self.logit_bias)} names a token id twice")
+            biases = dict(zip(ids, self.logit_bias.values(), strict=True))  # the caller may change theirs
+            object.__setattr__(self, "logit_bias", biases)
         for token_id, bias in (self.logit_bias or {}).items():
-            _check_int("logit_bias key", token_id, 0, None, optional=False)
-            _check_float(f"logit_bias[{token_id}]", bias, optional=False)
+            _check_float(f"logit_bias[{brief(token_id)}]", bias, optional=False)
         self._check_contradictions()
 
     def _check_contradictions(self) -> None:
@@ -127,6 +132,32 @@ class SamplingParams:
         }
         return replace(self, **missing) if missing else self
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Refuses ids that the model does not have: they would do nothing.
+
+        Raises:
+            ConfigError: one of stop_token_ids or logit_bias is not below vocab_size.
+        """
+        for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias or ())):
+            for token_id in ids:
+                if token_id >= vocab_size:
+                    raise ConfigError(
+                        f"{name} holds {brief(token_id)}, outside the vocabulary; ids are 0..{vocab_size - 1}"
+                    )
+
+    @classmethod
+    def of(cls, params: Any) -> Self:
+        """Sampling parameters as a call takes them: made already, a mapping of names to values, or None for defaults.
+
+        Raises:
+            ConfigError: it is something else, or a name or value is wrong.
+        """
+        if isinstance(params, cls):
+            return params
+        if params is None or isinstance(params, Mapping):
+            return cls.from_dict(params or {})
+        raise ConfigError(f"sampling parameters must be SamplingParams or a dict of their fields, not {brief(params)}")
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """From names and values as they arrive in a file or a request; max_new_tokens is understood.
@@ -140,7 +171,10 @@ class SamplingParams:
                 raise ConfigError("max_tokens and max_new_tokens are the same option; give one")
             values["max_tokens"] = values.pop("max_new_tokens")
         if isinstance(values.get("logit_bias"), Mapping):  # JSON has string keys only
-            values["logit_bias"] = {_as_int(k): v for k, v in values["logit_bias"].items()}
+            biases = [(_as_int(k), v) for k, v in values["logit_bias"].items()]
+            values["logit_bias"] = dict(biases)
+            if len(values["logit_bias"]) < len(biases):
+                raise ConfigError(f"logit_bias {brief(dict(biases))} was given one token id twice")
         _check_names(cls, values)
         return cls(**values)
 
@@ -244,9 +278,17 @@ def _as_int(key: Any) -> Any:
 
 
 def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
-    if not isinstance(value, Sequence | Set):
-        raise ConfigError(f"{name} {value!r} must be a list; leave it out for none")
+    value = plain(value)
+    if not isinstance(value, Sequence | Set) or isinstance(value, (str, *BYTES)):
+        raise ConfigError(f"{name} {brief(value)} must be a list; leave it out for none")
     return tuple(value)
+
+
+def _as_ids(name: str, value: Any) -> tuple[int, ...]:
+    try:
+        return tuple(read_token_ids(_as_tuple(name, value)))
+    except PromptError as error:
+        raise ConfigError(f"{name}: {error}") from error
 
 
 def _check_stops(stop: Sequence[Any]) -> None:
@@ -254,47 +296,47 @@ def _check_stops(stop: Sequence[Any]) -> None:
         raise ConfigError(f"stop holds {len(stop)} strings, more than {MAX_STOPS}; keep those that matter")
     for string in stop:
         if not isinstance(string, str) or not string:
-            raise ConfigError(f"stop holds {string!r}; it takes non-empty strings")
+            raise ConfigError(f"stop holds {brief(string)}; it takes non-empty strings")
         if len(string) > MAX_STOP_LEN:
             raise ConfigError(f"stop holds a string of {len(string)} characters; shorten it to {MAX_STOP_LEN} or less")
 
 
 def _check_kinds(options: Any) -> None:
     """None only where the type allows it, and switches are True or False: "false" would switch on."""
-    for field in fields(options):
-        value = getattr(options, field.name)
-        if value is None and NoneType not in get_args(field.type):
-            raise ConfigError(f"{field.name} None is not a value; leave it out for the default")
-        if isinstance(field.default, bool) and not isinstance(value, bool):
-            raise ConfigError(f"{field.name} {value!r} must be True or False")
+    for one in fields(options):
+        value = getattr(options, one.name)
+        if value is None and NoneType not in get_args(one.type):
+            raise ConfigError(f"{one.name} None is not a value; leave it out for the default")
+        if isinstance(one.default, bool) and not isinstance(value, bool):
+            raise ConfigError(f"{one.name} {brief(value)} must be True or False")
 
 
 def _check_names(cls: Any, values: Mapping[str, Any]) -> None:
-    known = [field.name for field in fields(cls)]
+    known = [one.name for one in fields(cls)]
     for name in values:
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=2)
             hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
             raise ConfigError(f"unknown option {name!r}; {hint}")
-    for field in fields(cls):
-        if field.default is MISSING and field.name not in values:
-            raise ConfigError(f"option {field.name!r} is missing; it has no default")
+    for one in fields(cls):
+        if one.default is MISSING and one.name not in values:
+            raise ConfigError(f"option {one.name!r} is missing; it has no default")
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
-        raise ConfigError(f"{name} {value!r} is unknown; choose one of {', '.join(choices)}")
+        raise ConfigError(f"{name} {brief(value)} is unknown; choose one of {', '.join(choices)}")
 
 
-def _check_int(name: str, value: Any, low: int, high: int | None, optional: bool = True) -> None:
-    """None, if optional, passes: it means that the option was not given."""
-    if value is None and optional:
+def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
+    """None passes: it means that the option was not given."""
+    if value is None:
         return
     allowed = f"at least {low}" if high is None else f"{low} to {high}"
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{name} {value!r} must be an integer, {allowed}")
+        raise ConfigError(f"{name} {brief(value)} must be an integer, {allowed}")
     if value < low or (high is not None and value > high):
-        raise ConfigError(f"{name} {value} is out of range; it must be {allowed}")
+        raise ConfigError(f"{name} {brief(value)} is out of range; it must be {allowed}")
 
 
 def _check_float(
@@ -310,7 +352,7 @@ def _check_float(
         return
     allowed = f"{'above' if open_low else 'at least'} {low:g}, at most {high:g}"
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{name} {value!r} must be a number, {allowed}")
+        raise ConfigError(f"{name} {brief(value)} must be a number, {allowed}")
     # NaN compares false, and an int beyond all floats compares where math.isfinite would raise.
     if not low <= value <= high or (open_low and value == low):
-        raise ConfigError(f"{name} {value} is out of range; it must be {allowed}")
+        raise ConfigError(f"{name} {brief(value)} is out of range; it must be {allowed}")

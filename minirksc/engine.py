@@ -3,33 +3,51 @@
 One step: the scheduler chooses, the batch is built, the runner computes logits, the sampler draws, requests
 are updated and finished ones released. Nothing waits inside and nothing is global: whoever owns an engine
 loops over `step` from one thread, and two engines in one process know nothing of each other.
+
+A call may be left at any line, and what it was doing half done: see `minirksc.calls`. Tokens are the truth; tables,
+counts and the prefix index can be made again, and so can all KV. So whoever changes the books marks them. Where that
+mark is found left behind by the next one who enters, all blocks are freed and every live request is computed anew.
 """
 
 import itertools
+import os
+import sys
 import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from numbers import Integral
 
 import torch
 from torch import Tensor
 
+from minirksc import forks
 from minirksc.batch import ForwardBatch, LogitsRows, build_batch
+from minirksc.calls import Call, Handle, Mark
 from minirksc.config import EngineConfig, SamplingParams
 from minirksc.depth import Depth
-from minirksc.errors import NumericalError, PromptError
+from minirksc.errors import (
+    BranchError,
+    ConfigError,
+    EngineBusyError,
+    EngineForkedError,
+    MinirkscError,
+    NumericalError,
+    PromptError,
+)
 from minirksc.eviction import BY_IMPORTANCE
 from minirksc.gates import Seat
 from minirksc.kernels.attention_batch import KEY_CHUNK
 from minirksc.models.decoder import MassSample
 from minirksc.models.spec import ArchSpec
-from minirksc.request import LogitsCallback, Request, Sequence, Stats
+from minirksc.request import LogitsCallback, Request, Salt, Sequence, Stats, salt_key
 from minirksc.rsbcm import BlockBytes, BlockManager
 from minirksc.runner import Runner
-from minirksc.sampling import Sampled, SamplingRow, sample
+from minirksc.sampling import Sampled, SamplingRow, derived_seed, sample
 from minirksc.scheduler import ScheduledRequest, Scheduler
-from minirksc.stopping import StopChecker
+from minirksc.stopping import StopChecker, TextSource
+from minirksc.token_ids import read_token_ids
 from minirksc.tokenizer import Detokenizer, Tokenizer
 
 SEED_RANGE = 2**64
@@ -49,6 +67,7 @@ class Engine:
         max_model_len: longest sequence, prompt and generated tokens together.
         eos_token_ids: end a generation.
         tokenizer: for text and stop strings; None: token ids only.
+        sampling_defaults: of the checkpoint, for sampling values that a request leaves open.
     """
 
     def __init__(
@@ -60,10 +79,11 @@ class Engine:
         max_model_len: int,
         eos_token_ids: frozenset[int],
         tokenizer: Tokenizer | None,
+        sampling_defaults: Mapping[str, float],
     ) -> None:
         spec = runner.model.spec
         self.runner = runner
-        self.blocks = blocks
+        self._blocks = blocks
         self.block_bytes = block_bytes
         device = runner.model.device
         # Triton launches on the process's current device, which need not be the model's.
@@ -82,6 +102,16 @@ class Engine:
         self.max_model_len = max_model_len
         self.eos_token_ids = eos_token_ids
         self.tokenizer = tokenizer
+        self.sampling_defaults = sampling_defaults
+        self._seed = config.seed
+        self._num_seeds = 0
+        self._owner = object()  # what its sequences know it by
+        self._handles: dict[int, Handle] = {}  # by seq_id
+        self._dropped: deque[Handle] = deque()  # whose owner is gone
+        self._pid = os.getpid()
+        self._calls: list[Call] = []
+        self._step_mark: Mark | None = None  # the KV of what runs is not written yet
+        self._books_mark: Mark | None = None  # tables, counts and queues are being changed
         self._sequence_ids = itertools.count()
         self._request_ids = itertools.count()
         self._num_steps = 0
@@ -95,54 +125,219 @@ class Engine:
         self._decode_s = 0.0
         self._num_tokens_in_decode_s = 0
 
-    def new_sequence(self, token_ids: SequenceOf[int], *, share: bool = True, seed: int = 0) -> Sequence:
+    # Entering
+
+    @property
+    def blocks(self) -> BlockManager:
+        """The block manager, put in order if an interrupted call has left it otherwise."""
+        self._mend()
+        return self._blocks
+
+    def call(self, is_alive: Callable[[], bool] | None = None) -> Call:
+        """Begins a call of the function that asks for it; what is added for it ends with it, however it ends.
+
+        Args:
+            is_alive: for a generator: whether it can still go on.
+
+        Raises:
+            EngineBusyError, EngineForkedError.
+        """
+        self._enter()
+        call = Call(self._end_call, Mark(sys._getframe(1)), is_alive)
+        self._calls.append(call)
+        return call
+
+    def _enter(self) -> None:
+        """Whoever is about to change something comes in here.
+
+        Raises:
+            EngineBusyError: another thread is inside, or a step of this one.
+            EngineForkedError: this process is a child in which the engine cannot compute.
+        """
+        if os.getpid() != self._pid:
+            reason = forks.why_not(self.runner.model.device)
+            if reason is not None:
+                raise EngineForkedError(
+                    f"this engine was made in process {self._pid} and is used in its child {os.getpid()}: {reason}; "
+                    "make it in the child, or use threads=1 on a CPU"
+                )
+        if self._mend():
+            return
+        raise EngineBusyError(
+            "the engine is in the midst of a step or of another thread's call; one thread at a time drives it, and "
+            "callbacks inside a step only look (on_step of extend() runs between steps)"
+        )
+
+    def _mend(self) -> bool:
+        """Puts in order what a call that was left half way has left behind; False: somebody is inside, look only."""
+        marks = [mark for mark in (self._books_mark, self._step_mark) if mark is not None]
+        if any(mark.is_running for mark in marks) or any(call.is_elsewhere for call in self._calls):
+            return False
+        if marks:
+            marks[-1].restore_modes()
+            if self._books_mark is not None:
+                self._rebuild()
+            else:
+                with self._changing():  # a table may point at a copy that was never made: what ran is computed again
+                    self.scheduler.preempt_all()
+            self._step_mark = None
+        for call in [call for call in self._calls if call.is_over]:
+            with self._changing():
+                self._give_back(call)
+        while self._dropped:
+            with self._changing():
+                self._release(self._dropped[0].sequence)
+                self._dropped.popleft()
+        return True
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Marks the books while they are being changed; where that is left half way, the mark stays."""
+        self._books_mark = Mark(sys._getframe(2))
+        yield
+        self._books_mark = None
+
+    def _rebuild(self) -> None:
+        """Frees all blocks; requests that have not ended go on from their tokens."""
+        self._books_mark = Mark(sys._getframe())
+        for request in self.scheduler.requests.values():
+            request.put_in_order(lambda one: self._make_checker(one.params, one.num_prompt_tokens, one.detokenizer))
+        self._blocks.clear()
+        self.scheduler.restart()
+        self._books_mark = None
+
+    def _end_call(self, call: Call) -> None:
+        self._enter()
+        with self._changing():
+            self._give_back(call)
+
+    def _give_back(self, call: Call) -> None:
+        for request in call.requests:
+            self._abort(request, "abort")
+        for sequence in call.sequences:
+            self._release(sequence)
+        if call in self._calls:
+            self._calls.remove(call)
+        call.close()
+
+    # Sequences and requests
+
+    def next_seed(self) -> int:
+        """A seed for what was given none: independent of all others, and the same in the next run of the same calls."""
+        self._num_seeds += 1
+        return derived_seed(self._seed, self._num_seeds)
+
+    def new_sequence(
+        self,
+        token_ids: Iterable[int],
+        *,
+        share: bool = True,
+        salt: Salt | None = None,
+        seed: int = 0,
+    ) -> Sequence:
         """A root sequence; nothing is computed or reserved yet.
 
         Args:
             token_ids: the prompt.
             share: False keeps its blocks out of all sharing but that of its own forks.
+            salt: it shares blocks with sequences of the same salt alone; None: with those that have none.
             seed: of the samples of a branch on it.
 
         Raises:
             PromptError: it is empty, longer than max_model_len, or has a token id outside the vocabulary.
+            ConfigError: the salt is none.
         """
-        self.check_token_ids(token_ids, num_before=0)
-        if not token_ids:
+        prompt = self.check_token_ids(token_ids, num_before=0)
+        if not prompt:
             raise PromptError("the prompt is empty; give at least one token")
+        key = salt_key(salt)
         seq_id = next(self._sequence_ids)
-        salt = b"" if share else b"private %d" % seq_id
-        return Sequence(seq_id, list(token_ids), salt=salt, branch_seed=seed)
+        key = key if share else b"private %d" % seq_id
+        return Sequence(seq_id, prompt, salt=key, branch_seed=seed, owner=self._owner)
 
-    def check_token_ids(self, token_ids: SequenceOf[int], num_before: int) -> None:
-        """Checks tokens that are to follow `num_before` others.
+    def check_token_ids(self, token_ids: Iterable[int], num_before: int) -> list[int]:
+        """Token ids that are to follow `num_before` others, as a list of int.
 
         Raises:
             PromptError: too many for max_model_len, or one is no whole number or outside the vocabulary.
         """
-        vocab_size = self.runner.model.spec.vocab_size
-        for token_id in token_ids:
-            if not (type(token_id) is int or isinstance(token_id, Integral)) or not 0 <= token_id < vocab_size:
-                raise PromptError(f"token id {token_id!r} is outside the vocabulary; ids are 0..{vocab_size - 1}")
-        num_tokens = num_before + len(token_ids)
+        checked = read_token_ids(token_ids, self.runner.model.spec.vocab_size)
+        num_tokens = num_before + len(checked)
         if num_tokens > self.max_model_len:
             raise PromptError(
                 f"{num_tokens} tokens are more than max_model_len {self.max_model_len}; shorten the prompt"
             )
+        return checked
 
-    def fork_sequence(self, parent: Sequence, index: int) -> Sequence:
-        """A kept child that shares every block of its parent; nothing is copied."""
+    def check_idle(self, sequence: Sequence) -> None:
+        """Refuses a sequence that cannot be changed or given to a request.
+
+        Raises:
+            BranchError: it is in an unfinished request, was released, or is another engine's.
+        """
+        self._check_owner(sequence)
+        request = self.scheduler.request_of(sequence)
+        if request is not None:
+            raise BranchError(
+                f"sequence {sequence.seq_id} is in request {request.request_id}, which has not finished; "
+                "fork it, or wait for the end"
+            )
+
+    def _check_owner(self, sequence: Sequence) -> None:
+        if sequence.owner is not self._owner:
+            state = "was released" if sequence.owner is None else "is another engine's"
+            raise BranchError(f"sequence {sequence.seq_id} {state}; make one with new_sequence or fork_sequence")
+
+    def replace_end(self, sequence: Sequence, num_tokens: int, token_ids: SequenceOf[int]) -> None:
+        """Takes the tokens from num_tokens on out of an idle sequence, and their KV with them, and puts others there.
+
+        Raises:
+            BranchError: see `check_idle`.
+            EngineBusyError, EngineForkedError.
+        """
+        self._enter()
+        self.check_idle(sequence)
+        seq_id = sequence.seq_id
+        if seq_id in self._blocks and self._blocks.num_tokens(seq_id) > num_tokens:
+            with self._changing():
+                # The last token that stays is computed once more, for its logits.
+                if self._blocks.can_rewind(seq_id, num_tokens - 1):
+                    self._blocks.rewind(seq_id, num_tokens - 1)
+                else:  # what its window would see is gone
+                    self.scheduler.release(sequence)
+        sequence.token_ids[num_tokens:] = token_ids
+
+    def fork_sequence(self, parent: Sequence, index: int, call: Call | None = None, *, kept: bool = True) -> Sequence:
+        """A child that shares every block of its parent; nothing is copied.
+
+        Args:
+            parent: stays as it is.
+            index: of the fork; the last part of the child's path.
+            call: with whose end it is released, unless it is taken out of it.
+            kept: its blocks stay when a request on it ends, until `release`.
+
+        Raises:
+            BranchError: the parent was released, or is another engine's.
+            EngineBusyError, EngineForkedError.
+        """
+        self._enter()
+        self._check_owner(parent)
         child = replace(
             parent,
             seq_id=next(self._sequence_ids),
             token_ids=list(parent.token_ids),
             path=(*parent.path, index),
             depth=parent.depth + 1,
+            kept=kept,
         )
-        if parent.seq_id in self.blocks:
-            self.blocks.fork(parent.seq_id, child.seq_id, child.depth)
-            self.scheduler.keep(child)
-        else:
-            self.blocks.await_fork(parent.seq_id, child.seq_id)
+        with self._changing():
+            if call is not None:
+                call.sequences.append(child)
+            if parent.seq_id in self._blocks:
+                self._blocks.fork(parent.seq_id, child.seq_id, child.depth)
+                self.scheduler.keep(child)
+            else:
+                self._blocks.await_fork(parent.seq_id, child.seq_id)
         return child
 
     def add_request(
@@ -150,41 +345,68 @@ class Engine:
         sequence: Sequence,
         params: SamplingParams,
         *,
-        seed: int = 0,
+        seed: int | None = None,
         prefill_only: bool = False,
         logits_start: int | None = None,
         on_logits: LogitsCallback | None = None,
         seat: Seat | None = None,
+        earlier_output_ids: SequenceOf[int] = (),
+        detokenizer: TextSource | None = None,
+        call: Call | None = None,
     ) -> Request:
         """Queues a generation on a sequence.
 
         Args:
             sequence: from `new_sequence` or `fork_sequence`, and not in another unfinished request.
-            params: resolved sampling parameters.
-            seed: of the random numbers; params.seed wins.
+            params: sampling parameters, for one sample; what they leave open comes from the checkpoint.
+            seed: of the random numbers; params.seed wins; None: `next_seed`.
             prefill_only: compute the KV of what is there and sample nothing.
             logits_start: see `Request`.
             on_logits: see `Request`.
             seat: see `Request`.
+            earlier_output_ids: see `Request`.
+            detokenizer: see `Request`.
+            call: with whose end it is aborted; None: it stays until it has ended.
 
         Raises:
+            ConfigError: the parameters ask for what a request does not do, or name ids outside the vocabulary.
+            BranchError: see `check_idle`.
             PromptError: prompt and max_tokens do not fit into max_model_len.
-            CacheFullError: the cache can never hold the prompt.
+            CacheFullError: the cache can never hold prompt and max_tokens.
+            EngineBusyError, EngineForkedError.
         """
+        self._enter()
+        params = SamplingParams.of(params).resolved(self.sampling_defaults)
+        if params.n != 1:
+            raise ConfigError(f"a request is one sample, not n={params.n}; add {params.n}, with seeds that count up")
+        if params.prompt_logprobs is not None:
+            raise ConfigError(
+                f"a request does not report prompt_logprobs {params.prompt_logprobs}; use logits_start and on_logits"
+            )
+        params.check_vocabulary(self.runner.model.spec.vocab_size)
+        self.check_idle(sequence)
         num_prompt = len(sequence.token_ids)
-        checker = None if prefill_only else self._make_checker(params, num_prompt)
+        if prefill_only and self.scheduler.room_after(num_prompt) < 1:
+            raise self.scheduler.cache_full(f"a prompt of {num_prompt} tokens", num_prompt)
+        checker = None if prefill_only else self._make_checker(params, num_prompt, detokenizer)
+        seed = params.seed if params.seed is not None else seed
         request = Request(
             request_id=next(self._request_ids),
             sequence=sequence,
             params=params,
-            seed=(seed if params.seed is None else params.seed) % SEED_RANGE,
+            seed=(self.next_seed() if seed is None else seed) % SEED_RANGE,
             num_prompt_tokens=num_prompt,
             checker=checker,
             logits_start=logits_start,
             on_logits=on_logits,
             seat=seat,
+            earlier_output_ids=earlier_output_ids,
+            detokenizer=detokenizer,
         )
-        self.scheduler.add(request)
+        with self._changing():
+            if call is not None:
+                call.requests.append(request)
+            self.scheduler.add(request)
         return request
 
     def abort(self, request: Request, reason: str = "abort") -> None:
@@ -194,15 +416,55 @@ class Engine:
             request: one that has finished stays as it is.
             reason: its finish_reason.
         """
+        self._enter()
+        with self._changing():
+            self._abort(request, reason)
+
+    def release(self, sequence: Sequence) -> None:
+        """Gives back the blocks of a kept sequence; a request that runs on it is aborted."""
+        self._enter()
+        with self._changing():
+            self._release(sequence)
+
+    def _abort(self, request: Request, reason: str) -> None:
         if request.finished:
             return
         if request.checker is not None:
             request.checker.flush()
         self._finish(request, reason)
 
-    def release(self, sequence: Sequence) -> None:
-        """Gives back the blocks of a kept sequence that no request runs on."""
+    def pin(self, sequence: Sequence) -> None:
+        """Keeps the blocks of a kept sequence from eviction; see `BlockManager.pin`."""
+        self._enter()
+        with self._changing():
+            self._blocks.pin(sequence.seq_id)
+
+    def unpin(self, sequence: Sequence) -> None:
+        """Takes `pin` back."""
+        self._enter()
+        with self._changing():
+            self._blocks.unpin(sequence.seq_id)
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets every cached block that no sequence uses, and unpins all."""
+        self._enter()
+        with self._changing():
+            self._blocks.reset()
+
+    def release_with(self, owner: object, sequence: Sequence) -> None:
+        """Releases a kept sequence once an object is gone, if nobody has done so before."""
+        # Told at any moment and in any thread, so by something that runs no Python: an error in it would be lost.
+        handle = Handle(owner, self._dropped.append)
+        handle.sequence = sequence
+        self._handles[sequence.seq_id] = handle
+
+    def _release(self, sequence: Sequence) -> None:
+        self._handles.pop(sequence.seq_id, None)
+        request = self.scheduler.request_of(sequence)
+        if request is not None:
+            self._abort(request, "abort")
         self.scheduler.release(sequence)
+        sequence.owner = None
 
     @property
     def has_work(self) -> bool:
@@ -215,23 +477,24 @@ class Engine:
         Returns:
             The requests that gained a token or finished; none when a chunk of a prompt was computed or nothing
             was left to do.
+
+        Raises:
+            EngineBusyError, EngineForkedError.
         """
-        try:
-            with self._device:
-                return self._step()
-        except BaseException:
-            # A table may already point at a copy that was never made: what ran is computed again.
-            self.scheduler.preempt_all()
-            raise
+        self._enter()
+        self._step_mark = Mark(sys._getframe())
+        with self._device:
+            changed = self._step()
+        self._step_mark = None
+        return changed
 
     def _step(self) -> list[Request]:
-        step = self.scheduler.schedule()
-        for request in step.failed:
-            request.finish_reason = "error"
+        with self._changing():
+            step = self.scheduler.schedule()
         if not step.scheduled:
-            return step.failed
+            return step.ended
         start = time.perf_counter()
-        batch = build_batch(step, self.blocks, self._windows, self.runner.model.device, self._key_chunk)
+        batch = build_batch(step, self._blocks, self._windows, self.runner.model.device, self._key_chunk)
         depth = self._depth(step.scheduled, batch)
         mass = self._mass_sample(step.scheduled)
         logits = self.runner.forward(batch, depth, mass)  # [rows, vocab]
@@ -249,22 +512,23 @@ class Engine:
         # KV of a request whose logits are not finite must not reach the prefix cache, nor what a gate left half made.
         failed = {request for request, one in drawn if one.failure is not None}
         stored = [item for item in step.scheduled if item.request not in failed and item.request not in left]
-        for request, position in ({} if depth is None else depth.borrowed).items():
-            self.blocks.keep_out_of_index(request.sequence.seq_id, position)
-        self.scheduler.commit(stored)
-        for request, one in drawn:
-            self._update(request, one)
-        for request, num_layers in left.items():
-            request.exit_layer = num_layers
-            if request.sequence.kept:
-                seq_id = request.sequence.seq_id
-                self.blocks.rewind(seq_id, self.blocks.num_tokens(seq_id))  # the blocks of what was half computed
-            self._finish(request, "gate")
-        prefilled = [i.request for i in stored if i.completes and i.request.checker is None]
-        for request in prefilled:
-            self._finish(request, "stop")
+        with self._changing():
+            for request, position in ({} if depth is None else depth.borrowed).items():
+                self._blocks.keep_out_of_index(request.sequence.seq_id, position)
+            self.scheduler.commit(stored)
+            for request, one in drawn:
+                self._update(request, one)
+            for request, num_layers in left.items():
+                request.exit_layer = num_layers
+                if request.sequence.kept:
+                    seq_id = request.sequence.seq_id
+                    self._blocks.rewind(seq_id, self._blocks.num_tokens(seq_id))  # the blocks of what was half computed
+                self._finish(request, "gate")
+            prefilled = [i.request for i in stored if i.completes and i.request.checker is None]
+            for request in prefilled:
+                self._finish(request, "stop")
         self._count(step.scheduled, depth, time.perf_counter() - start)
-        return [*step.failed, *(request for request, _ in drawn), *left, *prefilled]
+        return [*step.ended, *(request for request, _ in drawn), *left, *prefilled]
 
     def _depth(self, items: list[ScheduledRequest], batch: ForwardBatch) -> Depth | None:
         """Gates of a step; None where no request sits at one, or none of these will be asked."""
@@ -283,10 +547,10 @@ class Engine:
     def _observe(self, items: list[ScheduledRequest], mass: MassSample) -> None:
         rows = torch.stack(mass.masses).mean(0).tolist()  # [sequences, blocks]
         for item, row in zip(items, rows, strict=True):
-            self.blocks.observe(item.request.sequence.seq_id, row)
+            self._blocks.observe(item.request.sequence.seq_id, row)
 
     def _kv_table(self, seq_id: int, window: int | None) -> list[int]:
-        return self.blocks.block_table(seq_id) if window is None else self.blocks.window_table(seq_id)
+        return self._blocks.block_table(seq_id) if window is None else self._blocks.window_table(seq_id)
 
     def stats(self) -> Stats:
         """Counters since start and the state of the cache.
@@ -297,7 +561,7 @@ class Engine:
         Where layers with a window have a pool apart, `num_window_blocks_*` count its blocks, and `kv_bytes_used_window`
         is what they hold; all other layers are in `num_blocks_*` and `kv_bytes_used_full`.
         """
-        blocks, windows, size = self.blocks, self.blocks.windows, self.block_bytes
+        blocks, windows, size = self.blocks, self._blocks.windows, self.block_bytes
         return {
             "num_steps": self._num_steps,
             "num_prefilled_tokens": self._num_prefilled_tokens,
@@ -326,7 +590,7 @@ class Engine:
             "kv_bytes_used_window": windows.num_used * size.window,
         }
 
-    def _make_checker(self, params: SamplingParams, num_prompt: int) -> StopChecker:
+    def _make_checker(self, params: SamplingParams, num_prompt: int, before: TextSource | None) -> StopChecker:
         room = self.max_model_len - num_prompt
         if params.max_tokens is not None and params.max_tokens > room:
             raise PromptError(
@@ -337,12 +601,21 @@ class Engine:
             raise PromptError(
                 f"a sequence of {num_prompt} tokens leaves no room for a new one in max_model_len {self.max_model_len}"
             )
+        room = min(room, self.scheduler.room_after(num_prompt))
+        if (params.max_tokens or 1) > room:
+            num_new = params.max_tokens or 1
+            what = f"a prompt of {num_prompt} tokens with max_tokens {num_new}"
+            raise self.scheduler.cache_full(what, num_prompt + num_new - 1)
         if params.max_tokens is None:
             params = replace(params, max_tokens=room)
-        detokenizer = None
-        if self.tokenizer is not None and params.detokenize:
-            detokenizer = Detokenizer(self.tokenizer, params.skip_special_tokens)
-        return StopChecker(params, self.eos_token_ids, detokenizer)
+        return StopChecker(params, self.eos_token_ids, self.text_source(params, before))
+
+    def text_source(self, params: SamplingParams, before: TextSource | None) -> TextSource | None:
+        """What makes text of a generation that goes on where `before` is, or begins; None where there is no text."""
+        if self.tokenizer is None or not params.detokenize:
+            return None
+        skip = params.skip_special_tokens
+        return Detokenizer(self.tokenizer, skip) if before is None else before.copy(skip)
 
     def _sample(self, logits: Tensor, wanted: list[LogitsRows]) -> list[tuple[Request, Sampled]]:
         """Draws the next token of every request whose last token has been computed."""
@@ -368,10 +641,13 @@ class Engine:
             path=request.sequence.path,
             position=len(tokens),
             forbidden_ids=forbidden,
+            earlier_output_ids=request.earlier_output_ids,
         )
 
     def _update(self, request: Request, drawn: Sampled) -> None:
         if drawn.failure is not None:
+            if request.checker is not None:
+                request.checker.flush()
             request.error = NumericalError(
                 f"request {request.request_id}: {drawn.failure} at position "
                 f"{len(request.sequence.token_ids)}; the checkpoint may be damaged, or its dtype too narrow "
@@ -388,7 +664,12 @@ class Engine:
         request.signals.self_certainty.append(drawn.self_certainty)
         if drawn.top_logprobs is not None:
             request.top_logprobs.append(drawn.top_logprobs)
-        request.checker.push(drawn.token_id)
+        try:
+            request.checker.push(drawn.token_id)
+        except MinirkscError as error:  # its tokenizer's; the others go on
+            request.error = error
+            self._finish(request, "error")
+            return
         if request.checker.finish_reason is not None:
             self._finish(request, request.checker.finish_reason)
 

@@ -4,9 +4,32 @@ A message names the offending value, the limit it met and what to do about it. A
 `MinirkscError`, so that a service can catch one type; those that reject an argument are `ValueError`s too.
 """
 
+import reprlib
+from typing import Any
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 100
+
 
 class MinirkscError(Exception):
     """Base of all errors raised on purpose by minirksc."""
+
+
+def brief(value: Any) -> str:
+    """A value for a message: its repr, cut where it is long."""
+    try:
+        return _BRIEF.repr(value)
+    except ValueError:  # an int of more digits than Python prints
+        return f"{type(value).__name__} of thousands of digits"
+
+
+def named(error: Exception, what: str) -> Exception:
+    """The same error, saying which of several things it is about."""
+    if not isinstance(error, MinirkscError):
+        return error
+    other = type(error)(f"{what}: {error}")
+    other.__cause__ = error
+    return other
 
 
 class ConfigError(MinirkscError, ValueError):
@@ -47,3 +70,11 @@ class BranchError(MinirkscError):
 
 class EngineClosedError(MinirkscError):
     """The engine was used after close()."""
+
+
+class EngineBusyError(MinirkscError):
+    """The engine was used by a second thread, or from inside one of its own steps."""
+
+
+class EngineForkedError(MinirkscError):
+    """The engine was used in a child of os.fork in which its threads or its device do not work."""

@@ -4,9 +4,10 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from minirksc.calls import Call
 from minirksc.config import SamplingParams
 from minirksc.engine import Engine
-from minirksc.request import CompletionOutput, Request, RequestOutput
+from minirksc.request import CompletionOutput, Request, RequestOutput, Salt
 from minirksc.sampling import top_logprobs_of
 
 
@@ -17,7 +18,7 @@ class Job:
     Attributes:
         prompt: the text; None where token ids were given.
         token_ids: of the prompt.
-        params: of all samples.
+        params: of all samples, resolved.
         requests: one a sample.
         prompt_logprobs: by position, of those that are computed so far.
         error: why there are no requests.
@@ -30,20 +31,28 @@ class Job:
     prompt_logprobs: dict[int, dict[int, float]] = field(default_factory=dict)
     error: Exception | None = None
 
-    def add_requests(self, engine: Engine, seed: int) -> None:
+    def add_requests(self, engine: Engine, call: Call, salt: Salt | None) -> None:
         """Hands the samples to the engine; sample i is what a request of its own with seed + i would give.
 
+        Args:
+            engine: theirs from now on.
+            call: that they belong to.
+            salt: of the prompt.
+
         Raises:
-            PromptError, CacheFullError: those that were added remain.
+            ConfigError, PromptError, CacheFullError: those that were added remain.
         """
+        one = replace(self.params, n=1, seed=None, prompt_logprobs=None)
+        seed = engine.next_seed() if self.params.seed is None else self.params.seed
         for index in range(self.params.n):
             wants_prompt = index == 0 and self.params.prompt_logprobs is not None
             request = engine.add_request(
-                engine.new_sequence(self.token_ids),
-                replace(self.params, n=1, seed=None),
+                engine.new_sequence(self.token_ids, salt=salt),
+                one,
                 seed=seed + index,
                 logits_start=0 if wants_prompt else None,
                 on_logits=self._store_prompt_logprobs if wants_prompt else None,
+                call=call,
             )
             self.requests.append(request)
 

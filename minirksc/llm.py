@@ -7,18 +7,20 @@ kv_cache_dtype="int8" asks for it.
 import math
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from minirksc.asks import Probe, make_paper_probe, make_probe
-from minirksc.branch import Branch, BranchProgress
+from minirksc.branch import Branch, BranchProgress, branch_list
+from minirksc.calls import Call
 from minirksc.config import EngineConfig, SamplingParams
 from minirksc.engine import Engine
 from minirksc.errors import (
@@ -28,6 +30,8 @@ from minirksc.errors import (
     MinirkscError,
     NumericalError,
     TokenizerError,
+    brief,
+    named,
 )
 from minirksc.eviction_log import Eviction
 from minirksc.gates import DepthGate, Seat
@@ -36,10 +40,11 @@ from minirksc.job import Job
 from minirksc.kernels.native_ops import why_not
 from minirksc.loading import load
 from minirksc.models.spec import ArchSpec
-from minirksc.prompts import Prompt, params_list, prompt_list, text_and_ids
-from minirksc.request import Request, RequestOutput, Sequence, Stats, StreamChunk
+from minirksc.prompts import Conversation, Params, Prompt, conversation_list, one_or_many, params_list, read_prompt
+from minirksc.request import ChunkReader, Request, RequestOutput, Salt, Stats, StreamChunk, salt_key
 from minirksc.scoring import score_requests
 from minirksc.threads import plan_threads
+from minirksc.token_ids import is_list, plain, read_token_ids
 from minirksc.tokenizer import Tokenizer
 
 
@@ -90,7 +95,6 @@ class LLM:
         self.tokenizer: Tokenizer | None = loaded.tokenizer
         self.sampling_defaults = loaded.sampling_defaults
         self._load_s, self._pack_s = loaded.load_s, loaded.pack_s
-        self._num_seeds = 0
         self._lenses: dict[tuple[int, ...] | None, Callable[[Tensor], Tensor]] = {}
 
     @property
@@ -104,6 +108,11 @@ class LLM:
             raise EngineClosedError(f"LLM({self.config.model!r}) was closed; make a new one")
         return self._engine
 
+    @property
+    def closed(self) -> bool:
+        """True after close()."""
+        return self._engine is None
+
     def close(self) -> None:
         """Frees model and cache; a second call does nothing."""
         if self._engine is not None:
@@ -115,6 +124,12 @@ class LLM:
         """They are the process's, not ours."""
         if self._has_set_threads:
             torch.set_num_threads(self._threads_before)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"LLM({self.config.model!r}) holds a model and its cache, and cannot be copied or pickled; "
+            "make one in each process, with the same arguments"
+        )
 
     def __enter__(self) -> "LLM":
         return self
@@ -131,184 +146,216 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | SequenceOf[Prompt],
-        params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        prompts: Prompt | Iterable[Prompt],
+        params: Params | Iterable[Params] = None,
         use_tqdm: bool = False,
         return_errors: bool = False,
+        *,
+        salt: Salt | None = None,
     ) -> list[RequestOutput]:
         """Completes prompts, all of them batched together.
 
         Args:
-            prompts: one or many, each text, token ids or {"prompt_token_ids": [...]}.
-            params: for all, or one a prompt; None: `SamplingParams()`.
+            prompts: one or many, each text, token ids, {"prompt": "..."} or {"prompt_token_ids": [...]}.
+            params: for all, or one a prompt, each `SamplingParams` or a dict of its fields; None: its defaults.
             use_tqdm: progress bar on stderr.
-            return_errors: put a prompt's error into its result instead of raising it.
+            return_errors: put a prompt's error into its result instead of raising it, whatever is wrong with it.
+            salt: cached blocks are shared with calls of the same salt alone; None: with those that have none. A prompt
+                may bring its own as {"prompt": "...", "cache_salt": "..."}.
 
         Returns:
             One result a prompt, in order.
 
         Raises:
-            PromptError, CacheFullError, NumericalError, TokenizerError: unless return_errors.
+            ConfigError: the parameters are neither one nor one a prompt.
+            ConfigError, PromptError, CacheFullError, NumericalError, TokenizerError: unless return_errors.
         """
-        items = prompt_list(prompts)
+        items, _ = one_or_many(prompts)
         jobs: list[Job] = []
-        try:
-            for prompt, one in zip(items, params_list(params, len(items)), strict=True):
-                jobs.append(self._start(prompt, one, return_errors))
-            requests = [request for job in jobs for request in job.requests]
-            with tqdm(total=len(requests), disable=not use_tqdm, unit="request") as bar:
-                for _ in self._run(requests):
-                    bar.update(sum(request.finished for request in requests) - bar.n)
-        finally:
-            self._abort(request for job in jobs for request in job.requests)
+        with self.engine.call() as call:
+            for index, (prompt, one) in enumerate(zip(items, params_list(params, len(items)), strict=True)):
+                jobs.append(self._start(call, prompt, one, salt))
+                if not return_errors:
+                    _raise_named(jobs[-1].error, "prompt", index, len(items))
+            with tqdm(total=len(call.requests), disable=not use_tqdm, unit="request") as bar:
+                for _ in self._run(call.requests):
+                    bar.update(sum(request.finished for request in call.requests) - bar.n)
         results = [job.result() for job in jobs]
-        for result in results:
-            if result.error is not None and not return_errors:
-                raise result.error
+        for index, result in enumerate(() if return_errors else results):
+            _raise_named(result.error, "prompt", index, len(items))
         return results
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None
+        self, prompt: Prompt, params: Params = None, *, salt: Salt | None = None
     ) -> Generator[StreamChunk, None, RequestOutput]:
         """Completes one prompt and yields text as it becomes final; the result is the return value.
 
-        Closing the generator early aborts the generation and frees its blocks.
+        Other calls may be made between two chunks, and other streams read in turn: what they compute for this prompt
+        comes with the next chunk. Closing the generator early aborts the generation and frees its blocks.
 
         Raises:
-            PromptError, CacheFullError, NumericalError, TokenizerError.
+            ConfigError, PromptError, CacheFullError, NumericalError, TokenizerError.
         """
-        job = self._start(prompt, params or SamplingParams(), return_errors=False)
-        shown = [(0, 0)] * len(job.requests)  # characters and tokens of each sample so far
-        try:
+        made: list[weakref.ref[Generator[StreamChunk, None, RequestOutput]]] = []
+
+        def is_alive() -> bool:
+            stream = made[0]()
+            return stream is not None and stream.gi_frame is not None  # type: ignore[attr-defined]
+
+        stream = self._stream(prompt, params, salt, is_alive)
+        made.append(weakref.ref(stream))
+        return stream
+
+    def _stream(
+        self, prompt: Any, params: Any, salt: Salt | None, is_alive: Callable[[], bool]
+    ) -> Generator[StreamChunk, None, RequestOutput]:
+        with self.engine.call(is_alive) as call:
+            job = self._start(call, prompt, params, salt)
+            if job.error is not None:
+                raise job.error
+            readers = [ChunkReader(request, index) for index, request in enumerate(job.requests)]
             for _ in self._run(job.requests):
-                for index, request in enumerate(job.requests):
-                    if request.error is not None:
-                        raise request.error
-                    num_chars, num_tokens = shown[index]
-                    shown[index] = (len(request.text), len(request.output_token_ids))
-                    if shown[index] != (num_chars, num_tokens):
-                        yield StreamChunk(
-                            index=index,
-                            text=request.text[num_chars:],
-                            token_ids=request.output_token_ids[num_tokens:],
-                            finish_reason=request.finish_reason,
-                        )
-        finally:
-            self._abort(job.requests)
+                # Until nothing is new: whoever takes a chunk may step the engine before he takes the next.
+                while chunks := [chunk for reader in readers if (chunk := reader.read()) is not None]:
+                    yield from chunks
         return job.result()
 
     def chat(
         self,
-        conversations: SequenceOf[Any],
-        params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        conversations: Iterable[Any],
+        params: Params | Iterable[Params] = None,
         use_tqdm: bool = False,
+        return_errors: bool = False,
         *,
         add_generation_prompt: bool = True,
         tools: SequenceOf[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        salt: Salt | None = None,
     ) -> list[RequestOutput]:
         """Answers conversations through the checkpoint's own chat template.
 
         Args:
-            conversations: one list of {"role": ..., "content": ...}, or a list of such lists.
+            conversations: one list of {"role": ..., "content": ...}, a list of such lists, or a single message.
             params: as in `generate`.
             use_tqdm: as in `generate`.
+            return_errors: as in `generate`.
             add_generation_prompt: end each conversation with the beginning of the assistant's turn.
             tools: functions that the model may call, each described by a JSON schema.
             chat_template_kwargs: other variables that the template knows, such as {"enable_thinking": False}.
+            salt: as in `generate`.
 
         Raises:
-            ChatTemplateError: there is no template, it fails, or it does not know a variable.
+            ChatTemplateError: there is no template, it fails, or it does not know a variable; unless return_errors.
         """
-        if conversations and isinstance(conversations[0], Mapping):
-            conversations = [conversations]
-        tokenizer = self.need_tokenizer("chat()")
+        self.need_tokenizer("chat()")
         prompts = [
-            tokenizer.encode_chat(list(c), add_generation_prompt, tools, chat_template_kwargs) for c in conversations
+            Conversation(conversation, add_generation_prompt, tools, chat_template_kwargs)
+            for conversation in conversation_list(conversations)
         ]
-        return self.generate(prompts, params, use_tqdm=use_tqdm)
+        return self.generate(prompts, params, use_tqdm, return_errors, salt=salt)  # type: ignore[arg-type]
 
-    def logits(self, token_ids: SequenceOf[int]) -> Tensor:
-        """Next-token logits at every position: `[tokens, vocab]` float32 on the CPU.
+    def logits(self, token_ids: Iterable[int]) -> Tensor:
+        """Next-token logits at every position: `[tokens, vocab]` float32 on the CPU; shares no block with any call.
 
         Raises:
             PromptError, CacheFullError.
         """
-        out = torch.empty((len(token_ids), self.spec.vocab_size))
-        request = self.engine.add_request(
-            self.engine.new_sequence(token_ids, share=False),
-            self._resolve(SamplingParams()),
-            prefill_only=True,
-            logits_start=0,
-            on_logits=lambda first, rows: _store(out, first, rows),
-        )
-        self._run_all([request])
+        sequence = self.engine.new_sequence(token_ids, share=False)
+        out = torch.empty((len(sequence.token_ids), self.spec.vocab_size))
+        with self.engine.call() as call:
+            self.engine.add_request(
+                sequence,
+                SamplingParams(),
+                prefill_only=True,
+                logits_start=0,
+                on_logits=lambda first, rows: _store(out, first, rows),
+                call=call,
+            )
+            self._run_all(call.requests)
         return out
 
     # Branches
 
-    def branch(self, prompt: Prompt, *, share: bool = True, seed: int | None = None) -> Branch:
+    def branch(
+        self, prompt: Prompt, *, share: bool = True, seed: int | None = None, salt: Salt | None = None
+    ) -> Branch:
         """A root branch, its prompt computed once.
 
         Args:
-            prompt: text or token ids.
+            prompt: in any form that `generate` takes.
             share: False keeps its blocks out of all sharing but that of its own forks.
             seed: of its samples and its forks'; None: the next of this LLM's.
+            salt: as in `generate`, for all that is done with it and its forks.
 
         Raises:
-            PromptError, CacheFullError, TokenizerError.
+            ConfigError, PromptError, CacheFullError, TokenizerError.
         """
-        return self.branches([prompt], share=share, seed=seed)[0]
+        return self._branches([prompt], share, seed, None, salt)[0]
 
     def branches(
         self,
-        prompts: SequenceOf[Prompt],
+        prompts: Iterable[Prompt],
         *,
         share: bool = True,
         seed: int | None = None,
         seats: SequenceOf[Seat | None] | None = None,
+        salt: Salt | None = None,
     ) -> list[Branch]:
         """Root branches, their prompts computed together.
 
         Args:
-            prompts: each text or token ids.
+            prompts: as in `generate`.
             share: as in `branch`.
             seed: as in `branch`, the same for all; None: the next of this LLM's, one a branch.
             seats: at depth gates, one a prompt, None for none. A branch whose prompt left has `exit_layer` and no KV:
                 prune it, or have its prompt computed by whatever is done with it next.
+            salt: as in `branch`.
 
         Raises:
-            PromptError, CacheFullError, TokenizerError: none of them is made.
+            ConfigError, PromptError, CacheFullError, TokenizerError: none of them is made.
         """
-        requests: list[Request] = []
-        sequences: list[Sequence] = []
-        params = self._resolve(SamplingParams())
-        try:
+        return self._branches(one_or_many(prompts)[0], share, seed, seats, salt)
+
+    def _branches(
+        self,
+        prompts: list[Any],
+        share: bool,
+        seed: int | None,
+        seats: SequenceOf[Seat | None] | None,
+        salt: Salt | None,
+    ) -> list[Branch]:
+        if seats is not None and len(seats) != len(prompts):
+            raise ConfigError(f"{len(seats)} seats for {len(prompts)} prompts; give one each, None for none")
+        SamplingParams(seed=seed)  # checks its range
+        made: list[Branch] = []
+        with self.engine.call() as call:
             for index, prompt in enumerate(prompts):
-                _, token_ids = self._encode(prompt)
-                own_seed = self._next_seed() if seed is None else seed
-                sequences.append(self.engine.new_sequence(token_ids, share=share, seed=own_seed))
-                sequences[-1].kept = True
-                seat = None if seats is None else seats[index]
-                requests.append(self.engine.add_request(sequences[-1], params, prefill_only=True, seat=seat))
-            self._run_all(requests)
-        except BaseException:
-            self._abort(requests)
-            for sequence in sequences:  # nobody has a handle on them
-                self.engine.release(sequence)
-            raise
-        made = [Branch(self, sequence) for sequence in sequences]
-        for branch, request in zip(made, requests, strict=True):
-            branch.exit_layer = request.exit_layer
-            branch.num_saved_layer_rows = request.num_saved_layer_rows
-            branch.num_cached_tokens = request.num_cached_tokens or 0
+                try:
+                    _, token_ids, own_salt = self._encode(prompt, salt)
+                    own_seed = self.engine.next_seed() if seed is None else seed
+                    sequence = self.engine.new_sequence(token_ids, share=share, salt=own_salt, seed=own_seed)
+                    sequence.kept = True
+                    call.sequences.append(sequence)
+                    made.append(Branch(self, sequence))
+                    seat = None if seats is None else seats[index]
+                    self.engine.add_request(sequence, SamplingParams(), prefill_only=True, seat=seat, call=call)
+                except MinirkscError as error:
+                    _raise_named(error, "prompt", index, len(prompts))
+            self._run_all(call.requests, "prompt")
+            for branch, request in zip(made, call.requests, strict=True):
+                branch.exit_layer = request.exit_layer
+                branch.num_saved_layer_rows = request.num_saved_layer_rows
+                branch.num_cached_tokens = request.num_cached_tokens or 0
+            call.sequences.clear()  # they are the branches'
         return made
 
     def extend(
         self,
-        branches: SequenceOf[Branch],
-        params: SamplingParams | SequenceOf[SamplingParams] | None = None,
-        on_step: Callable[[SequenceOf[BranchProgress]], Mapping[int, str]] | None = None,
+        branches: Iterable[Branch],
+        params: Params | Iterable[Params] = None,
+        on_step: Callable[[SequenceOf[BranchProgress]], Mapping[int, str] | None] | None = None,
+        *,
+        keep_stop: bool = True,
     ) -> None:
         """Decodes branches together, each until its own stop; results are in the branches.
 
@@ -320,40 +367,51 @@ class LLM:
             params: for all, or one a branch; without n and the logprobs options.
             on_step: called after each step with the progress of every branch; names branches that stop here and why:
                 index -> finish_reason.
+            keep_stop: what ended a branch, a stop string or an end token, stays in its tokens, though not in its text.
+                False takes it out, so that it goes on as if that had never been generated: tokens are dropped from
+                the first one on that holds any of it. Where that one also spells text before it, this is tokenised
+                anew and appended; it stays in `Branch.text`, and is not in `Branch.output_token_ids`.
 
         Raises:
-            BranchError: one is pruned, foreign or given twice.
-            PromptError, CacheFullError, NumericalError: after the other branches have ended.
+            BranchError: one is pruned, foreign, in another call or given twice.
+            ConfigError, PromptError, CacheFullError: a branch cannot be decoded as asked; none has changed.
+            CacheFullError, NumericalError: after the other branches have ended.
         """
-        if len(set(map(id, branches))) < len(branches):
+        owned = branch_list(branches, self)
+        if len(set(map(id, owned))) < len(owned):
             raise BranchError("a branch is given twice; extend() takes each branch once")
-        pairs = list(zip(branches, params_list(params, len(branches)), strict=True))
-        for branch, one in pairs:
-            branch._check_owner(self)
+        each = [SamplingParams.of(one) for one in params_list(params, len(owned))]
+        for one in each:
             if one.n != 1:
                 raise ConfigError(f"extend() takes n=1, not {one.n}; fork the branch instead")
             if one.logprobs is not None or one.prompt_logprobs is not None:
                 raise ConfigError("extend() reports Branch.logprobs, of chosen tokens; leave logprobs options out")
-        requests: list[Request] = []
-        try:
-            for branch, one in pairs:
-                sequence = branch._sequence
-                requests.append(self.engine.add_request(sequence, self._resolve(one), seed=sequence.branch_seed))
-            progress = [BranchProgress(branch, request) for branch, request in zip(branches, requests, strict=True)]
-            for _ in self._run(requests):
-                for index, reason in on_step(progress).items() if on_step else ():
-                    self.engine.abort(requests[index], reason)
-            self._raise_first_error(requests)
-        finally:
-            self._abort(requests)
-            for branch, request in zip(branches, requests, strict=False):
-                branch._absorb(request)
+            if one.include_stop_str_in_output and not keep_stop:
+                raise ConfigError("keep_stop=False takes out what include_stop_str_in_output shows; leave one out")
+        with self.engine.call() as call:
+            progress: list[BranchProgress] = []
+            for index, (branch, one) in enumerate(zip(owned, each, strict=True)):
+                try:
+                    branch._add_request(one, call)
+                except MinirkscError as error:
+                    _raise_named(error, "branch", index, len(owned))
+            progress = [BranchProgress(branch, request) for branch, request in zip(owned, call.requests, strict=True)]
+            try:
+                for _ in self._run(call.requests):
+                    for index, reason in ((on_step(progress) if on_step else None) or {}).items():
+                        if index not in range(len(owned)):
+                            raise ConfigError(f"on_step stops branch {brief(index)} of {len(owned)}; give its index")
+                        self.engine.abort(call.requests[index], reason)
+            finally:
+                for branch in () if keep_stop else owned:
+                    branch._take_out_stop()
+            self._raise_first_error(call.requests, "branch")
 
     def score(
         self,
-        branches: SequenceOf[Branch],
-        question: str | SequenceOf[int] | SequenceOf[SequenceOf[int]],
-        choices: SequenceOf[str | SequenceOf[int]],
+        branches: Iterable[Branch],
+        question: Prompt | Iterable[Prompt],
+        choices: Iterable[Prompt],
         gate: DepthGate | None = None,
     ) -> Tensor:
         """How probable each choice is as the continuation of `question` after each branch.
@@ -362,8 +420,8 @@ class LLM:
         of longer ones the whole sequence is scored.
 
         Args:
-            branches: of this LLM.
-            question: text or token ids, appended to each branch for this pass only; or token ids for each branch.
+            branches: of this LLM; cached blocks are shared as the salt of each allows.
+            question: text or token ids, appended to each branch for this pass only; or a list of one for each branch.
             choices: at least two, text or token ids.
             gate: at which all sit, each by its index. Whoever left has NaN for a result: the gate knows what it saw.
 
@@ -374,46 +432,48 @@ class LLM:
             BranchError, PromptError, CacheFullError, NumericalError.
             ConfigError: too few choices, not one question a branch, or a gate with choices of several tokens.
         """
-        for branch in branches:
-            branch._check_owner(self)
-        choice_ids = [self.encode_fragment(choice) for choice in choices]
-        if len(choice_ids) < 2 or not all(choice_ids):
-            raise ConfigError(f"score() needs at least two choices of at least one token, got {choices!r}")
+        owned = branch_list(branches, self)
+        choice_ids = self._choices(choices)
         if gate is not None and max(map(len, choice_ids)) > 1:
             raise ConfigError(f"a gate reads one row of logits a branch; choices {choice_ids} have more than one token")
-        scores = torch.full((len(branches), len(choice_ids)), math.nan)
-        sequences = [branch._sequence for branch in branches]
-        requests: list[Request] = []
-        try:
-            requests.extend(
-                score_requests(
-                    self.engine,
-                    sequences,
-                    self._questions(question, len(branches)),
-                    choice_ids,
-                    self._resolve(SamplingParams()),
-                    scores,
-                    gate,
-                )
+        scores = torch.full((len(owned), len(choice_ids)), math.nan)
+        sequences = [branch._sequence for branch in owned]
+        with self.engine.call() as call:
+            score_requests(
+                self.engine,
+                call,
+                sequences,
+                self._questions(question, len(owned)),
+                choice_ids,
+                SamplingParams(),
+                scores,
+                gate,
             )
-            self._run_all(requests)
-        finally:
-            self._abort(requests)
-        left = [request.exit_layer is not None for request in requests]
+            self._run_all(call.requests)
+        left = [request.exit_layer is not None for request in call.requests]
         rows = scores if gate is None else scores[[not has_left for has_left in left]]
         if not rows.isfinite().all():
             raise NumericalError("the model gave NaN or infinite logits for a choice; try dtype='float32'")
         return scores.softmax(-1)
 
-    def _questions(
-        self, question: str | SequenceOf[int] | SequenceOf[SequenceOf[int]], num_branches: int
-    ) -> list[list[int]]:
+    def _choices(self, choices: Any) -> list[list[int]]:
+        """Token ids of each choice."""
+        items = plain(choices)
+        if not is_list(items):
+            raise ConfigError(f"choices must be a list of text or token ids, not {brief(items)}")
+        choice_ids = [read_token_ids(self.encode_fragment(choice), vocab_size=self.spec.vocab_size) for choice in items]
+        if len(choice_ids) < 2 or not all(choice_ids):
+            raise ConfigError(f"score() needs at least two choices of at least one token, got {brief(choices)}")
+        return choice_ids
+
+    def _questions(self, question: Any, num_branches: int) -> list[list[int]]:
         """Token ids of the question of each branch."""
-        if isinstance(question, str) or all(isinstance(token, int) for token in question):
-            return [self.encode_fragment(question)] * num_branches  # type: ignore[arg-type]
-        if len(question) != num_branches:
-            raise ConfigError(f"{len(question)} questions for {num_branches} branches; give one, or one a branch")
-        return [list(tokens) for tokens in question]  # type: ignore[arg-type]
+        items, is_one = one_or_many(question)
+        if is_one or not items:
+            return [self.encode_fragment(items[0] if items else ())] * num_branches
+        if len(items) != num_branches:
+            raise ConfigError(f"{len(items)} questions for {num_branches} branches; give one, or one a branch")
+        return [self.encode_fragment(item) for item in items]
 
     def probe(self, tau: float | None, *, aligned: bool, uncalibrated: bool) -> Probe:
         """A gate that compares wordings of a problem, for seats of `branches`; see `minirksc.asks.make_probe`."""
@@ -456,30 +516,41 @@ class LLM:
         """What had to make room in the prefix cache lately, oldest first: why, and whether it was needed again."""
         return self.engine.blocks.evictions
 
-    def lens(self, token_ids: SequenceOf[int] | None = None) -> Callable[[Tensor], Tensor]:
+    def lens(self, token_ids: Iterable[int] | None = None) -> Callable[[Tensor], Tensor]:
         """Reads hidden states of any layer as logits; see `Decoder.lens`. Kept, since making it copies the head.
 
         Args:
             token_ids: whose logits; None: all of the vocabulary.
+
+        Raises:
+            PromptError: a token id is none.
         """
-        key = None if token_ids is None else tuple(token_ids)
+        key = None if token_ids is None else tuple(read_token_ids(token_ids, self.spec.vocab_size))
         if key not in self._lenses:
             self._lenses[key] = self.engine.runner.model.lens(key)
         return self._lenses[key]
 
     def reset_prefix_cache(self) -> None:
         """Forgets every cached block that no sequence uses."""
-        self.engine.blocks.reset()
+        self.engine.reset_prefix_cache()
 
-    def encode_fragment(self, tokens: str | SequenceOf[int]) -> list[int]:
-        """Token ids of text that continues something: no BOS. Token ids pass through."""
-        if isinstance(tokens, str):
-            return self.need_tokenizer("text").encode(tokens, add_special_tokens=False)
-        return list(tokens)
+    def encode_fragment(self, tokens: Prompt) -> list[int]:
+        """Token ids of what continues something, in any form of a prompt: text gets no BOS.
 
-    def decode(self, token_ids: SequenceOf[int]) -> str:
+        Raises:
+            ConfigError, PromptError: it is neither text nor token ids, or has a salt of its own.
+            TokenizerError: text, and there is no tokenizer.
+        """
+        piece = read_prompt(tokens)
+        if piece.salt is not None:
+            raise ConfigError(f"cache_salt {brief(piece.salt)} beside what continues a branch, which has its own salt")
+        if piece.text is None:
+            return piece.token_ids
+        return self.need_tokenizer("text").encode(piece.text, add_special_tokens=False)
+
+    def decode(self, token_ids: Iterable[int]) -> str:
         """Text of token ids, special tokens left out; "" without a tokenizer."""
-        return "" if self.tokenizer is None else self.tokenizer.decode(token_ids)
+        return "" if self.tokenizer is None else self.tokenizer.decode(read_token_ids(token_ids))
 
     # Inside
 
@@ -493,29 +564,29 @@ class LLM:
             raise TokenizerError(f"{self.model_path} has no tokenizer, so {what} cannot be used; give token ids")
         return self.tokenizer
 
-    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """(text or None, token ids) of one prompt."""
-        is_text = isinstance(prompt, str) or (isinstance(prompt, Mapping) and "prompt" in prompt)
-        return text_and_ids(prompt, self.need_tokenizer("text") if is_text else None)
+    def _encode(self, prompt: Any, salt: Salt | None) -> tuple[str | None, list[int], Salt | None]:
+        """(text or None, token ids, salt) of one prompt."""
+        if isinstance(prompt, Conversation):
+            tokenizer = self.need_tokenizer("chat()")
+            options = prompt.add_generation_prompt, prompt.tools, prompt.chat_template_kwargs
+            return None, tokenizer.encode_chat(prompt.checked_messages(), *options), salt
+        text, token_ids, own_salt = read_prompt(prompt)
+        if own_salt is not None and salt is not None and salt_key(own_salt) != salt_key(salt):
+            raise ConfigError(f"a prompt's cache_salt {brief(own_salt)} is not the salt of the call; leave one out")
+        if text is not None:
+            token_ids = self.need_tokenizer("text").encode(text)
+        return text, token_ids, salt if own_salt is None else own_salt
 
-    def _resolve(self, params: SamplingParams) -> SamplingParams:
-        return params.resolved(self.sampling_defaults)
-
-    def _next_seed(self) -> int:
-        """Requests without a seed get the LLM's own, one after the other: a run can be repeated."""
-        self._num_seeds += 1
-        return self.config.seed + self._num_seeds - 1
-
-    def _start(self, prompt: Prompt, params: SamplingParams, return_errors: bool) -> Job:
-        job = Job(None, [], params)
+    def _start(self, call: Call, prompt: Any, params: Any, salt: Salt | None) -> Job:
+        """A prompt with its requests, or with the error that kept it from starting."""
+        job = Job(None, [], SamplingParams())
         try:
-            job.prompt, job.token_ids = self._encode(prompt)
-            job.params = params = self._resolve(params)
-            job.add_requests(self.engine, self._next_seed() if params.seed is None else params.seed)
+            job.prompt, job.token_ids, own_salt = self._encode(prompt, salt)
+            job.params = SamplingParams.of(params).resolved(self.sampling_defaults)
+            job.add_requests(self.engine, call, own_salt)
         except MinirkscError as error:
-            self._abort(job.requests)
-            if not return_errors:
-                raise
+            for request in job.requests:
+                self.engine.abort(request)
             job.requests.clear()
             job.error = error
         return job
@@ -526,25 +597,21 @@ class LLM:
             self.engine.step()
             yield
 
-    def _run_all(self, requests: SequenceOf[Request]) -> None:
+    def _run_all(self, requests: SequenceOf[Request], what: str = "request") -> None:
         """Runs until all have finished; raises the first error among them."""
-        try:
-            for _ in self._run(requests):
-                pass
-        finally:
-            self._abort(requests)
-        self._raise_first_error(requests)
+        for _ in self._run(requests):
+            pass
+        self._raise_first_error(requests, what)
 
-    def _raise_first_error(self, requests: SequenceOf[Request]) -> None:
-        for request in requests:
-            if request.error is not None:
-                raise request.error
+    def _raise_first_error(self, requests: SequenceOf[Request], what: str = "request") -> None:
+        for index, request in enumerate(requests):
+            _raise_named(request.error, what, index, len(requests))
 
-    def _abort(self, requests: Iterable[Request]) -> None:
-        """Whatever interrupted the caller, nothing stays behind in the engine."""
-        if self._engine is not None:
-            for request in requests:
-                self._engine.abort(request)
+
+def _raise_named(error: Exception | None, what: str, index: int, count: int) -> None:
+    """Raises an error, if there is one; of several things, it says which one it is about."""
+    if error is not None:
+        raise error if count == 1 else named(error, f"{what} {index}")
 
 
 def _store(out: Tensor, first: int, rows: Tensor) -> None:

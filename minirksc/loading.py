@@ -136,6 +136,7 @@ def load(config: EngineConfig, use_tqdm: bool = False) -> Loaded:
         runner.recorded = DecodeGraphs(model, layers, config.block_size, max_batch, max_model_len, recorder)
     elif backend.recording == "tape" and not config.enforce_eager:
         runner.recorded = DecodeTapes(model, layers)
+    sampling_defaults = _sampling_defaults(generation)
     engine = Engine(
         runner,
         BlockManager(
@@ -146,6 +147,7 @@ def load(config: EngineConfig, use_tqdm: bool = False) -> Loaded:
         max_model_len,
         _eos_token_ids(spec, generation, tokenizer),
         tokenizer,
+        sampling_defaults,
     )
     return Loaded(
         engine=engine,
@@ -153,7 +155,7 @@ def load(config: EngineConfig, use_tqdm: bool = False) -> Loaded:
         spec=spec,
         model_path=path,
         tokenizer=tokenizer,
-        sampling_defaults=_sampling_defaults(generation),
+        sampling_defaults=sampling_defaults,
         load_s=time.perf_counter() - start,
         pack_s=pack_s,
     )

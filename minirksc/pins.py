@@ -52,8 +52,13 @@ class Pins:
             return ""
         return f"; {self._pool.num_pinned} blocks of {len(self._pins)} pinned sequences stay in it: unpin() some"
 
+    @property
+    def seq_ids(self) -> list[int]:
+        """Sequences that are pinned."""
+        return list(self._pins)
+
     def add(self, seq_id: int) -> None:
-        """Pins a sequence that has a table."""
+        """Pins a sequence that has a table, or will have one."""
         self._pins.setdefault(seq_id, Pin())
 
     def discard(self, seq_id: int) -> None:

@@ -4,15 +4,18 @@ A `Sequence` is tokens with (perhaps) KV blocks; it outlives a request when it b
 `Request` is one generation on a sequence. Knows neither torch nor how anything is computed.
 """
 
+import hashlib
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from minirksc.config import SamplingParams
+from minirksc.errors import ConfigError, brief
 from minirksc.gates import Seat
 from minirksc.signals import TokenSignals
-from minirksc.stopping import StopChecker
+from minirksc.stopping import StopChecker, TextSource
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +23,24 @@ if TYPE_CHECKING:
 LogitsCallback = Callable[[int, "Tensor"], None]
 """Called with (position of the first row, logits `[rows, vocab]` float32), chunk by chunk; what is to be kept of the
 logits is copied, since the next step overwrites them."""
+
+
+Salt = str | bytes
+"""Whose a prompt is: prompts share cached blocks with those of the same salt alone, or with those that have none."""
+
+
+def salt_key(salt: Salt | None) -> bytes:
+    """What keeps the blocks of a salt apart from all others; b"" for none. Text counts as its UTF-8.
+
+    Raises:
+        ConfigError: it is empty, or neither text nor bytes.
+    """
+    if salt is None:
+        return b""
+    spelt = salt.encode("utf-8", "surrogatepass") if isinstance(salt, str) else salt
+    if not isinstance(spelt, bytes) or not spelt:
+        raise ConfigError(f"salt {brief(salt)} must be text or bytes, and not empty; leave it out to share with all")
+    return hashlib.sha256(spelt).digest()  # of one length: none is the beginning of another
 
 
 @dataclass(slots=True, eq=False)
@@ -34,6 +55,7 @@ class Sequence:
         depth: of its node in the reasoning tree.
         kept: a branch owns it: its blocks stay when a request on it ends.
         branch_seed: seed that its branch's samples use where the sampling parameters give none.
+        owner: stands for the engine that made it; None once that has released it.
     """
 
     seq_id: int
@@ -43,6 +65,7 @@ class Sequence:
     depth: int = 0
     kept: bool = False
     branch_seed: int = 0
+    owner: object = None
 
 
 class RequestState(Enum):
@@ -67,7 +90,11 @@ class Request:
         logits_start: logits of positions from here on go to on_logits; None: no logits wanted.
         on_logits: see `LogitsCallback`; after a preemption in the midst of them positions may come twice.
         seat: its place at a depth gate; None: it goes through all layers.
-        num_cached_tokens: prompt tokens whose KV was found and not computed, at first admission.
+        earlier_output_ids: what was generated on the sequence before, for presence and frequency penalties.
+        detokenizer: as the generation before on the sequence left it; None: the text begins here.
+        num_taken_out: of its output, tokens at the end that were taken out of the sequence again.
+        num_cached_tokens: prompt tokens whose KV was found and not computed, at first admission; whole blocks, since
+            by more one could learn another's prompt token by token.
         output_token_ids, logprobs, signals: one entry a generated token.
         finish_reason: "stop", "length", "abort" or "error" at the end; "gate" when a gate ended it, or what
             `Engine.abort` was given.
@@ -84,6 +111,9 @@ class Request:
     logits_start: int | None = None
     on_logits: LogitsCallback | None = None
     seat: Seat | None = None
+    earlier_output_ids: SequenceOf[int] = ()
+    detokenizer: TextSource | None = None
+    num_taken_out: int = 0
     state: RequestState = RequestState.WAITING
     num_cached_tokens: int | None = None
     output_token_ids: list[int] = field(default_factory=list)
@@ -101,9 +131,31 @@ class Request:
         return self.state is RequestState.FINISHED
 
     @property
+    def pieces(self) -> SequenceOf[str]:
+        """`text`, in the pieces that it came in."""
+        return () if self.checker is None else self.checker.pieces
+
+    @property
     def text(self) -> str:
         """Generated text that is final so far: never half a character or the beginning of a stop string."""
         return "" if self.checker is None else self.checker.text
+
+    def put_in_order(self, make_checker: Callable[["Request"], StopChecker]) -> None:
+        """After an interruption at any line: what is whole of its output stays, and the rest follows from it."""
+        if self.checker is not None and self.finish_reason is None:
+            columns: list[list[Any]] = [self.output_token_ids, self.logprobs]
+            columns += [self.signals.top1, self.signals.self_certainty]
+            if self.params.logprobs is not None:
+                columns.append(self.top_logprobs)
+            num_whole = min(map(len, columns))
+            for column in columns:
+                del column[num_whole:]
+            self.sequence.token_ids[self.num_prompt_tokens :] = self.output_token_ids
+            self.checker = make_checker(self)
+            for token_id in self.output_token_ids:
+                self.checker.push(token_id)
+            self.finish_reason = self.checker.finish_reason
+        self.state = RequestState.WAITING if self.finish_reason is None else RequestState.FINISHED
 
     @property
     def uses_cache(self) -> bool:
@@ -145,8 +197,7 @@ class RequestOutput:
         prompt: the text, None when token ids were given.
         prompt_token_ids: what the model saw.
         outputs: one a sample.
-        seat: its place at a depth gate; None: it goes through all layers.
-        num_cached_tokens: prompt tokens that the first sample took from the prefix cache.
+        num_cached_tokens: prompt tokens that the first sample took from the prefix cache, in whole blocks.
         prompt_logprobs: per prompt token {token id: logprob} (None for the first); None unless asked for.
         error: why the prompt failed, when errors are returned instead of raised.
     """
@@ -168,13 +219,48 @@ class StreamChunk:
         index: which of the prompt's n samples.
         text: new since the last chunk; never half a character or the beginning of a stop string.
         token_ids: new since the last chunk.
-        finish_reason: None until the sample's last chunk.
+        finish_reason: None until the sample's last chunk, which may have neither text nor tokens.
     """
 
     index: int
     text: str
     token_ids: list[int]
     finish_reason: str | None
+
+
+class ChunkReader:
+    """Reads a request piece by piece: each reader gets everything exactly once, whoever steps the engine.
+
+    Args:
+        request: what is read.
+        index: which of the prompt's n samples it is.
+    """
+
+    def __init__(self, request: Request, index: int) -> None:
+        self._request = request
+        self._index = index
+        self._num_pieces = 0
+        self._num_tokens = 0
+        self._has_ended = False
+
+    def read(self) -> StreamChunk | None:
+        """What is new since the last time, the end included; None when nothing is.
+
+        Raises:
+            MinirkscError: the request has failed, and all that came before has been read.
+        """
+        request = self._request
+        pieces = request.pieces[self._num_pieces :]
+        token_ids = request.output_token_ids[self._num_tokens :]
+        self._num_pieces += len(pieces)
+        self._num_tokens += len(token_ids)
+        if request.error is not None and not token_ids:
+            raise request.error
+        ends = request.finished and request.error is None
+        if self._has_ended or not (token_ids or pieces or ends):
+            return None
+        self._has_ended = ends
+        return StreamChunk(self._index, "".join(pieces), token_ids, request.finish_reason if ends else None)
 
 
 Stats = dict[str, Any]

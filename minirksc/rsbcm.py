@@ -33,7 +33,7 @@ from minirksc.block_pool import BlockPool
 from minirksc.block_table import Table
 from minirksc.errors import CacheFullError, ConfigError
 from minirksc.eviction import Policy
-from minirksc.eviction_log import Eviction
+from minirksc.eviction_log import Eviction, EvictionLog
 from minirksc.pins import Pins
 from minirksc.prefix_index import Block, PrefixIndex, block_digest
 from minirksc.prefix_search import PrefixSearch
@@ -86,12 +86,18 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.windows = windows or WindowPool(0, None, block_size)
-        self._index = PrefixIndex(block_size)
-        self._search = PrefixSearch(self._index, self.windows, block_size)
-        self._pool = BlockPool(num_blocks, policy, self._index, self.windows)
+        self._policy = policy
+        self._log = EvictionLog()
+        self._open()
+
+    def _open(self) -> None:
+        """All blocks are free, and there is no table."""
+        self._index = PrefixIndex(self.block_size)
+        self._search = PrefixSearch(self._index, self.windows, self.block_size)
+        self._pool = BlockPool(self.num_blocks, self._policy, self._index, self.windows, self._log)
         self._tables: dict[int, Table] = {}
         self._awaited = Awaited(self._index, self._pool)
-        self._pins = Pins(self._pool, self.windows, block_size)
+        self._pins = Pins(self._pool, self.windows, self.block_size)
 
     # What there is
 
@@ -118,17 +124,17 @@ class BlockManager:
     @property
     def num_evicted_blocks(self) -> int:
         """Cached blocks that had to make room."""
-        return self._pool.log.num_evicted
+        return self._log.num_evicted
 
     @property
     def num_recomputed_tokens(self) -> int:
         """Tokens of full blocks that were computed again because their block had been evicted."""
-        return self._pool.log.num_needed_again * self.block_size
+        return self._log.num_needed_again * self.block_size
 
     @property
     def evictions(self) -> list[Eviction]:
         """The last evictions, oldest first; see `eviction_log.MAX_EVICTIONS`."""
-        return self._pool.log.entries
+        return self._log.entries
 
     @property
     def pin_advice(self) -> str:
@@ -385,11 +391,16 @@ class BlockManager:
         table = self._tables[seq_id]
         table.exact_len = min(table.exact_len, num_tokens)
 
+    def can_rewind(self, seq_id: int, num_tokens: int) -> bool:
+        """Whether `rewind` is possible: by the last position always, by more as far as a window is still there."""
+        table = self._tables[seq_id]
+        return min(table.window_begin, len(table.block_ids)) <= self.windows.first_needed(num_tokens)
+
     def rewind(self, seq_id: int, num_tokens: int) -> None:
-        """Forgets the KV of positions from num_tokens on; with a window, of the last one only."""
+        """Forgets the KV of positions from num_tokens on; see `can_rewind`."""
         table, size = self._tables[seq_id], self.block_size
         assert 0 <= num_tokens <= len(table.token_ids)
-        assert min(table.window_begin, len(table.block_ids)) <= self.windows.first_needed(num_tokens)
+        assert self.can_rewind(seq_id, num_tokens)
         del table.token_ids[num_tokens:]
         del table.digests[num_tokens // size :]
         keep = -(-num_tokens // size)
@@ -399,6 +410,15 @@ class BlockManager:
                 self.windows.release(block)
             self._pool.release(block)
         del table.block_ids[keep:]
+
+    def clear(self) -> None:
+        """Frees every block and closes every table, whatever state they are in. Pinned sequences stay pinned."""
+        pinned = self._pins.seq_ids
+        self.windows.clear()
+        self._log.forget_lost()
+        self._open()
+        for seq_id in pinned:
+            self._pins.add(seq_id)
 
     def reset(self) -> None:
         """Forgets every block that is merely cached, and unpins all."""
@@ -429,7 +449,7 @@ class BlockManager:
             return
         block = self._pool[table.block_ids[place]]
         parent = self._pool[table.block_ids[place - 1]] if place else None
-        lost = self._pool.log.computed(digest)
+        lost = self._log.computed(digest)
         if lost is not None:
             block.depth = min(block.depth, lost.depth)  # whose branch computes it again says nothing about its place
         if parent is not None and parent.digest != previous:

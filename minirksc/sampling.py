@@ -29,6 +29,7 @@ class SamplingRow(NamedTuple):
         params: resolved: no None in the sampling values.
         token_ids: the whole sequence so far, for repetition_penalty.
         output_token_ids: what this request generated, for presence and frequency penalties.
+        earlier_output_ids: what was generated on its sequence before, for the same.
         seed, path, position: key of the random number; position is the new token's place in its sequence.
         forbidden_ids: never drawn, such as end tokens before min_tokens.
     """
@@ -40,6 +41,7 @@ class SamplingRow(NamedTuple):
     path: tuple[int, ...]
     position: int
     forbidden_ids: frozenset[int] = frozenset()
+    earlier_output_ids: Sequence[int] = ()
 
 
 class Sampled(NamedTuple):
@@ -67,6 +69,12 @@ def uniform(seed: int, path: tuple[int, ...], position: int) -> float:
     key = ":".join(map(str, (seed, position, *path))).encode()
     digest = hashlib.blake2b(key, digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
+
+
+def derived_seed(seed: int, number: int) -> int:
+    """The seed of one of many that were not given any: far from all others, since samples of a prompt count up."""
+    digest = hashlib.blake2b(f"seed {seed} {number}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def sample(
@@ -193,8 +201,7 @@ def _penalise(scores: Tensor, row: SamplingRow) -> None:
     """Bias, penalties and forbidden tokens of one row `[vocab]`, in place."""
     params = row.params
     if params.logit_bias:
-        ids = [i for i in params.logit_bias if i < len(scores)]
-        scores[ids] += torch.tensor([params.logit_bias[i] for i in ids], device=scores.device)
+        scores[list(params.logit_bias)] += torch.tensor(list(params.logit_bias.values()), device=scores.device)
     if params.repetition_penalty != 1:
         seen = list(set(row.token_ids))
         values = scores[seen]
@@ -203,8 +210,8 @@ def _penalise(scores: Tensor, row: SamplingRow) -> None:
         # A tiny penalty would make a logit infinite, and the row's probabilities NaN.
         changed = torch.where(values > 0, values / penalty, values * penalty)
         scores[seen] = changed.clamp(max=torch.finfo(scores.dtype).max)
-    if (params.presence_penalty or params.frequency_penalty) and row.output_token_ids:
-        output = torch.tensor(list(row.output_token_ids), device=scores.device)
+    if (params.presence_penalty or params.frequency_penalty) and (row.output_token_ids or row.earlier_output_ids):
+        output = torch.tensor([*row.earlier_output_ids, *row.output_token_ids], device=scores.device)
         ids, counts = torch.unique(output, return_counts=True)
         scores[ids] -= params.presence_penalty + params.frequency_penalty * counts
     if row.forbidden_ids:

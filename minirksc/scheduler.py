@@ -37,10 +37,10 @@ class ScheduledRequest:
 
 @dataclass(slots=True)
 class Schedule:
-    """One step. `failed` are requests that can never run; their error is set."""
+    """One step. `ended` are requests for which there is no room at all; they have finished."""
 
     scheduled: list[ScheduledRequest] = field(default_factory=list)
-    failed: list[Request] = field(default_factory=list)
+    ended: list[Request] = field(default_factory=list)
 
 
 class Scheduler:
@@ -70,6 +70,7 @@ class Scheduler:
         self.block_bytes = block_bytes
         self.prefix_caching = prefix_caching
         self.switch_len = switch_len
+        self.requests: dict[int, Request] = {}  # that have not finished, by seq_id, in order of arrival
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.idle: dict[int, Sequence] = {}  # kept sequences that hold blocks; least recently used first
@@ -79,19 +80,31 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """True while some request is not finished."""
-        return bool(self.waiting or self.running)
+        return bool(self.requests)
+
+    def room_after(self, num_tokens: int) -> int:
+        """How many more tokens a sequence may gain before the pool can hold no more of it.
+
+        The last one needs no room: nothing follows it. 0 or less: not even the prompt fits.
+        """
+        return self.blocks.num_blocks * self.blocks.block_size - num_tokens + 1
+
+    def request_of(self, sequence: Sequence) -> Request | None:
+        """The request that has not finished on a sequence, if there is one."""
+        return self.requests.get(sequence.seq_id)
 
     def add(self, request: Request) -> None:
-        """Queues a request.
-
-        Raises:
-            CacheFullError: the pool is smaller than its prompt and one more token.
-        """
-        capacity = self.blocks.num_blocks * self.blocks.block_size
-        if len(request.sequence.token_ids) + 1 > capacity:
-            raise self._cache_full(request)
+        """Queues a request."""
+        self.requests[request.sequence.seq_id] = request
         self.idle.pop(request.sequence.seq_id, None)
         self.waiting.append(request)
+
+    def restart(self) -> None:
+        """No sequence has blocks any more: every request waits to be computed from its tokens, in order of arrival."""
+        self.requests = {i: request for i, request in self.requests.items() if not request.finished}
+        self.waiting = deque(self.requests.values())
+        self.running.clear()
+        self.idle.clear()
 
     def keep(self, sequence: Sequence) -> None:
         """Registers an idle sequence that holds blocks and may lose them under pressure."""
@@ -100,6 +113,7 @@ class Scheduler:
 
     def finish(self, request: Request) -> None:
         """Takes a request out at any moment of its life; its blocks are released unless they are kept."""
+        self.requests.pop(request.sequence.seq_id, None)
         if request in self.running:
             self.running.remove(request)
         elif request in self.waiting:
@@ -168,7 +182,7 @@ class Scheduler:
                 continue
             victim = self.running[-1]
             if victim is request and len(self.running) == 1:
-                self._fail(request, step)
+                self._end_for_room(request, step)
                 return None
             self._preempt(victim, step)
             if victim is request:
@@ -187,10 +201,10 @@ class Scheduler:
             item = self._try_admit(request, budget)
             if item is None:
                 self.waiting.appendleft(request)
-                if self.running or step.failed:
+                if self.running or step.ended:
                     break
                 self.waiting.popleft()
-                self._fail(request, step)
+                self._end_for_room(request, step)
                 continue
             step.scheduled.append(item)
             budget -= item.num_tokens
@@ -234,8 +248,9 @@ class Scheduler:
                     blocks.free(seq_id, returns=True)
                 return None
         if request.num_cached_tokens is None:
-            request.num_cached_tokens = cached if is_new else 0
-            self.num_cached_tokens += request.num_cached_tokens
+            found = cached if is_new else 0
+            request.num_cached_tokens = found - found % blocks.block_size
+            self.num_cached_tokens += found
         request.state = RequestState.RUNNING
         self.running.append(request)  # before its blocks change, so that `preempt_all` knows of them
         copies = copies + blocks.reserve(seq_id, cached + num_tokens)
@@ -307,18 +322,26 @@ class Scheduler:
         """True when its KV was made for a short sequence and it has become a long one."""
         return sequence.seq_id in self.blocks and self.blocks.salt(sequence.seq_id) != self._salt(sequence)
 
-    def _fail(self, request: Request, step: Schedule) -> None:
-        request.error = self._cache_full(request)
+    def _end_for_room(self, request: Request, step: Schedule) -> None:
+        """Ends a request that has the cache to itself and no room in it; what it has decoded is its result."""
+        if request.output_token_ids:
+            assert request.checker is not None
+            request.checker.flush()
+            request.finish_reason = "length"
+        else:
+            num_tokens = len(request.sequence.token_ids)
+            request.error = self.cache_full(f"request {request.request_id} of {num_tokens} tokens", num_tokens)
+            request.finish_reason = "error"
         self.finish(request)
-        step.failed.append(request)
+        step.ended.append(request)
 
-    def _cache_full(self, request: Request) -> CacheFullError:
-        num_tokens = len(request.sequence.token_ids) + 1
+    def cache_full(self, what: str, num_tokens: int) -> CacheFullError:
+        """The error of what needs the KV of more tokens than there is room for."""
         needed = -(-num_tokens // self.blocks.block_size)
         return CacheFullError(
-            f"request {request.request_id} needs the KV of {num_tokens} tokens, "
+            f"{what} needs the KV of {num_tokens} tokens, "
             f"{needed * self.block_bytes.full} bytes; the cache has "
             f"{self.blocks.num_blocks * self.block_bytes.full} bytes "
             f"({self.blocks.num_blocks} blocks of {self.blocks.block_size} tokens); "
-            "raise kv_cache_bytes (--kv-cache-bytes), or shorten the prompt" + self.blocks.pin_advice
+            "raise kv_cache_bytes (--kv-cache-bytes), shorten the prompt or lower max_tokens" + self.blocks.pin_advice
         )

@@ -4,31 +4,33 @@ Each sequence is forked, the question appended, and only the KV of what is new c
 with its request. Choices of one token each are read off one row of logits; longer ones get a fork each.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
 from torch import Tensor
 
+from minirksc.calls import Call
 from minirksc.config import SamplingParams
 from minirksc.engine import Engine
-from minirksc.errors import MinirkscError
 from minirksc.gates import DepthGate, Seat
-from minirksc.request import LogitsCallback, Request, Sequence
+from minirksc.request import LogitsCallback, Sequence
 
 
 def score_requests(
     engine: Engine,
+    call: Call,
     sequences: SequenceOf[Sequence],
     questions: SequenceOf[list[int]],
     choices: list[list[int]],
     params: SamplingParams,
     out: Tensor,
     gate: DepthGate | None = None,
-) -> Iterator[Request]:
-    """Queues requests that fill `out`, one after the other as they are asked for.
+) -> None:
+    """Queues requests that fill `out`.
 
     Args:
         engine: that owns the sequences.
+        call: that the requests and the forks that they run on belong to.
         sequences: stay as they are.
         questions: tokens that follow each sequence.
         choices: tokens of each choice.
@@ -45,32 +47,28 @@ def score_requests(
     for place, (row, sequence, question) in enumerate(zip(out, sequences, questions, strict=True)):
         if single:
             seat = None if gate is None else Seat(gate, place)
-            yield _request(engine, sequence, question, [], params, _store_columns(row, columns), seat)
+            _request(engine, call, sequence, question, [], params, _store_columns(row, columns), seat)
         else:
             for index, choice in enumerate(choices):
-                yield _request(engine, sequence, question, choice, params, _store_sum(row, index, choice))
+                _request(engine, call, sequence, question, choice, params, _store_sum(row, index, choice))
 
 
 def _request(
     engine: Engine,
+    call: Call,
     sequence: Sequence,
     question: list[int],
     tail: list[int],
     params: SamplingParams,
     on_logits: LogitsCallback,
     seat: Seat | None = None,
-) -> Request:
-    child = engine.fork_sequence(sequence, index=0)
-    child.kept = False
-    try:
-        engine.check_token_ids([*question, *tail], num_before=len(child.token_ids))
-        child.token_ids += [*question, *tail]
-        # The logits at a position are those of the token after it: the first ones wanted are the question's last.
-        start = len(child.token_ids) - 1 - len(tail)
-        return engine.add_request(child, params, prefill_only=True, logits_start=start, on_logits=on_logits, seat=seat)
-    except MinirkscError:
-        engine.release(child)
-        raise
+) -> None:
+    engine.check_token_ids([*question, *tail], num_before=len(sequence.token_ids))
+    child = engine.fork_sequence(sequence, index=0, call=call, kept=False)
+    child.token_ids += [*question, *tail]
+    # The logits at a position are those of the token after it: the first ones wanted are the question's last.
+    start = len(child.token_ids) - 1 - len(tail)
+    engine.add_request(child, params, prefill_only=True, logits_start=start, on_logits=on_logits, seat=seat, call=call)
 
 
 def _store_columns(out: Tensor, columns: list[int]) -> Callable[[int, Tensor], None]:

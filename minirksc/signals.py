@@ -29,6 +29,10 @@ class TokenSignals:
     def __add__(self, other: "TokenSignals") -> "TokenSignals":
         return TokenSignals(self.top1 + other.top1, self.self_certainty + other.self_certainty)
 
+    def first(self, num_tokens: int) -> "TokenSignals":
+        """Those of the first tokens."""
+        return TokenSignals(self.top1[:num_tokens], self.self_certainty[:num_tokens])
+
 
 def mean_top1(tokens: TokenSignals) -> float:
     """Mean over all tokens."""

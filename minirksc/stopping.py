@@ -4,7 +4,7 @@ Text that could be the beginning of a stop string is held back until the next to
 character (by the detokenizer), so that what was shown is never taken back.
 """
 
-from typing import Protocol
+from typing import Protocol, Self
 
 from minirksc.config import SamplingParams
 
@@ -17,7 +17,15 @@ class TextSource(Protocol):
         ...
 
     def flush(self) -> str:
-        """The rest."""
+        """The rest, for which more tokens may still give other text."""
+        ...
+
+    def copy(self, skip_special_tokens: bool) -> Self:
+        """Another one that goes on from here."""
+        ...
+
+    def cut(self) -> Self:
+        """Another one that goes on behind what was flushed."""
         ...
 
 
@@ -33,6 +41,10 @@ class StopChecker:
         finish_reason: "stop" or "length" once it has ended.
         stop_reason: the stop string or the stop token id that ended it; None for EOS and length.
         text: final text so far; whole once it has ended.
+        pieces: the same, as it was given out.
+        detokenizer: as the last token left it.
+        num_provisional: characters at the end of the text that stand for half a character: another generation that
+            goes on from here may complete it.
     """
 
     def __init__(
@@ -45,18 +57,19 @@ class StopChecker:
         self.stop_reason: str | int | None = None
         self._params = params
         self._eos_token_ids = frozenset() if params.ignore_eos else eos_token_ids
-        self._detokenizer = detokenizer
+        self.detokenizer = detokenizer
+        self.pieces: list[str] = []
+        self.num_provisional = 0
         self._stops = tuple(params.stop)
         self._longest = max(map(len, self._stops), default=0)
         self._num_tokens = 0
-        self._shown: list[str] = []  # what was given out
-        self._held = ""  # final text that was not: every stop string to come begins in it
+        self._held = ""  # final text that was not given out: every stop string to come begins in it
         self._num_decided = 0  # characters of the held text in which no stop string may end
 
     @property
     def text(self) -> str:
         """Text that has been given out."""
-        return "".join(self._shown)
+        return "".join(self.pieces)
 
     def push(self, token_id: int) -> str:
         """Takes the next token; returns the text that it makes safe to show."""
@@ -65,8 +78,8 @@ class StopChecker:
         may_stop = self._num_tokens > self._params.min_tokens
         if may_stop and self._ends_at(token_id):
             return self._end("stop")
-        if self._detokenizer is not None:
-            self._held += self._detokenizer.push([token_id])
+        if self.detokenizer is not None:
+            self._held += self.detokenizer.push([token_id])
             if may_stop and self._find_stop():
                 self.finish_reason = "stop"
                 return self._show()
@@ -79,10 +92,16 @@ class StopChecker:
         return new
 
     def flush(self) -> str:
-        """The held-back text of a generation that is cut short from outside."""
-        if self._detokenizer is not None and self.finish_reason is None:
-            self._held += self._detokenizer.flush()
+        """The held-back text of a generation that is cut short from outside; nothing more the second time."""
+        if self.finish_reason is None and not self.num_provisional:
+            self._take_rest()
         return self._show()
+
+    def _take_rest(self) -> None:
+        if self.detokenizer is not None:
+            rest = self.detokenizer.flush()
+            self._held += rest
+            self.num_provisional = len(rest)
 
     def _ends_at(self, token_id: int) -> bool:
         if token_id in self._params.stop_token_ids:
@@ -92,10 +111,11 @@ class StopChecker:
 
     def _end(self, reason: str) -> str:
         """Ends it after the tokens so far; the last half character, if any, comes out as it is."""
-        if self._detokenizer is not None:
-            self._held += self._detokenizer.flush()
-            if self._num_tokens > self._params.min_tokens and self._find_stop():
-                reason = "stop"
+        self._take_rest()
+        if self._num_tokens > self._params.min_tokens and self._find_stop():
+            reason = "stop"
+        if reason == "stop":
+            self.num_provisional = 0
         self.finish_reason = reason
         return self._show()
 
@@ -126,5 +146,5 @@ class StopChecker:
         end = len(self._held) - num_to_hold
         new, self._held = self._held[:end], self._held[end:]
         if new:
-            self._shown.append(new)
+            self.pieces.append(new)
         return new

@@ -3,10 +3,11 @@
 BOS comes exactly once: not before text that begins with it already, and not before what a chat template wrote.
 """
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from minirksc.chat_template import ChatTemplate, load_chat_templates
 from minirksc.codecs import Codec, load_codec, token_id_of
@@ -200,12 +201,21 @@ class Detokenizer:
         return "".join(self._push(token_id) for token_id in token_ids)
 
     def flush(self) -> str:
-        """The rest, an incomplete character as U+FFFD."""
-        text = self._decode()
-        new = text[self._num_shown :]
-        if text:
-            self._restart()
-        return new
+        """The rest, an incomplete character as U+FFFD; more tokens may still complete it."""
+        return self._decode()[self._num_shown :]
+
+    def copy(self, skip_special_tokens: bool) -> Self:
+        """Another one that goes on from here."""
+        twin = copy.copy(self)
+        twin._window, twin._skip = list(self._window), skip_special_tokens
+        return twin
+
+    def cut(self) -> Self:
+        """Another one that goes on behind what was flushed: no token to come completes it."""
+        twin = self.copy(self._skip)
+        if twin._decode():
+            twin._restart()
+        return twin
 
     def _push(self, token_id: int) -> str:
         if self._skip and token_id in self._tokenizer.special_ids:

@@ -63,7 +63,11 @@ class WindowPool:
         self.num_blocks = num_blocks
         self._window = window
         self._block_size = block_size
-        self._free = list(range(num_blocks))
+        self.clear()
+
+    def clear(self) -> None:
+        """All rooms are free; the blocks that had them are gone."""
+        self._free = list(range(self.num_blocks))
         self._cached: dict[int, Viewable] = {}  # by window_id, least recently used first
 
     @property

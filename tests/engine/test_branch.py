@@ -221,8 +221,6 @@ def test_misuse_is_a_clear_error(llm, tiny_llama):
             llm.extend([root], SamplingParams(**options))
     with pytest.raises(PromptError, match="outside the vocabulary"):
         root.append([10**6])
-    with pytest.raises(PromptError, match="token id 'prompt_token_ids'"):
-        root.append({"prompt_token_ids": [3]})  # of `branch`, not of a piece of text
     with pytest.raises(ConfigError, match="at least two"):
         llm.score([root], [1], [[2]])
     with pytest.raises(ValueError, match="at least 1"):

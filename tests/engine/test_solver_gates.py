@@ -149,7 +149,7 @@ def test_the_leader_is_the_same_branch_where_another_one_failed(llm, monkeypatch
         def __call__(self, progress):
             stopped = super().__call__(progress)
             if stopped:
-                leads.append(progress[self.leader]._branch.path)
+                leads.append(progress[self.leader].branch.path)
             return stopped
 
     monkeypatch.setattr(llm.engine, "_sample", spoil)
@@ -172,7 +172,7 @@ def test_a_branch_that_finished_before_is_a_rival_that_nobody_stops_for(llm):
         extend(branches, params, on_step)
         for branch in branches:
             if finish_first(branch.path):
-                branch.finish_reason = "stop"
+                branch._requests[-1].finish_reason = "stop"
 
     llm.extend = ends_early
     gates = Gates(decode_exit=(Lead(),), decode_min_tokens=1, source="uncalibrated")

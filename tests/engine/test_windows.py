@@ -542,3 +542,24 @@ def test_across_the_switch_in_a_cache_that_holds_little_more_than_one(longrope):
         with pytest.raises(PromptError):
             llm.generate([ROOT * 4], GREEDY)
         check_idle(llm)
+
+
+def test_a_branch_is_cut_by_less_and_by_more_than_its_window_still_has(case):
+    folder, _, _ = case
+    with open_llm(folder) as llm:
+        ways = set()
+        for num_cut in (1, 2, 3, 5, WINDOW, 3 * WINDOW):
+            branch = llm.branch(ROOT)
+            sibling = branch.fork(1)[0]
+            llm.extend([branch], GREEDY)
+            sequence = branch._sequence
+            ways.add(llm.engine.blocks.can_rewind(branch.seq_id, branch.num_tokens - num_cut))
+            llm.engine.replace_end(sequence, branch.num_tokens - num_cut, ())
+            llm.engine.blocks.check_integrity()
+            fresh = llm.branch(branch.token_ids, share=False)
+            llm.extend([branch, sibling, fresh], GREEDY)
+            assert branch.token_ids == fresh.token_ids
+            for one in (branch, sibling, fresh):
+                one.prune()
+        assert ways == {True, False}
+        check_idle(llm)

@@ -20,7 +20,7 @@ BAD_SAMPLING = [
     ({"n": 2, "temperature": 0}, "equal samples"), ({"n": None}, "n None"), ({"min_tokens": None}, "min_tokens None"),
     ({"presence_penalty": None}, "presence_penalty None"), ({"stop": None}, "stop None"), ({"stop": 5}, "a list"),
     ({"stop": ["a"] * 65}, "more than 64"), ({"stop": "a" * 257}, "257 characters"), ({"stop_token_ids": 5}, "a list"),
-    ({"stop_token_ids": [None]}, "stop_token_ids None"), ({"logit_bias": [1]}, "map token ids"),
+    ({"stop_token_ids": [None]}, "stop_token_ids: token id None"), ({"logit_bias": [1]}, "map token ids"),
     ({"logit_bias": {1: None}}, "logit_bias.1. None"), ({"logit_bias": {1: 1e300}}, r"at most 1e\+30"),
     ({"temperature": 10**400}, "out of range"), ({"ignore_eos": "false"}, "True or False"),
     ({"detokenize": 0}, "True or False"),

@@ -285,7 +285,7 @@ def test_a_cache_that_is_full_of_pinned_blocks_says_so():
     scheduler = Scheduler(blocks, 64, 8, BlockBytes(1, 0))
     request = Request(4, Sequence(4, [5, 5, 5]), None, 0, 3, None)
     scheduler.add(request)
-    (failed,) = scheduler.schedule().failed
+    (failed,) = scheduler.schedule().ended
     assert "2 blocks of 2 pinned sequences" in str(failed.error)
     blocks.reset()
     assert blocks.num_pinned == 0 and blocks.can_reserve(3, 2)

@@ -195,6 +195,9 @@ def test_half_a_character_is_held_back(tokenizer):
     assert [detokenizer.push([i]) for i in ids] == ["", "é"]
     detokenizer.push(ids[:1])
     assert detokenizer.flush() == "\ufffd"
+    assert detokenizer.push(ids[1:]) == "é"  # nothing is lost by a look at the rest
+    detokenizer.push(ids[:1])
+    detokenizer = detokenizer.cut()
     assert [detokenizer.push([i]) for i in ids] == ["", "é"]
 
 
