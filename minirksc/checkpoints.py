@@ -127,7 +127,12 @@ def import_gguf(
         raise CheckpointError(f"there is no file {source}")
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+    try:
+        is_taken = destination.exists() and (not destination.is_dir() or any(destination.iterdir()))
+    except OSError as error:
+        name = f"{str(destination)!r:.300}"
+        raise CheckpointError(f"{name} cannot be used: {error.strerror}; choose another folder") from error
+    if is_taken:
         raise CheckpointError(f"{destination} exists already; choose another folder or remove it")
     model = GgufModel(source)
     needed = model.num_bytes(dtype)

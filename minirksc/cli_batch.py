@@ -178,7 +178,7 @@ class Batch:
         llm: "LLM",
         params: SamplingParams,
         prepare: Preparer,
-        solve: Callable[["LLM", Any, str | None], Any] | None,
+        solve: Callable[["LLM", Any, str | None, int], Any] | None,
     ) -> None:
         """Does what is left.
 
@@ -186,9 +186,11 @@ class Batch:
             llm: runs it.
             params: for lines that do not override them; the seeds of lines follow from theirs.
             prepare: turns a prompt into what `llm` or `solve` takes.
-            solve: solves one problem, given its salt; None generates.
+            solve: solves one problem, given its salt and seed; None generates.
         """
         from tqdm import tqdm
+
+        from minirksc.sampling import derived_seed
 
         size, total = 1 if solve else CHUNK, len(self._lines)
         with self._explain_end():
@@ -197,12 +199,15 @@ class Batch:
                 total=total, initial=total - len(self.todo), unit="prompt", disable=not is_terminal(sys.stderr)
             ) as bar:
                 while self.todo:
-                    chunk = list(islice(self.todo, size))
+                    chunk = [
+                        (line, replace(params, seed=derived_seed(params.seed or 0, line.number)))
+                        for line in islice(self.todo, size)
+                    ]
                     if solve:
-                        records = [self._solve(llm, chunk[0], params, prepare, solve)]
+                        records = [self._solve(llm, *chunk[0], prepare, solve)]
                     else:
-                        records = self._generate(llm, chunk, params, prepare)
-                    for line, record in zip(chunk, records, strict=True):
+                        records = self._generate(llm, chunk, prepare)
+                    for (line, _), record in zip(chunk, records, strict=True):
                         self._write(line, record)
                         bar.update()
                     self._out.sync()
@@ -218,15 +223,14 @@ class Batch:
         return 1
 
     def _generate(
-        self, llm: "LLM", chunk: list[Line], params: SamplingParams, prepare: Preparer
+        self, llm: "LLM", chunk: list[tuple[Line, SamplingParams]], prepare: Preparer
     ) -> list[dict[str, Any]]:
         records: list[dict[str, Any]] = [{} for _ in chunk]
         jobs: list[tuple[dict[str, Any], Any, SamplingParams]] = []
-        for line, record in zip(chunk, records, strict=True):
+        for (line, params), record in zip(chunk, records, strict=True):
             with _failing_alone(record):
                 task = _parse(line.raw, record)
-                own = replace(params, seed=_seed(params.seed or 0, line.number))
-                prompt, own = prepare(task.kind, task.prompt, _override(own, task.params))
+                prompt, own = prepare(task.kind, task.prompt, _override(params, task.params))
                 jobs.append((record, prompt if task.salt is None else _salted(prompt, task.salt), own))
         _complete(llm, jobs)
         return records
@@ -237,7 +241,7 @@ class Batch:
         line: Line,
         params: SamplingParams,
         prepare: Preparer,
-        solve: Callable[["LLM", Any, str | None], Any],
+        solve: Callable[["LLM", Any, str | None, int], Any],
     ) -> dict[str, Any]:
         record: dict[str, Any] = {}
         with _failing_alone(record):
@@ -245,7 +249,7 @@ class Batch:
             if task.params is not None:
                 raise ConfigError("params in a line do not go with --branches")
             problem, _ = prepare(task.kind, task.prompt, params)
-            record.update(solve_as_dict(solve(llm, problem, task.salt)))
+            record.update(solve_as_dict(solve(llm, problem, task.salt, params.seed or 0)))
         return record
 
     def _write(self, line: Line, record: dict[str, Any]) -> None:
@@ -343,11 +347,14 @@ def read_stdin() -> str:
     """Standard input, as UTF-8 whatever the locale says, without its last line break.
 
     Raises:
-        ConfigError: it is closed, too long, or not UTF-8.
+        ConfigError: it is closed, cannot be read, is too long, or not UTF-8.
     """
     if sys.stdin is None:
         raise ConfigError("standard input is closed; give a PROMPT")
-    raw = sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)
+    try:
+        raw = sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"standard input cannot be read: {error}; give a PROMPT") from error
     if len(raw) > MAX_TEXT_BYTES:
         raise ConfigError(f"standard input has more than {MAX_TEXT_BYTES} bytes; give a prompt that a model can hold")
     return _text(raw, "standard input").removesuffix("\n").removesuffix("\r")
@@ -370,11 +377,6 @@ def _lines_of(stream: BinaryIO) -> Iterator[bytes]:
     """Lines of a file of results; of one that is none, no more than its first bytes."""
     while text := stream.readline(len(BEGIN)):
         yield text + (stream.readline() if text == BEGIN else b"")
-
-
-def _seed(seed: int, number: int) -> int:
-    """Of a line: far from those of all others, whose samples count up from theirs."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:8], "little")
 
 
 def _salted(prompt: str | list[int], salt: str) -> dict[str, Any]:

@@ -65,7 +65,10 @@ SAMPLING: Options = {
     "repetition_penalty": (float, "above 1: against tokens of the prompt and the text"),
     "presence_penalty": (float, "-2 to 2, against tokens that the text has"),
     "frequency_penalty": (float, "-2 to 2, against them, for each time"),
-    "seed": (int, "of the random numbers (default: 0); with --input each line has its own, which follows from it"),
+    "seed": (
+        int,
+        "of the random numbers (default: always the same ones); each line of --input has its own that follows from it",
+    ),
     "min_tokens": (int, "no end before so many tokens"),
     "n": (int, "samples of the prompt (default: 1)"),
     "logprobs": (int, "report the N likeliest tokens of each position; with --json or --input"),
@@ -311,12 +314,12 @@ class Job:
         else:
             cli_output.print_solve(result)
 
-    def _solve(self, llm: "LLM", problem: Any, salt: str | None = None) -> Any:
-        salted = {} if salt is None else {"salt": salt}
+    def _solve(self, llm: "LLM", problem: Any, salt: str | None = None, seed: int | None = None) -> Any:
+        config, salted = self.solver_config, {} if salt is None else {"salt": salt}
+        if config is not None and seed is not None:
+            config = replace(config, sampling=replace(self.params, seed=seed))
         with cli_output.Progress(enabled=self.batch is None and is_terminal(sys.stderr)) as progress:
-            result = Solver(llm, self.solver_config).solve(
-                problem, self.phrasings, on_event=progress.on_event, **salted
-            )
+            result = Solver(llm, config).solve(problem, self.phrasings, on_event=progress.on_event, **salted)
         self.solver_s.update({name: result.stats[name] for name in ("prefill_s", "decode_s", "verify_s")})
         return result
 

@@ -45,6 +45,17 @@ def run(llm, files, capsys):
     return call
 
 
+@pytest.fixture()
+def solve(llm, files):
+    """Solves a batch; gives (code, records)."""
+
+    def call(*arguments):
+        line = ["--input", str(files[0]), "--output", str(files[1]), "--branches", "2", *arguments]
+        return main(line, make_llm=lambda **options: contextlib.nullcontext(llm)), records(files[1])
+
+    return call
+
+
 def records(path):
     return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
 
@@ -109,14 +120,10 @@ def test_a_line_may_be_anything_and_harms_no_other(run, files):
     assert again == 1 and after == found
 
 
-@pytest.mark.parametrize("arguments", [[], ["--branches", "2", "--tokens-per-step", "2"]])
-def test_deep_and_wrong_lines_of_a_solver_too(run, files, llm, arguments):
+def test_a_line_that_is_no_problem_harms_no_other(solve, files):
     files[0].write_bytes(b'{"id": ' + nested(500) + b', "prompt": "x"}\n"good"\n{"prompt": "a", "salt": 1}\n')
-    code = main(
-        ["--input", str(files[0]), "--output", str(files[1]), *arguments],
-        make_llm=lambda **options: contextlib.nullcontext(llm),
-    )
-    assert code == 1 and ["error" in record for record in records(files[1])] == [True, False, True]
+    code, found = solve("--tokens-per-step", "2")
+    assert code == 1 and ["error" in record for record in found] == [True, False, True]
 
 
 class Panic(BaseException):
@@ -169,6 +176,15 @@ def test_samples_that_nobody_seeded_are_independent_and_follow_from_their_line(r
     assert len({tuple(o["token_ids"]) for record in [*found, *other] for o in record["outputs"]}) == 32
 
 
+def test_problems_that_nobody_seeded_are_solved_independently_and_alike_in_a_resumed_run(solve, files):
+    files[0].write_text('"2+2?"\n' * 3)
+    code, found = solve("--tokens-per-step", "12")
+    branches = [[branch["token_ids"] for branch in record["branches"]] for record in found]
+    assert code == 0 and len({tuple(ids) for some in branches for ids in some}) == 6
+    files[1].write_bytes(b"".join(files[1].read_bytes().splitlines(keepends=True)[:1]))
+    assert [[b["token_ids"] for b in record["branches"]] for record in solve("--tokens-per-step", "12")[1]] == branches
+
+
 def test_a_lines_own_seed_is_its_seed(run, files, llm):
     files[0].write_text('{"prompt": "Once", "params": {"seed": 7}}\n' * 2)
     _, found, _ = run("--temperature", 1, "--max-tokens", 12, "--seed", 3)
@@ -194,17 +210,16 @@ def test_the_salt_of_a_line_reaches_the_model(run, files, llm, monkeypatch):
     ]  # fmt: skip
 
 
-def test_the_salt_of_a_problem_reaches_the_solver(files, llm, monkeypatch):
+def test_the_salt_of_a_problem_reaches_the_solver(solve, files, monkeypatch):
     files[0].write_text('"a"\n{"prompt": "a", "salt": "x"}\n')
-    given, solve = [], Solver.solve
+    given, unsalted = [], Solver.solve
 
     def spy(self, problem, *arguments, salt=None, **options):
         given.append(salt)
-        return solve(self, problem, *arguments, **options)
+        return unsalted(self, problem, *arguments, **options)
 
     monkeypatch.setattr(Solver, "solve", spy)
-    arguments = ["--input", str(files[0]), "--output", str(files[1]), "--branches", "2", "--tokens-per-step", "2"]
-    assert main(arguments, make_llm=lambda **options: contextlib.nullcontext(llm)) == 0
+    assert solve("--tokens-per-step", "2")[0] == 0
     assert given == [None, "x"]
 
 
