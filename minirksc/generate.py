@@ -67,7 +67,7 @@ SAMPLING: Options = {
     "frequency_penalty": (float, "-2 to 2, against them, for each time"),
     "seed": (
         int,
-        "of the random numbers (default: always the same ones); each line of --input has its own that follows from it",
+        "of the random numbers (default: a fixed one), from which each line of --input has its own",
     ),
     "min_tokens": (int, "no end before so many tokens"),
     "n": (int, "samples of the prompt (default: 1)"),
