@@ -16,7 +16,6 @@ if __name__ == "__main__":  # while the rest is imported, too
 
 import argparse
 import hashlib
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,6 +49,7 @@ from minirksc.generate import (
 from minirksc.interrupts import run_process
 from minirksc.signals import SIGNALS
 from minirksc.solver import DEFAULT_SAMPLING, SolverConfig
+from minirksc.strict_json import strict_json
 from minirksc.terminal import is_terminal, note
 from minirksc.trials import Trials
 
@@ -366,8 +366,8 @@ def _accuracy(replays: Sequence[Replay], gates: Gates) -> dict[str, float] | Non
 
 def _problem(path: Path, number: int, line: bytes) -> tuple[str, str | None]:
     try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        values = strict_json(line.strip())
+    except ValueError as error:
         raise ConfigError(f"--data {path}: line {number} is not JSON: {error}") from error
     given = [name for name in TEXT_FIELDS if name in values] if isinstance(values, dict) else []
     if len(given) != 1 or not isinstance(values[given[0]], str) or not values[given[0]].strip():

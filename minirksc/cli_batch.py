@@ -11,20 +11,20 @@ import argparse
 import contextlib
 import hashlib
 import json
-import math
 import sys
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from minirksc.cli_output import generation_as_dict, solve_as_dict, to_json
 from minirksc.command import UsageError, check_text
 from minirksc.config import SamplingParams
 from minirksc.errors import ConfigError, MinirkscError
 from minirksc.files import GrowingFile, check_utf8, read_file
+from minirksc.strict_json import strict_json
 from minirksc.terminal import is_terminal, note, shortened
 
 if TYPE_CHECKING:
@@ -37,9 +37,6 @@ CHUNK = 32
 MAX_INPUT_BYTES = 1 << 30
 MAX_TEXT_BYTES = 64 << 20
 """Of a prompt from standard input, and of a file with hints or wordings."""
-
-MAX_DEPTH = 100
-"""Of lists and objects in a line; far below what makes a reader or a writer of JSON give up."""
 
 KINDS = ("prompt", "messages", "prompt_token_ids")
 SALTS = ("salt", "cache_salt")
@@ -335,7 +332,7 @@ def json_object(text: str) -> dict[str, Any]:
     """
     try:
         check_text("its text", text)
-        content = _loads(text)
+        content = strict_json(text.encode())
     except (ValueError, UsageError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
     if not isinstance(content, dict):
@@ -422,9 +419,7 @@ def _failing_alone(record: dict[str, Any]) -> Iterator[None]:
 def _parse(raw: bytes, record: dict[str, Any]) -> Task:
     """What a line asks for; its id goes into the record."""
     try:
-        content = _loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"the line is not UTF-8 text: {error}") from error
+        content = strict_json(raw)
     except ValueError as error:
         raise ConfigError(f"the line is not JSON: {error}") from error
     if isinstance(content, str):
@@ -445,46 +440,6 @@ def _parse(raw: bytes, record: dict[str, Any]) -> Task:
     if salt is not None and not (isinstance(salt, str) and salt):
         raise ConfigError(f"{salts[0]} {salt!r} must be a text that is not empty")
     return Task(given[0], prompt, params, salt)
-
-
-def _loads(text: str) -> Any:
-    """What a text is in JSON, strictly: each key once, no NaN, no number beyond all floats, not nested too deeply.
-
-    Raises:
-        ValueError: it is not JSON.
-    """
-    try:
-        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite_float)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    level, depth = [content], 0
-    while level := [item for part in level for item in _items(part) if isinstance(item, dict | list)]:
-        depth += 1
-        if depth >= MAX_DEPTH:
-            raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
-    return content
-
-
-def _items(part: Any) -> Iterable[Any]:
-    return part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"the key {name!r} is there twice")
-    return found
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
-
-
-def _finite_float(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text} is larger than any number here")
-    return value
 
 
 def _check_prompt(kind: str, prompt: Any) -> None:

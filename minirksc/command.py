@@ -5,6 +5,7 @@ interrupted.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 import traceback
@@ -39,8 +40,8 @@ def run_command(read: Callable[[], Callable[[], int]], encoding_errors: str = "r
         encoding_errors: what becomes of characters that stdout's encoding lacks; text must not die of them.
     """
     _occupy_descriptors()
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors=encoding_errors)
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # no such thing, full, or closed: said when needed
+        sys.stdout.reconfigure(errors=encoding_errors)  # type: ignore[union-attr]
     try:
         try:
             work = read()

@@ -22,7 +22,7 @@ LAYERS = (
     ("results", "trace", "trace_tree"),
     ("trace_branches",),
     ("trace_page",),
-    ("terminal",),
+    ("terminal", "strict_json"),
     ("files", "interrupts"),
     ("command",),
     ("codecs",),
