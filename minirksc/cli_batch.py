@@ -150,14 +150,14 @@ class Batch:
         raw = read_file(source, MAX_INPUT_BYTES, "--input")
         check_utf8(raw, f"--input {source}")
         raw_lines = raw.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-        if target.exists() and source.samefile(target):
-            raise ConfigError(f"--input and --output are the same file, {target}; choose another output")
         self._lines = [_line(number, raw.strip()) for number, raw in enumerate(raw_lines, start=1) if raw.strip()]
         self._target = target
         self._num_failed = 0
         self._num_valid_bytes = 0
         self._out = GrowingFile(target, "--output")
         try:
+            if source.samefile(target):
+                raise ConfigError(f"--input and --output are the same file, {target}; choose another output")
             done = self._read_target()
         except BaseException:
             self._out.close()

@@ -39,7 +39,7 @@ WHOLE_FILES = (
 )
 NUM_SAMPLES = 64
 SAMPLE_BYTES = 64 * 1024
-MAX_GATES_BYTES = 10 << 20
+MAX_FILE_BYTES = 10 << 20
 MAX_HEADER_BYTES = 100 * 1024 * 1024
 
 
@@ -125,7 +125,7 @@ def read_gates_file(path: str | Path, model_path: str | Path) -> GatesFile:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"gates {path}: there is no such file; {REMEDY}")
-    content = read_json_object(path, ConfigError, MAX_GATES_BYTES)
+    content = read_json_object(path, ConfigError, MAX_FILE_BYTES)
     if content.get("schema") != SCHEMA:
         raise ConfigError(f"gates {path}: schema is {content.get('schema')!r}, expected {SCHEMA!r}; {REMEDY}")
     if content.get("schema_version") != SCHEMA_VERSION:

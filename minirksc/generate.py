@@ -36,7 +36,7 @@ from minirksc.config import (
 )
 from minirksc.errors import ConfigError
 from minirksc.files import read_file
-from minirksc.gates_file import MAX_GATES_BYTES, read_gates_file, settings_of
+from minirksc.gates_file import MAX_FILE_BYTES, read_gates_file, settings_of
 from minirksc.interrupts import importing, run_process
 from minirksc.solver import DEFAULT_SAMPLING, MAX_BRANCHES, Solver, SolverConfig
 from minirksc.terminal import check_stdout, is_terminal, note
@@ -257,7 +257,7 @@ class Job:
         self.solver_config = self._solver_config() if self.is_solving else None
         self.phrasings = self._lines_for_branches("phrasings")
         if options.gates is not None:
-            read_file(Path(options.gates), MAX_GATES_BYTES, self._label("gates"))  # what it says depends on the model
+            read_file(Path(options.gates), MAX_FILE_BYTES, self._label("gates"))  # what it says depends on the model
         if options.trace is not None:
             cli_output.check_trace(Path(options.trace), self._label("trace"))
         self.batch = None if options.input is None else cli_batch.Batch(Path(options.input), Path(options.output))
