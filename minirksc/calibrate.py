@@ -9,13 +9,18 @@ The table goes to stdout, everything else to stderr. Exit codes: 0, 1 when somet
 for the budget, 2 for a wrong command line, 130 when interrupted.
 """
 
+if __name__ == "__main__":  # while the rest is imported, too
+    from minirksc.interrupts import leave_at_once
+
+    leave_at_once()
+
 import argparse
 import hashlib
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +29,13 @@ from minirksc.answers import SELECT_RULES, check_parser
 from minirksc.binomial import problems_needed, smallest_budget
 from minirksc.calibration import KINDS, Calibration, calibrate
 from minirksc.cgee import Gates, MarginRule
-from minirksc.cli_output import check_writable, is_terminal, note, print_json
+from minirksc.cli_output import check_writable, print_json, print_page
 from minirksc.collect import BRANCHES_AT_ONCE, Collector
+from minirksc.command import UsageError, run_command
 from minirksc.errors import ConfigError, MinirkscError
 from minirksc.evidence import Failed, Replay
 from minirksc.evidence_file import EvidenceFile
+from minirksc.files import GrowingFile, check_utf8, read_file
 from minirksc.gates_file import GatesFile, fingerprint, settings_of, write_gates
 from minirksc.generate import (
     DEFAULT_MODEL,
@@ -37,20 +44,23 @@ from minirksc.generate import (
     SAMPLING,
     Options,
     Parser,
-    UsageError,
     add_ignored,
     ignored,
-    run_command,
+    open_llm,
 )
+from minirksc.interrupts import run_process
 from minirksc.sampling import derived_seed
 from minirksc.signals import SIGNALS
 from minirksc.solver import DEFAULT_SAMPLING, SolverConfig
+from minirksc.strict_json import strict_json
+from minirksc.terminal import is_terminal, note
 from minirksc.trials import Trials
 
 if TYPE_CHECKING:
     from minirksc.llm import LLM
 
 TEXT_FIELDS = ("question", "problem", "prompt")
+MAX_DATA_BYTES = 1 << 30
 MAX_BUDGET = 0.5
 RULES = ("select", "answer_parser", "decode_exit")
 """Settings that evidence does not depend on: they can be changed without solving anew."""
@@ -121,7 +131,7 @@ def main(arguments: Sequence[str] | None = None, make_llm: Callable[..., "LLM"] 
         arguments: None for the process's own.
         make_llm: called with the engine's options; None for `LLM`.
     """
-    return run_command(build_parser, Job, arguments, make_llm)
+    return run_command(lambda: partial(Job(build_parser().parse(arguments)).run, make_llm or open_llm))
 
 
 class Job:
@@ -162,10 +172,11 @@ class Job:
         needed = problems_needed(self.budget, self.confidence)
         note(f"a budget of {self.budget:g} at {self.confidence:g} needs {needed} problems if no decision changes")
         self._check_count(len(self.todo), "")
-        with make_llm(**self.engine_options) as llm:
+        with GrowingFile(self.evidence_path, "evidence") as stream, make_llm(**self.engine_options) as llm:
             settings = settings_of(self.config, llm)
             model = fingerprint(llm.model_path)
-            with EvidenceFile(self.evidence_path, self._header(settings, model)) as file, self._explain_end(file):
+            file = EvidenceFile(stream, self._header(settings, model))
+            with self._explain_end(file):
                 self._collect(llm, file)
         found = [file.found[index] for index in range(len(self.todo))]
         failed = [one for one in found if isinstance(one, Failed)]
@@ -238,11 +249,11 @@ class Job:
             certified.gates, self.budget, self.confidence, counts, data, settings, model, minirksc_version=__version__
         )
         write_gates(self.output, file)
+        note(f"wrote {self.output}")
         if self._options.json:
             print_json({"output": str(self.output), "budget": self.budget, "confidence": self.confidence, **counts})
         else:
             print_table(found, accuracy)
-        note(f"wrote {self.output}")
         return 0
 
     def _solver_config(self) -> SolverConfig:
@@ -297,12 +308,8 @@ def read_problems(path: Path) -> Problems:
     Raises:
         ConfigError: it cannot be read, is empty, or a line is no problem.
     """
-    try:
-        if path.exists() and not path.is_file():
-            raise ConfigError(f"--data {path} is no regular file; give one")
-        raw = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"--data {path} cannot be read: {error}") from error
+    raw = read_file(path, MAX_DATA_BYTES, "--data")
+    check_utf8(raw, f"--data {path}")
     items = []
     for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if line.strip():
@@ -315,10 +322,8 @@ def read_problems(path: Path) -> Problems:
 def print_table(found: Calibration, accuracy: dict[str, float] | None) -> None:
     """What was tested, and what came of it."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if is_terminal(sys.stdout) else 120, highlight=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("skip", "layer exit", "decode exit", "changed", "bound", "question", "decoding", "all", ""):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)
@@ -338,15 +343,15 @@ def print_table(found: Calibration, accuracy: dict[str, float] | None) -> None:
             "certified" if step is certified else "" if step.passed else "not certified",
             style="bold" if step is certified else None,
         )
-    console.print(table)
-    console.print(
+    lines = [
         f"signal {found.variant.signal}; {found.num_ordering} problems made the sequence, {found.num_test} tested it.\n"
-        "question, decoding, all: rows (tokens x layers) that need not be computed, of those without gates"
-    )
+        "question, decoding, all: rows (tokens x layers) that need not be computed, of those without gates",
+    ]
     if accuracy is not None:
-        console.print(f"right answers: {accuracy['before']:.1%} without gates, {accuracy['after']:.1%} with them")
+        lines.append(f"right answers: {accuracy['before']:.1%} without gates, {accuracy['after']:.1%} with them")
     if certified is found.steps[0]:
-        console.print("Only the exact gates were certified; more problems or a larger budget may allow more.")
+        lines.append("Only the exact gates were certified; more problems or a larger budget may allow more.")
+    print_page(table, *lines)
 
 
 def _shown_exit(rule: MarginRule) -> str:
@@ -366,8 +371,8 @@ def _accuracy(replays: Sequence[Replay], gates: Gates) -> dict[str, float] | Non
 
 def _problem(path: Path, number: int, line: bytes) -> tuple[str, str | None]:
     try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        values = strict_json(line.strip())
+    except ValueError as error:
         raise ConfigError(f"--data {path}: line {number} is not JSON: {error}") from error
     given = [name for name in TEXT_FIELDS if name in values] if isinstance(values, dict) else []
     if len(given) != 1 or not isinstance(values[given[0]], str) or not values[given[0]].strip():
@@ -393,4 +398,4 @@ def _add_table(group: Any, table: Options) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

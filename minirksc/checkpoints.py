@@ -4,6 +4,11 @@
 file inside its packages, into the user's cache folder. A conversion appears whole or not at all.
 """
 
+if __name__ == "__main__":  # while the rest is imported, too
+    from minirksc.interrupts import leave_at_once
+
+    leave_at_once()
+
 import argparse
 import difflib
 import errno
@@ -19,12 +24,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from minirksc.errors import CheckpointError, MinirkscError
+from minirksc.command import CommandParser, run_command
+from minirksc.errors import CheckpointError
 from minirksc.gguf_import import DTYPES, FILES, GgufModel
 from minirksc.hub import fetch, is_hub_id
+from minirksc.interrupts import run_process
 from minirksc.model_folder import check_file, check_folder, snapshot_of, what_file_is
+from minirksc.terminal import is_terminal, show
 
 FORMAT_VERSION = 1
 """Part of a cached folder's name: a changed importer converts anew."""
@@ -119,7 +128,12 @@ def import_gguf(
     check_file(source)
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+    try:
+        is_taken = destination.exists() and (not destination.is_dir() or any(destination.iterdir()))
+    except OSError as error:
+        name = f"{str(destination)!r:.300}"
+        raise CheckpointError(f"{name} cannot be used: {error.strerror}; choose another folder") from error
+    if is_taken:
         raise CheckpointError(f"{destination} exists already; choose another folder or remove it")
     model = GgufModel(source)
     needed = model.num_bytes(dtype)
@@ -144,9 +158,16 @@ def import_gguf(
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: MINIRKSC_CACHE, or the platform's cache folder."""
+    """Where converted models are kept: MINIRKSC_CACHE, or the platform's cache folder.
+
+    Raises:
+        CheckpointError: it is below the home of somebody who has none.
+    """
     if own := os.environ.get("MINIRKSC_CACHE"):
-        return Path(own).expanduser()
+        try:
+            return Path(own).expanduser()
+        except RuntimeError as error:
+            raise CheckpointError(f"MINIRKSC_CACHE={own!r:.300}: {error}; name another folder") from error
     if sys.platform == "win32":
         base = Path(os.environ.get("LOCALAPPDATA") or _home() / "AppData" / "Local")
     elif sys.platform == "darwin":
@@ -158,7 +179,12 @@ def cache_folder() -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m minirksc.checkpoints", description=__doc__)
+    # A folder's name is for programs too: its bytes stay as they are.
+    return run_command(lambda: partial(_run, _parse(arguments)), encoding_errors="surrogateescape")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser(prog="python -m minirksc.checkpoints", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     gguf = commands.add_parser("import-gguf", help="convert a GGUF file into a checkpoint folder")
     gguf.add_argument("source", metavar="SRC", type=Path)
@@ -166,17 +192,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gguf.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (%(default)s)")
     path = commands.add_parser("path", help="print the folder of a model, converting it if need be")
     path.add_argument("model", metavar="MODEL")
-    options = parser.parse_args(arguments)
-    try:
-        if options.command == "path":
-            print(resolve_model(options.model))
-        else:
-            print(import_gguf(options.source, options.destination, dtype=options.dtype, progress=True))
-    except MinirkscError as error:
-        print(f"minirksc: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return parser.parse_args(arguments)
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.command == "path":
+        folder = resolve_model(options.model)
+    else:
+        folder = import_gguf(options.source, options.destination, dtype=options.dtype, progress=True)
+    show(str(folder))
     return 0
 
 
@@ -190,6 +214,12 @@ def _packaged(alias: str) -> Path:
             f"type: {model.install}"
         )
     folder = cache_folder() / f"{alias}-v{FORMAT_VERSION}-{sum(source.stat().st_size for source in found)}"
+    try:
+        folder.exists()  # that the system takes the name at all
+    except OSError as error:
+        raise CheckpointError(
+            f"the cache folder {str(folder)!r:.300} cannot be used: {error.strerror}; name one in MINIRKSC_CACHE"
+        ) from error
     if _is_complete(folder):
         return folder
     shutil.rmtree(folder, ignore_errors=True)  # somebody has removed files from it
@@ -318,7 +348,7 @@ def _bar(wanted: bool) -> Iterator[Callable[[int, int], None]]:
     """Gives a function that takes (tensors done, tensors in all)."""
     from tqdm import tqdm
 
-    with tqdm(desc="converting", unit="tensor", disable=not (wanted and sys.stderr.isatty())) as bar:
+    with tqdm(desc="converting", unit="tensor", disable=not (wanted and is_terminal(sys.stderr))) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total
@@ -370,4 +400,4 @@ def _cannot_write(error: Exception, number: "int | re.Match[str]", needed: int, 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

@@ -1,23 +1,25 @@
 """What the command line shows: text, tables, JSON, statistics and progress."""
 
-import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
 from minirksc.config import NEUTRAL, SamplingParams
-from minirksc.errors import ConfigError, MinirkscError
+from minirksc.errors import ConfigError
+from minirksc.files import write_file
+from minirksc.terminal import check_stdout, deliver, is_terminal, note, say, show, visible
 from minirksc.trace_page import trace_page
 
 if TYPE_CHECKING:
@@ -31,34 +33,14 @@ PLAIN_WIDTH = 120
 PHASES = {"prefill": "computing the prompt", "extend": "decoding", "verify": "verifying", "fork": "forking"}
 
 
-def is_terminal(stream: IO[str] | None) -> bool:
-    """Whether a person is at the other end; a stream that was closed at the start is None."""
-    return stream is not None and stream.isatty()
-
-
-def note(message: str, begin: str = "") -> None:
-    """One line on stderr, however many the message has."""
-    if sys.stderr is not None:
-        lines = [line.strip() for line in message.splitlines()]
-        print(f"{begin}minirksc: {' '.join(filter(None, lines))}", file=sys.stderr, flush=True)
-
-
-def drop_stdout() -> None:
-    """After a failure: what a write left in the buffer must not fail again when the interpreter ends."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def check_writable(path: Path, option: str) -> None:
     """That a file can be written later, without touching it now.
 
     Raises:
         ConfigError: it cannot.
     """
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+    exists = path.exists()
+    if (exists and not path.is_file()) or not os.access(path if exists else path.parent, os.W_OK):
         raise ConfigError(f"{option} {path} cannot be written; choose a file in a folder that exists and is yours")
 
 
@@ -102,17 +84,21 @@ def solve_as_dict(result: "SolveResult") -> dict[str, Any]:
 
 def print_json(record: dict[str, Any]) -> None:
     """One line on stdout."""
+    check_stdout()
     text = to_json(record)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
         text = to_json(record, ascii_only=True)
-    print(text, flush=True)
+    show(text)
 
 
 def to_json(record: dict[str, Any], ascii_only: bool = False) -> str:
-    """JSON that any reader takes: no NaN, which a branch without tokens has for its confidence, and valid UTF-8."""
-    text = json.dumps(_finite(record), ensure_ascii=ascii_only, allow_nan=False)
+    """JSON that any reader takes: no NaN, which a branch without tokens has for its confidence, and valid UTF-8.
+
+    Nor does it act on a terminal, be it read from a file.
+    """
+    text = visible(json.dumps(_finite(record), ensure_ascii=ascii_only, allow_nan=False))
     # Half of a UTF-16 pair, which JSON may hold and UTF-8 may not.
     return text if ascii_only or not any("\ud800" <= c <= "\udfff" for c in text) else to_json(record, ascii_only=True)
 
@@ -123,7 +109,7 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     Raises:
         MinirkscError: it cannot be written.
     """
-    _write(path, to_json(record) + "\n")
+    write_file(path, to_json(record) + "\n")
 
 
 def write_trace(path: Path, trace: dict[str, Any]) -> None:
@@ -133,7 +119,7 @@ def write_trace(path: Path, trace: dict[str, Any]) -> None:
         MinirkscError: it cannot be written.
     """
     if path.suffix.lower() == ".html":
-        _write(path, trace_page(trace))
+        write_file(path, trace_page(trace))
     else:
         write_json(path, trace)
 
@@ -142,22 +128,33 @@ def print_stream(chunks: "Iterable[StreamChunk]") -> None:
     """Text as it comes, and on stderr that it was cut, if it was."""
     finish_reason, num_tokens = None, 0
     for chunk in chunks:
-        print(chunk.text, end="", flush=True)
+        show(chunk.text, end="")
         finish_reason, num_tokens = chunk.finish_reason, num_tokens + len(chunk.token_ids)
-    print(flush=True)
+    show("")
     if finish_reason == "length":
         note(f"cut at {num_tokens} tokens (--max-tokens)")
+
+
+def print_page(*parts: RenderableType) -> None:
+    """Tables and lines: on a terminal as wide as it is, with its styles."""
+    check_stdout()
+    stream = io.TextIOWrapper(io.BytesIO(), sys.stdout.encoding or "utf-8", errors="replace", newline="\n")
+    is_wide = is_terminal(sys.stdout)
+    console = Console(file=stream, force_terminal=is_wide, width=None if is_wide else PLAIN_WIDTH, highlight=False)
+    for part in parts:
+        console.print(part)
+    stream.seek(0)
+    deliver(stream.read())
 
 
 def print_samples(result: "RequestOutput") -> None:
     """Several samples of one prompt, each under a heading."""
     for output in result.outputs:
-        print(f"--- sample {output.index + 1} ({output.finish_reason}) ---\n{output.text}", flush=True)
+        show(f"--- sample {output.index + 1} ({output.finish_reason}) ---\n{output.text}")
 
 
 def print_solve(result: "SolveResult") -> None:
     """A table of the branches, and the answer; on stderr that it was cut, if it was."""
-    console = Console(width=None if is_terminal(sys.stdout) else PLAIN_WIDTH, highlight=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
     for name in ("#", "score", "P(YES)", "conf", "own", "shared", "end", "answer"):
         table.add_column(name, justify="left" if name in ("end", "answer") else "right", no_wrap=True)
@@ -175,16 +172,14 @@ def print_solve(result: "SolveResult") -> None:
             _one_line(branch.text),
             style="bold" if index == result.best else None,
         )
-    console.print(table)
     stats = result.stats
-    console.print(
+    summary = (
         f"{len(result.branches)} branches in {stats['total_s']:.2f} s: prompt {stats['prefill_s']:.2f}, "
         f"decoding {stats['decode_s']:.2f}, verifying {stats['verify_s']:.2f}; "
         f"{stats['num_prefilled_tokens']} tokens prefilled, {stats['num_decoded_tokens']} decoded\n"
     )
-    for line in _what_gates_did(result):
-        console.print(_one_line(line))
-    print(f"Branch {result.best + 1}: {result.answer.strip()}", flush=True)
+    print_page(table, summary, *map(_one_line, _what_gates_did(result)))
+    show(f"Branch {result.best + 1}: {result.answer.strip()}")
     best = result.branches[result.best]
     if best.finish_reason == "length":
         note(f"the answer was cut at {len(best.token_ids)} tokens (--tokens-per-step)")
@@ -207,7 +202,7 @@ def print_defaults(llm: "LLM", params: SamplingParams) -> None:
     neutral = {k: v for k, v in NEUTRAL.items() if getattr(params, k) is None and k not in used}
     for source, values in (("generation_config.json", used), ("neutral", neutral)):
         if values:
-            print(f"sampling, {source}: " + ", ".join(f"{k}={v}" for k, v in values.items()), file=sys.stderr)
+            say(f"sampling, {source}: " + ", ".join(f"{k}={v}" for k, v in values.items()))
 
 
 def print_stats(stats: dict[str, Any], solving: Mapping[str, float] | None = None) -> None:
@@ -247,7 +242,7 @@ def print_stats(stats: dict[str, Any], solving: Mapping[str, float] | None = Non
     if stats["num_recorded_steps"] or stats["eager_steps"]:
         eager = "; ".join(f"{count} not ({reason})" for reason, count in stats["eager_steps"].items())
         lines.append(f"recorded steps: {stats['num_recorded_steps']}; others: {eager or 'none'}")
-    print("\n".join(lines), file=sys.stderr)
+    say("\n".join(lines))
 
 
 def _mib(num_bytes: int | None) -> str:
@@ -280,13 +275,6 @@ class Progress:
         if self._status is not None:
             done = PHASES.get(str(event["event"]), str(event["event"]))
             self._status.update(f"{done}: {event['seconds']:.2f} s; going on ...")
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise MinirkscError(f"{path} cannot be written: {error}") from error
 
 
 def _one_line(text: str) -> Text:

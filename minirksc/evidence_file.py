@@ -4,76 +4,60 @@ A run that was interrupted goes on where it was; whatever would make other evide
 """
 
 import json
-import os
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from minirksc.errors import ConfigError, brief
 from minirksc.evidence import Evidence, Failed
+from minirksc.files import GrowingFile, read_file
 
 SCHEMA = "minirksc.evidence"
 SCHEMA_VERSION = 1
+MAX_BYTES = 4 << 30
 
 
 class EvidenceFile:
-    """Evidence by problem, in a JSONL file that grows; a context manager.
+    """Evidence by problem, in a JSONL file that grows.
 
     Args:
-        path: new, or of an earlier run with the same header. A last line that was torn off is dropped.
+        file: new, or of an earlier run with the same header. A last line that was torn off is dropped.
         header: what the evidence is made with, plain data.
 
     Attributes:
+        path: of the file.
         found: problem's number -> its evidence, or why there is none.
 
     Raises:
-        ConfigError: the file cannot be read or written, or holds something else.
+        ConfigError: the file cannot be read, or holds something else.
+        MinirkscError: it cannot be written.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
-        self.path = path
+    def __init__(self, file: GrowingFile, header: dict[str, Any]) -> None:
+        self.path = file.path
+        self._file = file
         header = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **header}
-        if path.exists() and not path.is_file():
-            raise ConfigError(f"{path} is no regular file; choose another --output")
-        try:
-            raw = path.read_bytes() if path.exists() else b""
-            num_valid = raw.rfind(b"\n") + 1
-            if num_valid:
-                first, self.found = _parse(path, raw[:num_valid])
-                _check_header(path, first, header)
-            else:
-                self.found = {}
-                if not _line(header).startswith(raw):
-                    raise ConfigError(f"{path} exists and is no evidence; choose another --output, or remove it")
-            self._stream = path.open("r+b" if path.exists() else "xb")
-            self._stream.truncate(num_valid)
-            self._stream.seek(num_valid)
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be written: {error}; choose another --output") from error
+        raw = read_file(self.path, MAX_BYTES, "evidence")
+        num_valid = raw.rfind(b"\n") + 1
+        if num_valid:
+            first, self.found = _parse(self.path, raw[:num_valid])
+            _check_header(self.path, first, header)
+        else:
+            self.found = {}
+            if not _line(header).startswith(raw):
+                raise ConfigError(f"{self.path} exists and is no evidence; choose another --output, or remove it")
+        file.truncate(num_valid)
         if not num_valid:
-            self._write(header)
+            file.add(_line(header))
 
     def add(self, index: int, one: Evidence | Failed) -> None:
         """Appends what a problem gave."""
         self.found[index] = one
         values = {"error": one.error} if isinstance(one, Failed) else {"evidence": one.to_dict()}
-        self._write({"problem": index, **values})
+        self._file.add(_line({"problem": index, **values}))
 
     def flush(self) -> None:
         """What was added survives whatever comes."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-
-    def __enter__(self) -> "EvidenceFile":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stream.close()
-
-    def _write(self, values: dict[str, Any]) -> None:
-        self._stream.write(_line(values))
+        self._file.sync()
 
 
 def read_evidence(path: Path) -> tuple[dict[str, Any], list[Evidence]]:
@@ -82,10 +66,7 @@ def read_evidence(path: Path) -> tuple[dict[str, Any], list[Evidence]]:
     Raises:
         ConfigError: it cannot be read, or holds something else.
     """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+    raw = read_file(path, MAX_BYTES, "evidence")
     header, found = _parse(path, raw[: raw.rfind(b"\n") + 1])
     return header, [one for _, one in sorted(found.items()) if isinstance(one, Evidence)]
 

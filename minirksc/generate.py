@@ -4,22 +4,26 @@ Text and JSON go to stdout, everything else to stderr. Exit codes: 0, 1 when som
 command line, 130 when interrupted. Whatever can be checked is checked before the model is loaded.
 """
 
+if __name__ == "__main__":  # while the rest is imported, too
+    from minirksc.interrupts import leave_at_once
+
+    leave_at_once()
+
 import argparse
 import difflib
 import os
 import sys
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any
 
 from minirksc import __version__, cli_batch, cli_output
 from minirksc.answers import ANSWER_KINDS, SELECT_RULES
-from minirksc.cli_output import drop_stdout, is_terminal, note
+from minirksc.command import CommandParser, UsageError, check_text, run_command
 from minirksc.config import (
     BACKENDS,
     DTYPES,
@@ -30,9 +34,12 @@ from minirksc.config import (
     EngineConfig,
     SamplingParams,
 )
-from minirksc.errors import ConfigError, MinirkscError
-from minirksc.gates_file import read_gates_file, settings_of
+from minirksc.errors import ConfigError
+from minirksc.files import read_file
+from minirksc.gates_file import MAX_FILE_BYTES, read_gates_file, settings_of
+from minirksc.interrupts import importing, run_process
 from minirksc.solver import DEFAULT_SAMPLING, MAX_BRANCHES, Solver, SolverConfig
+from minirksc.terminal import check_stdout, is_terminal, note
 
 if TYPE_CHECKING:
     from minirksc.llm import LLM
@@ -40,11 +47,11 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_MAX_TOKENS = 512
 DEFAULT_TOKENS_PER_STEP = 160
+"""More than `SolverConfig`'s: an answer that is cut off is of no use to a person, and a short one ends by itself."""
 SPIN_COUNT = "10000"
 """How often a waiting thread of OpenMP looks for work before it sleeps. That outlasts what lies between two operations;
 GCC's own count, 30 times as large, has threads that wait keep the CPU from those that are waited for, wherever another
 process is busy."""
-"""More than `SolverConfig`'s: an answer that is cut off is of no use to a person, and a short one ends by itself."""
 
 Options = dict[str, tuple[type | tuple[str, ...], str]]
 """Name of a field of a config -> (its type or its choices, help)."""
@@ -58,7 +65,10 @@ SAMPLING: Options = {
     "repetition_penalty": (float, "above 1: against tokens of the prompt and the text"),
     "presence_penalty": (float, "-2 to 2, against tokens that the text has"),
     "frequency_penalty": (float, "-2 to 2, against them, for each time"),
-    "seed": (int, "of the random numbers (default: 0)"),
+    "seed": (
+        int,
+        "of the random numbers (default: a fixed one), from which each line of --input has its own",
+    ),
     "min_tokens": (int, "no end before so many tokens"),
     "n": (int, "samples of the prompt (default: 1)"),
     "logprobs": (int, "report the N likeliest tokens of each position; with --json or --input"),
@@ -124,16 +134,8 @@ The command line wins; an empty variable counts as not set.
 """
 
 
-class UsageError(Exception):
-    """The command line cannot be carried out as it stands."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports errors by exception, and knows what an unknown option may have meant."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises UsageError, where argparse would end the process."""
-        raise UsageError(message)
+class Parser(CommandParser):
+    """Takes options from the environment too, and knows what an unknown one may have meant."""
 
     def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
         """Options from the command line and the environment; `variables` has the names of the latter.
@@ -231,55 +233,7 @@ def main(arguments: Sequence[str] | None = None, make_llm: Callable[..., "LLM"] 
         arguments: None for the process's own.
         make_llm: called with the engine's options; None for `LLM`.
     """
-    return run_command(build_parser, Job, arguments, make_llm)
-
-
-class RunnableJob(Protocol):
-    """A checked command line."""
-
-    def run(self, make_llm: Callable[..., "LLM"]) -> int:
-        """Does the work; returns the exit code."""
-        ...
-
-
-def run_command(
-    make_parser: Callable[[], Parser],
-    make_job: Callable[[argparse.Namespace], RunnableJob],
-    arguments: Sequence[str] | None,
-    make_llm: Callable[..., "LLM"] | None,
-) -> int:
-    """Parses, checks and runs; every error becomes one line on stderr and an exit code."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # text must not die on a narrow terminal encoding
-    try:
-        try:
-            options = make_parser().parse(arguments)
-        except SystemExit as end:  # --help and --version
-            sys.stdout.flush()
-            return int(end.code or 0)
-        try:
-            job = make_job(options)
-        except ConfigError as error:
-            raise UsageError(str(error)) from error
-        return job.run(make_llm or _make_llm)
-    except UsageError as error:
-        note(f"error: {error} (--help lists the options)")
-        return 2
-    except KeyboardInterrupt:
-        note("interrupted", begin="\n" if is_terminal(sys.stderr) else "")
-        return 130
-    except BrokenPipeError:  # whoever read our output has had enough
-        drop_stdout()
-        return 0
-    except Exception as error:
-        if os.environ.get("MINIRKSC_DEBUG"):
-            traceback.print_exc()
-        if isinstance(error, MinirkscError | OSError):
-            note(f"error: {error}")
-        else:
-            note(f"error: unexpected {type(error).__name__}: {error}; MINIRKSC_DEBUG=1 shows where")
-        drop_stdout()
-        return 1
+    return run_command(lambda: partial(Job(build_parser().parse(arguments)).run, make_llm or open_llm))
 
 
 class Job:
@@ -296,12 +250,15 @@ class Job:
         self.options = options
         self.is_solving = options.branches is not None
         self.solver_s: Counter[str] = Counter()  # of all problems so far
+        self._check_texts()
         self._check_combinations()
         self.engine_options = self._given(("model", *ENGINE, "enforce_eager")) | ignored(options)
         self.tokens_per_step = options.tokens_per_step or DEFAULT_TOKENS_PER_STEP
         self.params = self._sampling_params()
         self.solver_config = self._solver_config() if self.is_solving else None
         self.phrasings = self._lines_for_branches("phrasings")
+        if options.gates is not None:
+            read_file(Path(options.gates), MAX_FILE_BYTES, self._label("gates"))  # what it says depends on the model
         if options.trace is not None:
             cli_output.check_trace(Path(options.trace), self._label("trace"))
         self.batch = None if options.input is None else cli_batch.Batch(Path(options.input), Path(options.output))
@@ -309,15 +266,23 @@ class Job:
 
     def run(self, make_llm: Callable[..., "LLM"]) -> int:
         """Loads the model and does the work; returns the exit code."""
-        if self.batch is not None and not self.batch.todo:
+        if self.batch is None:
+            check_stdout()
+            self._run(make_llm)
+            return 0
+        with self.batch:
+            if self.batch.todo:
+                self._run(make_llm)
             return self.batch.report()
+
+    def _run(self, make_llm: Callable[..., "LLM"]) -> None:
+        options = self.options
         with make_llm(**self.engine_options) as llm:
-            default = None if self.is_solving or self.options.max_tokens is not None else self.params.max_tokens
-            options = self.options
+            default = None if self.is_solving or options.max_tokens is not None else self.params.max_tokens
             prepare = cli_batch.Preparer(
                 llm, options.chat, options.system, self.is_solving, default, options.chat_template_kwargs
             )
-            if self.options.stats:
+            if options.stats:
                 cli_output.print_defaults(llm, self.params)
             self._note_gates(llm)
             if self.batch is not None:
@@ -326,9 +291,8 @@ class Job:
                 self._run_solver(llm, prepare)
             else:
                 self._run_generate(llm, prepare)
-            if self.options.stats:
+            if options.stats:
                 cli_output.print_stats(llm.stats(), self.solver_s)
-        return 0 if self.batch is None else self.batch.report()
 
     def _run_generate(self, llm: "LLM", prepare: cli_batch.Preparer) -> None:
         prompt, params = prepare("prompt", self.prompt, self.params)
@@ -344,16 +308,19 @@ class Job:
     def _run_solver(self, llm: "LLM", prepare: cli_batch.Preparer) -> None:
         problem, _ = prepare("prompt", self.prompt, self.params)
         result = self._solve(llm, problem)
+        if self.options.trace is not None:  # first: stdout may fail
+            cli_output.write_trace(Path(self.options.trace), result.trace)
         if self.options.json:
             cli_output.print_json(cli_output.solve_as_dict(result))
         else:
             cli_output.print_solve(result)
-        if self.options.trace is not None:
-            cli_output.write_trace(Path(self.options.trace), result.trace)
 
-    def _solve(self, llm: "LLM", problem: Any) -> Any:
+    def _solve(self, llm: "LLM", problem: Any, salt: str | None = None, seed: int | None = None) -> Any:
+        config, salted = self.solver_config, {} if salt is None else {"salt": salt}
+        if config is not None and seed is not None:
+            config = replace(config, sampling=replace(self.params, seed=seed))
         with cli_output.Progress(enabled=self.batch is None and is_terminal(sys.stderr)) as progress:
-            result = Solver(llm, self.solver_config).solve(problem, self.phrasings, on_event=progress.on_event)
+            result = Solver(llm, config).solve(problem, self.phrasings, on_event=progress.on_event, **salted)
         self.solver_s.update({name: result.stats[name] for name in ("prefill_s", "decode_s", "verify_s")})
         return result
 
@@ -363,6 +330,13 @@ class Job:
             file = read_gates_file(self.options.gates, llm.model_path)
             for difference in file.differences(settings_of(self.solver_config, llm)):
                 note(f"--gates {self.options.gates}: {difference}; here they count as uncalibrated")
+
+    def _check_texts(self) -> None:
+        options = self.options
+        check_text("PROMPT", options.prompt or "")
+        check_text(self._label("system"), options.system or "")
+        for stop in options.stop or ():
+            check_text(self._label("stop"), stop)
 
     def _check_combinations(self) -> None:
         options = self.options
@@ -407,7 +381,7 @@ class Job:
         path = getattr(self.options, name)
         if path is None:
             return None
-        lines = cli_batch.read_lines(Path(path))
+        lines = cli_batch.read_lines(Path(path), self._label(name))
         same = next((i for i, line in enumerate(lines) if line in lines[:i]), None)
         if name == "phrasings" and same is not None:
             first = lines.index(lines[same])
@@ -441,9 +415,11 @@ def let_threads_sleep(environ: MutableMapping[str, str]) -> None:
         environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 
-def _make_llm(**options: Any) -> "LLM":
+def open_llm(**options: Any) -> "LLM":
+    """An LLM, its warnings as notes; torch is imported here, after everything that can be checked without it."""
     let_threads_sleep(os.environ)
-    from minirksc.llm import LLM  # torch is imported here, after everything that can be checked without it
+    with importing():
+        from minirksc.llm import LLM
 
     with warnings.catch_warnings(record=True, action="always") as caught:
         llm = LLM(use_tqdm=is_terminal(sys.stderr), **options)
@@ -497,4 +473,4 @@ def _add_options(group: Any, table: Options, config: Callable[..., object]) -> N
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

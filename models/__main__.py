@@ -5,12 +5,18 @@ differs between two. Text and JSON go to stdout, errors to stderr. Exit codes: 0
 2 for a wrong command line, 130 when interrupted.
 """
 
+if __name__ == "__main__":  # while the rest is imported, too
+    from minirksc.interrupts import leave_at_once
+
+    leave_at_once()
+
 import argparse
 import dataclasses
 import difflib
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +26,11 @@ from minirksc.models.families import FAMILIES, REFUSED, WRAPPERS
 from minirksc.models.page import MIN_WIDTH, WIDTH, compare_page, model_page, types_page
 
 from minirksc.checkpoints import ALIASES, resolve_model
-from minirksc.cli_output import drop_stdout, is_terminal, note, print_json
-from minirksc.errors import CheckpointError, MinirkscError
+from minirksc.cli_output import print_json
+from minirksc.command import CommandParser, UsageError, run_command
+from minirksc.errors import CheckpointError
+from minirksc.interrupts import run_process
+from minirksc.terminal import is_terminal, show, visible
 
 EPILOG = """examples:
   python -m minirksc.models
@@ -32,7 +41,11 @@ EPILOG = """examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    return run_command(lambda: partial(_run, _parse(arguments)))
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser(
         prog="python -m minirksc.models",
         description="Which models run here, what each is made of, and why.",
         epilog=EPILOG,
@@ -45,29 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--ignore-config-key", action="append", default=[], metavar="NAME", help="pass over a field of config.json"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a file's name must not end the page on a narrow terminal encoding
-    try:
-        options = parser.parse_args(arguments)
-        if options.model is not None and options.compare is not None:
-            parser.error(f"--compare takes two models, and {options.model!r} is one more; leave it out")
-    except SystemExit as end:
-        return int(end.code or 0)
-    try:
-        _run(options)
-    except KeyboardInterrupt:
-        note("interrupted", begin="\n" if is_terminal(sys.stderr) else "")
-        return 130
-    except BrokenPipeError:  # whoever read our output has had enough
-        drop_stdout()
-    except (MinirkscError, OSError) as error:
-        note(f"error: {error}")
-        drop_stdout()
-        return 1
-    return 0
+    options = parser.parse_args(arguments)
+    if options.model is not None and options.compare is not None:
+        raise UsageError(f"--compare takes two models, and {options.model!r} is one more; leave it out")
+    return options
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> int:
     width = _width()
     if options.compare is not None:
         a, b = _pair(*options.compare)
@@ -85,7 +82,8 @@ def _run(options: argparse.Namespace) -> None:
     if options.json:
         print_json(record)
     else:
-        print(text, flush=True)
+        show(visible(text))
+    return 0
 
 
 def _pair(first: str, second: str) -> tuple[Explanation, Explanation]:
@@ -123,4 +121,4 @@ def _width() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

