@@ -117,6 +117,16 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
             raise ChatTemplateError(f"message {place} holds audio, and only text is taken; give its transcript")
 
 
+def check_tools(tools: Sequence[Mapping[str, Any]] | None) -> None:
+    """Refuses what is not a list of functions.
+
+    Raises:
+        ChatTemplateError: names it.
+    """
+    if tools is not None and not (isinstance(tools, list | tuple) and all(isinstance(t, Mapping) for t in tools)):
+        raise ChatTemplateError(f"tools are a list of objects, each of which describes a function, not {short(tools)}")
+
+
 def template_message(message: Mapping[str, Any], knows_developer: bool) -> dict[str, Any]:
     """A checked message as plain data in the form that templates expect.
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from jinja2 import TemplateError, nodes
 
-from minirksc.chat_messages import check_messages, plain_data, short, suit_contents, template_message
+from minirksc.chat_messages import check_messages, check_tools, plain_data, short, suit_contents, template_message
 from minirksc.errors import ChatTemplateError
 from minirksc.json_file import read_json, read_text
-from minirksc.template_guard import MAX_CHARS, Guard
+from minirksc.template_guard import MAX_CHARS, Guard, new_deadline
 from minirksc.template_sandbox import GUARD, Sandbox
 
 MAX_SOURCE_CHARS = 200_000
@@ -85,6 +85,7 @@ class ChatTemplate:
         variables = variables or {}
         self._check_variables(variables, bool(tools))
         check_messages(messages)
+        check_tools(tools)
         try:
             context: dict[str, Any] = {
                 **self._special_tokens,
@@ -114,9 +115,10 @@ class ChatTemplate:
 
     def _render(self, context: dict[str, Any]) -> str:
         """The text, once contents have the form that the template wants: at first they have that which they came in."""
+        deadline = new_deadline()  # of all attempts together
 
         def render(messages: list[dict[str, Any]]) -> str:
-            return self._generate({**context, "messages": messages})
+            return self._generate({**context, "messages": messages, GUARD: Guard(deadline)})
 
         messages = context["messages"]
         for _ in range(2):
@@ -134,7 +136,7 @@ class ChatTemplate:
     def _generate(self, context: dict[str, Any]) -> str:
         parts: list[str] = []
         num_chars = 0
-        for part in self._template.generate({**context, GUARD: Guard()}):
+        for part in self._template.generate(context):
             parts.append(part)
             num_chars += len(part)
             if num_chars > MAX_CHARS:

@@ -49,11 +49,20 @@ WIDE_BRACES = re.compile(r"\{[^{}]*:[^{}]*(\d{4,}|\{)")
 BRACES_WITH_PATH = re.compile(r"\{[^{}:!]*[.\[]")
 
 
-class Guard:
-    """The limits of one rendering."""
+def new_deadline() -> float:
+    """When a rendering that begins now has to be done."""
+    return time.thread_time() + MAX_RENDER_S
 
-    def __init__(self) -> None:
-        self._deadline = time.thread_time() + MAX_RENDER_S
+
+class Guard:
+    """The limits of one rendering.
+
+    Args:
+        deadline: by the clock of `thread_time`.
+    """
+
+    def __init__(self, deadline: float) -> None:
+        self._deadline = deadline
         self._bytes_left = MAX_TOTAL_BYTES
 
     def tick(self) -> None:

@@ -375,6 +375,12 @@ def test_what_would_have_no_effect_is_refused(tools, variables, message):
         ChatTemplate(CHATML, {}).render([user("a")], True, tools, variables)
 
 
+@pytest.mark.parametrize("tools", ["weather", {"name": "f"}, ["weather"], 5, [[]]])
+def test_tools_are_a_list_of_objects(tools):
+    with pytest.raises(ChatTemplateError, match="tools are a list of objects"):
+        ChatTemplate(QWEN3, {}).render([user("a")], tools=tools)
+
+
 def test_reasoning_goes_by_its_other_names_too():
     template = ChatTemplate("{{ messages[0].reasoning_content }}|{{ messages[0].thinking }}", {})
     for name in ("reasoning_content", "thinking", "reasoning"):

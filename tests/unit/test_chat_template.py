@@ -14,6 +14,7 @@ from minirksc.errors import ChatTemplateError
 from minirksc.template_guard import MAX_CHARS, MAX_RENDER_S
 
 NESTED = "{% for i in range(100000) %}{% for j in range(100000) %}"
+LOOP_OVER_TEXT = "{% for m in messages %}{% for part in m.content %}{% endfor %}{% endfor %}"
 CHAT = [
     {"role": "system", "content": "Be <brief> & kind."},
     {"role": "user", "content": "hi"},
@@ -77,6 +78,7 @@ def test_helpers():
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
         "{% for a in messages[0].content * 9000 %}{% for b in messages[0].content * 9000 %}{% endfor %}{% endfor %}",
         "{% for i in range(100000) %}{{ range(100000) | map('abs') | sum }}{% endfor %}",
+        LOOP_OVER_TEXT + NESTED + "{% endfor %}{% endfor %}",
     ],
 )
 def test_a_template_that_runs_for_long_is_stopped(source, monkeypatch):
