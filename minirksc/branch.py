@@ -242,8 +242,10 @@ class Branch:
             num_kept, num_chars = _num_within(tokens, request.text, source)
             rest = request.text[num_chars:]
         token_ids = self._llm.encode_fragment(rest) if rest else []
-        self._llm.engine.replace_end(self._sequence, request.num_prompt_tokens + num_kept, token_ids)
-        request.num_taken_out = len(tokens) - num_kept
+        begin = request.num_prompt_tokens + num_kept
+        self._llm.engine.cut_kv(self._sequence, begin)
+        # In one statement: an interruption comes before or after.
+        self._sequence.token_ids[begin:], request.num_taken_out = token_ids, len(tokens) - num_kept
 
 
 @dataclass(slots=True)

@@ -49,7 +49,6 @@ from minirksc.generate import (
     open_llm,
 )
 from minirksc.interrupts import run_process
-from minirksc.sampling import derived_seed
 from minirksc.signals import SIGNALS
 from minirksc.solver import DEFAULT_SAMPLING, SolverConfig
 from minirksc.strict_json import strict_json
@@ -191,6 +190,8 @@ class Job:
 
     def _collect(self, llm: "LLM", file: EvidenceFile) -> None:
         from tqdm import tqdm
+
+        from minirksc.sampling import derived_seed
 
         collector = Collector(llm, self.config)
         missing = [index for index in range(len(self.todo)) if index not in file.found]

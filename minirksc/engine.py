@@ -283,8 +283,8 @@ class Engine:
             state = "was released, or made by hand" if sequence.owner is None else "is another engine's"
             raise BranchError(f"sequence {sequence.seq_id} {state}; make one with new_sequence or fork_sequence")
 
-    def replace_end(self, sequence: Sequence, num_tokens: int, token_ids: SequenceOf[int]) -> None:
-        """Takes the tokens from num_tokens on out of an idle sequence, and their KV with them, and puts others there.
+    def cut_kv(self, sequence: Sequence, num_tokens: int) -> None:
+        """Forgets the KV of an idle sequence from num_tokens on, before its tokens there are replaced.
 
         Raises:
             BranchError: see `check_idle`.
@@ -300,7 +300,6 @@ class Engine:
                     self._blocks.rewind(seq_id, num_tokens - 1)
                 else:  # what its window would see is gone
                     self.scheduler.release(sequence)
-        sequence.token_ids[num_tokens:] = token_ids
 
     def fork_sequence(self, parent: Sequence, index: int, call: Call | None = None, *, kept: bool = True) -> Sequence:
         """A child that shares every block of its parent; nothing is copied.
@@ -425,7 +424,10 @@ class Engine:
         if request.finished:
             return
         if request.checker is not None:
-            request.checker.flush()
+            try:
+                request.checker.flush()
+            except MinirkscError as error:  # its tokenizer's
+                request.error = error
         self._finish(request, reason)
 
     def pin(self, sequence: Sequence) -> None:

@@ -12,7 +12,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from minirksc.config import SamplingParams
-from minirksc.errors import ConfigError, brief
+from minirksc.errors import ConfigError, MinirkscError, brief
 from minirksc.gates import Seat
 from minirksc.signals import TokenSignals
 from minirksc.stopping import StopChecker, TextSource
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LogitsCallback = Callable[[int, "Tensor"], None]
 """Called with (position of the first row, logits `[rows, vocab]` float32), chunk by chunk; what is to be kept of the
-logits is copied, since the next step overwrites them."""
+logits is copied, since the next step overwrites them. What it raises ends the step, which is then computed again."""
 
 
 Salt = str | bytes
@@ -152,9 +152,12 @@ class Request:
                 del column[num_whole:]
             self.sequence.token_ids[self.num_prompt_tokens :] = self.output_token_ids
             self.checker = make_checker(self)
-            for token_id in self.output_token_ids:
-                self.checker.push(token_id)
-            self.finish_reason = self.checker.finish_reason
+            try:
+                for token_id in self.output_token_ids:
+                    self.checker.push(token_id)
+                self.finish_reason = self.checker.finish_reason
+            except MinirkscError as error:  # its tokenizer's
+                self.error, self.finish_reason = error, "error"
         self.state = RequestState.WAITING if self.finish_reason is None else RequestState.FINISHED
 
     @property

@@ -554,7 +554,8 @@ def test_a_branch_is_cut_by_less_and_by_more_than_its_window_still_has(case):
             llm.extend([branch], GREEDY)
             sequence = branch._sequence
             ways.add(llm.engine.blocks.can_rewind(branch.seq_id, branch.num_tokens - num_cut))
-            llm.engine.replace_end(sequence, branch.num_tokens - num_cut, ())
+            llm.engine.cut_kv(sequence, branch.num_tokens - num_cut)
+            del sequence.token_ids[-num_cut:]
             llm.engine.blocks.check_integrity()
             fresh = llm.branch(branch.token_ids, share=False)
             llm.extend([branch, sibling, fresh], GREEDY)
