@@ -161,7 +161,7 @@ def test_pre_tokenizers_cut_text(tmp_path, pre, pieces):
     ("options", "message"),
     [
         ({"architecture": "mamba"}, "'mamba'.*known: llama"),
-        ({"pre": "tekken"}, "'tekken'.*smollm"),
+        ({"pre": "bloom"}, "'bloom'.*smollm"),
         ({"extra": {"rope.scaling.type": "yarn"}}, "yarn"),
         ({"extra": {"rope.scaling.type": "longrope", "rope.scaling.factor": 4.0}}, "longrope"),
         ({"tensors": {"rope_freqs.weight": (4,)}}, r"rope_freqs\.weight.*not those of Llama 3"),
