@@ -78,7 +78,8 @@ class Int8Weight:
     dtype = torch.bfloat16
 
     def __init__(self, weight: Tensor, empty: Empty = torch.empty) -> None:
-        self._shape = out_features, in_features = weight.shape
+        out_features, in_features = weight.shape
+        self._shape = (out_features, in_features)
         panels, groups = -(-out_features // BF16_PANEL), -(-in_features // GROUP)
         self._packed = empty(panels, groups * GROUP // QUAD, BF16_PANEL, QUAD, dtype=torch.uint8)
         self._scales = empty(panels, groups, BF16_PANEL, dtype=torch.bfloat16)
