@@ -7,6 +7,7 @@ import importlib
 import itertools
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,19 @@ def test_shared_prefixes_of_many_rows(num_rows, dtype):
         check_attention(attention.make_case([1] * num_rows, lens, tables=tables, heads=(3, 1), **options))
         lens = [len(table) * size - 1 for table in attention.NESTED]
         check_attention(attention.make_case([1] * 5, lens, tables=attention.NESTED, **options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_that_shares_nothing_is_the_same_alone_and_among_others(dtype):
+    tables = [list(range(5, 40)), [50, 51, 52], [*range(60, 70), 80], [*range(60, 70), 81]]
+    q, kv, cache, batch = attention.make_case(
+        [1] * 4, [550, 40, 170, 175], tables=tables, head_dim=32, block_size=16, dtype=dtype
+    )
+    cache = attention.in_tiles(cache) if attention.has_tiles(q, cache) else cache
+    among = paged_attention_native(q, kv, cache, batch, 0.2, None)
+    batch = replace(batch, cu_seqlens_q=[0, 1], context_lens=[550], block_tables=tables[:1], kv_tables=tables[:1])
+    batch._plans = {}
+    assert torch.equal(paged_attention_native(q[:1], kv[:1], cache, batch, 0.2, None), among[:1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
