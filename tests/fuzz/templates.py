@@ -14,6 +14,7 @@ import children
 from children import Fault, Limits
 
 from minirksc.chat_template import ChatTemplate
+from minirksc.template_sandbox import Sandbox
 
 MAX_CPU_S = 3.0
 LIMITS = Limits(cpu_s=8, wall_s=90, memory=1 << 30, batch=25)
@@ -120,6 +121,16 @@ STRANGE = (
     "caller()", "(<a>).<s>", "(<s>).encode(<s>)", "(<i>).to_bytes(<n>, 'big')", "loop.previtem",
     "loop.index ~ <s>", "(<i>).__pow__(<i>)", "lipsum(<n>)", "loop.cycle(<a>, <a>)", "(<a> | <s>)", "_minirksc_guard",
 )  # fmt: skip
+
+
+def _is_known(form: str) -> bool:
+    """Whether the sandbox has all filters of a form: one that it lacks ends a template before it has begun."""
+    return all(name in FILTERS for name in re.findall(r"\| (\w+)", form))
+
+
+FILTERS = frozenset(Sandbox().filters)
+STRANGE += tuple(form for forms in RULES.values() for form in forms if not _is_known(form))
+RULES = {kind: tuple(filter(_is_known, forms)) for kind, forms in RULES.items()}
 HEAD = "{% set a, b, ns = 'aa', 'b', namespace(v='') %}{% macro f(x) %}{{ x }}!{% endmacro %}"
 KINDS = {"s": "str", "i": "int", "l": "list", "b": "bool", "a": "any"}
 
@@ -151,7 +162,7 @@ class Grammar:
             else rng.choice(("text", "{{ a }}", "é" * 9))
         )
         name = rng.choice(("a", "b", "ns.v"))
-        if rng.random() < 0.03:
+        if rng.random() < 0.015:
             return rng.choice((
                 "{% generation %}" + inner + "{% endgeneration %}", "{% break %}", "{% continue %}",
                 "{%- raw -%}" + inner + "{% endraw %}{# #}", "{% include " + one("str", 1) + " %}",
@@ -185,11 +196,11 @@ class Grammar:
         rng = self.rng
         if kind == "any":
             kind = rng.choice(("str", "str", "int", "list", "bool"))
-        forms = STRANGE if rng.random() < 0.02 else RULES[kind]
+        forms = STRANGE if rng.random() < 0.006 else RULES[kind]
         if depth <= 0:
             forms = [form for form in forms if "<" not in form.replace("<n>", "")] or RULES["bool"][:2]
         form = rng.choice(forms)
-        numbers = SMALL if rng.random() < 0.6 else NUMBERS  # or hardly anything would be seen before a limit is met
+        numbers = SMALL if rng.random() < 0.8 else NUMBERS  # or hardly anything would be seen before a limit is met
         fill = {"<n>": lambda: rng.choice(numbers)}
         fill |= {f"<{mark}>": lambda wanted=wanted: self.one(wanted, depth - 1) for mark, wanted in KINDS.items()}
         return re.sub("<[silban]>", lambda mark: fill[mark[0]](), form)
