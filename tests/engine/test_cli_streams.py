@@ -123,11 +123,16 @@ def test_no_file_takes_the_place_of_a_closed_stream(folder, tmp_path):
     assert [json.loads(text)["line"] for text in (tmp_path / "out").read_text().splitlines()] == [1, 2]
 
 
+def heed():
+    """In a child: Ctrl-C is not ignored, as it is by whatever was started in a shell's background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 @pytest.mark.parametrize("module", ["minirksc.config", "torch"])
 def test_ctrl_c_while_modules_are_imported(folder, module):
     line = [sys.executable, "-X", "importtime", "-m", "minirksc.generate", "--model", str(folder), "hi"]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     for text in process.stderr:
         if text.split("|")[-1].strip().split(".")[0:2] == module.split(".")[0:2]:
             break
@@ -143,5 +148,5 @@ def test_ctrl_c_stays_ignored_where_it_was(ignored):
     script = "import os, signal, sys; from minirksc import interrupts as i; i.leave_at_once();"
     script += "i.run_process(lambda: os.kill(os.getpid(), signal.SIGINT) or 5)"
     line = ("trap '' INT; " if ignored else "") + f"exec {sys.executable} -c '{script}'"
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, preexec_fn=heed)
     assert (done.returncode, done.stderr) == (5 if ignored else 130, "")

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -32,6 +33,14 @@ def model(request, tiny_llama):
         block_bytes = ample.stats()["kv_cache_bytes"] // ample.stats()["num_blocks_total"]
     with LLM(folder, kv_cache_bytes=24 * block_bytes, **options) as llm:
         yield llm, expected
+
+
+@pytest.fixture(autouse=True)
+def heeds_signals():
+    """Ctrl-C is ignored in what was started in a shell's background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def stream_partly(llm):
@@ -156,7 +165,7 @@ def test_branches_and_streams_outlive_an_interruption_of_another_call(model):
     total = at_line(lambda: CALLS["generate"](llm), 0, memory_error)
     rng = random.Random(4)
     for number in sorted(rng.randint(1, total) for _ in range(10)):
-        with pytest.raises(MemoryError):
+        with suppress(MemoryError):  # with more of it cached it has fewer lines
             at_line(lambda: CALLS["generate"](llm), number, memory_error)
         llm.engine.blocks.check_integrity()
     llm.extend([branch], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))

@@ -15,6 +15,7 @@ from minirksc.collect import Collector
 from minirksc.errors import ConfigError
 from minirksc.evidence import BranchEvidence, Evidence, Failed, Replay, replay
 from minirksc.evidence_file import EvidenceFile, read_evidence
+from minirksc.files import GrowingFile
 from minirksc.signals import SIGNALS, TokenSignals
 from minirksc.solver import Solver, SolverConfig
 
@@ -260,8 +261,8 @@ def changed(values, place, value):
 def test_a_file_of_other_evidence_is_refused_by_name(tmp_path, place, value):
     path = tmp_path / "evidence.jsonl"
     evidence = Evidence([branch(margins=[0.5] * 5)], LAYERS, 7.0)
-    with EvidenceFile(path, {}) as file:
-        file.add(0, evidence)
+    with GrowingFile(path, "evidence") as file:
+        EvidenceFile(file, {}).add(0, evidence)
     assert read_evidence(path)[1] == [evidence]
     header, line = path.read_text().splitlines()
     values = json.loads(line)
@@ -276,8 +277,8 @@ def test_a_file_of_other_evidence_is_refused_by_name(tmp_path, place, value):
 )
 def test_a_line_that_is_none_is_refused_by_name(tmp_path, line):
     path = tmp_path / "evidence.jsonl"
-    with EvidenceFile(path, {}) as file:
-        file.add(0, Failed("lost"))
+    with GrowingFile(path, "evidence") as file:
+        EvidenceFile(file, {}).add(0, Failed("lost"))
     path.write_text(f"{path.read_text()}{line}\n")
     with pytest.raises(ConfigError, match="line 3 is no evidence"):
         read_evidence(path)

@@ -30,7 +30,7 @@ def special(tmp_path, kind):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("fifo", "no regular file"), ("folder", "Is a directory"), ("zero", "no regular file"),
+        ("fifo", "no regular file"), ("folder", "no regular file"), ("zero", "no regular file"),
         ("sparse", "21474836480 bytes, more than 1000"), ("nothing", "cannot be read: No such file"),
         ("x" * 300, "cannot be read: File name too long"),
     ],
