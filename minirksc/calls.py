@@ -38,7 +38,7 @@ class Mark:
     @property
     def is_running(self) -> bool:
         """Whether some thread is still executing it."""
-        frame = sys._getframe() if self.is_own else sys._current_frames().get(self._thread_id)
+        frame = sys._getframe(1) if self.is_own else sys._current_frames().get(self._thread_id)
         while frame is not None:
             if frame is self._frame:
                 return True
