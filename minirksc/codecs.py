@@ -146,6 +146,8 @@ class SentencePieceCodec:
         content = read_bytes(file, TokenizerError, MAX_TOKENIZER_BYTES)
         with library_errors(f"{file} cannot be read"):
             self._backend = SentencePieceProcessor(model_proto=content)
+        if not self._backend.vocab_size():
+            raise TokenizerError(f"{file} holds no piece; it is empty or damaged")
         self._num_pieces: int = self._backend.vocab_size()
         self.vocab_size: int = max(self._num_pieces, *(i + 1 for i in added), 0)
         special = {i for i in range(self._num_pieces) if self._backend.is_control(i) or self._backend.is_unknown(i)}
@@ -277,20 +279,20 @@ def _read_json(file: Path, settings: Mapping[str, Any], added: Mapping[int, Mapp
     with library_errors(f"{file} cannot be read"):
         backend = Backend.from_str(content)
     check_backend(backend, file)
-    flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
-    tokens = [
-        AddedToken(token["content"], **{name: token[name] for name in flags if isinstance(token.get(name), bool)})
-        for _, token in sorted(added.items())
-    ]
-    known = {token.content for token in [*backend.get_added_tokens_decoder().values(), *tokens]}
-    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or ()
-    named = [value for name, value in settings.items() if name.endswith("_token")]
-    for token in [*named, *(extra.values() if isinstance(extra, Mapping) else extra)]:
-        text = token_text(token)
-        if text and text not in known:
-            tokens.append(AddedToken(text, special=True))
-            known.add(text)
-    with library_errors(f"{len(tokens)} tokens cannot be added to {file}"):
+    with library_errors(f"the tokens that tokenizer_config.json names cannot be added to {file}"):
+        flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
+        tokens = [
+            AddedToken(token["content"], **{name: token[name] for name in flags if isinstance(token.get(name), bool)})
+            for _, token in sorted(added.items())
+        ]
+        known = {token.content for token in [*backend.get_added_tokens_decoder().values(), *tokens]}
+        extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or ()
+        named = [value for name, value in settings.items() if name.endswith("_token")]
+        for token in [*named, *(extra.values() if isinstance(extra, Mapping) else extra)]:
+            text = token_text(token)
+            if text and text not in known:
+                tokens.append(AddedToken(text, special=True))
+                known.add(text)
         backend.add_tokens(tokens)
     return backend
 

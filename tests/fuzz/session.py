@@ -134,7 +134,9 @@ class Session:
         if reason not in ("length", "stop"):
             raise Fault(f"an end by {reason!r}")
         most = MAX_LEN - len(prompt) if params.max_tokens is None else params.max_tokens
-        if len(tokens) > most or (reason == "length" and params.max_tokens is not None and len(tokens) < most):
+        ends_early = reason == "length" and params.max_tokens is not None and len(tokens) < most
+        # What is pinned leaves less room than the pool has: what was decoded until it was full is the result.
+        if len(tokens) > most or (ends_early and not self.llm.stats()["num_blocks_pinned"]):
             raise Fault(f"ended by {reason} after another number of tokens than max_tokens")
 
     def stream(self) -> None:

@@ -364,6 +364,18 @@ def test_fields_of_a_wrong_type_are_named(rewrite, name, values):
             rewrite(**{name: value})
 
 
+def test_a_vocabulary_without_pieces_is_refused(make_sentencepiece):
+    folder = make_sentencepiece()._folder
+    (folder / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(TokenizerError, match=r"tokenizer\.model"):
+        Tokenizer.from_folder(folder)
+
+
+def test_a_token_that_is_no_text_is_named(rewrite):
+    with pytest.raises(TokenizerError, match="cannot be added"):
+        rewrite(eos_token="\udc00")
+
+
 @pytest.mark.parametrize("content", ['{"x": "y"}', '{"x": -1}', '{"x": 1e9}', '{"x": 99999999}', "[]", "{", "[" * 999])
 def test_damaged_companions_are_named(rewrite, content):
     folder = rewrite()._folder
