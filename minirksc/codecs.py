@@ -114,8 +114,9 @@ class BackendCodec:
 
     def token_id(self, token: str) -> int | None:
         """See `Codec`."""
-        found: int | None = self._backend.token_to_id(token)
-        return found
+        with library_errors(f"the token {token[:80]!r} cannot be looked up"):
+            found: int | None = self._backend.token_to_id(token)
+            return found
 
     def token(self, token_id: int) -> str:
         """See `Codec`."""
@@ -143,9 +144,7 @@ class SentencePieceCodec:
     def __init__(self, file: Path, settings: Mapping[str, Any], added: Mapping[int, Mapping[str, Any]]) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        content = read_bytes(file, TokenizerError, MAX_TOKENIZER_BYTES)
-        with library_errors(f"{file} cannot be read"):
-            self._backend = SentencePieceProcessor(model_proto=content)
+        self._backend = SentencePieceProcessor(model_proto=read_bytes(file, TokenizerError, MAX_TOKENIZER_BYTES))
         if not self._backend.vocab_size():
             raise TokenizerError(f"{file} holds no piece; it is empty or damaged")
         self._num_pieces: int = self._backend.vocab_size()
@@ -212,8 +211,9 @@ class SentencePieceCodec:
         """See `Codec`."""
         if token in self._ids:
             return self._ids[token]
-        found = int(self._backend.piece_to_id(token))
-        return found if self._backend.id_to_piece(found) == token else None
+        with library_errors(f"the token {token[:80]!r} cannot be looked up"):
+            found = int(self._backend.piece_to_id(token))
+            return found if self._backend.id_to_piece(found) == token else None
 
     def token(self, token_id: int) -> str:
         """See `Codec`."""
@@ -253,7 +253,8 @@ def load_codec(folder: Path, settings: Mapping[str, Any]) -> Codec:
         backend.encode_special_tokens = splits_special
         return BackendCodec(backend, {})
     if file is not None:
-        return SentencePieceCodec(file, settings, added)
+        with library_errors(f"{file} cannot be read"):
+            return SentencePieceCodec(file, settings, added)
     raise TokenizerError(f"{folder} has none of {', '.join(TOKENIZER_FILES)}; give token ids instead")
 
 

@@ -366,9 +366,17 @@ def test_fields_of_a_wrong_type_are_named(rewrite, name, values):
 
 def test_a_vocabulary_without_pieces_is_refused(make_sentencepiece):
     folder = make_sentencepiece()._folder
-    (folder / "tokenizer.model").write_bytes(b"")
-    with pytest.raises(TokenizerError, match=r"tokenizer\.model"):
-        Tokenizer.from_folder(folder)
+    whole = (folder / "tokenizer.model").read_bytes()
+    for content in (b"", b"\x09" + whole[1:], whole[:5], b"\n"):
+        (folder / "tokenizer.model").write_bytes(content)
+        with pytest.raises(TokenizerError, match=r"tokenizer\.model"):
+            Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize("eos", ["\udc00", {"content": "\udc00"}])
+def test_a_token_that_is_no_text_is_no_token_of_a_vocabulary(make_sentencepiece, eos):
+    with pytest.raises(TokenizerError, match="cannot be looked up"):
+        make_sentencepiece(eos_token=eos)
 
 
 def test_a_token_that_is_no_text_is_named(rewrite):
