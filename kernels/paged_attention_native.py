@@ -301,7 +301,7 @@ def _plan(batch: AttentionBatch, decode: DecodeReads, tiles: Sequence[_Tile], pr
         parts=numbers[4],
         num_results=num_results,
         num_tokens=batch.cu_seqlens_q[-1],
-        slots=(min((begin for begin, _ in read), default=0), max((begin + n for begin, n in read), default=0)),
+        slots=(min(read, default=(0, 0))[0], max(map(sum, read), default=0)),
     )
 
 

@@ -21,14 +21,15 @@ class Mark:
 
     Args:
         frame: of the function, which the calling thread is executing.
+        modes: what torch's modes were before it, where it changes them.
     """
 
     __slots__ = ("_frame", "_modes", "_thread_id")
 
-    def __init__(self, frame: FrameType) -> None:
+    def __init__(self, frame: FrameType, modes: TorchModes | None = None) -> None:
         self._frame: FrameType | None = frame
         self._thread_id = get_ident()
-        self._modes = TorchModes()
+        self._modes = modes
 
     @property
     def is_own(self) -> bool:
@@ -51,7 +52,7 @@ class Mark:
 
     def restore_modes(self) -> None:
         """Switches off what the function has left on in torch; modes are a thread's own."""
-        if self.is_own:
+        if self.is_own and self._modes is not None:
             self._modes.restore()
 
 

@@ -50,6 +50,7 @@ from minirksc.scheduler import ScheduledRequest, Scheduler
 from minirksc.stopping import StopChecker, TextSource
 from minirksc.token_ids import read_token_ids
 from minirksc.tokenizer import Detokenizer, Tokenizer
+from minirksc.torch_modes import TorchModes
 
 SEED_RANGE = 2**64
 MASS_INTERVAL = 16
@@ -171,18 +172,18 @@ class Engine:
 
     def _mend(self) -> bool:
         """Puts in order what a call that was left half way has left behind; False: somebody is inside, look only."""
-        marks = [mark for mark in (self._changes.mark, self._step_mark) if mark is not None]
-        if any(mark.is_running for mark in marks) or any(call.is_elsewhere for call in self._calls):
+        marks = self._changes.mark, self._step_mark
+        if any(mark is not None and mark.is_running for mark in marks):
             return False
-        if marks:
-            marks[-1].restore_modes()
-            if self._changes.mark is not None:
-                self._rebuild()
-            else:
-                with self._changes:  # a table may point at a copy that was never made: what ran is computed again
-                    self.scheduler.preempt_all()
-            self._step_mark = None
-        for call in [call for call in self._calls if call.is_over]:
+        over = []
+        for call in self._calls:
+            if call.is_over:
+                over.append(call)
+            elif call.is_elsewhere:
+                return False
+        if marks != (None, None):
+            self._mend_step()
+        for call in over:
             with self._changes:
                 self._give_back(call)
         while self._dropped:
@@ -191,13 +192,22 @@ class Engine:
                 self._dropped.popleft()
         return True
 
-    def _rebuild(self) -> None:
-        """Frees all blocks; requests that have not ended go on from their tokens."""
+    def _mend_step(self) -> None:
+        """After a step, or changes of the books, that were left half way."""
+        if self._step_mark is not None:
+            self._step_mark.restore_modes()
+        is_whole = self._changes.mark is None
         with self._changes:
-            for request in self.scheduler.requests.values():
-                request.put_in_order(lambda one: self._make_checker(one.params, one.num_prompt_tokens, one.detokenizer))
-            self._blocks.clear()
-            self.scheduler.restart()
+            if is_whole:  # a table may point at a copy that was never made: what ran is computed again
+                self.scheduler.preempt_all()
+            else:  # requests that have not ended go on from their tokens
+                for request in self.scheduler.requests.values():
+                    request.put_in_order(
+                        lambda one: self._make_checker(one.params, one.num_prompt_tokens, one.detokenizer)
+                    )
+                self._blocks.clear()
+                self.scheduler.restart()
+        self._step_mark = None
 
     def _end_call(self, call: Call) -> None:
         self._enter()
@@ -479,7 +489,7 @@ class Engine:
             EngineBusyError, EngineForkedError.
         """
         self._enter()
-        self._step_mark = Mark(sys._getframe())
+        self._step_mark = Mark(sys._getframe(), TorchModes())
         with self._device:
             changed = self._step()
         self._step_mark = None

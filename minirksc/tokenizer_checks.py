@@ -8,8 +8,8 @@ them, with an exception that is no `Exception`.
 import base64
 import binascii
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from minirksc.errors import MinirkscError, TokenizerError
@@ -31,19 +31,26 @@ MAX_STEPS = 64
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-@contextmanager
-def library_errors(failure: str) -> Iterator[None]:
-    """Turns whatever a tokenizer library raises, panics too, into a `TokenizerError`.
+class library_errors:
+    """In a `with` block: whatever a tokenizer library raises, panics too, is a `TokenizerError`.
 
     Args:
         failure: for the message, "FILE cannot be read" for example.
     """
-    try:
-        yield
-    except (MinirkscError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:
-        raise TokenizerError(f"{failure}: {type(error).__name__}: {str(error)[:300]}") from error
+
+    __slots__ = ("_failure",)
+
+    def __init__(self, failure: str) -> None:
+        self._failure = failure
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None and not isinstance(error, MinirkscError | KeyboardInterrupt | SystemExit | GeneratorExit):
+            raise TokenizerError(f"{self._failure}: {type(error).__name__}: {str(error)[:300]}") from error
 
 
 def check_settings(settings: Mapping[str, Any], source: Any) -> None:
