@@ -10,11 +10,8 @@ mark is found left behind by the next one who enters, all blocks are freed and e
 """
 
 import itertools
-import os
-import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -22,16 +19,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from minirksc import forks
 from minirksc.batch import ForwardBatch, LogitsRows, build_batch
-from minirksc.calls import Call, Changes, Handle, Mark
+from minirksc.calls import Call, Interruptible
 from minirksc.config import EngineConfig, SamplingParams
 from minirksc.depth import Depth
 from minirksc.errors import (
     BranchError,
     ConfigError,
-    EngineBusyError,
-    EngineForkedError,
     MinirkscError,
     NumericalError,
     PromptError,
@@ -50,7 +44,6 @@ from minirksc.scheduler import ScheduledRequest, Scheduler
 from minirksc.stopping import StopChecker, TextSource
 from minirksc.token_ids import read_token_ids
 from minirksc.tokenizer import Detokenizer, Tokenizer
-from minirksc.torch_modes import TorchModes
 
 SEED_RANGE = 2**64
 MASS_INTERVAL = 16
@@ -58,7 +51,7 @@ MASS_INTERVAL = 16
 NO_STOP = frozenset[int]()
 
 
-class Engine:
+class Engine(Interruptible):
     """Requests on one model and one KV cache.
 
     Args:
@@ -83,6 +76,7 @@ class Engine:
         tokenizer: Tokenizer | None,
         sampling_defaults: Mapping[str, float],
     ) -> None:
+        super().__init__(runner.model.device)
         spec = runner.model.spec
         self.runner = runner
         self._blocks = blocks
@@ -108,12 +102,6 @@ class Engine:
         self._seed = config.seed
         self._num_seeds = 0
         self._owner = object()  # what its sequences know it by
-        self._handles: dict[int, Handle] = {}  # by seq_id
-        self._dropped: deque[Handle] = deque()  # whose owner is gone
-        self._pid = os.getpid()
-        self._calls: list[Call] = []
-        self._step_mark: Mark | None = None  # the KV of what runs is not written yet
-        self._changes = Changes()  # of tables, counts and queues
         self._sequence_ids = itertools.count()
         self._request_ids = itertools.count()
         self._num_steps = 0
@@ -135,93 +123,15 @@ class Engine:
         self._mend()
         return self._blocks
 
-    def call(self, is_alive: Callable[[], bool] | None = None) -> Call:
-        """Begins a call of the function that asks for it; what is added for it ends with it, however it ends.
+    def _preempt(self) -> None:
+        # A table may point at a copy that was never made: what ran is computed again.
+        self.scheduler.preempt_all()
 
-        Args:
-            is_alive: for a generator: whether it can still go on.
-
-        Raises:
-            EngineBusyError, EngineForkedError.
-        """
-        self._enter()
-        call = Call(self._end_call, Mark(sys._getframe(1)), is_alive)
-        self._calls.append(call)
-        return call
-
-    def _enter(self) -> None:
-        """Whoever is about to change something comes in here.
-
-        Raises:
-            EngineBusyError: another thread is inside, or a step of this one.
-            EngineForkedError: this process is a child in which the engine cannot compute.
-        """
-        if os.getpid() != self._pid:
-            reason = forks.why_not(self.runner.model.device)
-            if reason is not None:
-                raise EngineForkedError(
-                    f"this engine was made in process {self._pid} and is used in its child {os.getpid()}: {reason}; "
-                    "make it in the child, or use threads=1 on a CPU"
-                )
-        if self._mend():
-            return
-        raise EngineBusyError(
-            "the engine is in the midst of a step or of another thread's call; one thread at a time drives it, and "
-            "callbacks inside a step only look (on_step of extend() runs between steps)"
-        )
-
-    def _mend(self) -> bool:
-        """Puts in order what a call that was left half way has left behind; False: somebody is inside, look only."""
-        marks = self._changes.mark, self._step_mark
-        if any(mark is not None and mark.is_running for mark in marks):
-            return False
-        over = []
-        for call in self._calls:
-            if call.is_over:
-                over.append(call)
-            elif call.is_elsewhere:
-                return False
-        if marks != (None, None):
-            self._mend_step()
-        for call in over:
-            with self._changes:
-                self._give_back(call)
-        while self._dropped:
-            with self._changes:
-                self._release(self._dropped[0].sequence)
-                self._dropped.popleft()
-        return True
-
-    def _mend_step(self) -> None:
-        """After a step, or changes of the books, that were left half way."""
-        if self._step_mark is not None:
-            self._step_mark.restore_modes()
-        is_whole = self._changes.mark is None
-        with self._changes:
-            if is_whole:  # a table may point at a copy that was never made: what ran is computed again
-                self.scheduler.preempt_all()
-            else:  # requests that have not ended go on from their tokens
-                for request in self.scheduler.requests.values():
-                    request.put_in_order(
-                        lambda one: self._make_checker(one.params, one.num_prompt_tokens, one.detokenizer)
-                    )
-                self._blocks.clear()
-                self.scheduler.restart()
-        self._step_mark = None
-
-    def _end_call(self, call: Call) -> None:
-        self._enter()
-        with self._changes:
-            self._give_back(call)
-
-    def _give_back(self, call: Call) -> None:
-        for request in call.requests:
-            self._abort(request, "abort")
-        for sequence in call.sequences:
-            self._release(sequence)
-        if call in self._calls:
-            self._calls.remove(call)
-        call.close()
+    def _restart(self) -> None:
+        for request in self.scheduler.requests.values():
+            request.put_in_order(lambda one: self._make_checker(one.params, one.num_prompt_tokens, one.detokenizer))
+        self._blocks.clear()
+        self.scheduler.restart()
 
     # Sequences and requests
 
@@ -430,7 +340,7 @@ class Engine:
         with self._changes:
             self._release(sequence)
 
-    def _abort(self, request: Request, reason: str) -> None:
+    def _abort(self, request: Request, reason: str = "abort") -> None:
         if request.finished:
             return
         if request.checker is not None:
@@ -458,18 +368,11 @@ class Engine:
         with self._changes:
             self._blocks.reset()
 
-    def release_with(self, owner: object, sequence: Sequence) -> None:
-        """Releases a kept sequence once an object is gone, if nobody has done so before."""
-        # Told at any moment and in any thread, so by something that runs no Python: an error in it would be lost.
-        handle = Handle(owner, self._dropped.append)
-        handle.sequence = sequence
-        self._handles[sequence.seq_id] = handle
-
     def _release(self, sequence: Sequence) -> None:
-        self._handles.pop(sequence.seq_id, None)
+        self._let_go(sequence)
         request = self.scheduler.request_of(sequence)
         if request is not None:
-            self._abort(request, "abort")
+            self._abort(request)
         self.scheduler.release(sequence)
         sequence.owner = None
 
@@ -489,11 +392,8 @@ class Engine:
             EngineBusyError, EngineForkedError.
         """
         self._enter()
-        self._step_mark = Mark(sys._getframe(), TorchModes())
-        with self._device:
-            changed = self._step()
-        self._step_mark = None
-        return changed
+        with self._stepping, self._device:
+            return self._step()
 
     def _step(self) -> list[Request]:
         with self._changes:
