@@ -195,6 +195,28 @@ def test_an_interrupted_extend_leaves_the_tokens_so_far(model):
         is_whole(llm)
 
 
+def test_a_stop_that_is_taken_out_is_taken_out_whole_or_not_at_all(model):
+    llm, expected = model
+    stop = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, stop_token_ids=[expected[2]])
+    begin = expected.index(expected[2])
+    branch = llm.branch(PROMPT)
+    total = at_line(lambda: llm.extend([branch], stop, keep_stop=False), 0, memory_error)
+    assert branch.output_token_ids == expected[:begin] and branch.token_ids == PROMPT + expected[:begin]
+    rng = random.Random(7)
+    for _ in range(LINES):
+        branch = llm.branch(PROMPT)
+        with suppress(*LEFT):
+            number = total - rng.randint(0, 200)
+            at_line(lambda branch=branch: llm.extend([branch], stop, keep_stop=False), number, memory_error)
+        llm.engine.blocks.check_integrity()
+        assert branch.token_ids == PROMPT + branch.output_token_ids
+        assert branch.output_token_ids == expected[: len(branch.output_token_ids)]
+        llm.extend([branch], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
+        assert branch.output_token_ids[: begin + 3] == expected[: begin + 3]
+        branch.prune()
+    is_whole(llm)
+
+
 def test_real_signals_at_random_moments(model):
     llm, expected = model
     rng = random.Random(6)
