@@ -243,9 +243,9 @@ class Fields:
         if unread:
             listed = listing([f"{name}={self._config[name]!r:.60}" for name in unread], ", ")
             raise UnsupportedModelError(
-                f"{self.where} of model_type {self._config.get('model_type')!r} has fields that nothing reads: "
+                f"{self.where} of model_type {self._config.get('model_type')!r:.80} has fields that nothing reads: "
                 f"{listed}; they may change what the model computes. If you know that one does not, pass it over: "
-                f"ignore_config_keys=({unread[0]!r},), --ignore-config-key {unread[0]}"
+                f"ignore_config_keys=({unread[0]!r:.200},), --ignore-config-key {unread[0]:.200}"
             )
 
     def _value(self, name: str, default: Any) -> Any:

@@ -81,6 +81,9 @@ def test_an_unknown_field_is_passed_over_by_its_exact_name():
     with pytest.raises(UnsupportedModelError, match=r"my_field=5.*--ignore-config-key my_field"):
         spec(my_field=5)
     assert spec_from_config({**BASE, "my_field": 5}, ["my_field"]) == spec()
+    with pytest.raises(UnsupportedModelError) as told:
+        spec(**{"a" * 100_000: "b" * 100_000, "model_type": BASE["model_type"]})
+    assert len(str(told.value)) < 2000
     rope = {"rope_scaling": {**YARN, "my_part": 2.0}}
     with pytest.raises(UnsupportedModelError, match=r"'my_part'.*--ignore-config-key my_part"):
         spec(**rope)
