@@ -15,6 +15,7 @@ from minirksc.models.quantised import refusal
 
 from minirksc.errors import CheckpointError, UnsupportedModelError
 from minirksc.json_file import read_json_object
+from minirksc.listing import listing
 
 PARAMS_FILE = "params.json"
 MAX_PARAMS_BYTES = 10 << 20
@@ -172,7 +173,7 @@ def _check(params: Params) -> None:
             raise UnsupportedModelError(f"{PARAMS_FILE}: {name} {params[name]!r:.80} is not supported")
     unread = {name: value for name, value in params.items() if name not in READ and value not in (None, False, [], {})}
     if unread:
-        listed = ", ".join(f"{name}={value!r:.60}" for name, value in unread.items())
+        listed = listing([f"{name}={value!r:.60}" for name, value in unread.items()], ", ")
         raise UnsupportedModelError(
             f"{PARAMS_FILE} has fields that nothing reads: {listed}; they may change what the model computes"
         )

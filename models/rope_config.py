@@ -122,7 +122,7 @@ def _read(fields: Fields, raw: Mapping[str, Any], head_dim: int, is_partial: boo
     if unread := fields.pass_over(unread):
         raise UnsupportedModelError(
             f"rope type {kind!r} has parameters that nothing reads: {listing([repr(name) for name in unread], ', ')}; "
-            f"if you know that they change nothing, pass them over: --ignore-config-key {unread[0]}"
+            f"if you know that they change nothing, pass them over: --ignore-config-key {unread[0]:.200}"
         )
     checked = {name: _parameter(value, f"{where} {name}", name) for name, value in parameters.items()}
     factor = _attention_factor(kind, given, where, max_len / original, original)
