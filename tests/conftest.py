@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -12,6 +13,12 @@ import pytest
 os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# These are the tests of this clone, whichever is installed, unless another folder is named in PYTHONPATH.
+named = [Path(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+if not any(path.resolve() != ROOT and (path / "minirksc").is_dir() for path in named):
+    sys.path.insert(0, str(ROOT))
+    importlib.import_module("minirksc")
 
 # transformers looks for an installed top-level package named `kernels`; the repository's folder of that name
 # must not be taken for it.
