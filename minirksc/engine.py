@@ -343,11 +343,7 @@ class Engine(Interruptible):
     def _abort(self, request: Request, reason: str = "abort") -> None:
         if request.finished:
             return
-        if request.checker is not None:
-            try:
-                request.checker.flush()
-            except MinirkscError as error:  # its tokenizer's
-                request.error = error
+        request.flush()
         self._finish(request, reason)
 
     def pin(self, sequence: Sequence) -> None:
@@ -553,8 +549,7 @@ class Engine(Interruptible):
 
     def _update(self, request: Request, drawn: Sampled) -> None:
         if drawn.failure is not None:
-            if request.checker is not None:
-                request.checker.flush()
+            request.flush()
             request.error = NumericalError(
                 f"request {request.request_id}: {drawn.failure} at position "
                 f"{len(request.sequence.token_ids)}; the checkpoint may be damaged, or its dtype too narrow "

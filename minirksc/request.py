@@ -140,6 +140,14 @@ class Request:
         """Generated text that is final so far: never half a character or the beginning of a stop string."""
         return "" if self.checker is None else self.checker.text
 
+    def flush(self) -> None:
+        """Gives out the text that is held back, before the end; a tokenizer that fails on it is its own error."""
+        if self.checker is not None:
+            try:
+                self.checker.flush()
+            except MinirkscError as error:
+                self.error = error
+
     def put_in_order(self, make_checker: Callable[["Request"], StopChecker]) -> None:
         """After an interruption at any line: what is whole of its output stays, and the rest follows from it."""
         if self.checker is not None and self.finish_reason is None:

@@ -325,9 +325,8 @@ class Scheduler:
     def _end_for_room(self, request: Request, step: Schedule) -> None:
         """Ends a request that has the cache to itself and no room in it; what it has decoded is its result."""
         if request.output_token_ids:
-            assert request.checker is not None
-            request.checker.flush()
-            request.finish_reason = "length"
+            request.flush()
+            request.finish_reason = "length" if request.error is None else "error"
         else:
             num_tokens = len(request.sequence.token_ids)
             request.error = self.cache_full(f"request {request.request_id} of {num_tokens} tokens", num_tokens)

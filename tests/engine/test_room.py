@@ -3,7 +3,7 @@
 import pytest
 
 from minirksc import LLM, SamplingParams
-from minirksc.errors import CacheFullError
+from minirksc.errors import CacheFullError, TokenizerError
 
 BLOCK, NUM_BLOCKS = 16, 4
 PROMPT = list(range(5, 45))
@@ -70,3 +70,23 @@ def test_what_is_pinned_leaves_less_room_and_loses_nothing(small):
         llm.generate([[*PROMPT, *range(50, 60)]], greedy(1))
     llm.reset_prefix_cache()
     assert llm.generate([PROMPT], greedy(LAST))[0].outputs[0].token_ids == expected
+
+
+def test_a_tokenizer_that_fails_at_the_end_fails_that_request_alone(tiny_llama, monkeypatch):
+    with LLM(tiny_llama(tokenizer=True), kv_cache_bytes="1MiB", threads=1) as llm:
+        engine = llm.engine
+        params = greedy(4)
+        broken, well = (engine.add_request(engine.new_sequence(PROMPT), params) for _ in range(2))
+        engine.step()
+
+        def fail():
+            raise TokenizerError("no text")
+
+        monkeypatch.setattr(broken.checker, "flush", fail)
+        engine.abort(broken)
+        assert isinstance(broken.error, TokenizerError) and broken.finish_reason == "abort"
+        while engine.has_work:
+            engine.step()
+        assert well.finish_reason == "length" and len(well.output_token_ids) == 4
+        engine.blocks.check_integrity()
+        assert llm.stats()["num_blocks_used"] == 0
