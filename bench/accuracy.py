@@ -43,10 +43,10 @@ from bench.measured import (
 from bench.problem_sets import ProblemSet, read_problem_set
 from bench.report import Page, names, new_stem, put_legend, ratios, share, spread, values, write_page
 from minirksc import LLM, SamplingParams, SolverConfig
-from minirksc.cgee import Gates
 from minirksc.errors import ConfigError
-from minirksc.gates_file import checksum, fingerprint
-from minirksc.solver_config import DEFAULT_SAMPLING
+from minirksc.rksc.cgee import Gates
+from minirksc.rksc.gates_file import checksum, fingerprint
+from minirksc.rksc.solver_config import DEFAULT_SAMPLING
 
 FULL = "full"
 """The arm that the others are compared with: nothing in it is approximated."""

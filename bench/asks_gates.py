@@ -2,7 +2,7 @@
 
     python -m bench.asks_gates --data test.jsonl --calibration train.jsonl --model smollm2-135m -o results
 
-For every wording of `bench.phrasings`, gate of `minirksc.similarity` and depth of the probe: the similarity to the
+For every wording of `bench.phrasings`, gate of `minirksc.rksc.similarity` and depth of the probe: the similarity to the
 first wording. From these: AUROC of each level of paraphrases against each kind of adversarial wordings, and how many of
 either are accepted at two thresholds, which come from the calibration file while the figures come from the other one:
 - safe: the lowest that accepts at most 1% of the adversarial wordings, with an upper bound of at most 2%
@@ -33,12 +33,12 @@ from bench.intervals import clopper_pearson
 from bench.phrasings import KINDS, LEVELS, Wording, wordings
 from bench.word_problems import read_problems
 from minirksc import LLM, SamplingParams
-from minirksc.answers import parse_answer
-from minirksc.asks import probe_depth
-from minirksc.checkpoints import resolve_model
-from minirksc.guard import refusal
-from minirksc.similarity import GATES, PrefixStates
-from minirksc.tokenizer import Tokenizer
+from minirksc.checkpoints.sources import resolve_model
+from minirksc.rksc.answers import parse_answer
+from minirksc.rksc.asks import probe_depth
+from minirksc.rksc.guard import refusal
+from minirksc.rksc.similarity import GATES, PrefixStates
+from minirksc.text.tokenizer import Tokenizer
 
 MAX_ACCEPTED, MAX_BOUND = 0.01, 0.02
 

@@ -33,9 +33,9 @@ from bench.prompts import EXAMPLES
 from bench.report import Page, new_stem, plain_options, write_jsonl, write_page
 from bench.word_problems import read_problems
 from minirksc import LLM, SamplingParams
-from minirksc.answers import parse_answer
-from minirksc.gates import Seat
-from minirksc.guard import refusal
+from minirksc.engine.gates import Seat
+from minirksc.rksc.answers import parse_answer
+from minirksc.rksc.guard import refusal
 
 REJECT, ACCEPT = 2.0, -10.0
 INSTRUCTIONS = (

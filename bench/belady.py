@@ -11,9 +11,9 @@ import math
 from collections import deque
 from collections.abc import Sequence
 
-from minirksc.eviction import Evictable, Priority
-from minirksc.prefix_index import block_digest
-from minirksc.request import Request
+from minirksc.cache.eviction import Evictable, Priority
+from minirksc.cache.index import block_digest
+from minirksc.engine.request import Request
 
 
 class Recorder:

@@ -27,12 +27,12 @@ import numpy as np
 from tqdm import tqdm
 
 from bench.harness import environment
-from minirksc.binomial import errors_allowed, tail, upper_bound
-from minirksc.calibration import KINDS, calibrate, fit_correction
-from minirksc.cgee import DEFAULT_GATES, EXACT_GATES, PAPER_GATES, Gates
-from minirksc.evidence import Evidence, Replay
-from minirksc.evidence_file import read_evidence
-from minirksc.trials import Tally, Trials
+from minirksc.calibrate.binomial import errors_allowed, tail, upper_bound
+from minirksc.calibrate.calibration import KINDS, calibrate, fit_correction
+from minirksc.calibrate.evidence import Evidence, Replay
+from minirksc.calibrate.trials import Tally, Trials
+from minirksc.cli.evidence_file import read_evidence
+from minirksc.rksc.cgee import DEFAULT_GATES, EXACT_GATES, PAPER_GATES, Gates
 
 Row = dict[str, Any]
 

@@ -35,8 +35,8 @@ from bench.harness import (
 )
 from bench.prompts import EXAMPLES, few_shot_ids
 from minirksc import LLM, SamplingParams
-from minirksc.checkpoints import resolve_model
-from minirksc.tokenizer import Tokenizer
+from minirksc.checkpoints.sources import resolve_model
+from minirksc.text.tokenizer import Tokenizer
 
 METRICS = {"decode_tokens_per_s": "decode tokens/s", "decode_s": "decode s", "first_s": "first token s"}
 

@@ -9,12 +9,12 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from minirksc.config import SamplingParams
-from minirksc.request import Request
-from minirksc.request import Sequence as Branch
-from minirksc.rsbcm import BlockBytes, BlockManager
-from minirksc.scheduler import Scheduler
-from minirksc.stopping import StopChecker
+from minirksc.cache.rsbcm import BlockBytes, BlockManager
+from minirksc.engine.request import Request
+from minirksc.engine.request import Sequence as Branch
+from minirksc.engine.scheduler import Scheduler
+from minirksc.engine.stopping import StopChecker
+from minirksc.options import SamplingParams
 
 VOCAB_SIZE = 32000
 HISTORY = 8
@@ -22,7 +22,7 @@ HISTORY = 8
 
 
 class FakeEngine:
-    """The calls of `minirksc.engine.Engine` that a tree search makes.
+    """The calls of `minirksc.engine.engine.Engine` that a tree search makes.
 
     Args:
         blocks: the block manager.

@@ -12,10 +12,11 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-from minirksc.kernels.attention_batch import AttentionBatch
-from minirksc.kernels.layer_cache import LayerCache, multiply_out
-from minirksc.kernels.paged_attention import paged_attention_reference, paged_attention_triton
 from torch import Tensor
+
+from minirksc.kernels.attention.batch import AttentionBatch
+from minirksc.kernels.attention.paged_attention import paged_attention_reference, paged_attention_triton
+from minirksc.kernels.kv.layer_cache import LayerCache, multiply_out
 
 TOLERANCE = 0.01
 """Largest |out - exact| / |exact| of a sequence, as norms. bfloat16 results and probabilities give about 0.002."""

@@ -21,8 +21,8 @@ from bench.gpu_rivals import describe
 from bench.harness import Arm, Measured, generate_transformers, load_transformers
 from bench.prompts import EXAMPLES, few_shot_ids
 from minirksc import LLM, SamplingParams
-from minirksc.checkpoints import resolve_model
-from minirksc.tokenizer import Tokenizer
+from minirksc.checkpoints.sources import resolve_model
+from minirksc.text.tokenizer import Tokenizer
 
 OURS = "minirksc"
 METRICS = {"solve": "total_s", "decode": "decode_s", "prefill": "first_s"}

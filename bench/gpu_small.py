@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from minirksc.kernels import confidence, gated_act, kv_store, rms_norm
-from minirksc.kernels.layer_cache import LayerCache
-from minirksc.kernels.rope import rope_tables
 from torch import Tensor
+
+from minirksc.kernels import confidence, gated_act, rms_norm
+from minirksc.kernels.kv import kv_store
+from minirksc.kernels.kv.layer_cache import LayerCache
+from minirksc.kernels.rope import rope_tables
 
 TOLERANCE = 0.01
 """Largest |out - exact| / |exact| as norms, as for the attention."""

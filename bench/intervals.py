@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from minirksc.binomial import tail, upper_bound
+from minirksc.calibrate.binomial import tail, upper_bound
 
 RESAMPLES = 2000
 
@@ -30,7 +30,7 @@ class Interval:
 
 
 def clopper_pearson(count: int, total: int, confidence: float = 0.95) -> Interval:
-    """Two-sided exact interval of a rate; for a one-sided bound see `minirksc.binomial.upper_bound`.
+    """Two-sided exact interval of a rate; for a one-sided bound see `minirksc.calibrate.binomial.upper_bound`.
 
     Args:
         count: 0..total.

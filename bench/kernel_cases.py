@@ -13,21 +13,22 @@ from typing import Any
 from unittest import mock
 
 import torch
-from minirksc.kernels import launch_table
-from minirksc.kernels.attention_batch import AttentionBatch
-from minirksc.kernels.block_mass import block_mass_triton
-from minirksc.kernels.confidence import confidence_triton
-from minirksc.kernels.gated_act import ACTIVATIONS, gated_act_triton
-from minirksc.kernels.kv_copy import copy_blocks_triton, copy_rotated_triton
-from minirksc.kernels.kv_store import kv_store_triton
-from minirksc.kernels.layer_cache import LayerCache
-from minirksc.kernels.paged_attention import attend
-from minirksc.kernels.rms_norm import add_rms_norm_triton, rms_norm_triton
-from minirksc.kernels.similarity import similarity_triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import KernelInterface, create_function_from_signature
+
+from minirksc.kernels.attention import launch_table
+from minirksc.kernels.attention.batch import AttentionBatch
+from minirksc.kernels.attention.block_mass import block_mass_triton
+from minirksc.kernels.attention.paged_attention import attend
+from minirksc.kernels.confidence import confidence_triton
+from minirksc.kernels.gated_act import ACTIVATIONS, gated_act_triton
+from minirksc.kernels.kv.kv_copy import copy_blocks_triton, copy_rotated_triton
+from minirksc.kernels.kv.kv_store import kv_store_triton
+from minirksc.kernels.kv.layer_cache import LayerCache
+from minirksc.kernels.rms_norm import add_rms_norm_triton, rms_norm_triton
+from minirksc.kernels.similarity import similarity_triton
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HEADS = {32: (4, 2), 64: (9, 3), 80: (32, 32), 96: (32, 32), 128: (32, 8), 256: (16, 8), 512: (8, 1)}

@@ -12,9 +12,9 @@ from typing import Any
 
 from bench.harness import ROOT
 from minirksc import LLM, Solver, SolverConfig
-from minirksc.cgee import DEFAULT_GATES, Gates
 from minirksc.errors import MinirkscError
-from minirksc.gates_file import read_gates_file, settings_of
+from minirksc.rksc.cgee import DEFAULT_GATES, Gates
+from minirksc.rksc.gates_file import read_gates_file, settings_of
 
 Row = dict[str, Any]
 """One measurement: plain data that JSON can hold."""

@@ -54,8 +54,8 @@ from bench.report import (
     write_page,
 )
 from minirksc import LLM, SolverConfig
-from minirksc.cgee import Gates
-from minirksc.solver_config import DEFAULT_SAMPLING
+from minirksc.rksc.cgee import Gates
+from minirksc.rksc.solver_config import DEFAULT_SAMPLING
 
 NO_KV, PREFIX, APPEND, PUBLISHED, RKSC = "no KV", "prefix KV", "prefix KV, append", "RKSC as published", "RKSC"
 FULL = {PUBLISHED: PREFIX, RKSC: APPEND}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.peer_process import PeerError
-from minirksc.checkpoints import ALIASES, cache_folder
+from minirksc.checkpoints.sources import ALIASES, cache_folder
 
 KINDS = ("bf16", "q8_0")
 VERSION = 1

@@ -16,7 +16,7 @@ from bench.peer_gguf import converted_gguf
 from bench.peer_process import PeerError, python_of
 from bench.prompts import EXAMPLES, few_shot_ids
 from bench.solve import make_work
-from minirksc.tokenizer import Tokenizer
+from minirksc.text.tokenizer import Tokenizer
 
 SETTINGS = ("exact append", "exact standalone", "none standalone")
 """Of part solve, for every engine."""

@@ -36,8 +36,8 @@ from bench.peer_plan import GATED, Peer, Workload, arm_name, chosen, here, known
 from bench.peer_process import PeerError, PeerProcess
 from bench.peer_report import draw, make_page
 from bench.report import new_stem, plain_options, write_jsonl, write_page
-from minirksc.checkpoints import resolve_model
-from minirksc.tokenizer import Tokenizer
+from minirksc.checkpoints.sources import resolve_model
+from minirksc.text.tokenizer import Tokenizer
 
 
 @dataclass

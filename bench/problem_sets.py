@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.prompts import few_shot_ids, read_examples
-from minirksc.answers import parse_answer
 from minirksc.errors import ConfigError
-from minirksc.tokenizer import Tokenizer
+from minirksc.rksc.answers import parse_answer
+from minirksc.text.tokenizer import Tokenizer
 
 STOP = "\nQuestion:"
 """Where a model that continues worked examples would begin the next one."""
@@ -24,7 +24,7 @@ class ProblemSet:
 
     Attributes:
         name: of the file.
-        kind: of their answers, see `minirksc.answers.parse_answer`.
+        kind: of their answers, see `minirksc.rksc.answers.parse_answer`.
         questions: texts.
         references: right answers in normal form.
         shots: question and answer of other rows of the file, for worked examples; none of them is asked.

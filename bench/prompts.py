@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from minirksc.tokenizer import Tokenizer
+from minirksc.text.tokenizer import Tokenizer
 
 EXAMPLES = (
     (

@@ -19,10 +19,10 @@ from bench.measured import Row, keep_only, load, take_turns
 from bench.prompts import EXAMPLES, few_shot_ids
 from bench.report import Page, names, ratios, spread, values
 from minirksc import LLM, SamplingParams
-from minirksc.branch import Branch
-from minirksc.cgee import MarginRule
-from minirksc.engine import MASS_INTERVAL
-from minirksc.gates import LEAVE, DepthGate, GateRows, Seat, Verdicts
+from minirksc.engine.branch import Branch
+from minirksc.engine.engine import MASS_INTERVAL
+from minirksc.engine.gates import LEAVE, DepthGate, GateRows, Seat, Verdicts
+from minirksc.rksc.cgee import MarginRule
 
 NUM_QUESTION_TOKENS = 16
 NUM_STEPS = 2 * MASS_INTERVAL
@@ -78,7 +78,7 @@ class Leaving:
         self._rows = rows
 
     def after_layer(self, layer: int, rows: GateRows) -> Verdicts:
-        """See `minirksc.gates.DepthGate`."""
+        """See `minirksc.engine.gates.DepthGate`."""
         return {row: LEAVE for row in rows.rows if row in self._rows}
 
 

@@ -25,14 +25,14 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from minirksc.kernels.huge_pages import empty
-from minirksc.kernels.native_ops import native
 
 from bench.harness import ROOT, environment, summarise
 from bench.measured import Row, positive
 from bench.prompts import EXAMPLES, few_shot_ids
 from bench.report import Page, new_stem, plain_options, write_jsonl, write_page
 from minirksc import LLM, SamplingParams
+from minirksc.kernels.huge_pages import empty
+from minirksc.kernels.native.ops import native
 
 NUM_STEPS = 16
 LIMIT_REPEATS = 3

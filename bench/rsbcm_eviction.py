@@ -34,9 +34,9 @@ from bench.prompts import EXAMPLES, few_shot_ids, opening_ids, read_examples
 from bench.rsbcm_report import print_counts, write_report
 from bench.tree_search import KINDS, Hint, Service, Shape
 from bench.tree_search import Path as NodePath
+from minirksc.cache.eviction import POLICIES
+from minirksc.cache.rsbcm import BlockManager
 from minirksc.errors import CacheFullError
-from minirksc.eviction import POLICIES
-from minirksc.rsbcm import BlockManager
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
 TIMED_SHARES = (0.25, 0.5)
@@ -166,8 +166,8 @@ def _counts(engine: FakeEngine, reference: FakeEngine) -> Row:
 def timed_arms(shapes: Sequence[Shape], options: argparse.Namespace) -> list[Arm]:
     """Part "times": one arm a search, pool and policy, all on one model and one cache tensor."""
     from minirksc import LLM
-    from minirksc.engine import Engine
-    from minirksc.runner import Runner
+    from minirksc.engine.engine import Engine
+    from minirksc.engine.runner import Runner
 
     # Its own cache is not used: all arms share one that is as large as the working set.
     llm = LLM(

@@ -27,7 +27,7 @@ from bench.measured import PHASES, Row, load, make_parser, parse_with_quick, pos
 from bench.prompts import EXAMPLES, few_shot_ids, opening_ids
 from bench.report import Page, new_stem, plain_options, put_legend, values, write_jsonl, write_page
 from minirksc import LLM, SamplingParams, SolverConfig
-from minirksc.rsbcm import BlockManager
+from minirksc.cache.rsbcm import BlockManager
 
 BRANCHES = (1, 2, 4, 8, 16, 32, 64)
 PREFIXES = (256, 512, 1024, 2048, 4096, 7680)

@@ -44,9 +44,9 @@ from bench.harness import (
 )
 from bench.prompts import EXAMPLES, few_shot_ids, opening_ids, read_examples
 from minirksc import LLM, SamplingParams, Solver, SolverConfig
-from minirksc.checkpoints import resolve_model
-from minirksc.tokenizer import Tokenizer
-from minirksc.verify import QUESTION
+from minirksc.checkpoints.sources import resolve_model
+from minirksc.rksc.verify import QUESTION
+from minirksc.text.tokenizer import Tokenizer
 
 METRICS = {"generate_s": "prompt + branches s", "verify_s": "verification s", "total_s": "total s"}
 SHARING = {"minirksc": ("none", "exact"), "transformers": ("recompute", "shared")}
@@ -85,7 +85,7 @@ def make_work(tokenizer: Tokenizer, options: argparse.Namespace) -> Work:
         prompt=few_shot_ids(tokenizer, examples, options.prefix_tokens),
         hints=opening_ids(tokenizer, options.branches, options.hint_tokens),
         num_tokens=options.tokens,
-        # As minirksc.verify asks it where there is no chat template.
+        # As minirksc.rksc.verify asks it where there is no chat template.
         before=tokenizer.encode("Problem:\n"),
         between=ids("\n\nProposed answer:\n"),
         question=ids(f"\n\n{QUESTION}\nAnswer:"),

@@ -20,9 +20,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from minirksc.config import SamplingParams
-from minirksc.request import Request
-from minirksc.request import Sequence as Branch
+from minirksc.engine.request import Request
+from minirksc.engine.request import Sequence as Branch
+from minirksc.options import SamplingParams
 
 Path = tuple[int, ...]
 Hint = Callable[[int, Path], list[int]]
@@ -105,7 +105,7 @@ def _best(paths: Sequence[Path], scores: dict[Path, float], shape: Shape) -> lis
 
 
 class Host(Protocol):
-    """What a service needs of an engine; `minirksc.engine.Engine` has it."""
+    """What a service needs of an engine; `minirksc.engine.engine.Engine` has it."""
 
     def new_sequence(self, token_ids: Sequence[int]) -> Branch: ...
     def fork_sequence(self, parent: Branch, index: int) -> Branch: ...

@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from bench.prompts import read_examples
-from minirksc.answers import parse_answer
+from minirksc.rksc.answers import parse_answer
 
 _STEP = re.compile(r"<<([^<>=]+)=([^<>=]+)>>")
 _PLAIN_STEP = re.compile(r"(\$?[\d.,]+%?(?: *[-+*/] *\(?\$?[\d.,]+%?\)?)+) *= *\$?([\d.,]*\d)")

@@ -6,15 +6,21 @@ from types import ModuleType
 from typing import Literal
 
 import torch
-from minirksc.kernels.attention_batch import AttentionBatch
-from minirksc.kernels.block_mass import paged_attention_mass_reference, paged_attention_mass_triton
-from minirksc.kernels.block_mass_native import paged_attention_mass_native
-from minirksc.kernels.block_mass_torch import paged_attention_mass_torch
+from torch import Tensor
+
+from minirksc.errors import ConfigError
+from minirksc.kernels.attention.batch import AttentionBatch
+from minirksc.kernels.attention.block_mass import paged_attention_mass_reference, paged_attention_mass_triton
+from minirksc.kernels.attention.block_mass_native import paged_attention_mass_native
+from minirksc.kernels.attention.block_mass_torch import paged_attention_mass_torch
+from minirksc.kernels.attention.paged_attention import paged_attention_reference, paged_attention_triton
+from minirksc.kernels.attention.paged_attention_native import block_shape_native, paged_attention_native
+from minirksc.kernels.attention.paged_attention_torch import paged_attention_torch
 from minirksc.kernels.confidence import Confidence, confidence_reference, confidence_torch, confidence_triton
 from minirksc.kernels.draw import Draw, draw_native, draw_torch
 from minirksc.kernels.gated_act import gated_act_reference, gated_act_torch, gated_act_triton
 from minirksc.kernels.jit import triton
-from minirksc.kernels.kv_copy import (
+from minirksc.kernels.kv.kv_copy import (
     copy_blocks_reference,
     copy_blocks_torch,
     copy_blocks_triton,
@@ -22,10 +28,9 @@ from minirksc.kernels.kv_copy import (
     copy_rotated_torch,
     copy_rotated_triton,
 )
-from minirksc.kernels.kv_store import kv_store_reference, kv_store_torch, kv_store_triton
-from minirksc.kernels.layer_cache import LayerCache, plain_block_shape
-from minirksc.kernels.linear import NativePacker, Pack, PlainWeight, pack_torch
-from minirksc.kernels.native_ops import (
+from minirksc.kernels.kv.kv_store import kv_store_reference, kv_store_torch, kv_store_triton
+from minirksc.kernels.kv.layer_cache import LayerCache, plain_block_shape
+from minirksc.kernels.native.ops import (
     add_rms_norm_native,
     confidence_native,
     gated_act_native,
@@ -33,9 +38,6 @@ from minirksc.kernels.native_ops import (
     rms_norm_native,
     why_not,
 )
-from minirksc.kernels.paged_attention import paged_attention_reference, paged_attention_triton
-from minirksc.kernels.paged_attention_native import block_shape_native, paged_attention_native
-from minirksc.kernels.paged_attention_torch import paged_attention_torch
 from minirksc.kernels.rms_norm import (
     add_rms_norm_reference,
     add_rms_norm_torch,
@@ -46,9 +48,7 @@ from minirksc.kernels.rms_norm import (
 )
 from minirksc.kernels.rope import RopeTables
 from minirksc.kernels.similarity import similarity_reference, similarity_torch, similarity_triton
-from torch import Tensor
-
-from minirksc.errors import ConfigError
+from minirksc.kernels.weights.linear import NativePacker, Pack, PlainWeight, pack_torch
 
 
 @dataclass(frozen=True, kw_only=True)

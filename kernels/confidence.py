@@ -15,10 +15,10 @@ import math
 from typing import NamedTuple
 
 import torch
-from minirksc.kernels.jit import DTYPES, tl, triton
 from torch import Tensor
 
 from minirksc.errors import ConfigError
+from minirksc.kernels.jit import DTYPES, tl, triton
 
 MAX_PART = 4096  # logits a program holds: 16 a thread
 MAX_VOCAB = 2**24  # 4096 parts of a row

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from minirksc.kernels.native_check import is_rows, refused
-from minirksc.kernels.native_ops import native
 from torch import Tensor
+
+from minirksc.kernels.native.check import is_rows, refused
+from minirksc.kernels.native.ops import native
 
 NEG_INF = float("-inf")
 FIRST_WIDTH = 512

@@ -9,11 +9,11 @@ Sources: Shazeer 2020, arXiv 2002.05202 (SwiGLU, GeGLU); Hendrycks and Gimpel 20
 """
 
 import torch
-from minirksc.kernels.jit import DTYPES, tl, triton
 from torch import Tensor
 from torch.nn import functional as F
 
 from minirksc.errors import ConfigError
+from minirksc.kernels.jit import DTYPES, tl, triton
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 

@@ -10,10 +10,10 @@ Source: Zhang and Sennrich 2019, arXiv 1910.07467.
 """
 
 import torch
-from minirksc.kernels.jit import DTYPES, tl, triton
 from torch import Tensor
 
 from minirksc.errors import ConfigError
+from minirksc.kernels.jit import DTYPES, tl, triton
 
 MAX_SIZE = 16384
 

@@ -6,8 +6,9 @@ Source: Su et al. 2021, arXiv 2104.09864.
 """
 
 import torch
-from minirksc.kernels.jit import tl, triton
 from torch import Tensor
+
+from minirksc.kernels.jit import tl, triton
 
 RopeTables = tuple[Tensor, Tensor]
 """(cos, sin), each `[tokens, 1, rotary_dim]`; see `rope_tables`."""

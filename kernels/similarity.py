@@ -12,11 +12,11 @@ Source: equation 2 of the description of ASKS, the sharing of attention states b
 """
 
 import torch
-from minirksc.kernels.jit import DTYPES, tl, triton
-from minirksc.kernels.rms_norm import row_launch
 from torch import Tensor
 
 from minirksc.errors import ConfigError
+from minirksc.kernels.jit import DTYPES, tl, triton
+from minirksc.kernels.rms_norm import row_launch
 
 MAX_SIZE = 16384
 

@@ -7,45 +7,101 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minirksc.version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from minirksc.branch import Branch
-    from minirksc.config import SamplingParams
+    from minirksc import errors
+    from minirksc.engine.branch import Branch, BranchProgress
+    from minirksc.engine.engine import Engine
+    from minirksc.engine.request import CompletionOutput, RequestOutput, StreamChunk
+    from minirksc.errors import (
+        BranchError,
+        CacheFullError,
+        ChatTemplateError,
+        CheckpointError,
+        ConfigError,
+        EngineBusyError,
+        EngineClosedError,
+        EngineForkedError,
+        MinirkscError,
+        NumericalError,
+        PromptError,
+        TokenizerError,
+        UnsupportedModelError,
+    )
     from minirksc.llm import LLM
-    from minirksc.request import CompletionOutput, RequestOutput
-    from minirksc.solver import Solver, SolverConfig, SolveResult
+    from minirksc.options import EngineConfig, SamplingParams
+    from minirksc.rksc.results import BranchResult, SolveResult
+    from minirksc.rksc.solver import Solver
+    from minirksc.rksc.solver_config import SolverConfig
 
-__version__ = "0.1.0"
-
-# In a plain clone kernels/ and models/ lie beside this folder, not inside it; a wheel puts them inside.
+# Where links are checked out as text files, kernels/ and models/ lie beside this folder and are nothing inside it.
 _here = Path(__file__).resolve().parent
 if not (_here / "kernels").is_dir() and (_here.parent / "kernels").is_dir():
     __path__.append(str(_here.parent))
 
 _HOMES = {
-    "LLM": "llm",
-    "SamplingParams": "config",
-    "Branch": "branch",
-    "RequestOutput": "request",
-    "CompletionOutput": "request",
-    "Solver": "solver",
-    "SolverConfig": "solver",
-    "SolveResult": "solver",
+    "llm": ("LLM",),
+    "options": ("EngineConfig", "SamplingParams"),
+    "engine.branch": ("Branch", "BranchProgress"),
+    "engine.engine": ("Engine",),
+    "engine.request": ("CompletionOutput", "RequestOutput", "StreamChunk"),
+    "rksc.results": ("BranchResult", "SolveResult"),
+    "rksc.solver": ("Solver",),
+    "rksc.solver_config": ("SolverConfig",),
+    "errors": (
+        "BranchError",
+        "CacheFullError",
+        "ChatTemplateError",
+        "CheckpointError",
+        "ConfigError",
+        "EngineBusyError",
+        "EngineClosedError",
+        "EngineForkedError",
+        "MinirkscError",
+        "NumericalError",
+        "PromptError",
+        "TokenizerError",
+        "UnsupportedModelError",
+    ),
 }
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "LLM",
     "Branch",
+    "BranchError",
+    "BranchProgress",
+    "BranchResult",
+    "CacheFullError",
+    "ChatTemplateError",
+    "CheckpointError",
     "CompletionOutput",
+    "ConfigError",
+    "Engine",
+    "EngineBusyError",
+    "EngineClosedError",
+    "EngineConfig",
+    "EngineForkedError",
+    "MinirkscError",
+    "NumericalError",
+    "PromptError",
     "RequestOutput",
     "SamplingParams",
     "SolveResult",
     "Solver",
     "SolverConfig",
+    "StreamChunk",
+    "TokenizerError",
+    "UnsupportedModelError",
+    "errors",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"minirksc.{_HOMES[name]}"), name)
+    if name == "errors":
+        return import_module("minirksc.errors")
+    if name in _HOME_OF:
+        return getattr(import_module(f"minirksc.{_HOME_OF[name]}"), name)
     raise AttributeError(f"module 'minirksc' has no attribute {name!r}")
 
 

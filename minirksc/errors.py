@@ -5,10 +5,15 @@ A message names the offending value, the limit it met and what to do about it. A
 """
 
 import reprlib
+from collections.abc import Sequence
 from typing import Any
 
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 100
+
+MAX_LISTED = 20
+MAX_ITEM_CHARS = 200
+"""Of one item of a listing, which may be a name from a file of anybody's."""
 
 
 class MinirkscError(Exception):
@@ -21,6 +26,13 @@ def brief(value: Any) -> str:
         return _BRIEF.repr(value)
     except ValueError:  # an int of more digits than Python prints
         return f"{type(value).__name__} of thousands of digits"
+
+
+def listing(items: Sequence[str], separator: str) -> str:
+    """Items in a row for a message, or as many of them as somebody reads."""
+    shown = [item if len(item) <= MAX_ITEM_CHARS else f"{item[:MAX_ITEM_CHARS]}..." for item in items[:MAX_LISTED]]
+    more = [f"and {len(items) - MAX_LISTED} more"] if len(items) > MAX_LISTED else []
+    return separator.join([*shown, *more])
 
 
 def named(error: Exception, what: str) -> Exception:

@@ -18,11 +18,26 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minirksc.asks import Probe, make_paper_probe, make_probe
-from minirksc.branch import Branch, BranchProgress, branch_list
-from minirksc.calls import Call
-from minirksc.config import EngineConfig, SamplingParams
-from minirksc.engine import Engine
+from minirksc.cache.eviction_log import Eviction
+from minirksc.engine.branch import Branch, BranchProgress, branch_list
+from minirksc.engine.calls import Call
+from minirksc.engine.engine import Engine
+from minirksc.engine.gates import DepthGate, Seat
+from minirksc.engine.host import read_cpus, resident_bytes
+from minirksc.engine.loading import load
+from minirksc.engine.outputs import Job
+from minirksc.engine.prompts import (
+    Conversation,
+    Params,
+    Prompt,
+    conversation_list,
+    one_or_many,
+    params_list,
+    read_prompt,
+)
+from minirksc.engine.request import ChunkReader, Request, RequestOutput, Salt, Stats, StreamChunk, salt_key
+from minirksc.engine.scoring import score_requests
+from minirksc.engine.threads import plan_threads
 from minirksc.errors import (
     BranchError,
     ConfigError,
@@ -33,19 +48,12 @@ from minirksc.errors import (
     brief,
     named,
 )
-from minirksc.eviction_log import Eviction
-from minirksc.gates import DepthGate, Seat
-from minirksc.host import read_cpus, resident_bytes
-from minirksc.job import Job
-from minirksc.kernels.native_ops import why_not
-from minirksc.loading import load
+from minirksc.kernels.native.ops import why_not
 from minirksc.models.spec import ArchSpec
-from minirksc.prompts import Conversation, Params, Prompt, conversation_list, one_or_many, params_list, read_prompt
-from minirksc.request import ChunkReader, Request, RequestOutput, Salt, Stats, StreamChunk, salt_key
-from minirksc.scoring import score_requests
-from minirksc.threads import plan_threads
+from minirksc.options import EngineConfig, SamplingParams
+from minirksc.rksc.asks import Probe, make_paper_probe, make_probe
+from minirksc.text.tokenizer import Tokenizer
 from minirksc.token_ids import is_list, plain, read_token_ids
-from minirksc.tokenizer import Tokenizer
 
 
 class LLM:
@@ -478,12 +486,12 @@ class LLM:
         return [self.encode_fragment(item) for item in items]
 
     def probe(self, tau: float | None, *, aligned: bool, uncalibrated: bool) -> Probe:
-        """A gate that compares wordings of a problem, for seats of `branches`; see `minirksc.asks.make_probe`."""
+        """A gate that compares wordings of a problem, for seats of `branches`; see `minirksc.rksc.asks.make_probe`."""
         can_move_kv = self.engine.runner.model.can_move_kv
         return make_probe(self.spec, tau, aligned=aligned, can_move_kv=can_move_kv, uncalibrated=uncalibrated)
 
     def paper_probe(self, tau: float | None, *, aligned: bool) -> Probe:
-        """The paper's own rule as such a gate; see `minirksc.asks.make_paper_probe`."""
+        """The paper's own rule as such a gate; see `minirksc.rksc.asks.make_paper_probe`."""
         return make_paper_probe(self.spec, tau, aligned=aligned)
 
     # Housekeeping

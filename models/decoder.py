@@ -9,15 +9,16 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from minirksc.kernels.attention_batch import AttentionBatch
+from torch import Tensor
+
+from minirksc.kernels.attention.batch import AttentionBatch
 from minirksc.kernels.backend import Backend
-from minirksc.kernels.layer_cache import LayerCache
-from minirksc.kernels.linear import Linear, PlainWeight
+from minirksc.kernels.kv.layer_cache import LayerCache
+from minirksc.kernels.weights.linear import Linear, PlainWeight
 from minirksc.models.layer_inputs import LayerInputs
 from minirksc.models.layers import DecoderLayer, ResidualStream, norm_weight
 from minirksc.models.rope import Rotary
 from minirksc.models.spec import ArchSpec, RopeSpec
-from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)

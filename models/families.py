@@ -10,7 +10,10 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from minirksc.models.fields import Fields, load_config, positive
+from minirksc.errors import CheckpointError, ConfigError, UnsupportedModelError
+from minirksc.models.config.fields import Fields, load_config, positive
+from minirksc.models.config.quantised import fp8_of
+from minirksc.models.config.rope import read_rope
 from minirksc.models.plain import (
     ACTIVATIONS,
     FULL,
@@ -22,11 +25,7 @@ from minirksc.models.plain import (
     within_one_chunk,
     without_windows,
 )
-from minirksc.models.quantised import fp8_of
-from minirksc.models.rope_config import read_rope
 from minirksc.models.spec import ArchSpec, LayerSpec, WeightLayout
-
-from minirksc.errors import CheckpointError, ConfigError, UnsupportedModelError
 
 __all__ = ["FAMILIES", "load_config", "spec_from_config"]
 

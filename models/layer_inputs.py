@@ -10,12 +10,13 @@ Source: transformers' modeling_gemma4.py.
 from collections.abc import Mapping
 
 import torch
-from minirksc.kernels.backend import Backend
-from minirksc.kernels.linear import Linear, Pack
-from minirksc.models.layers import norm_weight
-from minirksc.models.spec import ArchSpec
 from torch import Tensor
 from torch.nn import functional as F
+
+from minirksc.kernels.backend import Backend
+from minirksc.kernels.weights.linear import Linear, Pack
+from minirksc.models.layers import norm_weight
+from minirksc.models.spec import ArchSpec
 
 
 class LayerInputs:
@@ -23,7 +24,7 @@ class LayerInputs:
 
     Args:
         spec: sizes; layer_input_size is not None.
-        weights: parameters by their names below `layer_inputs.`; see `models/weights.py`.
+        weights: parameters by their names below `layer_inputs.`; see `models/weights/rules.py`.
         backend: the form of every op.
         pack: makes the form of a weight.
     """

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 
 import torch
-from minirksc.kernels.attention_batch import AttentionBatch
-from minirksc.kernels.backend import Backend
-from minirksc.kernels.layer_cache import LayerCache
-from minirksc.kernels.linear import Linear, Pack
-from minirksc.models.spec import ArchSpec, LayerSpec
 from torch import Tensor
+
+from minirksc.kernels.attention.batch import AttentionBatch
+from minirksc.kernels.backend import Backend
+from minirksc.kernels.kv.layer_cache import LayerCache
+from minirksc.kernels.weights.linear import Linear, Pack
+from minirksc.models.spec import ArchSpec, LayerSpec
 
 
 class ResidualStream:
@@ -71,7 +72,7 @@ class DecoderLayer:
     Args:
         spec: sizes and constants.
         layer: what is this layer's own.
-        weights: this layer's parameters by their names below `layers.L.`; see `models/weights.py`.
+        weights: this layer's parameters by their names below `layers.L.`; see `models/weights/rules.py`.
         backend: the form of every op.
         pack: makes the form of a weight.
     """

@@ -4,11 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from minirksc.models.fields import MAX_SIZE, Fields
-from minirksc.models.rope_config import read_rope
-from minirksc.models.spec import ArchSpec, LayerSpec, RopeSpec
-
 from minirksc.errors import CheckpointError, UnsupportedModelError
+from minirksc.models.config.fields import MAX_SIZE, Fields
+from minirksc.models.config.rope import read_rope
+from minirksc.models.spec import ArchSpec, LayerSpec, RopeSpec
 
 MAX_LAYERS = 10_000
 """Less than any other size: a spec and its weight rules have entries for every layer."""

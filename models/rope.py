@@ -20,11 +20,11 @@ import math
 from collections.abc import Callable
 
 import torch
-from minirksc.kernels.rope import rope_tables
-from minirksc.models.spec import RopeSpec
 from torch import Tensor
 
 from minirksc.errors import UnsupportedModelError
+from minirksc.kernels.rope import rope_tables
+from minirksc.models.spec import RopeSpec
 
 
 class Rotary:

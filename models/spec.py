@@ -7,9 +7,8 @@ config.json; nothing in here knows a family by name.
 import math
 from dataclasses import dataclass, field
 
-from minirksc.models.fp8 import Fp8
-
 from minirksc.errors import CheckpointError
+from minirksc.models.weights.fp8 import Fp8
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 

@@ -2,7 +2,7 @@
 // AVX512-BF16. Decode rows and prompts alike: a piece is some keys at consecutive positions, and the neighbouring places
 // whose queries see all of them, or, in a prompt, each those up to itself.
 //
-// A tile is KV_TILE slots of the cache, in the order in which products read them (kernels/layer_cache.py). Each piece and
+// A tile is KV_TILE slots of the cache, in the order in which products read them (kernels/kv/layer_cache.py). Each piece and
 // KV head is computed by itself, a few tiles at a time: keys multiplied by all queries of the head's group and of all
 // places, softmax with a running maximum (FlashAttention's online softmax), and the weights, rounded to bfloat16, by the
 // values. What branches share is so read once.

@@ -1,4 +1,4 @@
-// y = x W^T + b with W in 8 bits and x in bfloat16: see kernels/int8_weight.py.
+// y = x W^T + b with W in 8 bits and x in bfloat16: see kernels/weights/int8_weight.py.
 //
 // Every 32 consecutive numbers of a row of W have one scale. First every row of x is rounded to 8 bits in the same way.
 // Then one instruction adds 64 products to 16 sums of 32 bits, twice as many as of bfloat16 numbers; after a group these

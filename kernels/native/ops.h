@@ -21,7 +21,7 @@ void gated_act(const void* gate_up, void* out, int64_t rows, int64_t intermediat
 void silu_bf16(const void* gate_up, void* out, int64_t rows, int64_t intermediate, int64_t stride);
 void gelu_tanh_bf16(const void* gate_up, void* out, int64_t rows, int64_t intermediate, int64_t stride);
 
-// Slots of a tile of the KV cache, where it has tiles: kernels/layer_cache.py.
+// Slots of a tile of the KV cache, where it has tiles: kernels/kv/layer_cache.py.
 constexpr int64_t KV_TILE = 16;
 
 // Of so many numbers, the first that is not in [0, end); -1: all are.
@@ -31,7 +31,7 @@ inline int64_t first_outside(const int64_t* numbers, int64_t count, int64_t end)
     return -1;
 }
 
-// kv_store.cpp: see kernels/kv_store.py; the cache holds T. Returns -1, or the first token whose slot the cache does not
+// kv_store.cpp: see kernels/kv/kv_store.py; the cache holds T. Returns -1, or the first token whose slot the cache does not
 // have: then nothing is done.
 int64_t kv_store(void* qkv, const void* q_norm, const void* k_norm, const void* cos, const void* sin, const void* growth,
               void* cache, const int64_t* slots, int64_t num_slots, int64_t tokens, int64_t token_stride,
@@ -46,7 +46,7 @@ void confidence(const float* logits, int64_t* argmax, float* results, int64_t ro
 void draw(const float* logits, const double* numbers, const int64_t* top_k, int64_t* tokens, int64_t rows,
           int64_t vocab, int64_t stride);
 
-// What a step's attention does, as kernels/paged_attention_native.py makes it. A piece is PIECE numbers: places
+// What a step's attention does, as kernels/attention/paged_attention_native.py makes it. A piece is PIECE numbers: places
 // [begin, end), runs [begin, end), its first row of the partial results, or -1 - that row where the piece is all that its
 // place sees, position of its first key, position of its first query or -1.
 constexpr int64_t PIECE = 7;
@@ -77,7 +77,7 @@ void attention_bf16(const void* q, const void* cache, void* out, const Attention
                     int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t window, double scale,
                     double softcap);
 
-// linear.cpp: see kernels/native_weight.py. To unpack returns -1, or the place of the first row that there is not: then
+// linear.cpp: see kernels/weights/native_weight.py. To unpack returns -1, or the place of the first row that there is not: then
 // nothing is done.
 int64_t pack_weight(const float* weight, uint32_t* packed, int64_t out_features, int64_t in_features);
 int64_t unpack_rows(const uint32_t* packed, const int64_t* rows, float* out, int64_t num_rows, int64_t in_features,
@@ -85,14 +85,14 @@ int64_t unpack_rows(const uint32_t* packed, const int64_t* rows, float* out, int
 void linear(const float* x, const uint32_t* packed, const float* bias, float* out, int64_t rows, int64_t in_features,
             int64_t out_features);
 
-// linear_bf16.cpp: see kernels/native_weight.py; only where has_bf16_products().
+// linear_bf16.cpp: see kernels/weights/native_weight.py; only where has_bf16_products().
 void pack_weight_bf16(const uint16_t* weight, uint32_t* packed, int64_t out_features, int64_t in_features);
 int64_t unpack_rows_bf16(const uint32_t* packed, const int64_t* rows, uint32_t* out, int64_t num_rows,
                          int64_t in_features, int64_t out_features);
 void linear_bf16(const uint16_t* x, const uint16_t* packed, const uint16_t* bias, void* out, int64_t rows,
                  int64_t in_features, int64_t out_features, int64_t is_out_float32);
 
-// linear_int8_bf16.cpp: see kernels/int8_weight.py; only where has_bf16_products(). x_numbers and x_scales are room for the
+// linear_int8_bf16.cpp: see kernels/weights/int8_weight.py; only where has_bf16_products(). x_numbers and x_scales are room for the
 // rounded x: of each group of a row, INT8_GROUP and 8 bytes.
 constexpr int INT8_GROUP = 32;
 void linear_int8(const uint16_t* x, const uint8_t* packed, const uint16_t* scales, const uint16_t* bias,

@@ -5,11 +5,11 @@ import math
 import pytest
 
 from minirksc import LLM, Solver, SolverConfig
-from minirksc.asks import AFTER_SPLICE, MIN_RUN, Probe, probe_depth, reusable
-from minirksc.config import SamplingParams
+from minirksc.engine.gates import Seat
 from minirksc.errors import ConfigError
-from minirksc.gates import Seat
-from minirksc.similarity import GATES
+from minirksc.options import SamplingParams
+from minirksc.rksc.asks import AFTER_SPLICE, MIN_RUN, Probe, probe_depth, reusable
+from minirksc.rksc.similarity import GATES
 
 STORY = "a baker bakes 12 loaves on monday and 7 on tuesday, and then gives 3 of them to a school nearby."
 FIRST = f"please read this carefully: {STORY} how many are left?"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minirksc import LLM, SamplingParams
-from minirksc.gates import Borrow, Seat
+from minirksc.engine.gates import Borrow, Seat
 
 LAYERS, AT = 5, 1  # tokens leave after layer AT
 PROMPT = [(7 * i) % 89 + 5 for i in range(70)]

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from minirksc import LLM
-from minirksc.cli_output import print_json, print_solve, print_stats, to_json
-from minirksc.config import ConfigError, SamplingParams
-from minirksc.generate import DEFAULT_TOKENS_PER_STEP, Job, build_parser, main
-from minirksc.host import Cpus
-from minirksc.solver import DEFAULT_SAMPLING, BranchResult, SolveResult
+from minirksc.cli.generate import DEFAULT_TOKENS_PER_STEP, Job, build_parser, main
+from minirksc.cli.output import print_json, print_solve, print_stats, to_json
+from minirksc.engine.host import Cpus
+from minirksc.options import ConfigError, SamplingParams
+from minirksc.rksc.solver import DEFAULT_SAMPLING, BranchResult, SolveResult
 
 
 @pytest.fixture(autouse=True)
@@ -482,7 +482,7 @@ def test_an_interruption_while_reading_and_while_loading(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     assert main(["x"], make_llm=interrupt) == 130
-    monkeypatch.setattr("minirksc.cli_batch.read_stdin", interrupt)
+    monkeypatch.setattr("minirksc.cli.batch.read_stdin", interrupt)
     assert main(["-"], make_llm=never) == 130
     assert capsys.readouterr().err == "minirksc: interrupted\n" * 2
 
@@ -517,7 +517,7 @@ def test_as_a_process(folder):
         assert full.returncode == 1 and full.stderr.startswith("minirksc: error: ") and full.stderr.count("\n") == 1
     usage = subprocess.run(command(folder, "x", "--nope"), capture_output=True, text=True, check=False)
     assert usage.returncode == 2 and "Traceback" not in usage.stderr
-    code = "import sys; from minirksc.generate import main; main(['--help']); assert 'torch' not in sys.modules"
+    code = "import sys; from minirksc.cli.generate import main; main(['--help']); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
 
 
@@ -573,13 +573,13 @@ def test_warnings_are_lines_on_stderr(folder, monkeypatch, capsys):
 
 def test_loading_shows_progress_to_a_person_who_waits(folder, monkeypatch, capsys):
     arguments = ["hi", "--model", str(folder), "--max-tokens", "1"]
-    monkeypatch.setattr("minirksc.generate.is_terminal", lambda stream: stream is sys.stderr)
+    monkeypatch.setattr("minirksc.cli.generate.is_terminal", lambda stream: stream is sys.stderr)
     assert main(arguments) == 0
     assert "layer" not in capsys.readouterr().err  # it took no time
-    monkeypatch.setattr("minirksc.loading.SILENT_S", 0)
+    monkeypatch.setattr("minirksc.engine.loading.SILENT_S", 0)
     assert main(arguments) == 0
     assert "layer" in capsys.readouterr().err
-    monkeypatch.setattr("minirksc.generate.is_terminal", lambda stream: False)
+    monkeypatch.setattr("minirksc.cli.generate.is_terminal", lambda stream: False)
     assert main(arguments) == 0
     LLM(folder).close()
     assert "layer" not in capsys.readouterr().err

@@ -7,11 +7,11 @@ import os
 import pytest
 
 from minirksc import LLM, Solver
-from minirksc.cli_batch import MAX_TEXT_BYTES, Batch, read_stdin
-from minirksc.config import SamplingParams
+from minirksc.cli.batch import MAX_TEXT_BYTES, Batch, read_stdin
+from minirksc.cli.files import GrowingFile
+from minirksc.cli.generate import main
 from minirksc.errors import ConfigError
-from minirksc.files import GrowingFile
-from minirksc.generate import main
+from minirksc.options import SamplingParams
 
 
 @pytest.fixture(autouse=True)

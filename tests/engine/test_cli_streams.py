@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from minirksc import LLM
-from minirksc.generate import main
+from minirksc.cli.generate import main
 
 unix = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 
@@ -116,7 +116,9 @@ def test_every_command_says_what_was_not_delivered(folder, command, stream):
 def test_no_file_takes_the_place_of_a_closed_stream(folder, tmp_path):
     """A file that is opened while descriptor 2 is free becomes what compiled code writes its messages to."""
     (tmp_path / "in").write_text('"a"\n"b"\n')
-    script = "import os, sys; from minirksc.generate import main; code = main(); os.write(1, b'1'); os.write(2, b'2');"
+    script = (
+        "import os, sys; from minirksc.cli.generate import main; code = main(); os.write(1, b'1'); os.write(2, b'2');"
+    )
     line = f'{sys.executable} -c "{script} sys.exit(code)" --model {folder} --threads 1 --max-tokens 2'
     line += f" --input {tmp_path}/in --output {tmp_path}/out <&- >&- 2>&-"
     assert subprocess.run(["bash", "-c", line], check=False).returncode == 0
@@ -129,7 +131,7 @@ def heed():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-@pytest.mark.parametrize("module", ["minirksc.config", "torch"])
+@pytest.mark.parametrize("module", ["minirksc.options", "torch"])
 def test_ctrl_c_while_modules_are_imported(folder, module):
     line = [sys.executable, "-X", "importtime", "-m", "minirksc.generate", "--model", str(folder), "hi"]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)

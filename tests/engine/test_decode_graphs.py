@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minirksc import LLM, SamplingParams
-from minirksc.decode_graphs import DecodeGraphs, padded_size
+from minirksc.engine.graphs import DecodeGraphs, padded_size
 
 PROMPTS = [[5, 9, 13, 7, 7], [3], list(range(2, 20)), [5, 9, 13, 7, 8]]
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False)

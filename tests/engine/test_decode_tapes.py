@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from minirksc.kernels.native_ops import has_bf16_products, native, rms_norm_native
-from minirksc.kernels.native_tape import NativeRecorder, NotRecordableError
-from minirksc.models.families import load_config, spec_from_config
 
 from minirksc import LLM, SamplingParams
-from minirksc.decode_tapes import MAX_ROWS
-from minirksc.engine import MASS_INTERVAL
+from minirksc.engine.engine import MASS_INTERVAL
+from minirksc.engine.gates import Seat
+from minirksc.engine.tapes import MAX_ROWS
 from minirksc.errors import ConfigError
-from minirksc.gates import Seat
+from minirksc.kernels.native.ops import has_bf16_products, native, rms_norm_native
+from minirksc.kernels.native.tape import NativeRecorder, NotRecordableError
+from minirksc.models.families import load_config, spec_from_config
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))  # in importlib mode pytest does not add it
 zoo, rows = importlib.import_module("zoo"), importlib.import_module("zoo_rows")

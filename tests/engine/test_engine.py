@@ -9,14 +9,7 @@ import pytest
 import torch
 
 from minirksc import LLM, SamplingParams
-from minirksc.errors import (
-    CacheFullError,
-    CheckpointError,
-    ConfigError,
-    NumericalError,
-    PromptError,
-    TokenizerError,
-)
+from minirksc.errors import CacheFullError, CheckpointError, ConfigError, NumericalError, PromptError, TokenizerError
 
 PARAMS = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
 PROMPTS = [[(i * j) % 80 + 5 for j in range(1, 20 + 3 * i)] for i in range(1, 6)]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from minirksc import LLM, SamplingParams
+from minirksc.engine.gates import LEAVE, Seat
 from minirksc.errors import ConfigError
-from minirksc.gates import LEAVE, Seat
 
 PROMPT = [(7 * i) % 89 + 5 for i in range(50)]
 QUESTION = [11, 12, 13, 14, 15]

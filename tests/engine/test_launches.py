@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from minirksc.kernels.attention_batch import AttentionBatch
+
+from minirksc import LLM, SamplingParams
+from minirksc.engine.runner import Runner
+from minirksc.kernels.attention.batch import AttentionBatch
 from minirksc.kernels.backend import BACKENDS
 from minirksc.models.decoder import Decoder
 from minirksc.models.families import load_config, spec_from_config
-from minirksc.models.weights import iter_weights
-
-from minirksc import LLM, SamplingParams
-from minirksc.runner import Runner
+from minirksc.models.weights.rules import iter_weights
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))  # in importlib mode pytest does not add it
 recording = importlib.import_module("recording")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minirksc import LLM, SamplingParams
-from minirksc.engine import MASS_INTERVAL, _mass_layers
+from minirksc.engine.engine import MASS_INTERVAL, _mass_layers
 
 PROMPT = [(7 * i) % 89 + 5 for i in range(60)]
 PARAMS = SamplingParams(temperature=0, max_tokens=2 * MASS_INTERVAL + 3, ignore_eos=True, detokenize=False)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from minirksc.kernels.native_ops import native, why_not
 
 from minirksc import LLM, SamplingParams
+from minirksc.kernels.native.ops import native, why_not
 
 needs_native = pytest.mark.skipif(native is None, reason=f"nothing is compiled: {why_not(torch.float32, [])}")
 NATIVE = pytest.param("native", marks=needs_native)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from minirksc import LLM, SamplingParams
+from minirksc.engine.request import Sequence
 from minirksc.errors import BranchError, ConfigError, EngineClosedError, MinirkscError, PromptError
-from minirksc.request import Sequence
 
 ONE = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
 IDS = [5, 6, 7, 8]

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from minirksc.kernels.native_ops import has_bf16_products, native
 
 from minirksc import LLM, SamplingParams, SolverConfig
+from minirksc.cli.generate import main
 from minirksc.errors import ConfigError
-from minirksc.gates_file import settings_of
-from minirksc.generate import main
+from minirksc.kernels.native.ops import has_bf16_products, native
+from minirksc.rksc.gates_file import settings_of
 
 needs_bf16 = pytest.mark.skipif(not has_bf16_products, reason="this processor has no AVX512-BF16 and VNNI")
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True, detokenize=False)

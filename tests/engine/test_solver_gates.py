@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
-from minirksc import LLM, SamplingParams, Solver, SolverConfig, solver, verify
-from minirksc.cgee import EXACT_GATES, PAPER_GATES, DecodeRule, Gates, Lead, MarginRule
+from minirksc import LLM, SamplingParams, Solver, SolverConfig
 from minirksc.errors import NumericalError
-from minirksc.tree import Node
+from minirksc.rksc import solver, verify
+from minirksc.rksc.cgee import EXACT_GATES, PAPER_GATES, DecodeRule, Gates, Lead, MarginRule
+from minirksc.rksc.tree import Node
 
 PROBLEM = "a baker bakes 12 loaves and gives 3 of them away. how many are left?"
 LAYERS = 6

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from minirksc.kernels.backend import choose_backend
-from minirksc.kernels.native_ops import native
 
 from minirksc import LLM, SamplingParams
 from minirksc.errors import CacheFullError, ConfigError
+from minirksc.kernels.backend import choose_backend
+from minirksc.kernels.native.ops import native
 
 pytest.importorskip("transformers")
 pytest.importorskip("triton")

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from minirksc import LLM, SamplingParams
+from minirksc.cache.windows import min_blocks
 from minirksc.errors import CacheFullError, PromptError
-from minirksc.window_pool import min_blocks
 
 pytest.importorskip("transformers")
 sys.path.append(str(Path(__file__).parents[1] / "models"))  # in importlib mode pytest does not add it

@@ -21,7 +21,7 @@ from children import Fault, Limits
 from mutations import mutate
 
 from minirksc import LLM, SamplingParams
-from minirksc.checkpoints import import_gguf
+from minirksc.checkpoints.sources import import_gguf
 
 LIMITS = Limits(cpu_s=10, wall_s=90, memory=1 << 30, batch=20)
 IDS = [5, 60, 7, 7, 33, 200]

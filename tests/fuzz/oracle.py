@@ -10,8 +10,8 @@ import torch
 from children import Fault
 
 from minirksc import LLM, SamplingParams, Solver, SolverConfig
-from minirksc.branch import Branch
-from minirksc.sampling import SamplingRow, sample
+from minirksc.engine.branch import Branch
+from minirksc.engine.sampling import SamplingRow, sample
 
 NOISE = 3e-4
 """Differences of float32 logits between backends and batches are far below, those of wrong keys far above."""

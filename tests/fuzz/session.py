@@ -14,7 +14,7 @@ from interrupting import INJECTED, Interrupter, check_engine, check_process
 from oracle import Held, Oracle, Stream, summary
 
 from minirksc import LLM, SamplingParams, Solver
-from minirksc.branch import Branch
+from minirksc.engine.branch import Branch
 from minirksc.errors import MinirkscError
 
 ATOL = 2e-3

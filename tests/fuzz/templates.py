@@ -13,8 +13,8 @@ from collections.abc import Callable
 import children
 from children import Fault, Limits
 
-from minirksc.chat_template import ChatTemplate
-from minirksc.template_sandbox import Sandbox
+from minirksc.text.chat_template import ChatTemplate
+from minirksc.text.template_sandbox import Sandbox
 
 MAX_CPU_S = 3.0
 LIMITS = Limits(cpu_s=8, wall_s=90, memory=1 << 30, batch=25)

@@ -2,10 +2,11 @@
 
 import torch
 from hypothesis import strategies as st
-from minirksc.kernels.attention_batch import AttentionBatch
-from minirksc.kernels.layer_cache import TILE, LayerCache, multiply_out, read_slots, write_slots
-from minirksc.kernels.native_ops import has_bf16_products
-from minirksc.kernels.paged_attention_native import block_shape_native
+
+from minirksc.kernels.attention.batch import AttentionBatch
+from minirksc.kernels.attention.paged_attention_native import block_shape_native
+from minirksc.kernels.kv.layer_cache import TILE, LayerCache, multiply_out, read_slots, write_slots
+from minirksc.kernels.native.ops import has_bf16_products
 
 SCALE = 0.25
 

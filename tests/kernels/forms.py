@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from minirksc.kernels.native_ops import DTYPES, has_bf16_products, native, why_not
+
+from minirksc.kernels.native.ops import DTYPES, has_bf16_products, native, why_not
 
 needs_native = pytest.mark.skipif(native is None, reason=f"nothing is compiled: {why_not(torch.float32, [])}")
 needs_bf16 = pytest.mark.skipif(not has_bf16_products, reason="this processor does not multiply bfloat16 numbers")

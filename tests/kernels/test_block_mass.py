@@ -8,16 +8,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minirksc.kernels import block_mass_torch
-from minirksc.kernels import paged_attention_torch as attention_torch
-from minirksc.kernels.backend import BACKENDS
-from minirksc.kernels.block_mass import paged_attention_mass_reference, paged_attention_mass_triton
-from minirksc.kernels.block_mass_native import paged_attention_mass_native
-from minirksc.kernels.block_mass_torch import paged_attention_mass_torch
-from minirksc.kernels.paged_attention_native import paged_attention_native
-from minirksc.kernels.paged_attention_torch import make_plan, paged_attention_torch
 
 from minirksc.errors import ConfigError
+from minirksc.kernels.attention import block_mass_torch
+from minirksc.kernels.attention import paged_attention_torch as attention_torch
+from minirksc.kernels.attention.block_mass import paged_attention_mass_reference, paged_attention_mass_triton
+from minirksc.kernels.attention.block_mass_native import paged_attention_mass_native
+from minirksc.kernels.attention.block_mass_torch import paged_attention_mass_torch
+from minirksc.kernels.attention.paged_attention_native import paged_attention_native
+from minirksc.kernels.attention.paged_attention_torch import make_plan, paged_attention_torch
+from minirksc.kernels.backend import BACKENDS
 
 sys.path.append(str(Path(__file__).parent))  # in importlib mode pytest does not add it
 cases = importlib.import_module("attention_cases")

@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from minirksc.errors import ConfigError
 from minirksc.kernels.confidence import (
     MAX_PART,
     MAX_VOCAB,
@@ -17,9 +19,7 @@ from minirksc.kernels.confidence import (
     confidence_triton,
     part_launch,
 )
-from minirksc.kernels.native_ops import confidence_native
-
-from minirksc.errors import ConfigError
+from minirksc.kernels.native.ops import confidence_native
 
 sys.path.append(str(Path(__file__).parent))  # in importlib mode pytest does not add it
 forms = importlib.import_module("forms")

@@ -9,17 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minirksc.kernels.gated_act import (
-    ACTIVATIONS,
-    gated_act_reference,
-    gated_act_torch,
-    gated_act_triton,
-    tile_launch,
-)
-from minirksc.kernels.native_ops import gated_act_native
 from torch.nn import functional as F
 
 from minirksc.errors import ConfigError
+from minirksc.kernels.gated_act import ACTIVATIONS, gated_act_reference, gated_act_torch, gated_act_triton, tile_launch
+from minirksc.kernels.native.ops import gated_act_native
 
 sys.path.append(str(Path(__file__).parent))  # in importlib mode pytest does not add it
 forms = importlib.import_module("forms")

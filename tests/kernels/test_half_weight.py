@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minirksc.kernels import half_weight
-from minirksc.kernels.half_weight import ENGINES, HalfWeight
-from minirksc.kernels.linear import Linear, OneDnnWeight, pack_torch
+
+from minirksc.kernels.weights import half_weight
+from minirksc.kernels.weights.half_weight import ENGINES, HalfWeight
+from minirksc.kernels.weights.linear import Linear, OneDnnWeight, pack_torch
 
 has_engine = pytest.mark.skipif(torch.backends.quantized.engine not in ENGINES, reason="torch has no FBGEMM here")
 
@@ -87,7 +88,7 @@ def test_nan_and_infinity_in_one_row_of_activations_stay_there():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_checkpoint_of_16_bits_is_read_in_16_bits(dtype, monkeypatch):
     # As on a processor that does not compute in them.
-    monkeypatch.setattr("minirksc.kernels.linear.computes_in", lambda dtype, device: dtype == torch.float32)
+    monkeypatch.setattr("minirksc.kernels.weights.linear.computes_in", lambda dtype, device: dtype == torch.float32)
     layer = Linear(bfloat16_numbers(16, 32).to(dtype), pack=pack_torch)
     assert isinstance(layer._weight, HalfWeight) and layer.num_bytes == 2 * 16 * 32
     assert layer(torch.ones(2, 32, dtype=dtype)).dtype == dtype

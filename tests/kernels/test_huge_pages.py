@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from minirksc.kernels.huge_pages import ALIGNMENT, CHUNK_BYTES, MIN_BYTES, PAGE, Arena, empty
 
 DTYPES = (torch.int32, torch.bfloat16, torch.uint8)

@@ -4,11 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minirksc.kernels import int8_weight
-from minirksc.kernels.int8_weight import GROUP, Int8Weight, round_groups, why_not_int8
-from minirksc.kernels.linear import Linear, NativePacker
-from minirksc.kernels.native_ops import has_bf16_products
 from torch import Tensor
+
+from minirksc.kernels.native.ops import has_bf16_products
+from minirksc.kernels.weights import int8_weight
+from minirksc.kernels.weights.int8_weight import GROUP, Int8Weight, round_groups, why_not_int8
+from minirksc.kernels.weights.linear import Linear, NativePacker
 
 needs_bf16 = pytest.mark.skipif(not has_bf16_products, reason="this processor has no AVX512-BF16 and VNNI")
 

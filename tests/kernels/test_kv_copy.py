@@ -8,9 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minirksc.kernels import kv_copy
+
+from minirksc.errors import ConfigError
 from minirksc.kernels.backend import BACKENDS
-from minirksc.kernels.kv_copy import (
+from minirksc.kernels.kv import kv_copy
+from minirksc.kernels.kv.kv_copy import (
     copy_blocks_reference,
     copy_blocks_torch,
     copy_blocks_triton,
@@ -19,11 +21,9 @@ from minirksc.kernels.kv_copy import (
     copy_rotated_triton,
     part_launch,
 )
-from minirksc.kernels.kv_store import kv_store_reference
-from minirksc.kernels.layer_cache import LayerCache, multiply_out
+from minirksc.kernels.kv.kv_store import kv_store_reference
+from minirksc.kernels.kv.layer_cache import LayerCache, multiply_out
 from minirksc.kernels.rope import rope_tables
-
-from minirksc.errors import ConfigError
 
 sys.path.append(str(Path(__file__).parent))  # in importlib mode pytest does not add it
 attention = importlib.import_module("attention_cases")

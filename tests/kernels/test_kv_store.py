@@ -9,14 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minirksc.kernels import kv_store
-from minirksc.kernels.int8 import round_to_int8
-from minirksc.kernels.kv_store import heads_of_program, kv_store_reference, kv_store_torch, kv_store_triton
-from minirksc.kernels.layer_cache import LayerCache, multiply_out
-from minirksc.kernels.native_ops import kv_store_native
-from minirksc.kernels.rope import rope_tables
 
 from minirksc.errors import ConfigError
+from minirksc.kernels.kv import kv_store
+from minirksc.kernels.kv.int8 import round_to_int8
+from minirksc.kernels.kv.kv_store import heads_of_program, kv_store_reference, kv_store_torch, kv_store_triton
+from minirksc.kernels.kv.layer_cache import LayerCache, multiply_out
+from minirksc.kernels.native.ops import kv_store_native
+from minirksc.kernels.rope import rope_tables
 
 sys.path.append(str(Path(__file__).parent))  # in importlib mode pytest does not add it
 attention, forms = importlib.import_module("attention_cases"), importlib.import_module("forms")

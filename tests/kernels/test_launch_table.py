@@ -4,9 +4,9 @@ from itertools import product
 
 import pytest
 import torch
-from minirksc.kernels.attention_batch import KEY_CHUNK
-from minirksc.kernels.kv_check import MAX_BLOCK_SIZE
-from minirksc.kernels.launch_table import (
+
+from minirksc.kernels.attention.batch import KEY_CHUNK
+from minirksc.kernels.attention.launch_table import (
     ARCHITECTURES,
     architecture,
     attention_tile,
@@ -17,6 +17,7 @@ from minirksc.kernels.launch_table import (
     num_programs,
     product_dtype,
 )
+from minirksc.kernels.kv.kv_check import MAX_BLOCK_SIZE
 
 # Shared memory of a program: what smaller relatives of sm_80 have too, and what the others can have.
 SHARED_BYTES = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}

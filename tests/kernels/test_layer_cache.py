@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minirksc.kernels import paged_attention_native as attention_native
-from minirksc.kernels.layer_cache import TILE, LayerCache, plain_block_shape, read_slots, write_slots
-from minirksc.kernels.paged_attention_native import PIECE_TILES, block_shape_native
+
+from minirksc.kernels.attention import paged_attention_native as attention_native
+from minirksc.kernels.attention.paged_attention_native import PIECE_TILES, block_shape_native
+from minirksc.kernels.kv.layer_cache import TILE, LayerCache, plain_block_shape, read_slots, write_slots
 
 
 @given(data=st.data())

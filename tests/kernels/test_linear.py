@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from minirksc.kernels.linear import Linear, NativePacker, pack_torch
+
+from minirksc.kernels.weights.linear import Linear, NativePacker, pack_torch
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-1, torch.float16: 2e-2}
 

@@ -14,21 +14,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minirksc.kernels import paged_attention_native as attention_native
-from minirksc.kernels.attention_reads import find_reads
-from minirksc.kernels.linear import Linear, NativePacker, PlainWeight
-from minirksc.kernels.native_ops import (
-    add_rms_norm_native,
-    gated_act_native,
-    kv_store_native,
-    rms_norm_native,
-    why_not,
-)
-from minirksc.kernels.native_weight import Bf16Weight, WidenedWeight
-from minirksc.kernels.paged_attention import paged_attention_reference
-from minirksc.kernels.paged_attention_native import PIECE_KEYS, QUERIES, paged_attention_native, plan_all, plan_decode
 
 from minirksc.errors import ConfigError
+from minirksc.kernels.attention import paged_attention_native as attention_native
+from minirksc.kernels.attention.paged_attention import paged_attention_reference
+from minirksc.kernels.attention.paged_attention_native import (
+    PIECE_KEYS,
+    QUERIES,
+    paged_attention_native,
+    plan_all,
+    plan_decode,
+)
+from minirksc.kernels.attention.reads import find_reads
+from minirksc.kernels.native.ops import add_rms_norm_native, gated_act_native, kv_store_native, rms_norm_native, why_not
+from minirksc.kernels.weights.linear import Linear, NativePacker, PlainWeight
+from minirksc.kernels.weights.native_weight import Bf16Weight, WidenedWeight
 
 sys.path.append(str(Path(__file__).parent))  # in importlib mode pytest does not add it
 attention, forms, stores = map(importlib.import_module, ("attention_cases", "forms", "test_kv_store"))
@@ -303,7 +303,7 @@ def test_a_number_that_bfloat16_cannot_hold_is_not_packed(number, fits, where):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_processor_of_256_bits_reads_bfloat16_numbers_in_16(dtype, monkeypatch):
-    monkeypatch.setattr("minirksc.kernels.linear.computes_in", lambda dtype, device: dtype == torch.float32)
+    monkeypatch.setattr("minirksc.kernels.weights.linear.computes_in", lambda dtype, device: dtype == torch.float32)
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
     weight = torch.randint(-9, 9, (33, 20), generator=torch.Generator().manual_seed(0)).to(dtype)
     layer, x = Linear(weight, torch.ones(33, dtype=dtype), NativePacker()), torch.ones(2, 20, dtype=dtype)

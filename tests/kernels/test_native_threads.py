@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from minirksc.kernels.attention.paged_attention_native import paged_attention_native
 from minirksc.kernels.draw import Draw, draw_native
 from minirksc.kernels.gated_act import gated_act_reference
-from minirksc.kernels.linear import Linear, NativePacker
-from minirksc.kernels.native_ops import confidence_native, gated_act_native
-from minirksc.kernels.native_tape import NativeRecorder
-from minirksc.kernels.native_weight import WidenedWeight
-from minirksc.kernels.paged_attention_native import paged_attention_native
+from minirksc.kernels.native.ops import confidence_native, gated_act_native
+from minirksc.kernels.native.tape import NativeRecorder
+from minirksc.kernels.weights.linear import Linear, NativePacker
+from minirksc.kernels.weights.native_weight import WidenedWeight
 
 sys.path.append(str(Path(__file__).parent))  # in importlib mode pytest does not add it
 attention, forms = map(importlib.import_module, ("attention_cases", "forms"))

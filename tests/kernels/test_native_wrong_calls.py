@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from minirksc.kernels.int8_weight import Int8Weight
-from minirksc.kernels.layer_cache import LayerCache
-from minirksc.kernels.native_ops import kv_store_native
-from minirksc.kernels.native_weight import Bf16Weight, WidenedWeight
-from minirksc.kernels.paged_attention_native import paged_attention_native
 
 from minirksc.errors import ConfigError
+from minirksc.kernels.attention.paged_attention_native import paged_attention_native
+from minirksc.kernels.kv.layer_cache import LayerCache
+from minirksc.kernels.native.ops import kv_store_native
+from minirksc.kernels.weights.int8_weight import Int8Weight
+from minirksc.kernels.weights.native_weight import Bf16Weight, WidenedWeight
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE))  # in importlib mode pytest does not add it

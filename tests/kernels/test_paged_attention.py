@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minirksc.kernels import paged_attention_native as attention_native
-from minirksc.kernels import paged_attention_torch as attention_torch
-from minirksc.kernels.native_ops import why_not
-from minirksc.kernels.paged_attention import paged_attention_reference
-from minirksc.kernels.paged_attention_native import paged_attention_native
-from minirksc.kernels.paged_attention_torch import make_plan, paged_attention_torch
-from minirksc.kernels.prefix_attention import (
+
+from minirksc.kernels.attention import paged_attention_native as attention_native
+from minirksc.kernels.attention import paged_attention_torch as attention_torch
+from minirksc.kernels.attention.paged_attention import paged_attention_reference
+from minirksc.kernels.attention.paged_attention_native import paged_attention_native
+from minirksc.kernels.attention.paged_attention_torch import make_plan, paged_attention_torch
+from minirksc.kernels.attention.prefix_attention import (
     Segment,
     common_prefix_len,
     merge_into,
@@ -22,6 +22,7 @@ from minirksc.kernels.prefix_attention import (
     own_ranges,
     shared_segments,
 )
+from minirksc.kernels.native.ops import why_not
 
 sys.path.append(str(Path(__file__).parent))  # in importlib mode pytest does not add it
 cases, forms = importlib.import_module("attention_cases"), importlib.import_module("forms")

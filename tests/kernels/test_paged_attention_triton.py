@@ -8,18 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minirksc.kernels.block_mass import block_mass_reference, block_mass_triton
-from minirksc.kernels.launch_table import max_head_dim, max_short_rows
-from minirksc.kernels.layer_cache import LayerCache
-from minirksc.kernels.paged_attention import (
-    attend,
-    paged_attention_reference,
-    paged_attention_triton,
-)
-from minirksc.kernels.prefix_attention import is_worth_sharing, merge_partials_reference, merge_partials_triton
-from minirksc.kernels.work_list import Shape, adaptive_chunk, make_work_list
 
 from minirksc.errors import ConfigError
+from minirksc.kernels.attention.block_mass import block_mass_reference, block_mass_triton
+from minirksc.kernels.attention.launch_table import max_head_dim, max_short_rows
+from minirksc.kernels.attention.paged_attention import attend, paged_attention_reference, paged_attention_triton
+from minirksc.kernels.attention.prefix_attention import (
+    is_worth_sharing,
+    merge_partials_reference,
+    merge_partials_triton,
+)
+from minirksc.kernels.attention.work_list import Shape, adaptive_chunk, make_work_list
+from minirksc.kernels.kv.layer_cache import LayerCache
 
 sys.path.append(str(Path(__file__).parent))  # in importlib mode pytest does not add it
 cases = importlib.import_module("attention_cases")

@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from minirksc.kernels.native_ops import add_rms_norm_native, rms_norm_native
+
+from minirksc.errors import ConfigError
+from minirksc.kernels.native.ops import add_rms_norm_native, rms_norm_native
 from minirksc.kernels.rms_norm import (
     MAX_SIZE,
     add_rms_norm_reference,
@@ -19,8 +21,6 @@ from minirksc.kernels.rms_norm import (
     rms_norm_triton,
     row_launch,
 )
-
-from minirksc.errors import ConfigError
 
 sys.path.append(str(Path(__file__).parent))  # in importlib mode pytest does not add it
 forms = importlib.import_module("forms")

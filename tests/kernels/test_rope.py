@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from minirksc.kernels.rope import rope_reference, rope_tables, rope_torch
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}

@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from minirksc.errors import ConfigError
 from minirksc.kernels.similarity import (
     MAX_SIZE,
     layer_weights,
@@ -13,8 +15,6 @@ from minirksc.kernels.similarity import (
     similarity_torch,
     similarity_triton,
 )
-
-from minirksc.errors import ConfigError
 
 # The interpreter's numpy warns of infinities and NaN, which are what some of these rows are made of.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")

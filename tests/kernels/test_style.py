@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-FILES = sorted((Path(__file__).resolve().parents[2] / "kernels").glob("*.py"))
+FILES = sorted((Path(__file__).resolve().parents[2] / "kernels").rglob("*.py"))
 
 
 def is_kernel(function):

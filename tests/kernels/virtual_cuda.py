@@ -197,7 +197,7 @@ def cuda(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "cpu", lambda x: device.to(x, "cpu"))
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda e, *a, **k: device.launch(e, *a, **k))
     monkeypatch.setattr(interpreter_bf16.BUILDER, "create_dot", interpreter_bf16.create_dot)
-    monkeypatch.setattr("minirksc.loading.CudaRecorder", Recorder)
+    monkeypatch.setattr("minirksc.engine.loading.CudaRecorder", Recorder)
     properties = SimpleNamespace(multi_processor_count=132)
     for name, value in {
         "_lazy_init": None,

@@ -17,17 +17,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from minirksc.kernels.attention_batch import AttentionBatch
-from minirksc.kernels.block_mass_native import paged_attention_mass_native
-from minirksc.kernels.block_mass_torch import paged_attention_mass_torch
+
+from minirksc.kernels.attention.batch import AttentionBatch
+from minirksc.kernels.attention.block_mass_native import paged_attention_mass_native
+from minirksc.kernels.attention.block_mass_torch import paged_attention_mass_torch
+from minirksc.kernels.attention.paged_attention_native import paged_attention_native
+from minirksc.kernels.attention.paged_attention_torch import paged_attention_torch
 from minirksc.kernels.confidence import confidence_torch
 from minirksc.kernels.draw import Draw, draw_native, draw_torch
 from minirksc.kernels.gated_act import gated_act_reference
-from minirksc.kernels.int8_weight import Int8Weight
-from minirksc.kernels.kv_store import kv_store_torch
-from minirksc.kernels.layer_cache import LayerCache, read_slots, write_slots
-from minirksc.kernels.linear import PlainWeight
-from minirksc.kernels.native_ops import (
+from minirksc.kernels.kv.kv_store import kv_store_torch
+from minirksc.kernels.kv.layer_cache import LayerCache, read_slots, write_slots
+from minirksc.kernels.native.ops import (
     add_rms_norm_native,
     confidence_native,
     gated_act_native,
@@ -35,10 +36,10 @@ from minirksc.kernels.native_ops import (
     kv_store_native,
     rms_norm_native,
 )
-from minirksc.kernels.native_weight import Bf16Weight, WidenedWeight
-from minirksc.kernels.paged_attention_native import paged_attention_native
-from minirksc.kernels.paged_attention_torch import paged_attention_torch
 from minirksc.kernels.rms_norm import add_rms_norm_reference, rms_norm_reference
+from minirksc.kernels.weights.int8_weight import Int8Weight
+from minirksc.kernels.weights.linear import PlainWeight
+from minirksc.kernels.weights.native_weight import Bf16Weight, WidenedWeight
 
 sys.path.append(str(Path(__file__).parent))
 attention = importlib.import_module("attention_cases")

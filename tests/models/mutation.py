@@ -19,13 +19,13 @@ from unittest import mock
 import torch
 import transformers
 import zoo
-from minirksc.models.families import load_config, spec_from_config
-from minirksc.models.fp8 import WHOLE, Fp8
-from minirksc.models.layers import norm_weight
-from minirksc.models.spec import ArchSpec, LayerSpec, RopeSpec
 from zoo_rows import ORIGINAL, ROWS
 
 from minirksc import LLM, SamplingParams
+from minirksc.models.families import load_config, spec_from_config
+from minirksc.models.layers import norm_weight
+from minirksc.models.spec import ArchSpec, LayerSpec, RopeSpec
+from minirksc.models.weights.fp8 import WHOLE, Fp8
 
 TOLERANCE = 2e-4
 PROMPTS = [zoo.make_prompt(length) for length in (zoo.SHORT, ORIGINAL + 8, zoo.LONG)]
@@ -207,7 +207,7 @@ class Trial:
 
 
 def _open(folder: Path, spec: ArchSpec, **options: Any) -> LLM:
-    with mock.patch("minirksc.loading.spec_from_config", lambda config: spec):
+    with mock.patch("minirksc.engine.loading.spec_from_config", lambda config: spec):
         return LLM(folder, **{"dtype": "float32", "kv_cache_bytes": "8MiB", **options})
 
 

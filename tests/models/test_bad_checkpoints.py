@@ -11,14 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minirksc.models.consolidated import config_from_params
-from minirksc.models.families import spec_from_config
-from minirksc.models.quantised import quantisation_of
-from minirksc.models.safetensors_file import MAX_HEADER_BYTES, read_entries
 from safetensors.torch import save_file
 
 from minirksc import LLM, SamplingParams
 from minirksc.errors import CheckpointError, UnsupportedModelError
+from minirksc.models.config.consolidated import config_from_params
+from minirksc.models.config.quantised import quantisation_of
+from minirksc.models.families import spec_from_config
+from minirksc.models.weights.safetensors_file import MAX_HEADER_BYTES, read_entries
 
 WEIGHT = "model.layers.0.mlp.up_proj"
 ONES = torch.ones(2, 2)
@@ -83,7 +83,7 @@ def test_a_header_of_100_mb_is_refused_unread(tmp_path):
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from minirksc.models.safetensors_file import read_entries
+from minirksc.models.weights.safetensors_file import read_entries
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
 entries = read_entries(Path(sys.argv[1]))

@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minirksc.models.__main__ import main as models_main
-from minirksc.models.families import FAMILIES, spec_from_config
-from minirksc.models.rope import inv_freq
 
 from minirksc import LLM
+from minirksc.cli.generate import main as generate_main
+from minirksc.cli.models import main as models_main
 from minirksc.errors import CheckpointError, ConfigError, MinirkscError, UnsupportedModelError
-from minirksc.generate import main as generate_main
+from minirksc.models.families import FAMILIES, spec_from_config
+from minirksc.models.rope import inv_freq
 
 BASE = {
     "model_type": "llama", "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,

@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minirksc.models.consolidated import LAYER_NAMES, TOP_NAMES, config_from_params, hf_name, read_params
-from minirksc.models.families import spec_from_config
-from minirksc.models.safetensors_file import read_entries, read_into
-from minirksc.models.weights import checkpoint_report, iter_weights
 from safetensors.torch import load_file, save_file
 
 from minirksc.errors import CheckpointError, UnsupportedModelError
+from minirksc.models.config.consolidated import LAYER_NAMES, TOP_NAMES, config_from_params, hf_name, read_params
+from minirksc.models.families import spec_from_config
+from minirksc.models.weights.rules import checkpoint_report, iter_weights
+from minirksc.models.weights.safetensors_file import read_entries, read_into
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, LAYERS = 4, 2, 24, 64, 2
 PARAMS = {
@@ -202,9 +202,10 @@ def test_layers_with_different_windows():
 @pytest.mark.oracle
 @pytest.mark.parametrize("apply_scale", [False, True])
 def test_yarn_and_growing_queries_are_what_transformers_computes(apply_scale):
-    from minirksc.models.rope import inv_freq
     from transformers import Ministral3Config
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    from minirksc.models.rope import inv_freq
 
     params = {**PARAMS, "yarn": {**YARN, "apply_scale": apply_scale}, "llama_4_scaling": GROWTH}
     config = config_from_params({**params, "max_position_embeddings": 262144})

@@ -11,19 +11,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minirksc.models.compare import TESTED_WRAPPERS, compare, refused_types, type_rows, type_spec
-from minirksc.models.explain import FACTS, departures, explain, explain_folder, flatten, plainest_llama
-from minirksc.models.families import FAMILIES, REFUSED, WRAPPERS
-from minirksc.models.page import MIN_WIDTH, WIDTH, compare_page, model_page, show, types_page
-from minirksc.models.reasons import ROPE_KINDS, WHY
-from minirksc.models.rope import KINDS
-from minirksc.models.spec import ArchSpec, LayerSpec, RopeSpec, WeightLayout
 from safetensors.torch import load_file, save_file
 
 from minirksc import LLM
-from minirksc.kv_cache import block_bytes
+from minirksc.engine.kv_tensors import block_bytes
+from minirksc.models.explain.compare import TESTED_WRAPPERS, compare, refused_types, type_rows, type_spec
+from minirksc.models.explain.explain import FACTS, departures, explain, explain_folder, flatten, plainest_llama
+from minirksc.models.explain.page import MIN_WIDTH, WIDTH, compare_page, model_page, show, types_page
+from minirksc.models.explain.reasons import ROPE_KINDS, WHY
+from minirksc.models.families import FAMILIES, REFUSED, WRAPPERS
+from minirksc.models.rope import KINDS
+from minirksc.models.spec import ArchSpec, LayerSpec, RopeSpec, WeightLayout
 
-main = importlib.import_module("minirksc.models.__main__").main
+main = importlib.import_module("minirksc.cli.models").main
 TYPES = [*FAMILIES, *WRAPPERS]
 ROPE = RopeSpec("default", 1e4, 64)
 PLAIN = plainest_llama(type_spec("llama"))
@@ -255,7 +255,7 @@ def test_bytes_of_a_checkpoint_and_its_dtype(tiny_llama):
 
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16", "float64", None])
 def test_auto_dtype_is_float32_where_the_processor_does_not_compute_in_it(stored, monkeypatch):
-    linear, cpu = importlib.import_module("minirksc.kernels.linear"), torch.device("cpu")
+    linear, cpu = importlib.import_module("minirksc.kernels.weights.linear"), torch.device("cpu")
     for able in (True, False):
         monkeypatch.setattr(linear, "computes_in", lambda dtype, device, able=able: able)
         is_kept = able and stored in ("float16", "bfloat16")

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+
+from minirksc.errors import CheckpointError, UnsupportedModelError
 from minirksc.models.families import load_config, spec_from_config
 from minirksc.models.rope import inv_freq
 from minirksc.models.spec import RopeSpec
-
-from minirksc.errors import CheckpointError, UnsupportedModelError
 
 BASE = {
     "model_type": "llama", "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,

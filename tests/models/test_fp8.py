@@ -10,17 +10,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minirksc.models import safetensors_file
-from minirksc.models.consolidated import LAYER_NAMES, TOP_NAMES
-from minirksc.models.explain import explain_folder
-from minirksc.models.families import load_config, spec_from_config
-from minirksc.models.page import model_page
-from minirksc.models.safetensors_file import widened
-from minirksc.models.weights import checkpoint_report, iter_weights
 from safetensors.torch import load_file, save_file
 
 from minirksc import LLM
 from minirksc.errors import CheckpointError, UnsupportedModelError
+from minirksc.models.config.consolidated import LAYER_NAMES, TOP_NAMES
+from minirksc.models.explain.explain import explain_folder
+from minirksc.models.explain.page import model_page
+from minirksc.models.families import load_config, spec_from_config
+from minirksc.models.weights import safetensors_file
+from minirksc.models.weights.rules import checkpoint_report, iter_weights
+from minirksc.models.weights.safetensors_file import widened
 
 LARGEST = 448.0
 HIDDEN, SIZES = 160, {"hidden": 160, "head_dim": 48, "intermediate": 200}  # none a multiple of 128

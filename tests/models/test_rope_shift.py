@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from minirksc.errors import UnsupportedModelError
 from minirksc.kernels.rope import rope_reference
 from minirksc.models.families import spec_from_config
 from minirksc.models.rope import KINDS, UNSHIFTABLE, Rotary
 from minirksc.models.spec import RopeSpec
-
-from minirksc.errors import UnsupportedModelError
 
 CPU = torch.device("cpu")
 HEAD_DIM = 24

@@ -12,13 +12,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from minirksc.models import safetensors_file
-from minirksc.models.families import load_config, spec_from_config
-from minirksc.models.weights import checkpoint_report, iter_weights, weight_rules
 from safetensors.torch import load_file, save_file
 
 from minirksc import LLM
 from minirksc.errors import CheckpointError
+from minirksc.models.families import load_config, spec_from_config
+from minirksc.models.weights import safetensors_file
+from minirksc.models.weights.rules import checkpoint_report, iter_weights, weight_rules
 
 
 def spec_of(folder):
@@ -436,9 +436,9 @@ def test_integer_weights_are_refused(copy):
 MEASURE = """
 import resource, sys, torch
 from pathlib import Path
-from minirksc.models import safetensors_file
+from minirksc.models.weights import safetensors_file
 from minirksc.models.families import load_config, spec_from_config
-from minirksc.models.weights import iter_weights
+from minirksc.models.weights.rules import iter_weights
 folder = Path(sys.argv[1])
 spec = spec_from_config(load_config(folder))
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from minirksc.kernels.native_ops import native, why_not
 
 from minirksc import LLM, SamplingParams
+from minirksc.kernels.native.ops import native, why_not
 
 pytest.importorskip("transformers")
 sys.path.append(str(Path(__file__).parent))  # in importlib mode pytest does not add it

@@ -118,7 +118,7 @@ PROCESS_STATE = {
     "torch.set_default_dtype": set(),
     "torch.set_default_device": set(),
     "torch.set_default_tensor_type": set(),
-    "torch.set_grad_enabled": {"minirksc.torch_modes"},  # puts back what a step that was interrupted has changed
+    "torch.set_grad_enabled": {"minirksc.engine.torch_modes"},  # puts back what a step that was interrupted has changed
     "torch.set_float32_matmul_precision": set(),
     "torch.use_deterministic_algorithms": set(),
     "torch.manual_seed": set(),
@@ -129,13 +129,13 @@ PROCESS_STATE = {
     "random.seed": set(),
     "numpy.random.seed": set(),
     # The command lines; and what OpenMP was told, which `threads` warns about.
-    "os.environ": {"minirksc.command", "minirksc.generate", "minirksc.checkpoints", "minirksc.llm"},
+    "os.environ": {"minirksc.cli.command", "minirksc.generate", "minirksc.checkpoints", "minirksc.llm"},
     "os.getenv": set(),
     "os.putenv": set(),
     "os.chdir": set(),
     "warnings.simplefilter": set(),
     "warnings.filterwarnings": set(),
-    "signal.signal": {"minirksc.interrupts"},
+    "signal.signal": {"minirksc.cli.interrupts"},
     "logging.basicConfig": {"minirksc.generate"},
 }
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from minirksc.kernels.launch_table import TABLE
+
+from minirksc.kernels.attention.launch_table import TABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "kernels"
@@ -73,7 +74,7 @@ def test_mentioned_command_exists(module):
 
 @pytest.mark.parametrize("code", QUOTED, ids=range(len(QUOTED)))
 def test_quoted_code_is_in_a_kernel(code):
-    assert any(code in file.read_text(encoding="utf-8") for file in KERNELS.glob("*.py"))
+    assert any(code in file.read_text(encoding="utf-8") for file in KERNELS.rglob("*.py"))
 
 
 @pytest.mark.parametrize(("file", "name", "value"), CONSTANTS)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minirksc.answers import SELECT_RULES, choose, parse_answer
 from minirksc.errors import ConfigError
+from minirksc.rksc.answers import SELECT_RULES, choose, parse_answer
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from minirksc.kernels.native_ops import has_bf16_products, native
+
+from minirksc.kernels.native.ops import has_bf16_products, native
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -19,7 +19,7 @@ sys.modules.setdefault("bench", importlib.util.module_from_spec(_spec))
 from bench import peer_gguf, peer_plan, peer_report, peer_worker, peers  # noqa: E402
 from bench.peer_plan import Peer, Workload  # noqa: E402
 from bench.peer_process import PeerError, PeerProcess, python_of  # noqa: E402
-from minirksc.tokenizer import Tokenizer  # noqa: E402
+from minirksc.text.tokenizer import Tokenizer  # noqa: E402
 
 WORKER = """
 import os, sys, time

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minirksc.guard import refusal
+from minirksc.rksc.guard import refusal
 
 # The repository is not on the path: the folder of that name in a test run is found by its file.
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,9 +21,9 @@ from bench import rsbcm_eviction, rsbcm_report  # noqa: E402
 from bench.belady import Belady, Recorder, digests  # noqa: E402
 from bench.fake_engine import FakeEngine  # noqa: E402
 from bench.tree_search import KINDS, Shape, plan  # noqa: E402
-from minirksc.config import SamplingParams  # noqa: E402
-from minirksc.eviction import POLICIES  # noqa: E402
-from minirksc.rsbcm import BlockManager  # noqa: E402
+from minirksc.cache.eviction import POLICIES  # noqa: E402
+from minirksc.cache.rsbcm import BlockManager  # noqa: E402
+from minirksc.options import SamplingParams  # noqa: E402
 
 SMALL = Shape(branches=4, depth=3, tokens=6, num_open=5, num_problems=3, concurrency=2)
 OPTIONS = rsbcm_eviction.parse(["--prefix-tokens", "40", "--block-size", "4", "--seeds", "1"])

@@ -5,12 +5,13 @@ import os
 
 import pytest
 
-from minirksc import LLM, calibrate
-from minirksc.calibrate import main
-from minirksc.collect import Collector
-from minirksc.evidence_file import read_evidence
-from minirksc.files import GrowingFile
-from minirksc.gates_file import read_gates, read_gates_file
+from minirksc import LLM
+from minirksc.calibrate.collect import Collector
+from minirksc.cli import calibrate
+from minirksc.cli.calibrate import main
+from minirksc.cli.evidence_file import read_evidence
+from minirksc.cli.files import GrowingFile
+from minirksc.rksc.gates_file import read_gates, read_gates_file
 
 NUM_PROBLEMS = 20
 OPTIONS = ["--branches", "3", "--tokens-per-step", "6", "--budget", "0.2", "--confidence", "0.9", "--threads", "1"]

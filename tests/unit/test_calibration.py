@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirksc.binomial import errors_allowed, problems_needed, smallest_budget, tail, upper_bound
-from minirksc.calibration import (
+from minirksc.calibrate.binomial import errors_allowed, problems_needed, smallest_budget, tail, upper_bound
+from minirksc.calibrate.calibration import (
     GAPS,
     KINDS,
     MARGINS,
@@ -22,10 +22,10 @@ from minirksc.calibration import (
     step_of,
     variants,
 )
-from minirksc.cgee import EXACT_GATES
-from minirksc.evidence import BranchEvidence, Evidence, Replay
-from minirksc.signals import TokenSignals
-from minirksc.trials import Trials
+from minirksc.calibrate.evidence import BranchEvidence, Evidence, Replay
+from minirksc.calibrate.trials import Trials
+from minirksc.engine.signals import TokenSignals
+from minirksc.rksc.cgee import EXACT_GATES
 
 
 def exact_tail(num_errors, total, rate):

@@ -8,8 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minirksc.answers import SELECT_RULES, choose
-from minirksc.cgee import (
+from minirksc.engine.gates import LEAVE, GateRows
+from minirksc.engine.signals import GROUP, SIGNALS, TAIL, TokenSignals
+from minirksc.rksc.answers import SELECT_RULES, choose
+from minirksc.rksc.cgee import (
     EXACT_GATES,
     PAPER_GATES,
     DecodeRule,
@@ -20,8 +22,6 @@ from minirksc.cgee import (
     leader_of,
     standing,
 )
-from minirksc.gates import LEAVE, GateRows
-from minirksc.signals import GROUP, SIGNALS, TAIL, TokenSignals
 
 NAN = math.nan
 

@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from minirksc import LLM, SamplingParams
+from minirksc.cli.generate import main
 from minirksc.errors import ChatTemplateError
-from minirksc.generate import main
 
 TEMPLATE = "{{ bos_token }}{% if enable_thinking %}think {% endif %}{{ tools | length if tools else 0 }} "
 TEMPLATE += "{{ messages[0].content }}{% if add_generation_prompt %} A:{% endif %}"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from minirksc.chat_template import ChatTemplate
 from minirksc.errors import ChatTemplateError
-from minirksc.tokenizer import Tokenizer
+from minirksc.text.chat_template import ChatTemplate
+from minirksc.text.tokenizer import Tokenizer
 
 CHATML = """{% for message in messages %}{% if loop.first and message['role'] != 'system' %}{{ '<|im_start|>system
 You are a helpful assistant.<|im_end|>

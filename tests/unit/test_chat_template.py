@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from minirksc import template_guard
-from minirksc.chat_template import ChatTemplate, load_chat_templates
 from minirksc.errors import ChatTemplateError
-from minirksc.template_guard import MAX_CHARS, MAX_RENDER_S
+from minirksc.text import template_guard
+from minirksc.text.chat_template import ChatTemplate, load_chat_templates
+from minirksc.text.template_guard import MAX_CHARS, MAX_RENDER_S
 
 NESTED = "{% for i in range(100000) %}{% for j in range(100000) %}"
 LOOP_OVER_TEXT = "{% for m in messages %}{% for part in m.content %}{% endfor %}{% endfor %}"

@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 import torch
 
-from minirksc import LLM, SamplingParams, checkpoints
-from minirksc.checkpoints import ALIASES, PackagedModel, cache_folder, import_gguf, main, resolve_model
+from minirksc import LLM, SamplingParams
+from minirksc.checkpoints import sources as checkpoints
+from minirksc.checkpoints.gguf_import import FILES
+from minirksc.checkpoints.sources import ALIASES, PackagedModel, cache_folder, import_gguf, resolve_model
+from minirksc.cli.checkpoints import main
 from minirksc.errors import CheckpointError
-from minirksc.gguf_import import FILES
-from minirksc.tokenizer import Tokenizer
+from minirksc.text.tokenizer import Tokenizer
 
 gguf = pytest.importorskip("gguf")
 
@@ -222,9 +224,9 @@ def almost_full(path):
     [
         ("safetensors.torch.save_file", no_space),
         ("safetensors.torch.save_file", no_space_in_rust),
-        ("minirksc.checkpoints.tempfile.mkdtemp", no_space),
-        ("minirksc.checkpoints.os.fsync", no_space),
-        ("minirksc.checkpoints.shutil.disk_usage", almost_full),
+        ("minirksc.checkpoints.sources.tempfile.mkdtemp", no_space),
+        ("minirksc.checkpoints.sources.os.fsync", no_space),
+        ("minirksc.checkpoints.sources.shutil.disk_usage", almost_full),
     ],
 )
 def test_a_full_disk_names_bytes_and_folder_and_leaves_nothing(source, tmp_path, monkeypatch, where, what):
@@ -261,7 +263,7 @@ def test_an_interrupted_conversion_leaves_nothing(source, tmp_path, monkeypatch)
 
 KILLED = """
 import os, sys
-from minirksc import checkpoints
+from minirksc.checkpoints import sources as checkpoints
 
 def die(self, folder, *options):
     (folder / "model.safetensors").write_bytes(b"half of it")
@@ -368,7 +370,7 @@ def test_a_damaged_or_missing_part_is_named_and_leaves_nothing(in_parts, tmp_pat
 
 
 def test_no_room_to_join_parts(in_parts, tmp_path, monkeypatch):
-    monkeypatch.setattr("minirksc.checkpoints.shutil.disk_usage", almost_full)
+    monkeypatch.setattr("minirksc.checkpoints.sources.shutil.disk_usage", almost_full)
     with pytest.raises(CheckpointError, match=r"disk is full.*MINIRKSC_CACHE"):
         resolve_model("tiny-parts")
     assert list((tmp_path / "cache").iterdir()) == []

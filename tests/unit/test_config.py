@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from minirksc.config import EngineConfig, SamplingParams, parse_bytes
 from minirksc.errors import ConfigError
+from minirksc.options import EngineConfig, SamplingParams, parse_bytes
 
 BAD_SAMPLING = [
     ({"n": 0}, "n 0"), ({"n": True}, "n True"), ({"n": 10**6}, "out of range"), ({"temperature": -0.1}, "temperature"),

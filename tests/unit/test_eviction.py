@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minirksc import eviction_log
+from minirksc.cache import eviction_log
+from minirksc.cache.eviction import POLICIES, cost, rksc
+from minirksc.cache.rsbcm import BlockBytes, BlockManager
+from minirksc.engine.request import Request, Sequence
+from minirksc.engine.scheduler import Scheduler
 from minirksc.errors import CacheFullError
-from minirksc.eviction import POLICIES, cost, rksc
-from minirksc.request import Request, Sequence
-from minirksc.rsbcm import BlockBytes, BlockManager
-from minirksc.scheduler import Scheduler
 
 
 def block(**values):

@@ -10,14 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minirksc import LLM, SamplingParams
-from minirksc.cgee import EXACT_GATES, NO_GATES, PAPER_GATES, Gates, Lead, MarginRule
-from minirksc.collect import Collector
+from minirksc.calibrate.collect import Collector
+from minirksc.calibrate.evidence import BranchEvidence, Evidence, Failed, Replay, replay
+from minirksc.cli.evidence_file import EvidenceFile, read_evidence
+from minirksc.cli.files import GrowingFile
+from minirksc.engine.signals import SIGNALS, TokenSignals
 from minirksc.errors import ConfigError
-from minirksc.evidence import BranchEvidence, Evidence, Failed, Replay, replay
-from minirksc.evidence_file import EvidenceFile, read_evidence
-from minirksc.files import GrowingFile
-from minirksc.signals import SIGNALS, TokenSignals
-from minirksc.solver import Solver, SolverConfig
+from minirksc.rksc.cgee import EXACT_GATES, NO_GATES, PAPER_GATES, Gates, Lead, MarginRule
+from minirksc.rksc.solver import Solver, SolverConfig
 
 LAYERS = 6
 PROBLEMS = [f"Problem {i}: how many?" for i in range(5)]

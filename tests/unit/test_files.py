@@ -5,9 +5,9 @@ import os
 
 import pytest
 
-from minirksc import files
+from minirksc.cli import files
+from minirksc.cli.files import GrowingFile, check_utf8, read_file, write_file
 from minirksc.errors import CheckpointError, ConfigError, MinirkscError
-from minirksc.files import GrowingFile, check_utf8, read_file, write_file
 
 unix = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
 

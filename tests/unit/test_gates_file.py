@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minirksc import LLM, SamplingParams
-from minirksc.cgee import PAPER_GATES, Gates, Lead, MarginRule
+from minirksc.engine.signals import SIGNALS
 from minirksc.errors import ConfigError, MinirkscError
-from minirksc.gates_file import (
+from minirksc.rksc.cgee import PAPER_GATES, Gates, Lead, MarginRule
+from minirksc.rksc.gates_file import (
     NUM_SAMPLES,
     SAMPLE_BYTES,
     GatesFile,
@@ -22,8 +23,7 @@ from minirksc.gates_file import (
     settings_of,
     write_gates,
 )
-from minirksc.signals import SIGNALS
-from minirksc.solver import Solver, SolverConfig
+from minirksc.rksc.solver import Solver, SolverConfig
 
 GATES = Gates(
     signal="tail",
@@ -102,10 +102,10 @@ def test_a_missing_file_says_how_to_make_one(folder, tmp_path):
         ("[1]", "must hold a JSON object, not list"),
         ("{}", r"schema is None, expected 'minirksc\.gates'.*calibrate"),
         (
-            '{"schema": "minirksc.gates", "schema_version": 99}',
+            '{"schema": "minirksc.engine.gates", "schema_version": 99}',
             "schema_version is 99, this minirksc reads 1.*calibrate",
         ),
-        ('{"schema": "minirksc.gates", "schema_version": 1}', "checksum is None.*calibrate"),
+        ('{"schema": "minirksc.engine.gates", "schema_version": 1}', "checksum is None.*calibrate"),
     ],
 )
 def test_other_files_are_refused(path, folder, text, message):

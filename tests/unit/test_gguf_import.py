@@ -12,12 +12,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minirksc.checkpoints import import_gguf
+from minirksc.checkpoints.gguf_config import ARCHITECTURES, LLAMA3_BANDS, expected_shapes, make_config
+from minirksc.checkpoints.gguf_fields import GgufFields
+from minirksc.checkpoints.gguf_header import check_header
+from minirksc.checkpoints.gguf_tokenizer import BYTE, CONTROL, UNKNOWN, UNUSED, USER_DEFINED, _merges
+from minirksc.checkpoints.sources import import_gguf
 from minirksc.errors import CheckpointError
-from minirksc.gguf_config import ARCHITECTURES, LLAMA3_BANDS, expected_shapes, make_config
-from minirksc.gguf_fields import GgufFields
-from minirksc.gguf_header import check_header
-from minirksc.gguf_tokenizer import BYTE, CONTROL, UNKNOWN, UNUSED, USER_DEFINED, _merges
 
 gguf = pytest.importorskip("gguf")
 
@@ -151,7 +151,7 @@ def test_logits_are_those_of_transformers_own_reader(tmp_path, tokenizers, archi
 def test_token_ids_are_those_of_transformers_own_reader(tmp_path, tokenizers, architecture):
     from transformers import AutoTokenizer
 
-    from minirksc.tokenizer import Tokenizer
+    from minirksc.text.tokenizer import Tokenizer
 
     write_gguf(tmp_path / "m.gguf", architecture, tokenizers[architecture])
     folder = import_gguf(tmp_path / "m.gguf", tmp_path / "out")
@@ -169,7 +169,7 @@ def test_token_ids_are_those_of_transformers_own_reader(tmp_path, tokenizers, ar
 
 
 def test_qwen_composes_characters(tmp_path):
-    from minirksc.tokenizer import Tokenizer
+    from minirksc.text.tokenizer import Tokenizer
 
     tokens = [*BYTE_LEVEL["tokens"], "Ã", "©", "Ã©"]
     types = [*BYTE_LEVEL["token_type"], 1, 1, 1]
@@ -184,7 +184,7 @@ def test_qwen_composes_characters(tmp_path):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(st.sampled_from("theabcqu .,\n\tß日<>h1é"), max_size=30))
 def test_pieces_are_those_of_sentencepiece(tmp_path_factory, llama_tokenizer, gemma_tokenizer, text):
-    from minirksc.gguf_tokenizer import build_tokenizer
+    from minirksc.checkpoints.gguf_tokenizer import build_tokenizer
 
     for (fields, own), is_gemma in ((llama_tokenizer, False), (gemma_tokenizer, True)):
         # A run of blanks that is longer than any piece is cut from both sides, by SentencePiece from the left.
@@ -310,7 +310,7 @@ def test_other_tokenizers_are_refused(tmp_path, llama_tokenizer, change, message
 
 @pytest.mark.parametrize("text", [" a", "  a", "   ", " the cat", "▁a", "a", "\n a", " \n"])
 def test_a_leading_blank_is_kept(llama_tokenizer, text):
-    from minirksc.gguf_tokenizer import build_tokenizer
+    from minirksc.checkpoints.gguf_tokenizer import build_tokenizer
 
     fields, own = llama_tokenizer
     made = build_tokenizer(GgufFields("m.gguf", fields, ""))
@@ -328,14 +328,14 @@ SPLIT_ALIKE = {
 
 @pytest.mark.parametrize(("known", "alias"), [(known, alias) for known in SPLIT_ALIKE for alias in SPLIT_ALIKE[known]])
 def test_names_of_pre_tokenizers_that_mean_the_same(known, alias):
-    from minirksc.gguf_tokenizer import build_tokenizer
+    from minirksc.checkpoints.gguf_tokenizer import build_tokenizer
 
     made, other = (build_tokenizer(GgufFields("m.gguf", {**BYTE_LEVEL, "pre": pre}, "")) for pre in (known, alias))
     assert made.to_str() == other.to_str()
 
 
 def test_tekken_splits_as_its_own_file_does():
-    from minirksc.gguf_tokenizer import adds_bos, build_tokenizer
+    from minirksc.checkpoints.gguf_tokenizer import adds_bos, build_tokenizer
 
     fields = {**BYTE_LEVEL, "pre": "tekken"}
     fields.pop("add_bos_token")
@@ -361,7 +361,7 @@ def test_tekken_splits_as_its_own_file_does():
     ],
 )
 def test_fields_of_a_byte_level_tokenizer_that_cannot_be(change, message):
-    from minirksc.gguf_tokenizer import build_tokenizer
+    from minirksc.checkpoints.gguf_tokenizer import build_tokenizer
 
     change = {"token_type": [1] * len(change["tokens"])} | change if isinstance(change.get("tokens"), list) else change
     with pytest.raises(CheckpointError, match=message):
@@ -370,7 +370,7 @@ def test_fields_of_a_byte_level_tokenizer_that_cannot_be(change, message):
 
 @pytest.mark.parametrize("scores", [[0.0], ["a"], float("nan"), None])
 def test_scores_that_cannot_be(llama_tokenizer, scores):
-    from minirksc.gguf_tokenizer import build_tokenizer
+    from minirksc.checkpoints.gguf_tokenizer import build_tokenizer
 
     fields = llama_tokenizer[0]
     scores = [scores] * len(fields["tokens"]) if isinstance(scores, float) else scores

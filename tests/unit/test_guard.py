@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minirksc.guard import facts, refusal
+from minirksc.rksc.guard import facts, refusal
 
 NAMES = ("Tom", "Anna", "Ravi", "Mei", "Otto")
 THINGS = ("apples", "red hats", "books", "tickets")

@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
-from minirksc import LLM, host
+from minirksc import LLM
+from minirksc.engine import host
+from minirksc.engine.loading import KV_SHARE_OF_FREE_MEMORY
 from minirksc.errors import CacheFullError
-from minirksc.loading import KV_SHARE_OF_FREE_MEMORY
 
 GIB = 1 << 30
 MEMINFO = "MemTotal: 99 kB\nMemFree: 1 kB\nMemAvailable: 8388608 kB"  # 8 GiB
@@ -171,7 +172,7 @@ def test_the_peak_is_known_where_proc_is_not_complete(machine):
 def test_blocks_that_are_freed_are_kept():
     code = """
 import ctypes
-from minirksc import host
+from minirksc.engine import host
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()

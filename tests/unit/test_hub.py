@@ -9,9 +9,9 @@ import types
 
 import pytest
 
-from minirksc.checkpoints import resolve_model
+from minirksc.checkpoints.hub import is_hub_id, wanted_files
+from minirksc.checkpoints.sources import resolve_model
 from minirksc.errors import CheckpointError
-from minirksc.hub import is_hub_id, wanted_files
 
 SMALL = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 

@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from minirksc.kernels.kv_copy import copy_blocks_reference, copy_blocks_torch
-from minirksc.kernels.layer_cache import plain_block_shape
 
-from minirksc.kv_cache import KvCache
-from minirksc.rsbcm import BlockCopy
+from minirksc.cache.rsbcm import BlockCopy
+from minirksc.engine.kv_tensors import KvCache
+from minirksc.kernels.kv.kv_copy import copy_blocks_reference, copy_blocks_torch
+from minirksc.kernels.kv.layer_cache import plain_block_shape
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])

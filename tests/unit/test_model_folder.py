@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from minirksc import LLM
-from minirksc.checkpoints import resolve_model
+from minirksc.checkpoints.sources import resolve_model
 from minirksc.errors import CheckpointError
 
 CONFIG = json.dumps(

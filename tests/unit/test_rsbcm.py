@@ -15,10 +15,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from minirksc.cache.eviction import POLICIES
+from minirksc.cache.rsbcm import BlockManager
+from minirksc.cache.windows import WindowPool, min_blocks
 from minirksc.errors import CacheFullError, ConfigError
-from minirksc.eviction import POLICIES
-from minirksc.rsbcm import BlockManager
-from minirksc.window_pool import WindowPool, min_blocks
 
 SALTS = (b"", b"tenant")
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from minirksc.engine import sampling
+from minirksc.engine.sampling import SamplingRow, top_logprobs_of, uniform
 from minirksc.kernels.confidence import confidence_torch as confidence
 from minirksc.kernels.draw import draw_native, draw_torch
-from minirksc.kernels.native_ops import native
-
-from minirksc import sampling
-from minirksc.config import SamplingParams
-from minirksc.sampling import SamplingRow, top_logprobs_of, uniform
+from minirksc.kernels.native.ops import native
+from minirksc.options import SamplingParams
 
 
 def make_row(seed=0, path=(), position=0, prompt=(), output=(), forbidden=(), **options):
@@ -159,7 +159,7 @@ def test_a_tiny_repetition_penalty_does_not_make_logits_infinite():
 def test_repetition_penalty_is_that_of_transformers():
     from transformers import RepetitionPenaltyLogitsProcessor
 
-    from minirksc.sampling import _penalise
+    from minirksc.engine.sampling import _penalise
 
     gen = torch.Generator().manual_seed(3)
     logits = torch.randn((1, 30), generator=gen)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from minirksc.kernels.similarity import layer_weights, similarity_reference
 
 from minirksc.errors import ConfigError
-from minirksc.similarity import GATES, Alignment, Nearest, Pooled, PrefixStates, Sigma, Whitened
+from minirksc.kernels.similarity import layer_weights, similarity_reference
+from minirksc.rksc.similarity import GATES, Alignment, Nearest, Pooled, PrefixStates, Sigma, Whitened
 
 DEPTH = 3
 SIZE = 16

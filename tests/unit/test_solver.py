@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minirksc.config import SamplingParams
+from minirksc.engine.signals import TokenSignals, mean_top1
 from minirksc.errors import ChatTemplateError, ConfigError
 from minirksc.llm import LLM
-from minirksc.signals import TokenSignals, mean_top1
-from minirksc.solver import Solver, SolverConfig
+from minirksc.options import SamplingParams
+from minirksc.rksc.solver import Solver, SolverConfig
 
 EOS, BOS = 1, 2
 BLOCK = 4

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minirksc.config import SamplingParams
-from minirksc.stopping import StopChecker
+from minirksc.engine.stopping import StopChecker
+from minirksc.options import SamplingParams
 
 
 class Letters:

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minirksc.errors import TokenizerError
-from minirksc.tekken import DEFAULT_SPECIAL_TOKENS, FAULTY_PATTERN, PATTERN
-from minirksc.tokenizer import Detokenizer, Tokenizer
+from minirksc.text.tekken import DEFAULT_SPECIAL_TOKENS, FAULTY_PATTERN, PATTERN
+from minirksc.text.tokenizer import Detokenizer, Tokenizer
 
 WORDS = ("12", "123", "th", "the", " the", "é", "\u3042", "ab", "ba", "aba", "aa", "bab", "  ")
 EXAMPLES = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

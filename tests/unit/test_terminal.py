@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minirksc import cli_output, terminal
+from minirksc.cli import output as cli_output
+from minirksc.cli import terminal
+from minirksc.cli.terminal import MAX_MESSAGE_LEN, is_terminal, note, say, show, visible
 from minirksc.errors import MinirkscError
-from minirksc.terminal import MAX_MESSAGE_LEN, is_terminal, note, say, show, visible
 
 ACTING = [*range(9), *range(11, 32), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
 HOSTILE = "a\x1b]0;PWNED\x07\x1b[31m\r\x9b2J\x7f\u202eb\u2066\tc\n"

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from minirksc import LLM
+from minirksc.cli.generate import SPIN_COUNT, let_threads_sleep
+from minirksc.engine.host import Cpus
+from minirksc.engine.threads import plan_threads
 from minirksc.errors import CheckpointError
-from minirksc.generate import SPIN_COUNT, let_threads_sleep
-from minirksc.host import Cpus
-from minirksc.threads import plan_threads
 
 
 def machine(num_cores, ways=1, allowed=None, quota=None):

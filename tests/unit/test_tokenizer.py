@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from minirksc.errors import ChatTemplateError, PromptError, TokenizerError
-from minirksc.tokenizer import Detokenizer, Tokenizer
+from minirksc.text.tokenizer import Detokenizer, Tokenizer
 
 TEXTS = ["", "hello", " leading and trailing ", "naïve café", "日本語のテキスト", "👩 family", "a\n\n\tb\r\n", "ﷺ ȡ́"]
 TEXTS += ["👩\u200d👩\u200d👧\u200d👦", "hi</s>", "\x00", "  two  spaces  "]

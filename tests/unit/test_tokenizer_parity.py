@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from minirksc.checkpoints import resolve_model
+from minirksc.checkpoints.sources import resolve_model
 from minirksc.errors import CheckpointError
-from minirksc.tekken import FAULTY_PATTERN
-from minirksc.tokenizer import Detokenizer, Tokenizer
+from minirksc.text.tekken import FAULTY_PATTERN
+from minirksc.text.tokenizer import Detokenizer, Tokenizer
 
 CORPUS = [
     "",

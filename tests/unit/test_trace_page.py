@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minirksc.cli.generate import main
 from minirksc.errors import ConfigError
-from minirksc.generate import main
-from minirksc.trace_html import Markup, join, tag
-from minirksc.trace_page import trace_page
-from minirksc.trace_schema import EXAMPLE
-from minirksc.trace_style import _DARK, _LIGHT, SCRIPT, STYLE
+from minirksc.trace.html import Markup, join, tag
+from minirksc.trace.page import trace_page
+from minirksc.trace.schema import EXAMPLE
+from minirksc.trace.style import _DARK, _LIGHT, SCRIPT, STYLE
 
 VOID = {"meta", "link"}
 EVIL = "</script></style></title><script>document.title='gone'</script><img src=x onerror=\"document.title='gone'\">"

@@ -9,8 +9,8 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
 from minirksc import LLM, Solver, SolverConfig
-from minirksc.cli_output import to_json
-from minirksc.trace_schema import EXAMPLE, GATES, TRACE_SCHEMA, documented_keys, schema_markdown
+from minirksc.cli.output import to_json
+from minirksc.trace.schema import EXAMPLE, GATES, TRACE_SCHEMA, documented_keys, schema_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 VALIDATOR = Draft202012Validator(TRACE_SCHEMA)

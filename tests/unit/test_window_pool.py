@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minirksc.cache.rsbcm import BlockManager
+from minirksc.cache.windows import NO_WINDOW, WindowPool, min_blocks
 from minirksc.errors import CacheFullError, ConfigError
-from minirksc.rsbcm import BlockManager
-from minirksc.window_pool import NO_WINDOW, WindowPool, min_blocks
 
 
 def manager(window, block_size=4, spare=0, num_blocks=64):

@@ -1,0 +1,159 @@
+"""Attention mass of a KV block: the softmax weights that a query gives to its keys, summed, mean over heads.
+
+The block manager keeps what is looked at. The attention kernel stores, where it is asked to, the base-2 log-sum-exp of
+each granule of keys (the smaller of a block and a tile) from the sums that it has anyway; relative to the whole row's
+that is the granule's weight. No scores are computed a second time.
+
+`paged_attention_mass_*` are attention and mass of a decode step; the CPU's is in `block_mass_torch`.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from minirksc.errors import ConfigError
+from minirksc.kernels.attention.batch import AttentionBatch
+from minirksc.kernels.attention.paged_attention import Attended, attend, paged_attention_reference, weights_and_values
+from minirksc.kernels.jit import tl, triton
+from minirksc.kernels.kv.layer_cache import LayerCache
+
+
+def paged_attention_mass_reference(
+    q: Tensor, kv: Tensor, layer_cache: LayerCache, batch: AttentionBatch, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """The specification of attention with mass; arguments as of `paged_attention_reference`.
+
+    Returns:
+        (out `[sequences, num_heads, head_dim]` as of `paged_attention`, mass `[sequences, blocks]` float32 as of
+        `block_mass_reference`).
+
+    Raises:
+        ConfigError: a sequence has more or fewer new tokens than one.
+    """
+    check_decode(batch)
+    out = paged_attention_reference(q, kv, layer_cache, batch, scale, softcap)
+    return out, block_mass_reference(q, layer_cache, batch, scale, softcap)
+
+
+def check_decode(batch: AttentionBatch) -> None:
+    """Refuses a batch in which not every sequence has one new token.
+
+    Raises:
+        ConfigError: it is such a batch.
+    """
+    for i, (begin, end) in enumerate(pairwise(batch.cu_seqlens_q)):
+        if end - begin != 1:
+            raise ConfigError(
+                f"attention mass is for decode steps, and sequence {i} has {end - begin} new tokens; it must be 1 in "
+                "each, use paged_attention for this step"
+            )
+
+
+def block_mass_reference(
+    q: Tensor, layer_cache: LayerCache, batch: AttentionBatch, scale: float, softcap: float | None
+) -> Tensor:
+    """The specification.
+
+    Args:
+        q: `[tokens, num_heads, head_dim]`.
+        layer_cache: of the layer.
+        batch: where queries and keys are.
+        scale: multiplied to the scores.
+        softcap: c of c * tanh(score / c); None for none.
+
+    Returns:
+        `[tokens, blocks]` float32, in the order of the sequence's block table; a row sums to one.
+    """
+    size = batch.block_size
+    width = max((len(table) for table in batch.kv_tables), default=0)
+    mass = torch.zeros((len(q), width), dtype=torch.float32, device=q.device)
+    for i, (first, weights, _) in enumerate(weights_and_values(q, layer_cache, batch, scale, softcap)):
+        rows = slice(batch.cu_seqlens_q[i], batch.cu_seqlens_q[i + 1])
+        block = torch.arange(first, first + weights.shape[-1], device=q.device) // size
+        mass[rows] = mass[rows].index_add(1, block, weights.mean(0))
+    return mass
+
+
+@triton.jit
+def _block_mass_kernel(
+    granule_lse_ptr,
+    lse_ptr,
+    tokens_ptr,
+    positions_ptr,
+    mass_ptr,
+    num_granules,
+    num_blocks,
+    NUM_HEADS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    GRANULE: tl.constexpr,  # keys
+    PER_BLOCK: tl.constexpr,  # granules of a block
+    BLOCKS: tl.constexpr,  # of a program
+):
+    """Program (place, some blocks): mean over heads of the weight that each block received."""
+    token = tl.load(tokens_ptr + tl.program_id(0)).to(tl.int64)
+    position = tl.load(positions_ptr + tl.program_id(0))
+    first_key = tl.maximum(position - WINDOW + 1, 0) if WINDOW > 0 else 0
+    blocks = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    granules = tl.program_id(1) * (BLOCKS * PER_BLOCK) + tl.arange(0, BLOCKS * PER_BLOCK)
+    is_seen = (granules >= first_key // GRANULE) & (granules <= position // GRANULE)  # others were never written
+    mass = tl.zeros([BLOCKS * PER_BLOCK], tl.float32)
+    for head in range(NUM_HEADS):
+        row = token * NUM_HEADS + head
+        lse = tl.load(granule_lse_ptr + row * num_granules + granules, mask=is_seen, other=float("-inf"))
+        mass += tl.exp2(lse - tl.load(lse_ptr + row))
+    mass = tl.sum(tl.reshape(mass, (BLOCKS, PER_BLOCK)), 1) / NUM_HEADS
+    tl.store(mass_ptr + token * num_blocks + blocks, mass, mask=blocks < num_blocks)
+
+
+def block_mass_triton(attended: Attended, batch: AttentionBatch) -> Tensor:
+    """Attention mass of each block, from the sums that the attention kernel stored as it went.
+
+    Args:
+        attended: of `attend` with with_mass.
+        batch: of the same step.
+
+    Returns:
+        `[tokens, blocks]` float32 as `block_mass_reference`.
+    """
+    _, lse, granule_lse, granule, work = attended
+    assert lse is not None and granule_lse is not None
+    num_tokens, num_heads, num_granules = granule_lse.shape
+    per_block = batch.block_size // granule
+    num_blocks = num_granules // per_block
+    mass = granule_lse.new_empty((num_tokens, num_blocks))
+    if num_tokens == 0 or num_blocks == 0:
+        return mass
+    blocks = max(1, 128 // per_block)
+    _block_mass_kernel[(num_tokens, triton.cdiv(num_blocks, blocks))](
+        granule_lse,
+        lse,
+        work.tokens,
+        work.positions,
+        mass,
+        num_granules,
+        num_blocks,
+        NUM_HEADS=num_heads,
+        WINDOW=batch.window or 0,
+        GRANULE=granule,
+        PER_BLOCK=per_block,
+        BLOCKS=blocks,
+        enable_fp_fusion=True,
+        num_warps=4,
+    )
+    return mass
+
+
+def paged_attention_mass_triton(
+    q: Tensor, kv: Tensor, layer_cache: LayerCache, batch: AttentionBatch, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """The kernels: one launch more than the attention.
+
+    Not to be recorded as part of a CUDA graph: the places beyond a batch in its buffers name tokens of earlier ones.
+
+    Raises:
+        ConfigError: not a decode step, or a dtype, shape or layout that the kernel cannot serve.
+    """
+    check_decode(batch)
+    attended = attend(q, layer_cache, batch, scale, softcap, with_mass=True)
+    return attended.out, block_mass_triton(attended, batch)

@@ -1,0 +1,331 @@
+"""Paged attention compiled (`kernels/native/attention.cpp`): keys are read where they lie, once a group.
+
+What decode rows read is cut into pieces of at most `PIECE_KEYS` keys, so that one long context, or one shared prefix,
+is work for several cores. A piece goes with all places that read it; its partial results, one row a place, are added up
+by their largest scores and sums of weights.
+
+In bfloat16 on a processor that multiplies it, the cache is in tiles, and prompts are pieces too, `QUERIES` places with
+all that they see (`attention_bf16.cpp`). Otherwise prompts go through `paged_attention_torch`, as does an int8 cache.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minirksc.errors import ConfigError
+from minirksc.kernels.attention.batch import AttentionBatch
+from minirksc.kernels.attention.paged_attention_torch import (
+    Attend,
+    Masks,
+    Prefill,
+    Slots,
+    attend_prefills,
+    find_prefills,
+    paged_attention_torch,
+)
+from minirksc.kernels.attention.reads import DecodeReads, PrefillReads, Run, find_reads
+from minirksc.kernels.kv.layer_cache import TILE, LayerCache, plain_block_shape
+from minirksc.kernels.native.check import is_rows, refused
+from minirksc.kernels.native.ops import check_heads, has_bf16_products, is_bfloat16, native, pointer, slots_of
+
+PIECE_KEYS = 256
+QUERIES = 32
+MAX_GROUP = 96
+"""Query heads a KV head that `attention_bf16.cpp` has room for."""
+
+PIECE_TILES = PIECE_KEYS // TILE + 1
+"""Tiles that a piece has keys in, at most; so in `kernels/native/ops.h`."""
+
+
+@dataclass(slots=True)
+class NativePlan:
+    """What each layer does; made once a step. Tensors are int64.
+
+    Attributes:
+        prefills: prompts that torch attends to.
+        rows: `[places]`, batch row of each place.
+        pieces: `[pieces, 7]`: places [begin, end), runs [begin, end), first row of the partial results, or -1 - that
+            row where the piece is all that its place sees, position of the first key, position of the first query or
+            -1 where all keys are visible to all.
+        runs: `[runs, 2]`: first slot and number of keys.
+        part_begins: `[places + 1]`, where each place's entries of `parts` begin.
+        parts: `[parts]`, rows of the partial results that are added up.
+        num_results: rows of the partial results, those that need no adding up included.
+        num_tokens: rows of the batch.
+        slots: [begin, end) of those that are read.
+        masks: of the prefills' tiles.
+    """
+
+    prefills: list[Prefill]
+    rows: Tensor
+    pieces: Tensor
+    runs: Tensor
+    part_begins: Tensor
+    parts: Tensor
+    num_results: int
+    num_tokens: int
+    slots: tuple[int, int]
+    masks: Masks = field(default_factory=dict)
+    _tables: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether there is anything to do beside the prefills."""
+        return self.rows.shape[0] > 0
+
+    def check(self, num_tokens: int, num_slots: int) -> None:
+        """Refuses a batch of another size, and slots that a cache does not have.
+
+        Raises:
+            ConfigError: it is such a batch.
+        """
+        begin, end = self.slots
+        if self.num_tokens != num_tokens or begin < 0 or end > num_slots:
+            raise ConfigError(
+                f"a batch of {self.num_tokens} tokens that reads slots {begin} to {end - 1}, with {num_tokens} queries "
+                f"and a cache of {num_slots} slots"
+            )
+
+    def table(self, num_heads: int, head_dim: int) -> Tensor:
+        """What a layer of these sizes hands over: the numbers of `AttentionPlan` in `kernels/native/ops.h`, int64."""
+        key = num_heads, head_dim
+        if key not in self._tables:
+            outs, sums = torch.empty(self.num_results, *key), torch.empty(self.num_results, num_heads, 2)
+            self._tables[key] = self._numbers(outs, sums, None), outs, sums
+        return self._tables[key][0]
+
+    def table_with_sums(self, num_heads: int, head_dim: int) -> "TableWithSums":
+        """The same for one call on a cache of tiles that leaves more behind."""
+        outs = torch.empty(self.num_results, num_heads, head_dim)
+        sums = torch.empty(self.num_results, num_heads, 2)
+        tile_sums = torch.zeros(self.num_results, num_heads, PIECE_TILES, 2)
+        return TableWithSums(self._numbers(outs, sums, tile_sums), outs, sums, tile_sums)
+
+    def _numbers(self, outs: Tensor, sums: Tensor, tile_sums: Tensor | None) -> Tensor:
+        tensors = (self.rows, self.pieces, self.runs, self.part_begins, self.parts)
+        results = [pointer(tensor) or 0 for tensor in (outs, sums, tile_sums)]
+        return torch.tensor([*(t.data_ptr() for t in tensors), len(self.rows), len(self.pieces), *results])
+
+
+class TableWithSums(NamedTuple):
+    """A table of a plan, and what it points at; all float32.
+
+    Attributes:
+        table: as of `NativePlan.table`.
+        outs: `[rows, num_heads, head_dim]`.
+        sums: `[rows, num_heads, 2]`, largest score and sum of exp(score - largest).
+        tile_sums: `[rows, num_heads, PIECE_TILES, 2]`, of each tile the sum of exp(score - another) and that other.
+    """
+
+    table: Tensor
+    outs: Tensor
+    sums: Tensor
+    tile_sums: Tensor
+
+
+def paged_attention_native(
+    q: Tensor, kv: Tensor, layer_cache: LayerCache, batch: AttentionBatch, scale: float, softcap: float | None
+) -> Tensor:
+    """Arguments and result as in `paged_attention_reference`.
+
+    Raises:
+        ConfigError: a tensor that it would misread, or a batch that does not go with it.
+    """
+    if layer_cache.scales is not None:
+        return paged_attention_torch(q, kv, layer_cache, batch, scale, softcap)
+    num_slots = check_layout(q, layer_cache, batch.block_size, softcap)
+    num_heads, head_dim = q.shape[1:]
+    plan = batch.plan(*(WHOLE if layer_cache.is_tiled else DECODE))
+    plan.check(len(q), num_slots)
+    out = q.new_empty(q.shape)
+    if plan.prefills:
+        if not is_rows(kv, q.dtype, len(q), 2, layer_cache.kv.shape[3], head_dim):
+            raise refused("kv", kv, f"[{len(q)}, 2, {layer_cache.kv.shape[3]}, {head_dim}] {q.dtype} of the CPU")
+        cache = Slots.of(layer_cache, q.dtype)
+        attend_prefills(out, q, kv, cache, plan.prefills, plan.masks, batch.window, Attend(scale, softcap))
+    if plan.has_rows:
+        given = q, layer_cache.kv, out, plan.table(num_heads, head_dim)
+        if layer_cache.is_tiled:
+            attend_tiled(*given, batch.window, scale, softcap)
+        else:
+            _attend(native.decode_attention, *given, is_bfloat16[q.dtype], scale, softcap)
+    return out
+
+
+def check_layout(q: Tensor, cache: LayerCache, block_size: int, softcap: float | None) -> int:
+    """How many slots the cache has.
+
+    Args:
+        q: `[tokens, num_heads, head_dim]`.
+        cache: of the layer.
+        block_size: of the batch.
+        softcap: of the scores.
+
+    Raises:
+        ConfigError: queries that the compiled forms would misread, or a cache that does not go with them.
+    """
+    if softcap is not None and not softcap > 0:  # 0 would stand for none
+        raise ConfigError(f"softcap is {softcap!r}; it must be above 0, or None")
+    check_heads("q", q)
+    _, num_heads, head_dim = q.shape
+    num_kv_heads = cache.kv.shape[3] if isinstance(cache.kv, Tensor) and cache.kv.dim() > 3 else 0
+    num_slots = slots_of(cache.kv, q.dtype, num_kv_heads, head_dim)
+    group = num_heads // max(num_kv_heads, 1)
+    is_served = has_bf16_products and head_dim % 32 == 0 and group <= MAX_GROUP if cache.is_tiled else head_dim % 8 == 0
+    if group == 0 or group * num_kv_heads != num_heads or not is_served:
+        raise refused("the cache", cache.kv, f"what {num_heads} heads of {head_dim} numbers can share")
+    if num_slots != len(cache.kv) * block_size:
+        raise refused("the cache", cache.kv, f"blocks of {block_size} tokens, as the batch")
+    return num_slots
+
+
+def attend_tiled(
+    q: Tensor, kv: Tensor, out: Tensor, table: Tensor, window: int | None, scale: float, softcap: float | None
+) -> None:
+    """Fills `out` from a cache of tiles.
+
+    Args:
+        q: `[tokens, num_heads, head_dim]`.
+        kv: of the `LayerCache`.
+        out: like q.
+        table: of the plan.
+        window: of the layer.
+        scale: of the scores.
+        softcap: of them.
+    """
+    _attend(native.attention_bf16, q, kv, out, table, window or 0, scale, softcap)
+
+
+def _attend(
+    call: Any, q: Tensor, kv: Tensor, out: Tensor, table: Tensor, number: int, scale: float, softcap: float | None
+) -> None:
+    """Both compiled forms; `number` is what only one has, a window or whether it is bfloat16."""
+    pointers = q.data_ptr(), kv.data_ptr(), out.data_ptr(), table.data_ptr()
+    num_heads, head_dim = q.shape[1:]
+    call(*pointers, q.stride(0), num_heads, kv.shape[3], head_dim, number, scale, softcap or 0.0)
+
+
+def block_shape_native(
+    num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
+) -> tuple[int, ...]:
+    """Of a block in tiles, where `attention_bf16.cpp` can serve; arguments as of `plain_block_shape`."""
+    fits = head_dim % 32 == 0 and num_heads // num_kv_heads <= MAX_GROUP and block_size % TILE == 0
+    if dtype == torch.bfloat16 and has_bf16_products and fits:
+        return block_size // TILE, 2, num_kv_heads, TILE, head_dim
+    return plain_block_shape(num_heads, num_kv_heads, head_dim, block_size, dtype)
+
+
+def plan_decode(batch: AttentionBatch) -> NativePlan:
+    """Cuts what decode rows read into pieces, and leaves prompts to torch."""
+    prefills, decode = find_reads(batch)
+    return _plan(batch, decode, [], find_prefills(prefills, batch.device))
+
+
+def plan_all(batch: AttentionBatch) -> NativePlan:
+    """Cuts all that the batch reads into pieces."""
+    prefills, decode = find_reads(batch)
+    tiles = [tile for reads in prefills for tile in _tiles(reads, batch)]
+    return _plan(batch, decode, tiles, [])
+
+
+DECODE = "native, decode", plan_decode
+WHOLE = "native, whole", plan_all
+"""Arguments of `AttentionBatch.plan`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """Consecutive queries of a prompt, batch rows [begin, end), and all keys that they see."""
+
+    begin: int
+    end: int
+    first_query: int
+    first_key: int
+    runs: list[Run]
+
+
+def _tiles(reads: PrefillReads, batch: AttentionBatch) -> Iterator[_Tile]:
+    for begin in range(0, reads.num_queries, QUERIES):
+        end = min(begin + QUERIES, reads.num_queries)
+        first_query = reads.first_query + begin
+        first_key = batch.first_visible(first_query)
+        runs = reads.runs(first_key, reads.first_query + end)
+        yield _Tile(reads.begin + begin, reads.begin + end, first_query, first_key, runs)
+
+
+def _plan(batch: AttentionBatch, decode: DecodeReads, tiles: Sequence[_Tile], prefills: list[Prefill]) -> NativePlan:
+    pieces: list[tuple[int, ...]] = []
+    runs: list[Run] = []
+    rows = list(decode.rows)
+    parts: list[list[int]] = [[] for _ in rows]
+    num_results = 0
+    # The longest first: whoever computes a short one last keeps the others waiting less.
+    for tile in sorted(tiles, key=lambda tile: tile.first_key - tile.first_query):
+        place = len(rows)
+        rows += range(tile.begin, tile.end)
+        run_end = len(runs) + len(tile.runs)
+        pieces.append((place, len(rows), len(runs), run_end, -1, tile.first_key, tile.first_query))
+        runs += tile.runs
+    cut = list(_pieces(decode))
+    num_pieces = [0] * len(decode.rows)
+    for begin, end, _ in cut:
+        for place in range(begin, end):
+            num_pieces[place] += 1
+    for begin, end, piece in cut:
+        is_all = end - begin == 1 and num_pieces[begin] == 1
+        row = -1 - num_results if is_all else num_results
+        pieces.append((begin, end, len(runs), len(runs) + len(piece), row, 0, -1))
+        runs += piece
+        if not is_all:
+            for place in range(begin, end):
+                parts[place].append(num_results + place - begin)
+        num_results += end - begin
+    part_begins = [0]
+    for some in parts:
+        part_begins.append(part_begins[-1] + len(some))
+    part_begins += [part_begins[-1]] * (len(rows) - len(parts))
+    read = [*runs, *chain(*(prefill.past for prefill in prefills if isinstance(prefill.past, list)))]
+    # One tensor for all of them: each costs microseconds.
+    lists = rows, [*chain(*pieces)], [*chain(*runs)], part_begins, [*chain(*parts)]
+    numbers = torch.tensor([*chain(*lists)], dtype=torch.int64).split([len(some) for some in lists])
+    return NativePlan(
+        prefills=prefills,
+        rows=numbers[0],
+        pieces=numbers[1].view(-1, 7),
+        runs=numbers[2].view(-1, 2),
+        part_begins=numbers[3],
+        parts=numbers[4],
+        num_results=num_results,
+        num_tokens=batch.cu_seqlens_q[-1],
+        slots=(min(read, default=(0, 0))[0], max(map(sum, read), default=0)),
+    )
+
+
+def _pieces(decode: DecodeReads) -> Iterator[tuple[int, int, list[Run]]]:
+    """(places [begin, end), what they read), the largest pieces of work first."""
+    for segment, runs in decode.shared:
+        for piece in _cut(runs):
+            yield segment.row_begin, segment.row_end, piece
+    for place, runs in enumerate(decode.own):
+        for piece in _cut(runs):
+            yield place, place + 1, piece
+
+
+def _cut(runs: Sequence[Run]) -> Iterator[list[Run]]:
+    """The same keys in parts of at most `PIECE_KEYS`."""
+    piece: list[Run] = []
+    room = PIECE_KEYS
+    for begin, length in runs:
+        while length:
+            taken = min(length, room)
+            piece.append((begin, taken))
+            begin, length, room = begin + taken, length - taken, room - taken
+            if not room:
+                yield piece
+                piece, room = [], PIECE_KEYS
+    if piece:
+        yield piece

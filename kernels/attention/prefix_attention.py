@@ -1,0 +1,237 @@
+"""Shared prefixes: which sequences share which leading blocks, and how partial attentions are merged.
+
+Sequences whose block tables begin with the same block ids attend to the same keys there. `shared_segments`
+finds those runs, nested ones included (a reasoning tree), so that the attention reads each shared run once
+for all its queries. Partial results over disjoint key sets merge exactly by their log-sum-exp.
+
+Source: Juravsky et al. 2024, arXiv 2402.05099 (Hydragen); Ye et al. 2024 (cascade inference),
+https://flashinfer.ai/2024/02/02/cascade-inference.html.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minirksc.kernels.jit import tl, triton
+
+MIN_SHARED_BLOCKS = 4
+"""Shorter shared runs cost more in the extra pass and merge than reading them again."""
+
+MIN_GAIN = 2.0
+"""A shared pass must save so many times what it costs: its readers' own pass was perhaps served by the L2 cache."""
+
+
+class Segment(NamedTuple):
+    """Rows [row_begin, row_end) share block-table columns [block_begin, block_end)."""
+
+    row_begin: int
+    row_end: int
+    block_begin: int
+    block_end: int
+
+
+def common_prefix_len(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common prefix, by bisection over slice comparisons."""
+    low, high = 0, min(len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def shared_segments(
+    block_tables: Sequence[Sequence[int]], num_full_blocks: Sequence[int]
+) -> tuple[list[int], list[Segment]]:
+    """Orders rows so that sharers are neighbours, and lists what they share.
+
+    Args:
+        block_tables: one a row.
+        num_full_blocks: per row, how many leading blocks may be shared (those that only hold keys which
+            every query of the row may see).
+
+    Returns:
+        (order, segments): order[i] is the row at place i; segments speak of places, outer ones come before those
+        nested in them.
+    """
+    tables = [list(table[:n]) for table, n in zip(block_tables, num_full_blocks, strict=True)]
+    order = sorted(range(len(tables)), key=lambda row: tables[row])
+    segments: list[Segment] = []
+
+    def descend(begin: int, end: int, column: int) -> None:
+        """Places [begin, end) are known to agree before `column`."""
+        start = begin
+        while start < end:
+            table = tables[order[start]]
+            stop = start + 1
+            if column < len(table):
+                # Sorted rows: those that agree on this column are neighbours.
+                while stop < end and tables[order[stop]][column : column + 1] == [table[column]]:
+                    stop += 1
+            if stop - start > 1:
+                # In sorted order the first and the last row have the shortest common prefix of all.
+                depth = common_prefix_len(table, tables[order[stop - 1]])
+                shared_from = column
+                if depth - column >= MIN_SHARED_BLOCKS:
+                    segments.append(Segment(start, stop, column, depth))
+                    shared_from = depth
+                if shared_from == depth:
+                    descend(start, stop, depth)
+            start = stop
+
+    descend(0, len(order), 0)
+    return order, segments
+
+
+def in_view(segments: list[Segment], first_keys: Sequence[int], block_size: int) -> list[Segment]:
+    """Segments without the blocks that are not wholly visible to each of their places, if enough is left of them."""
+    clipped = []
+    for segment in segments:
+        first_key = max(first_keys[segment.row_begin : segment.row_end])
+        block_begin = max(segment.block_begin, -(-first_key // block_size))
+        if block_begin == segment.block_begin or segment.block_end - block_begin >= MIN_SHARED_BLOCKS:
+            clipped.append(segment._replace(block_begin=block_begin))
+    return clipped
+
+
+def own_ranges(
+    place: int, first_key: int, context_len: int, segments: Sequence[Segment], block_size: int
+) -> list[tuple[int, int]]:
+    """Positions [begin, end) that a place reads alone: what it sees and no segment of its covers."""
+    ranges = []
+    begin = first_key
+    for segment in segments:
+        if segment.row_begin <= place < segment.row_end:  # outer segments come before those nested in them
+            if begin < segment.block_begin * block_size:
+                ranges.append((begin, segment.block_begin * block_size))
+            begin = segment.block_end * block_size
+    return [*ranges, (begin, context_len)]
+
+
+def is_worth_sharing(group: int, *, num_sequences: int, num_queries: int, num_keys: int, kv_itemsize: int) -> bool:
+    """True where one pass over a shared run moves fewer bytes than its readers would, by `MIN_GAIN`.
+
+    Reading it once saves the other readers' reads, and costs one more partial a query: written and read again, in
+    float32. Both are per KV head and element of a head, so that these cancel. There is no further launch to pay: the
+    shared runs are items among the others.
+
+    Args:
+        group: query heads a KV head.
+        num_sequences: readers.
+        num_queries: of all readers.
+        num_keys: tokens of the run.
+        kv_itemsize: bytes of a cached number.
+    """
+    saved = (num_sequences - 1) * num_keys * 2 * kv_itemsize
+    cost = num_queries * group * 2 * 4
+    return saved > MIN_GAIN * cost
+
+
+def merge_partials_reference(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The specification: attention over the union of disjoint key sets.
+
+    Args:
+        outs: each `[rows, heads, head_dim]`, softmax-normalised over its own keys.
+        lses: each `[rows, heads]`, natural log-sum-exp of its own scores; -inf where it saw no key.
+
+    Returns:
+        (out `[rows, heads, head_dim]`, lse `[rows, heads]`), float32.
+    """
+    lse = torch.logsumexp(torch.stack([x.float() for x in lses]), dim=0)
+    parts = []
+    for out, own in zip(outs, lses, strict=True):
+        weight = torch.where(own.isneginf(), 0.0, torch.exp(own.float() - lse)).unsqueeze(-1)
+        parts.append(torch.where(weight == 0, 0.0, weight * out.float()))
+    return torch.stack(parts).sum(0), lse
+
+
+def merge_into(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+    """Merges a second partial into the first, in place; both must have seen at least one key.
+
+    exp(b) / (exp(a) + exp(b)) = sigmoid(b - a), so two partials merge with one interpolation.
+
+    Args:
+        out: `[rows, heads, head_dim]`, overwritten.
+        lse: `[rows, heads]` float32, overwritten.
+        other: like out.
+        other_lse: like lse.
+    """
+    weight = torch.sigmoid(other_lse - lse).unsqueeze(-1)  # [rows, heads, 1]
+    out.lerp_(other, weight.to(out.dtype))
+    torch.logaddexp(lse, other_lse, out=lse)
+
+
+@triton.jit
+def _merge_partials_kernel(
+    part_out_ptr,
+    part_lse_ptr,
+    parts_ptr,
+    out_ptr,
+    lse_ptr,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Program (token, head): all partials of one query, PARTS at a time."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    begin = tl.load(parts_ptr + 2 * token)
+    num_parts = tl.load(parts_ptr + 2 * token + 1)
+    if num_parts == 1:  # written already
+        return
+    offs_d = tl.arange(0, HEAD_PAD)
+    offs_p = tl.arange(0, PARTS)
+    m = float("-inf")
+    total = 0.0
+    acc = tl.zeros([HEAD_PAD], tl.float32)
+    for first in range(0, num_parts, PARTS):
+        is_part = first + offs_p < num_parts
+        rows = (begin + first + offs_p).to(tl.int64) * NUM_HEADS + head  # [PARTS]
+        lse = tl.load(part_lse_ptr + rows, mask=is_part, other=float("-inf"))
+        mask = (lse != float("-inf"))[:, None] & (offs_d < HEAD_DIM)[None, :]  # NaN is read
+        part = tl.load(part_out_ptr + rows[:, None] * HEAD_DIM + offs_d[None, :], mask=mask, other=0.0)
+        new_m = tl.maximum(m, tl.max(lse, 0))
+        shift = tl.where(new_m == float("-inf"), 0.0, new_m)
+        weights = tl.exp2(lse - shift)  # [PARTS]
+        decay = tl.exp2(m - shift)
+        acc = acc * decay + tl.sum(weights[:, None] * part, 0)
+        total = total * decay + tl.sum(weights, 0)
+        m = new_m
+    acc = acc / tl.where(num_parts == 0, 1.0, total)
+    row = token * NUM_HEADS + head
+    tl.store(out_ptr + row * HEAD_DIM + offs_d, acc.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + row, m + tl.log2(total))
+
+
+def merge_partials_triton(part_out: Tensor, part_lse: Tensor, parts: Tensor, out: Tensor, lse: Tensor | None) -> None:
+    """Merges each token's partials; a token with one has its result already, a token without any gets zeros.
+
+    Args:
+        part_out: `[partials, num_heads, head_dim]` float32.
+        part_lse: `[partials, num_heads]` float32, base 2.
+        parts: `[tokens, 2]` int32, first partial of each token, and how many it has.
+        out: `[tokens, num_heads, head_dim]`, written.
+        lse: `[tokens, num_heads]` float32, base 2, written; None: not wanted.
+    """
+    num_heads, head_dim = out.shape[1:]
+    head_pad = triton.next_power_of_2(head_dim)
+    _merge_partials_kernel[(len(parts), num_heads)](
+        part_out,
+        part_lse,
+        parts,
+        out,
+        lse,
+        NUM_HEADS=num_heads,
+        HEAD_DIM=head_dim,
+        HEAD_PAD=head_pad,
+        PARTS=max(2, min(16, 4096 // head_pad)),
+        enable_fp_fusion=True,
+        num_warps=4,
+    )

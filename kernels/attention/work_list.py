@@ -1,0 +1,353 @@
+"""The work of one step's attention, cut into items: some queries of neighbouring rows against a range of keys.
+
+Decode rows, the shared prefixes of a reasoning tree, chunks of prompts and whole prompts are all items, and one kernel
+(`paged_attention`) works through them; only this plan knows the difference. One program takes an item and a KV head.
+
+- Sequences with few new tokens stand in an order in which those that share blocks are neighbours. A shared run of
+  blocks is read once for all of them (`prefix_attention`), the rest by each alone.
+- Their keys are cut at every multiple of `AttentionBatch.key_chunk`, so that long contexts keep the whole processor
+  busy. A token's results over several ranges are partials, merged afterwards. With a fixed chunk the cuts do not
+  depend on what else is in the batch.
+- Sequences with many new tokens are cut into tiles of queries, each over all the keys that it sees.
+
+Made once a step, on the host, from what the scheduler knows; all layers of a shape use it.
+"""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minirksc.kernels.attention.batch import KEY_CHUNK, AttentionBatch
+from minirksc.kernels.attention.launch_table import (
+    AttentionTile,
+    attention_tile,
+    max_short_rows,
+    num_programs,
+    product_dtype,
+)
+from minirksc.kernels.attention.prefix_attention import Segment, in_view, is_worth_sharing, own_ranges, shared_segments
+
+
+class Shape(NamedTuple):
+    """What a plan depends on besides the batch."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    architecture: str
+
+
+class Item(NamedTuple):
+    """Queries at places [place_begin, place_begin + num_places) against positions [kv_begin, kv_end) of a table row.
+
+    Attributes:
+        full_begin, full_end: whole tiles of keys that all these queries see, between those that need a mask.
+        part: which of a token's partials this is; -1: it is the whole result.
+    """
+
+    place_begin: int
+    num_places: int
+    table_row: int
+    kv_begin: int
+    kv_end: int
+    full_begin: int
+    full_end: int
+    part: int
+
+
+ITEM_FIELDS = len(Item._fields)
+
+
+@dataclass(slots=True)
+class WorkList:
+    """Items as tensors, int32 on the device of the cache.
+
+    Attributes:
+        tile: how items of few queries are computed; None: there are none.
+        prefill_tile: the same for tiles of long prompts.
+        items: `[items, ITEM_FIELDS]`, those of few queries first.
+        num_short: how many those are.
+        tokens: `[tokens]`, batch row of each place.
+        positions: `[tokens]`, position in its sequence of the token at each place.
+        parts: `[tokens, 2]`, first partial of each token and how many it has; one: it is written directly.
+        table: `[sequences, blocks]`, -1 where a sequence has none.
+        num_parts: partials in all.
+    """
+
+    tile: AttentionTile | None
+    prefill_tile: AttentionTile | None
+    items: Tensor
+    num_short: int
+    tokens: Tensor
+    positions: Tensor
+    parts: Tensor
+    table: Tensor
+    num_parts: int
+    _partials: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+
+    def partials(self, num_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
+        """(out `[num_parts, num_heads, head_dim]`, base-2 lse `[num_parts, num_heads]`), float32, for all layers."""
+        if self._partials is None:
+            shape = (max(self.num_parts, 1), num_heads)
+            empty = self.items.new_empty
+            self._partials = empty((*shape, head_dim), dtype=torch.float32), empty(shape, dtype=torch.float32)
+        return self._partials
+
+    def size_key(self) -> tuple[object, ...]:
+        """What a recorded launch of this work depends on, besides the numbers in its tensors."""
+        return self.tile, padded_size(self.num_short), padded_size(self.num_parts)
+
+
+def padded_size(count: int) -> int:
+    """The next power of two: a context that grows gets a new size ever more rarely."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+class StaticWorkList:
+    """Buffers that a work list of decode rows is copied into, so that recorded launches find it.
+
+    Args:
+        num_rows: tokens of the largest batch.
+        max_items: room for items.
+        max_blocks: of a sequence.
+        device: of the buffers.
+    """
+
+    def __init__(self, num_rows: int, max_items: int, max_blocks: int, device: torch.device) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        self._items = zeros(padded_size(max_items), ITEM_FIELDS)
+        self._tokens, self._positions = zeros(num_rows), zeros(num_rows)
+        self._parts, self._table = zeros(num_rows, 2), zeros(num_rows, max_blocks)
+
+    def has_room(self, work: WorkList) -> bool:
+        """Whether there are few enough items; all else is bounded by the batch and the longest sequence."""
+        return work.prefill_tile is None and work.num_short <= len(self._items)
+
+    def fill(self, work: WorkList) -> None:
+        """Copies the numbers in; items and tokens beyond them become empty."""
+        num_rows, width = work.table.shape
+        self._items[: work.num_short].copy_(work.items)
+        self._items[work.num_short : padded_size(work.num_short)].zero_()
+        self._tokens[:num_rows].copy_(work.tokens)
+        self._positions[:num_rows].copy_(work.positions)
+        self._parts[:num_rows].copy_(work.parts)
+        self._parts[num_rows:].zero_()
+        self._table[:num_rows, :width].copy_(work.table)
+
+    def view(self, num_rows: int, work: WorkList) -> WorkList:
+        """The buffers as a work list for all batches of `work`'s size key.
+
+        It has room for a partial at least: the merge is what gives padding its zeros.
+        """
+        num_items = padded_size(work.num_short)
+        return WorkList(
+            tile=work.tile,
+            prefill_tile=None,
+            items=self._items[:num_items],
+            num_short=num_items,
+            tokens=self._tokens[:num_rows],
+            positions=self._positions[:num_rows],
+            parts=self._parts[:num_rows],
+            table=self._table[:num_rows],
+            num_parts=padded_size(work.num_parts),
+        )
+
+
+def adaptive_chunk(context_lens: Sequence[int], num_kv_heads: int, num_programs: int) -> int:
+    """Keys an item reads so that about `num_programs` programs have work: fewer partials than a fixed chunk makes.
+
+    Args:
+        context_lens: keys of each sequence.
+        num_kv_heads: programs an item.
+        num_programs: that the processor runs at once, for example 4 a multiprocessor.
+
+    Returns:
+        A multiple of `KEY_CHUNK`.
+    """
+    wanted = sum(context_lens) * num_kv_heads / max(num_programs, 1)
+    return max(1, round(wanted / KEY_CHUNK)) * KEY_CHUNK
+
+
+def make_work_list(batch: AttentionBatch, shape: Shape, device: torch.device | None = None) -> WorkList:
+    """Cuts a batch into items.
+
+    Args:
+        batch: where queries and keys are.
+        shape: heads, dtypes and the architecture, which decide the tiles.
+        device: of the tensors; None: the batch's.
+    """
+    return _Builder(batch, shape).build(device or batch.device)
+
+
+class _Builder:
+    """State while one work list is made."""
+
+    def __init__(self, batch: AttentionBatch, shape: Shape) -> None:
+        self.batch, self.shape = batch, shape
+        self.group = shape.num_heads // shape.num_kv_heads
+        cu = batch.cu_seqlens_q
+        self.num_queries = [end - begin for begin, end in pairwise(cu)]
+        self.items: list[Item] = []
+        self.tokens: list[int] = []
+        self.positions: list[int] = []
+        self.parts = [(0, 1)] * cu[-1]
+        self.num_parts = 0
+        self.chunk = batch.key_chunk or adaptive_chunk(
+            batch.context_lens, shape.num_kv_heads, num_programs(batch.device)
+        )
+
+    def build(self, device: torch.device) -> WorkList:
+        most = max(
+            1, max_short_rows(self.shape.head_dim, product_dtype(self.shape.dtype, self.shape.kv_dtype)) // self.group
+        )
+        sequences = [i for i, n in enumerate(self.num_queries) if n > 0]
+        short = [i for i in sequences if self.num_queries[i] <= most]
+        long = [i for i in sequences if self.num_queries[i] > most]
+        tile = self._add_short(short, most) if short else None
+        num_short = len(self.items)
+        prefill_tile = self._add_long(long) if long else None
+        return self._to_tensors(tile, prefill_tile, num_short, device)
+
+    def _tile(self, rows: int | None) -> AttentionTile:
+        s = self.shape
+        return attention_tile(s.architecture, s.head_dim, self.batch.block_size, rows, s.dtype, s.kv_dtype)
+
+    def _place(self, sequence: int) -> int:
+        """Gives the sequence's tokens the next places; the first of them."""
+        begin, n = self.batch.cu_seqlens_q[sequence], self.num_queries[sequence]
+        first = len(self.tokens)
+        self.tokens += range(begin, begin + n)
+        context_len = self.batch.context_lens[sequence]
+        self.positions += range(context_len - n, context_len)
+        return first
+
+    def _add_short(self, sequences: list[int], most: int) -> AttentionTile:
+        """Items of sequences with at most `most` new tokens: shared prefixes, then what each reads alone."""
+        batch = self.batch
+        firsts = {i: batch.context_lens[i] - self.num_queries[i] for i in sequences}  # positions of the first queries
+        order, segments = shared_segments(
+            [batch.block_tables[i] for i in sequences], [firsts[i] // batch.block_size for i in sequences]
+        )
+        sequences = [sequences[place] for place in order]
+        first_keys = [batch.first_visible(firsts[i]) for i in sequences]
+        # A segment is read unmasked: by those who see all of it, the last of their queries included.
+        last_first_keys = [batch.first_visible(batch.context_lens[i] - 1) for i in sequences]
+        segments = [
+            segment
+            for segment in in_view(segments, last_first_keys, batch.block_size)
+            if is_worth_sharing(
+                self.group,
+                num_sequences=segment.row_end - segment.row_begin,
+                num_queries=sum(self.num_queries[i] for i in sequences[segment.row_begin : segment.row_end]),
+                num_keys=(segment.block_end - segment.block_begin) * batch.block_size,
+                kv_itemsize=self.shape.kv_dtype.itemsize,
+            )
+        ]
+        places = [self._place(i) for i in sequences]
+        places.append(len(self.tokens))
+        own = [
+            own_ranges(place, first_keys[place], batch.context_lens[i], segments, batch.block_size)
+            for place, i in enumerate(sequences)
+        ]
+        most_queries = max(self.num_queries[i] for i in sequences)
+        most_sharing = max((places[s.row_end] - places[s.row_begin] for s in segments), default=0)
+        tile = self._tile(self.group * min(max(most_queries, most_sharing), most))
+        num_parts = [0] * len(sequences)
+        for segment in segments:
+            self._add_segment(segment, sequences, places, num_parts, tile)
+        for place, i in enumerate(sequences):
+            ranges = [piece for begin, end in own[place] for piece in self._pieces(begin, end)]
+            total = num_parts[place] + len(ranges)
+            for part, (begin, end) in enumerate(ranges, start=num_parts[place]):
+                self._add(places[place], self.num_queries[i], i, begin, end, -1 if total == 1 else part, tile)
+            if total > 1:
+                row = batch.cu_seqlens_q[i]
+                for token in range(row, row + self.num_queries[i]):
+                    self.parts[token] = (self.num_parts, total)
+                    self.num_parts += total
+        return tile
+
+    def _add_segment(
+        self, segment: Segment, sequences: list[int], places: list[int], num_parts: list[int], tile: AttentionTile
+    ) -> None:
+        """Items of one shared run. All its sharers share the outer runs too, so that its partials have one number."""
+        size = self.batch.block_size
+        begin, end = places[segment.row_begin], places[segment.row_end]
+        step = tile.rows // self.group
+        pieces = self._pieces(segment.block_begin * size, segment.block_end * size)
+        for part, (kv_begin, kv_end) in enumerate(pieces, start=num_parts[segment.row_begin]):
+            for place in range(begin, end, step):
+                n = min(step, end - place)
+                self._add(place, n, sequences[segment.row_begin], kv_begin, kv_end, part, tile)
+        for row in range(segment.row_begin, segment.row_end):
+            num_parts[row] += len(pieces)
+
+    def _add_long(self, sequences: list[int]) -> AttentionTile:
+        """Tiles of queries, longest first: the last ones of a causal prompt have the most keys."""
+        tile = self._tile(None)
+        step = max(1, tile.rows // self.group)
+        for i in sequences:
+            place, n = self._place(i), self.num_queries[i]
+            first = self.batch.context_lens[i] - n
+            for begin in reversed(range(0, n, step)):
+                end = min(begin + step, n)
+                kv_begin = self.batch.first_visible(first + begin)
+                self._add(place + begin, end - begin, i, kv_begin, first + end, -1, tile)
+        return tile
+
+    def _pieces(self, begin: int, end: int) -> list[tuple[int, int]]:
+        """[begin, end) cut at the multiples of the chunk."""
+        cuts = [begin, *range((begin // self.chunk + 1) * self.chunk, end, self.chunk), end]
+        return list(pairwise(cuts))
+
+    def _add(
+        self, place: int, num_places: int, sequence: int, kv_begin: int, kv_end: int, part: int, tile: AttentionTile
+    ) -> None:
+        first, last = min(self.positions[place : place + num_places]), max(self.positions[place : place + num_places])
+        size = tile.tile
+        full_begin = -(-max(kv_begin, self.batch.first_visible(last)) // size) * size
+        full_end = min(kv_end, first + 1) // size * size
+        if full_begin > full_end:
+            full_begin = full_end = kv_begin // size * size
+        self.items.append(Item(place, num_places, sequence, kv_begin, kv_end, full_begin, full_end, part))
+
+    def _to_tensors(
+        self, tile: AttentionTile | None, prefill_tile: AttentionTile | None, num_short: int, device: torch.device
+    ) -> WorkList:
+        batch = self.batch
+
+        def tensor(values: object) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=device)
+
+        width = max((len(table) for table in batch.kv_tables), default=0)
+        table = array("i")  # nested lists take torch three times as long, and contexts are long
+        for row in batch.kv_tables:
+            table.extend(array("i", row))
+            table.extend(array("i", [-1]) * (width - len(row)))
+        return WorkList(
+            tile=tile,
+            prefill_tile=prefill_tile,
+            items=tensor(self.items).view(-1, ITEM_FIELDS),
+            num_short=num_short,
+            tokens=tensor(self.tokens),
+            positions=tensor(self.positions),
+            parts=tensor(self.parts).view(-1, 2),
+            table=_from_array(table, device).view(len(batch.kv_tables), width),
+            num_parts=self.num_parts,
+        )
+
+
+def _from_array(numbers: "array[int]", device: torch.device) -> Tensor:
+    """`[numbers]` int32."""
+    if not numbers:  # which torch.frombuffer refuses
+        return torch.empty(0, dtype=torch.int32, device=device)
+    return torch.frombuffer(numbers, dtype=torch.int32).to(device)

@@ -1,0 +1,1 @@
+"""Matrices in the forms that they are multiplied in."""

@@ -1,0 +1,195 @@
+"""bfloat16 weights packed for the compiled products (`kernels/native`).
+
+Decoding on a CPU waits for the weights, and a prompt for the arithmetic.
+- A processor that multiplies bfloat16 (AVX512-BF16) computes as it is stored, with sums in float32 (`linear_bf16.cpp`).
+- Any other computes in float32. A bfloat16 number is the upper half of a float32, and to widen it takes a shift, in a
+  register: so the weights are read in half the bytes, and nothing is rounded but the sums (`linear.cpp`). A matrix with
+  a number that bfloat16 cannot hold has no such form.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from minirksc.errors import ConfigError
+from minirksc.kernels.native.check import is_plain, is_rows, refused
+from minirksc.kernels.native.ops import has_bf16_products, native, pointer
+
+BF16_PANEL = 32
+WIDENED_PANEL = 16
+"""Outputs that are packed side by side."""
+
+Empty = Callable[..., Tensor]
+"""Allocates the packed form, called as `torch.empty` is."""
+
+
+class Bf16Weight:
+    """A matrix in panels of 32 outputs, of each of which two consecutive inputs are one word.
+
+    A row's result does not depend on the rows that it is computed with.
+
+    Args:
+        packed: of `pack`.
+        shape: (out_features, in_features).
+
+    Attributes:
+        num_bytes: that a product reads.
+        dtype: of what it multiplies.
+    """
+
+    dtype = torch.bfloat16
+
+    def __init__(self, packed: Tensor, shape: tuple[int, int]) -> None:
+        self.num_bytes = packed.numel() * packed.itemsize
+        self._packed = packed  # [panels, in_features / 2, 32] int32
+        self._shape = shape
+
+    @staticmethod
+    def pack(weight: Tensor, empty: Empty = torch.empty) -> "Bf16Weight | None":
+        """Packs `[out_features, in_features]` bfloat16; None: not on this processor, or an odd number of inputs.
+
+        Raises:
+            ConfigError: it would misread the weight.
+        """
+        out_features, in_features = _shape(weight, Bf16Weight.dtype)
+        if not has_bf16_products or in_features % 2:
+            return None
+        weight = weight.contiguous()
+        packed = empty(-(-out_features // BF16_PANEL), in_features // 2, BF16_PANEL, dtype=torch.int32)
+        native.pack_weight_bf16(weight.data_ptr(), packed.data_ptr(), out_features, in_features)
+        return Bf16Weight(packed, (out_features, in_features))
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """These rows as they were given, `[indices]` int64 -> `[indices, in_features]` bfloat16.
+
+        Raises:
+            ConfigError: there is no such row.
+        """
+        return _unpacked(native.unpack_rows_bf16, self._packed, indices, self._shape, self.dtype)
+
+    def __call__(self, x: Tensor, bias: Tensor | None, in_float32: bool = False) -> Tensor:
+        """`[tokens, in_features]` bfloat16 -> x W^T + bias, `[tokens, out_features]`; on request as it is summed up.
+
+        Raises:
+            ConfigError: it would misread x or the bias.
+        """
+        check_product(x, bias, self._shape, self.dtype)
+        x = x.contiguous()
+        out_features, in_features = self._shape
+        num_tokens = x.shape[0]
+        out = x.new_empty(num_tokens, out_features, dtype=torch.float32 if in_float32 else None)
+        native.linear_bf16(
+            x.data_ptr(),
+            self._packed.data_ptr(),
+            pointer(bias),
+            out.data_ptr(),
+            num_tokens,
+            in_features,
+            out_features,
+            in_float32,
+        )
+        return out
+
+
+class WidenedWeight:
+    """A matrix in panels of 16 outputs, of which i and i + 8 are one word; multiplied in float32.
+
+    Args:
+        packed: of `pack`.
+        shape: (out_features, in_features).
+
+    Attributes:
+        num_bytes: that a product reads.
+        dtype: of what it multiplies.
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, packed: Tensor, shape: tuple[int, int]) -> None:
+        self.num_bytes = packed.numel() * packed.itemsize
+        self._packed = packed  # [panels, in_features, 8] int32
+        self._shape = shape
+
+    @staticmethod
+    def pack(weight: Tensor, empty: Empty = torch.empty) -> "WidenedWeight | None":
+        """Packs `[out_features, in_features]` float32; None: bfloat16 does not hold it exactly.
+
+        Raises:
+            ConfigError: it would misread the weight.
+        """
+        out_features, in_features = _shape(weight, WidenedWeight.dtype)
+        weight = weight.contiguous()
+        packed = empty(-(-out_features // WIDENED_PANEL), in_features, WIDENED_PANEL // 2, dtype=torch.int32)
+        is_exact = native.pack_weight(weight.data_ptr(), packed.data_ptr(), out_features, in_features)
+        return WidenedWeight(packed, (out_features, in_features)) if is_exact else None
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """These rows as they were given, `[indices]` int64 -> `[indices, in_features]` float32.
+
+        Raises:
+            ConfigError: there is no such row.
+        """
+        return _unpacked(native.unpack_rows, self._packed, indices, self._shape, self.dtype)
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`[tokens, in_features]` float32 -> x W^T + bias, `[tokens, out_features]`.
+
+        Raises:
+            ConfigError: it would misread x or the bias.
+        """
+        check_product(x, bias, self._shape, self.dtype)
+        x = x.contiguous()
+        out_features, in_features = self._shape
+        num_tokens = x.shape[0]
+        out = x.new_empty(num_tokens, out_features)
+        native.linear(
+            x.data_ptr(),
+            self._packed.data_ptr(),
+            pointer(bias),
+            out.data_ptr(),
+            num_tokens,
+            in_features,
+            out_features,
+        )
+        return out
+
+
+def check_product(x: Tensor, bias: Tensor | None, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Refuses what a product by a matrix of this shape would misread.
+
+    Args:
+        x: what is multiplied.
+        bias: what is added.
+        shape: (out_features, in_features).
+        dtype: of both.
+
+    Raises:
+        ConfigError: it is one of them.
+    """
+    out_features, in_features = shape
+    if not isinstance(x, Tensor) or x.dim() != 2 or not is_rows(x, dtype, x.shape[0], in_features):
+        raise refused("x", x, f"[tokens, {in_features}] {dtype} of the CPU")
+    if bias is not None and not is_plain(bias, dtype, out_features):
+        raise refused("bias", bias, f"[{out_features}] {dtype} of the CPU, contiguous")
+
+
+def _shape(weight: Tensor, dtype: torch.dtype) -> tuple[int, int]:
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not is_rows(weight, dtype, *weight.shape):
+        raise refused("weight", weight, f"[out_features, in_features] {dtype} of the CPU")
+    out_features, in_features = weight.shape
+    return out_features, in_features
+
+
+def _unpacked(
+    unpack: Callable[..., int], packed: Tensor, indices: Tensor, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    if not isinstance(indices, Tensor) or indices.dim() != 1 or not is_rows(indices, torch.int64, len(indices)):
+        raise refused("indices", indices, "[indices] int64 of the CPU")
+    out_features, in_features = shape
+    indices = indices.contiguous()
+    out = torch.empty(len(indices), in_features, dtype=dtype)
+    bad = unpack(packed.data_ptr(), indices.data_ptr(), out.data_ptr(), *out.shape, out_features)
+    if bad >= 0:
+        raise ConfigError(f"row {int(indices[bad])} is none of the matrix, which has 0 to {out_features - 1}")
+    return out

@@ -1,0 +1,5 @@
+"""`python -m minirksc.calibrate`; see `minirksc.cli.calibrate`."""
+
+from minirksc.cli.main import start
+
+start("calibrate")

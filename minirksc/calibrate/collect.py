@@ -1,0 +1,171 @@
+"""Collects evidence: solves problems without gates, several at once, and notes all that gates look at."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from minirksc.calibrate.evidence import BranchEvidence, Evidence, Failed
+from minirksc.errors import ConfigError, MinirkscError, NumericalError
+from minirksc.rksc.cgee import LayerExit, MarginRule
+from minirksc.rksc.solver import Solver, SolverConfig, default_hint
+from minirksc.rksc.tree import Node, Tree
+from minirksc.rksc.verify import Candidate, Verdict, Verifier
+
+if TYPE_CHECKING:
+    from minirksc.engine.branch import Branch
+    from minirksc.engine.gates import GateRows, Verdicts
+    from minirksc.llm import LLM
+    from minirksc.rksc.cgee import MakeLens
+
+BRANCHES_AT_ONCE = 24
+"""More at once gain little on a CPU, and an interruption loses them."""
+
+
+class Recorder(LayerExit):
+    """A layer exit that lets nobody leave, and notes the margin of every row after every layer but the last."""
+
+    def __init__(self, make_lens: "MakeLens", choices: tuple[int, int], num_layers: int) -> None:
+        self._record_lens = make_lens(choices)
+        super().__init__(self._record_lens, num_layers, margin=0.0, patience=1, start=0)
+        self.noted: dict[int, list[float]] = {}
+
+    def after_layer(self, layer: int, rows: "GateRows") -> "Verdicts":
+        """See `minirksc.engine.gates.DepthGate`."""
+        for row, is_end, (yes, no) in zip(rows.rows, rows.ends, self._record_lens(rows.last()).tolist(), strict=True):
+            if is_end:
+                self.noted.setdefault(row, []).append(yes - no)
+        return {}
+
+
+@dataclass(frozen=True)
+class Recording(MarginRule):
+    """Makes recorders, and keeps them."""
+
+    margin: float = 0.0
+    made: list[Recorder] = field(default_factory=list, compare=False)
+
+    def gate(self, make_lens: "MakeLens", choices: tuple[int, int], num_layers: int) -> Recorder:
+        """The recorder of one pass."""
+        self.made.append(Recorder(make_lens, choices, num_layers))
+        return self.made[-1]
+
+
+@dataclass
+class _Solve:
+    """One problem under way."""
+
+    problem: str
+    reference: str | None
+    tree: Tree
+    nodes: list[Node]
+
+
+class Collector(Solver):
+    """Solves problems without gates, and notes what gates would look at.
+
+    Args:
+        llm: as of `Solver`; with a tokenizer.
+        config: depth 1; what it says about gates is not used.
+
+    Raises:
+        ConfigError: depth is more than 1, sharing is semantic, or nobody is asked.
+    """
+
+    def __init__(self, llm: "LLM", config: SolverConfig) -> None:
+        if config.depth != 1:
+            raise ConfigError(f"depth={config.depth}: gates are calibrated for one round of decoding; use depth=1")
+        if config.sharing == "semantic":
+            raise ConfigError("sharing='semantic' is an approximation of its own; calibrate gates with sharing='exact'")
+        if config.verify == "never":
+            raise ConfigError("verify='never' asks nobody, so no gate can spare anything; use verify='always'")
+        super().__init__(llm, replace(config, verify="always", gates=None, policy="rksc", decode_exit="auto"))
+
+    def collect(self, problems: Sequence[tuple[str, str | None]], seeds: Sequence[int]) -> list[Evidence | Failed]:
+        """Evidence of problems that are decoded together; one that fails does not harm the others.
+
+        Args:
+            problems: text and, where it is known, the right answer.
+            seeds: of each: with one seed all problems would share their luck.
+        """
+        try:
+            return list(self._collect(problems, seeds))
+        except MinirkscError as error:
+            if len(problems) == 1:
+                return [Failed(str(error))]
+        pairs = zip(problems, seeds, strict=True)
+        return [one for problem, seed in pairs for one in self.collect([problem], [seed])]
+
+    def _collect(self, problems: Sequence[tuple[str, str | None]], seeds: Sequence[int]) -> list[Evidence]:
+        solves: list[_Solve] = []
+        with self.llm.engine.call() as call:
+            for (problem, reference), seed in zip(problems, seeds, strict=True):
+                tree = Tree(self.llm, call, share=self.config.sharing != "none", seed=seed)
+                solves.append(_Solve(problem, reference, tree, []))
+                solves[-1].nodes = self._plant(solves[-1])
+            self._extend(solves)
+            return self._judge_all(solves)
+
+    def _plant(self, one: _Solve) -> list[Node]:
+        branches, chat = self.config.branches, self._is_chat(one.problem)
+        hints = self.config.hints or [default_hint(k, chat) for k in range(branches)]
+        return one.tree.plant([self._prompt_ids(one.problem)] * branches, hints)
+
+    def _extend(self, solves: Sequence[_Solve]) -> None:
+        try:
+            branches = [node.branch for one in solves for node in one.nodes]
+            self.llm.extend(branches, replace(self.config.step_sampling, seed=None))
+        except NumericalError:  # after the others have ended; as in the solver, a branch that fails alone is left out
+            for one in solves:
+                one.nodes = [node for node in one.nodes if node.branch.finish_reason != "error"]
+                if not one.nodes:
+                    raise
+
+    def _judge_all(self, solves: Sequence[_Solve]) -> list[Evidence]:
+        """Asks about all branches at once where the question follows the branch, else problem by problem."""
+        at_once = [solves] if self.config.verify_style == "append" else [[one] for one in solves]
+        return [one for some in at_once for one in self._judge_together(some)]
+
+    def _judge_together(self, solves: Sequence[_Solve]) -> list[Evidence]:
+        config = self.config
+        nodes = [node for one in solves for node in one.nodes]
+        chat, share = self._is_chat(solves[0].problem), config.sharing != "none"
+        verifier = Verifier(self.llm, config.verify_style, chat=chat, share=share)
+        recording = Recording()
+        before = self.llm.stats()["num_prefilled_tokens"]
+        candidates = [Candidate(node.branch, self._answer_ids(node)) for node in nodes]
+        verdicts = verifier.ask(solves[0].problem, candidates, recording)
+        num_question_tokens = (self.llm.stats()["num_prefilled_tokens"] - before) / len(nodes)
+        noted = recording.made[0].noted if recording.made else {}
+        branches = [
+            self._branch(node.branch, verdict, noted.get(row, []))
+            for row, (node, verdict) in enumerate(zip(nodes, verdicts, strict=True))
+        ]
+        found, begin = [], 0
+        for one in solves:
+            end = begin + len(one.nodes)
+            num_layers = self.llm.spec.num_layers
+            found.append(Evidence(branches[begin:end], num_layers, num_question_tokens, one.reference))
+            begin = end
+        return found
+
+    def _branch(self, branch: "Branch", verdict: Verdict, margins: list[float]) -> BranchEvidence:
+        if verdict.probability is None:
+            raise NumericalError(str(verdict.error))
+        token_ids = list(branch.output_token_ids)
+        text = self.llm.decode(token_ids)
+        return BranchEvidence(
+            token_ids=token_ids,
+            text=text,
+            ends=[_num_final(self.llm.decode(token_ids[:count]), text) for count in range(1, len(token_ids) + 1)],
+            num_hidden=len(text) - len(branch.text),
+            finish_reason=str(branch.finish_reason),
+            signals=branch.signals,
+            probability=verdict.probability,
+            margins=margins,
+        )
+
+
+def _num_final(text: str, whole: str) -> int:
+    """Characters that both begin with: the last of a text may be half a character."""
+    pairs = enumerate(zip(text, whole, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(text), len(whole)))

@@ -1,0 +1,170 @@
+"""GGUF file to checkpoint folder: config.json, model.safetensors, tokenizer.json and their companions.
+
+The `gguf` package reads and dequantises; here names and conventions are translated back. For Llama, llama.cpp
+stores the rows of q and k with rotary pairs side by side, Hugging Face checkpoints with halves apart; for Gemma it
+stores norm weights plus one. What cannot be translated exactly is refused by name, never dropped.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minirksc.checkpoints.gguf_config import (
+    ARCHITECTURES,
+    ROPE_FACTORS,
+    expected_shapes,
+    hf_name,
+    is_norm,
+    make_config,
+    part_of,
+)
+from minirksc.checkpoints.gguf_fields import GgufFields
+from minirksc.checkpoints.gguf_header import check_header
+from minirksc.checkpoints.gguf_tokenizer import CONTROL, adds_bos, build_tokenizer, token_id
+from minirksc.errors import CheckpointError
+
+ITEM_BYTES = {"bfloat16": 2, "float32": 4}
+DTYPES = tuple(ITEM_BYTES)
+FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
+
+class GgufModel:
+    """An opened GGUF file that can be translated.
+
+    Args:
+        source: the file.
+
+    Raises:
+        CheckpointError: it is no GGUF file, or holds what cannot be translated.
+    """
+
+    def __init__(self, source: Path) -> None:
+        try:
+            import gguf
+        except ImportError as error:
+            raise CheckpointError("reading GGUF files needs the gguf package: pip install 'minirksc[demo]'") from error
+        check_header(source)
+        try:
+            self._reader = gguf.GGUFReader(source)
+            fields = {name: field.contents() for name, field in self._reader.fields.items()}
+        except Exception as error:  # of a damaged file, whatever the reader stumbles over
+            raise CheckpointError(f"{source} is not a readable GGUF file: {error}") from error
+        name = fields.get("general.architecture")
+        if not isinstance(name, str) or name not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise CheckpointError(f"{source}: architecture {name!r:.80} cannot be imported; known: {known}")
+        self._source = source
+        self._arch = ARCHITECTURES[name]
+        self._chat_template = fields.get("tokenizer.chat_template")
+        self._tokens = GgufFields(source, fields, "tokenizer.ggml.")
+        self._shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in self._reader.tensors}
+        factors = next((t.data.tolist() for t in self._reader.tensors if t.name == ROPE_FACTORS), None)
+        self._config = make_config(self._arch, GgufFields(source, fields, f"{name}."), self._shapes, factors)
+        self._shapes.pop(ROPE_FACTORS, None)  # the config says the same
+        self._check_tensors()
+        self._tokenizer = build_tokenizer(self._tokens, is_gemma=name == "gemma3")
+
+    def num_bytes(self, dtype: str) -> int:
+        """About how many bytes the checkpoint takes; the tokenizer's share is a guess.
+
+        Args:
+            dtype: of the weights, "bfloat16" or "float32".
+        """
+        num_weights = sum(int(np.prod(shape)) for shape in self._shapes.values())
+        return num_weights * ITEM_BYTES[dtype] + 3 * int(self._reader.data_offset)
+
+    def write(self, folder: Path, dtype: str, on_tensor: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Writes the checkpoint into an existing, empty folder.
+
+        Args:
+            folder: where the files go.
+            dtype: of the weights, "bfloat16" or "float32".
+            on_tensor: called with (tensors done, tensors in all).
+
+        Raises:
+            CheckpointError: a tensor is damaged or of a kind that cannot be dequantised.
+            OSError, safetensors.SafetensorError: a file cannot be written.
+        """
+        import gguf
+        import torch
+        from safetensors.torch import save_file
+
+        weights = {}
+        tensors = [tensor for tensor in self._reader.tensors if tensor.name in self._shapes]
+        for done, tensor in enumerate(tensors):
+            try:
+                data = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+            except (NotImplementedError, ValueError) as error:
+                raise CheckpointError(f"{self._source}: tensor {tensor.name} cannot be dequantised: {error}") from error
+            data = data.reshape(self._shapes[tensor.name])
+            if self._arch.is_interleaved and part_of(tensor.name) in ("attn_q", "attn_k"):
+                data = _halves_apart(data, self._config["head_dim"])
+            if is_norm(tensor.name):
+                data = data - self._arch.norm_offset
+            weights[hf_name(self._arch, tensor.name)] = data.to(getattr(torch, dtype)).contiguous()
+            on_tensor(done + 1, len(tensors))
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        self._tokenizer.save(str(folder / "tokenizer.json"))
+        for name, content in self._json_files(dtype):
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            (folder / name).write_text(text, encoding="utf-8")
+
+    def _check_tensors(self) -> None:
+        """Every tensor of the model is there with its shape, and no other is."""
+        expected = dict(expected_shapes(self._arch, self._config))
+        problems = [f"{name} is missing" for name in expected.keys() - self._shapes.keys()]
+        problems += [f"{name} is not known" for name in self._shapes.keys() - expected.keys()]
+        problems += [
+            f"{name} is {list(shape)} and should be {list(expected[name])}"
+            for name, shape in self._shapes.items()
+            if expected.get(name, shape) != shape
+        ]
+        if problems:
+            more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise CheckpointError(
+                f"the tensors of {self._source} do not fit a {self._arch.model_type}: "
+                f"{'; '.join(sorted(problems)[:5])}{more}"
+            )
+
+    def _json_files(self, dtype: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        tokens = self._tokens
+        sources = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+        found = {name: token_id(tokens, source) for name, source in sources.items()}
+        ids = {name: i for name, i in found.items() if i is not None}
+        words = tokens["tokens"]
+        settings: dict[str, Any] = {f"{name}_token": words[i] for name, i in ids.items()}
+        settings |= {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": self._config["max_position_embeddings"],
+            "clean_up_tokenization_spaces": False,
+            "add_bos_token": adds_bos(tokens),
+        }
+        if self._chat_template is not None:
+            settings["chat_template"] = self._chat_template
+        model_ids: dict[str, Any] = {f"{name}_token_id": ids[name] for name in ("bos", "eos", "pad") if name in ids}
+        ends = self._end_ids()
+        if len(ends) > 1:
+            model_ids["eos_token_id"] = ends
+        yield "config.json", {**self._config, **model_ids, "torch_dtype": dtype}
+        yield "generation_config.json", model_ids
+        yield "tokenizer_config.json", settings
+
+    def _end_ids(self) -> list[int]:
+        """Whatever ends a turn or a message ends generation too."""
+        tokens = self._tokens
+        named = [
+            i
+            for i, (word, kind) in enumerate(zip(tokens["tokens"], tokens["token_type"], strict=True))
+            if kind == CONTROL and word in self._arch.end_tokens
+        ]
+        ends = [token_id(tokens, name) for name in ("eos", "eot", "eom")]
+        return list(dict.fromkeys(i for i in (*ends, *named) if i is not None))
+
+
+def _halves_apart(rows: Any, head_dim: int) -> Any:
+    """Rows of each head from (x0, y0, x1, y1, ...) to (x0, x1, ..., y0, y1, ...)."""
+    pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])  # [heads, head_dim / 2, 2, ...]
+    return pairs.transpose(1, 2).reshape(rows.shape)

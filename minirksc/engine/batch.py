@@ -1,0 +1,131 @@
+"""From a schedule to the tensors of one forward pass."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minirksc.cache.rsbcm import BlockCopy, BlockManager
+from minirksc.engine.scheduler import Schedule, ScheduledRequest
+from minirksc.kernels.attention.batch import AttentionBatch
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsRows:
+    """Rows of the logits that belong to one scheduled request: `[begin, end)`, from position `first` on."""
+
+    item: ScheduledRequest
+    begin: int
+    end: int
+    first: int
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """One step's input; tokens of all requests are flattened into one dimension.
+
+    Attributes:
+        token_ids: `[tokens]` int64.
+        positions: `[tokens]` int64, place of each token in its sequence.
+        sequence_lens: `[tokens]` int64, known length of each token's sequence, tokens of later steps included.
+        attention: where queries and keys are, by the window of the layers.
+        logits_rows: `[rows]` int64, tokens whose logits are computed; None: all of them.
+        wanted: whose logits these are, in order.
+        copies: blocks to copy before anything is written.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    sequence_lens: Tensor
+    attention: dict[int | None, AttentionBatch]
+    logits_rows: Tensor | None
+    wanted: list[LogitsRows]
+    copies: list[BlockCopy]
+
+
+def build_batch(
+    step: Schedule,
+    blocks: BlockManager,
+    windows: Collection[int | None],
+    device: torch.device,
+    key_chunk: int | None,
+) -> ForwardBatch:
+    """Flattens what the scheduler chose.
+
+    Args:
+        step: the schedule.
+        blocks: whose tables the sequences are in.
+        windows: those of the model's layers.
+        device: of the tensors.
+        key_chunk: see `AttentionBatch`.
+    """
+    token_ids: list[int] = []
+    positions: list[int] = []
+    sequence_lens: list[int] = []
+    cu_seqlens_q = [0]
+    logits_rows: list[int] = []
+    wanted: list[LogitsRows] = []
+    for item in step.scheduled:
+        tokens = item.request.sequence.token_ids
+        end = item.first + item.num_tokens
+        row = len(token_ids)
+        token_ids += tokens[item.first : end]
+        positions += range(item.first, end)
+        sequence_lens += [len(tokens)] * item.num_tokens
+        cu_seqlens_q.append(len(token_ids))
+        first = _first_logits_position(item)
+        if first < end:
+            begin = len(logits_rows)
+            logits_rows += range(row + first - item.first, row + item.num_tokens)
+            wanted.append(LogitsRows(item, begin, len(logits_rows), first))
+    size = blocks.block_size
+    seq_ids = [item.request.sequence.seq_id for item in step.scheduled]
+    context_lens = [item.first + item.num_tokens for item in step.scheduled]
+    block_tables = [blocks.block_table(seq_id) for seq_id in seq_ids]
+    window_tables = [blocks.window_table(seq_id) for seq_id in seq_ids] if any(windows) else []
+
+    def attention(window: int | None) -> AttentionBatch:
+        kv_tables = block_tables if window is None else window_tables
+        slots = torch.tensor(
+            [
+                table[p // size] * size + p % size
+                for item, table in zip(step.scheduled, kv_tables, strict=True)
+                for p in range(item.first, item.first + item.num_tokens)
+            ],
+            device=device,
+        )
+        return AttentionBatch(
+            cu_seqlens_q,
+            context_lens,
+            block_tables,
+            kv_tables,
+            slots,
+            block_size=size,
+            device=device,
+            window=window,
+            key_chunk=key_chunk,
+        )
+
+    return ForwardBatch(
+        token_ids=torch.tensor(token_ids, device=device),
+        positions=torch.tensor(positions, device=device),
+        sequence_lens=torch.tensor(sequence_lens, device=device),
+        attention={window: attention(window) for window in windows},
+        logits_rows=None
+        if len(logits_rows) == len(token_ids)
+        else torch.tensor(logits_rows, dtype=torch.int64, device=device),
+        wanted=wanted,
+        copies=[copy for item in step.scheduled for copy in item.copies],
+    )
+
+
+def _first_logits_position(item: ScheduledRequest) -> int:
+    """First position of the item whose logits are wanted; its end when none is."""
+    end = item.first + item.num_tokens
+    start = end
+    if item.request.logits_start is not None:
+        start = max(item.first, item.request.logits_start)
+    if item.completes and item.request.checker is not None:
+        start = min(start, end - 1)
+    return min(start, end)

@@ -1,0 +1,264 @@
+"""Who is in an engine right now, and who left it half way.
+
+Python may leave a function at any line: for a signal, for want of memory, for an exception of a callback; and once more
+in the `finally` that cleans up after it. So nothing here relies on cleaning up. Whoever is in the engine leaves a mark,
+which is its own frame. A mark whose frame is on no thread's stack any more was left behind, and whoever enters next
+puts things in order first; a mark of a frame that still runs says that the engine is busy.
+"""
+
+import os
+import sys
+import weakref
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from threading import get_ident
+from types import FrameType, TracebackType
+
+import torch
+
+from minirksc.engine import forks
+from minirksc.engine.request import Request, Sequence
+from minirksc.engine.torch_modes import TorchModes
+from minirksc.errors import EngineBusyError, EngineForkedError
+
+
+class Mark:
+    """A function while it runs.
+
+    Args:
+        frame: of the function, which the calling thread is executing.
+        modes: what torch's modes were before it, where it changes them.
+    """
+
+    __slots__ = ("_frame", "_modes", "_thread_id")
+
+    def __init__(self, frame: FrameType, modes: TorchModes | None = None) -> None:
+        self._frame: FrameType | None = frame
+        self._thread_id = get_ident()
+        self._modes = modes
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this thread has left it."""
+        return self._thread_id == get_ident()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether some thread is still executing it."""
+        frame = sys._getframe(1) if self.is_own else sys._current_frames().get(self._thread_id)
+        while frame is not None:
+            if frame is self._frame:
+                return True
+            frame = frame.f_back
+        return False
+
+    def forget(self) -> None:
+        """Lets go of the function's frame, and of all that its variables hold."""
+        self._frame = None
+
+    def restore_modes(self) -> None:
+        """Switches off what the function has left on in torch; modes are a thread's own."""
+        if self.is_own and self._modes is not None:
+            self._modes.restore()
+
+
+class Marked:
+    """A `with` block on it is to be run to its end: where it is left half way, its mark stays.
+
+    Args:
+        keeps_modes: it changes torch's modes, which are noted before.
+    """
+
+    def __init__(self, keeps_modes: bool = False) -> None:
+        self.mark: Mark | None = None
+        self._keeps_modes = keeps_modes
+
+    def __enter__(self) -> None:
+        self.mark = Mark(sys._getframe(1), TorchModes() if self._keeps_modes else None)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.mark = None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether some thread is in the block."""
+        return self.mark is not None and self.mark.is_running
+
+
+class Call:
+    """One call from outside, and what it has in the engine; all of it goes when the call ends.
+
+    Args:
+        end: called with this at the end of a `with` block on it.
+        mark: of the function that makes the call.
+        is_alive: for a generator, which may rest between two steps: whether it can still go on.
+
+    Attributes:
+        requests: added for it; aborted with it.
+        sequences: made for it; released with it, unless they are taken out in the end, as somebody's handles.
+    """
+
+    def __init__(self, end: Callable[["Call"], None], mark: Mark, is_alive: Callable[[], bool] | None = None) -> None:
+        self.requests: list[Request] = []
+        self.sequences: list[Sequence] = []
+        self._end = end
+        self._mark = mark
+        self._is_alive = is_alive
+
+    def __enter__(self) -> "Call":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._end(self)
+
+    def close(self) -> None:
+        """Nothing of it is left in the engine."""
+        self._mark.forget()  # whose variables hold this
+
+    @property
+    def is_over(self) -> bool:
+        """True when it has ended, whether or not it came to say so."""
+        return not (self._mark.is_running if self._is_alive is None else self._is_alive())
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """True while another thread is executing it."""
+        return not self._mark.is_own and self._mark.is_running
+
+
+class Handle(weakref.ref[object]):
+    """A reference to the object that a kept sequence goes with; its callback tells that the object is gone.
+
+    Attributes:
+        sequence: that nobody needs then.
+    """
+
+    __slots__ = ("sequence",)
+    sequence: Sequence
+
+
+class Interruptible(ABC):
+    """What one thread at a time is in, and may leave at any line.
+
+    Args:
+        device: on which it computes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._changes = Marked()  # of what must be whole: tables, counts and queues
+        self._stepping = Marked(keeps_modes=True)  # what it computes is not written yet
+        self._calls: list[Call] = []
+        self._handles: dict[int, Handle] = {}  # by seq_id
+        self._dropped: deque[Handle] = deque()  # whose owner is gone
+        self._pid = os.getpid()
+        self._on_device = device
+
+    def call(self, is_alive: Callable[[], bool] | None = None) -> Call:
+        """Begins a call of the function that asks for it; what is added for it ends with it, however it ends.
+
+        Args:
+            is_alive: for a generator: whether it can still go on.
+
+        Raises:
+            EngineBusyError, EngineForkedError.
+        """
+        self._enter()
+        call = Call(self._end_call, Mark(sys._getframe(1)), is_alive)
+        self._calls.append(call)
+        return call
+
+    def release_with(self, owner: object, sequence: Sequence) -> None:
+        """Releases a kept sequence once an object is gone, if nobody has done so before."""
+        # Told at any moment and in any thread, so by something that runs no Python: an error in it would be lost.
+        handle = Handle(owner, self._dropped.append)
+        handle.sequence = sequence
+        self._handles[sequence.seq_id] = handle
+
+    @abstractmethod
+    def _abort(self, request: Request) -> None:
+        """Ends a request, if it has not finished."""
+
+    @abstractmethod
+    def _release(self, sequence: Sequence) -> None:
+        """Gives back what a sequence holds."""
+
+    @abstractmethod
+    def _preempt(self) -> None:
+        """After a step that was left half way."""
+
+    @abstractmethod
+    def _restart(self) -> None:
+        """After changes that were left half way: all is made anew from what cannot be half done."""
+
+    def _let_go(self, sequence: Sequence) -> None:
+        self._handles.pop(sequence.seq_id, None)
+
+    def _enter(self) -> None:
+        """Whoever is about to change something comes in here.
+
+        Raises:
+            EngineBusyError: another thread is inside, or a step of this one.
+            EngineForkedError: this process is a child in which nothing can be computed.
+        """
+        if os.getpid() != self._pid and (reason := forks.why_not(self._on_device)) is not None:
+            raise EngineForkedError(
+                f"this engine was made in process {self._pid} and is used in its child {os.getpid()}: {reason}; "
+                "make it in the child, or use threads=1 on a CPU"
+            )
+        if not self._mend():
+            raise EngineBusyError(
+                "the engine is in the midst of a step or of another thread's call; one thread at a time drives it, "
+                "and callbacks inside a step only look (on_step of extend() runs between steps)"
+            )
+
+    def _mend(self) -> bool:
+        """Puts in order what was left half way; False: somebody is inside, look only."""
+        if self._changes.is_running or self._stepping.is_running:
+            return False
+        over = []
+        for call in self._calls:
+            if call.is_over:
+                over.append(call)
+            elif call.is_elsewhere:
+                return False
+        if self._stepping.mark is not None or self._changes.mark is not None:
+            self._mend_step()
+        for call in over:
+            with self._changes:
+                self._give_back(call)
+        while self._dropped:
+            with self._changes:
+                self._release(self._dropped[0].sequence)
+                self._dropped.popleft()
+        return True
+
+    def _mend_step(self) -> None:
+        if self._stepping.mark is not None:
+            self._stepping.mark.restore_modes()
+        is_whole = self._changes.mark is None
+        with self._changes:
+            if is_whole:
+                self._preempt()
+            else:
+                self._restart()
+        self._stepping.mark = None
+
+    def _end_call(self, call: Call) -> None:
+        self._enter()
+        with self._changes:
+            self._give_back(call)
+
+    def _give_back(self, call: Call) -> None:
+        for request in call.requests:
+            self._abort(request)
+        for sequence in call.sequences:
+            self._release(sequence)
+        if call in self._calls:
+            self._calls.remove(call)
+        call.close()

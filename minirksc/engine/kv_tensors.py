@@ -1,0 +1,104 @@
+"""The KV cache as tensors: what the block manager's numbers point at.
+
+Layers that see everything keep the KV of every token. Where such layers are mixed with layers that have a window,
+the latter keep only the blocks in view, in a pool of their own: a block of theirs is numbered apart. Layers of one
+kind and shape are one tensor, so that blocks are copied in all of them at once; in int8, one more for their scales.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from minirksc.cache.rsbcm import BlockBytes, BlockCopy
+from minirksc.kernels.backend import Backend
+from minirksc.kernels.huge_pages import empty
+from minirksc.kernels.kv.layer_cache import LayerCache
+from minirksc.models.spec import ArchSpec, LayerSpec
+
+SCALE_BYTES = 4
+"""A float32 number of each token and head, for its key and for its value, where these are int8."""
+
+
+def block_bytes(spec: ArchSpec, block_size: int, dtype: torch.dtype, retained_window: int | None) -> BlockBytes:
+    """What a block takes.
+
+    Args:
+        spec: the architecture.
+        block_size: tokens a block.
+        dtype: of the cache; int8 has scales besides.
+        retained_window: tokens that layers with a window keep; None: they keep all.
+    """
+    full = window = 0
+    for layer in spec.layers:
+        if layer.kv_layer is not None:
+            continue
+        head_bytes = layer.head_dim * dtype.itemsize + (SCALE_BYTES if dtype == torch.int8 else 0)
+        num_bytes = block_size * 2 * layer.num_kv_heads * head_bytes
+        if retained_window is None or layer.window is None:
+            full += num_bytes
+        else:
+            window += num_bytes
+    return BlockBytes(full, window)
+
+
+class KvCache:
+    """Keys and values of all layers.
+
+    Args:
+        spec: the architecture.
+        num_blocks: of the layers that keep every block.
+        num_window_blocks: of the layers that keep a window; 0: there are none apart.
+        block_size: tokens a block.
+        dtype: of keys and values; int8 has scales besides.
+        device: where they are.
+        backend: whose cache it is.
+
+    Attributes:
+        layers: of each layer, with `num_blocks` or `num_window_blocks` blocks.
+        dtype: of keys and values.
+    """
+
+    def __init__(
+        self,
+        spec: ArchSpec,
+        num_blocks: int,
+        num_window_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        backend: Backend,
+    ) -> None:
+        def kind(layer: LayerSpec) -> tuple[bool, int, int]:
+            has_pool_apart = num_window_blocks > 0 and layer.window is not None
+            return has_pool_apart, layer.num_kv_heads, layer.head_dim
+
+        members: dict[tuple[bool, int, int], list[int]] = {}
+        for index, layer in enumerate(spec.layers):
+            if layer.kv_layer is None:
+                members.setdefault(kind(layer), []).append(index)
+        # Not zeroed: nothing reads a slot before it is written, and untouched pages cost neither time nor memory.
+        self._tensors: dict[tuple[bool, int, int], LayerCache] = {}  # of all layers of a kind
+        own: dict[int, LayerCache] = {}
+        for key, indices in members.items():
+            has_pool_apart, num_kv_heads, head_dim = key
+            blocks = len(indices), num_window_blocks if has_pool_apart else num_blocks
+            shape = *blocks, *backend.block_shape(spec.num_heads, num_kv_heads, head_dim, block_size, dtype)
+            kv = empty(*shape, dtype=dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
+            scales = torch.empty(shape[:-1], dtype=torch.float32, device=device) if dtype == torch.int8 else None
+            self._tensors[key] = LayerCache(kv, scales)
+            for i, index in enumerate(indices):
+                own[index] = LayerCache(kv[i], None if scales is None else scales[i])
+        self.layers: Sequence[LayerCache] = [
+            own[index if layer.kv_layer is None else layer.kv_layer] for index, layer in enumerate(spec.layers)
+        ]
+        self.dtype = dtype
+        self._copy_blocks = backend.copy_blocks
+
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
+        """Copies blocks in every layer; all sources are read before any destination is written."""
+        full = [(copy.source, copy.destination) for copy in copies]
+        # A block that no window reaches has no room in the pool apart.
+        window = [(c.window_source, c.window_destination) for c in copies if c.window_destination >= 0]
+        for (has_pool_apart, *_), tensors in self._tensors.items():
+            for tensor in filter(torch.is_tensor, tensors):
+                self._copy_blocks(tensor, window if has_pool_apart else full)

@@ -1,0 +1,277 @@
+"""What the engine works on: token sequences, requests that generate on them, and the results.
+
+A `Sequence` is tokens with (perhaps) KV blocks; it outlives a request when it belongs to a branch. A
+`Request` is one generation on a sequence. Knows neither torch nor how anything is computed.
+"""
+
+import hashlib
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from minirksc.engine.gates import Seat
+from minirksc.engine.signals import TokenSignals
+from minirksc.engine.stopping import StopChecker, TextSource
+from minirksc.errors import ConfigError, MinirkscError, brief
+from minirksc.options import SamplingParams
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LogitsCallback = Callable[[int, "Tensor"], None]
+"""Called with (position of the first row, logits `[rows, vocab]` float32), chunk by chunk; what is to be kept of the
+logits is copied, since the next step overwrites them. What it raises ends the step, which is then computed again."""
+
+
+Salt = str | bytes
+"""Whose a prompt is: prompts share cached blocks with those of the same salt alone, or with those that have none."""
+
+
+def salt_key(salt: Salt | None) -> bytes:
+    """What keeps the blocks of a salt apart from all others; b"" for none. Text counts as its UTF-8.
+
+    Raises:
+        ConfigError: it is empty, or neither text nor bytes.
+    """
+    if salt is None:
+        return b""
+    spelt = salt.encode("utf-8", "surrogatepass") if isinstance(salt, str) else salt
+    if not isinstance(spelt, bytes) or not spelt:
+        raise ConfigError(f"salt {brief(salt)} must be text or bytes, and not empty; leave it out to share with all")
+    return hashlib.sha256(spelt).digest()  # of one length: none is the beginning of another
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens that one block table holds, or will hold.
+
+    Attributes:
+        seq_id: key of the block table in the `BlockManager`.
+        token_ids: prompt, hints and generated tokens, in order. KV exists for a prefix of them.
+        salt: sequences with different salts never share a block.
+        path: place in the reasoning tree, () for a root; keys the random numbers.
+        depth: of its node in the reasoning tree.
+        kept: a branch owns it: its blocks stay when a request on it ends.
+        branch_seed: seed that its branch's samples use where the sampling parameters give none.
+        owner: stands for the engine that made it; None once that has released it.
+    """
+
+    seq_id: int
+    token_ids: list[int]
+    salt: bytes = b""
+    path: tuple[int, ...] = ()
+    depth: int = 0
+    kept: bool = False
+    branch_seed: int = 0
+    owner: object = None
+
+
+class RequestState(Enum):
+    """Where a request is in its life."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One generation: extend a sequence by up to params.max_tokens tokens.
+
+    Attributes:
+        request_id: unique in its engine.
+        sequence: what is extended.
+        params: resolved sampling parameters.
+        seed: of the random numbers.
+        num_prompt_tokens: length of the sequence when the request was made.
+        checker: decides when it ends and what text is final; None: it only computes the prompt's KV.
+        logits_start: logits of positions from here on go to on_logits; None: no logits wanted.
+        on_logits: see `LogitsCallback`; after a preemption in the midst of them positions may come twice.
+        seat: its place at a depth gate; None: it goes through all layers.
+        earlier_output_ids: what was generated on the sequence before, for presence and frequency penalties.
+        detokenizer: as the generation before on the sequence left it; None: the text begins here.
+        num_taken_out: of its output, tokens at the end that were taken out of the sequence again.
+        num_cached_tokens: prompt tokens whose KV was found and not computed, at first admission; whole blocks, since
+            by more one could learn another's prompt token by token.
+        output_token_ids, logprobs, signals: one entry a generated token.
+        finish_reason: "stop", "length", "abort" or "error" at the end; "gate" when a gate ended it, or what
+            `Engine.abort` was given.
+        exit_layer: layers that it went through before a gate ended it; None: all.
+        num_saved_layer_rows: its tokens times the layers that a gate spared them.
+    """
+
+    request_id: int
+    sequence: Sequence
+    params: SamplingParams
+    seed: int
+    num_prompt_tokens: int
+    checker: StopChecker | None
+    logits_start: int | None = None
+    on_logits: LogitsCallback | None = None
+    seat: Seat | None = None
+    earlier_output_ids: SequenceOf[int] = ()
+    detokenizer: TextSource | None = None
+    num_taken_out: int = 0
+    state: RequestState = RequestState.WAITING
+    num_cached_tokens: int | None = None
+    output_token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    signals: TokenSignals = field(default_factory=TokenSignals)
+    finish_reason: str | None = None
+    exit_layer: int | None = None
+    num_saved_layer_rows: int = 0
+    error: Exception | None = None
+
+    @property
+    def finished(self) -> bool:
+        """True when nothing more will be computed for it."""
+        return self.state is RequestState.FINISHED
+
+    @property
+    def pieces(self) -> SequenceOf[str]:
+        """`text`, in the pieces that it came in."""
+        return () if self.checker is None else self.checker.pieces
+
+    @property
+    def text(self) -> str:
+        """Generated text that is final so far: never half a character or the beginning of a stop string."""
+        return "" if self.checker is None else self.checker.text
+
+    def flush(self) -> None:
+        """Gives out the text that is held back, before the end; a tokenizer that fails on it is its own error."""
+        if self.checker is not None:
+            try:
+                self.checker.flush()
+            except MinirkscError as error:
+                self.error = error
+
+    def put_in_order(self, make_checker: Callable[["Request"], StopChecker]) -> None:
+        """After an interruption at any line: what is whole of its output stays, and the rest follows from it."""
+        if self.checker is not None and self.finish_reason is None:
+            columns: list[list[Any]] = [self.output_token_ids, self.logprobs]
+            columns += [self.signals.top1, self.signals.self_certainty]
+            if self.params.logprobs is not None:
+                columns.append(self.top_logprobs)
+            num_whole = min(map(len, columns))
+            for column in columns:
+                del column[num_whole:]
+            self.sequence.token_ids[self.num_prompt_tokens :] = self.output_token_ids
+            self.checker = make_checker(self)
+            try:
+                for token_id in self.output_token_ids:
+                    self.checker.push(token_id)
+                self.finish_reason = self.checker.finish_reason
+            except MinirkscError as error:  # its tokenizer's
+                self.error, self.finish_reason = error, "error"
+        self.state = RequestState.WAITING if self.finish_reason is None else RequestState.FINISHED
+
+    @property
+    def uses_cache(self) -> bool:
+        """Cached tokens have no logits and no hidden states: who wants those of its prompt computes it whole."""
+        if self.seat is not None and self.seat.sees_all:
+            return False
+        return self.logits_start is None or self.logits_start >= len(self.sequence.token_ids) - 1
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One generated sample.
+
+    Attributes:
+        index: which of the prompt's n samples.
+        text: without the stop string unless it was asked for.
+        token_ids: generated tokens, the one that ended it included.
+        cumulative_logprob: sum over token_ids, under the raw model distribution.
+        logprobs: per token {token id: logprob}, the chosen token and the top k; None unless asked for.
+        finish_reason: "stop", "abort" or "error"; "length" at max_tokens, or before where the cache has no room.
+        stop_reason: the stop string or token id that ended it; None for EOS and length.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float
+    logprobs: list[dict[int, float]] | None
+    finish_reason: str | None
+    stop_reason: str | int | None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """Everything that one prompt gave.
+
+    Attributes:
+        request_id: of the first sample.
+        prompt: the text, None when token ids were given.
+        prompt_token_ids: what the model saw.
+        outputs: one a sample.
+        num_cached_tokens: prompt tokens that the first sample took from the prefix cache, in whole blocks.
+        prompt_logprobs: per prompt token {token id: logprob} (None for the first); None unless asked for.
+        error: why the prompt failed, when errors are returned instead of raised.
+    """
+
+    request_id: int
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    num_cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, float] | None] | None = None
+    error: Exception | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class StreamChunk:
+    """New text of one sample, safe to show.
+
+    Attributes:
+        index: which of the prompt's n samples.
+        text: new since the last chunk; never half a character or the beginning of a stop string.
+        token_ids: new since the last chunk.
+        finish_reason: None until the sample's last chunk, which may have neither text nor tokens.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+
+
+class ChunkReader:
+    """Reads a request piece by piece: each reader gets everything exactly once, whoever steps the engine.
+
+    Args:
+        request: what is read.
+        index: which of the prompt's n samples it is.
+    """
+
+    def __init__(self, request: Request, index: int) -> None:
+        self._request = request
+        self._index = index
+        self._num_pieces = 0
+        self._num_tokens = 0
+        self._has_ended = False
+
+    def read(self) -> StreamChunk | None:
+        """What is new since the last time, the end included; None when nothing is.
+
+        Raises:
+            MinirkscError: the request has failed, and all that came before has been read.
+        """
+        request = self._request
+        pieces = request.pieces[self._num_pieces :]
+        token_ids = request.output_token_ids[self._num_tokens :]
+        self._num_pieces += len(pieces)
+        self._num_tokens += len(token_ids)
+        if request.error is not None and not token_ids:
+            raise request.error
+        ends = request.finished and request.error is None
+        if self._has_ended or not (token_ids or pieces or ends):
+            return None
+        self._has_ended = ends
+        return StreamChunk(self._index, "".join(pieces), token_ids, request.finish_reason if ends else None)
+
+
+Stats = dict[str, Any]

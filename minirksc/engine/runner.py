@@ -1,0 +1,65 @@
+"""Owns the model and the KV cache, and runs one `ForwardBatch`."""
+
+import torch
+from torch import Tensor
+
+from minirksc.engine.batch import ForwardBatch
+from minirksc.engine.depth import Depth
+from minirksc.engine.graphs import DecodeGraphs
+from minirksc.engine.kv_tensors import KvCache
+from minirksc.engine.tapes import DecodeTapes
+from minirksc.models.decoder import Decoder, MassSample
+
+
+class Runner:
+    """Model and cache.
+
+    Args:
+        model: the decoder.
+        num_blocks: of the KV cache.
+        num_window_blocks: of the layers whose window has a pool apart; 0: there are none.
+        block_size: tokens a block.
+        kv_dtype: of the KV cache: the model's or int8.
+
+    Attributes:
+        recorded: serves decode steps where it can; None: every step runs as it is.
+    """
+
+    def __init__(
+        self, model: Decoder, num_blocks: int, num_window_blocks: int, block_size: int, kv_dtype: torch.dtype
+    ) -> None:
+        self.model = model
+        self.recorded: DecodeGraphs | DecodeTapes | None = None
+        self.cache = KvCache(
+            model.spec, num_blocks, num_window_blocks, block_size, kv_dtype, model.device, model.backend
+        )
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch, depth: Depth | None = None, mass: MassSample | None = None) -> Tensor:
+        """Copies blocks, writes the new KV, and returns logits `[rows, vocab]` float32.
+
+        Args:
+            batch: the step.
+            depth: its gates; the logits are then those of `depth.wanted`.
+            mass: see `Decoder.forward`.
+        """
+        if batch.copies:
+            self.cache.copy(batch.copies)
+        if self.recorded is not None and depth is None:
+            logits = self.recorded.forward(batch, mass)
+            if logits is not None:
+                return logits
+        return self.model.forward(
+            batch.token_ids,
+            batch.positions,
+            batch.sequence_lens,
+            batch.attention,
+            self.cache.layers,
+            batch.logits_rows,
+            depth,
+            mass,
+        )
+
+    def copy_kv(self, layer: int, sources: Tensor, destinations: Tensor, shifts: Tensor) -> None:
+        """Copies KV within one layer's cache; see `Decoder.copy_kv`."""
+        self.model.copy_kv(layer, self.cache.layers[layer], sources, destinations, shifts)

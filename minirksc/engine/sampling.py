@@ -1,0 +1,228 @@
+"""From logits to the next token of each row.
+
+Order: logit_bias, penalties, forbidden tokens, temperature, top_k, top_p, min_p, one draw. The draw is keyed:
+its only random number is a hash of (seed, branch path, position), which depends neither on the batch, nor on which
+siblings live, nor on how its prompt was computed. The logits may, in their last bits, since what is computed together
+may be summed in another order (kernels/README.md says where): in 16 bits that can turn a near tie.
+
+Log-probabilities and confidence are those of the model's own distribution, before all of the above.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minirksc.kernels.confidence import Confidence
+from minirksc.kernels.draw import Draw
+from minirksc.options import SamplingParams
+
+NEG_INF = float("-inf")
+MIN_TEMPERATURE = 1e-6
+
+
+class SamplingRow(NamedTuple):
+    """What one row of logits is drawn with.
+
+    Attributes:
+        params: resolved: no None in the sampling values.
+        token_ids: the whole sequence so far, for repetition_penalty.
+        output_token_ids: what this request generated, for presence and frequency penalties.
+        earlier_output_ids: what was generated on its sequence before, for the same.
+        seed, path, position: key of the random number; position is the new token's place in its sequence.
+        forbidden_ids: never drawn, such as end tokens before min_tokens.
+    """
+
+    params: SamplingParams
+    token_ids: Sequence[int]
+    output_token_ids: Sequence[int]
+    seed: int
+    path: tuple[int, ...]
+    position: int
+    forbidden_ids: frozenset[int] = frozenset()
+    earlier_output_ids: Sequence[int] = ()
+
+
+class Sampled(NamedTuple):
+    """One drawn token.
+
+    Attributes:
+        token_id: -1 when it failed.
+        logprob: under the model's distribution.
+        top_logprobs: the chosen token and the top k, likeliest first; None unless asked for.
+        top1_probability: of the likeliest token.
+        self_certainty: divergence of the uniform distribution from the model's, nats; see `minirksc.engine.signals`.
+        failure: what is wrong with the row's logits; None when nothing is.
+    """
+
+    token_id: int
+    logprob: float
+    top_logprobs: dict[int, float] | None
+    top1_probability: float
+    self_certainty: float
+    failure: str | None = None
+
+
+def uniform(seed: int, path: tuple[int, ...], position: int) -> float:
+    """The random number of that key, uniform in [0, 1) with 53 bits."""
+    key = ":".join(map(str, (seed, position, *path))).encode()
+    digest = hashlib.blake2b(key, digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
+
+
+def derived_seed(seed: int, number: int) -> int:
+    """The seed of one of many that were not given any: far from all others, since samples of a prompt count up."""
+    digest = hashlib.blake2b(f"seed {seed} {number}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def sample(
+    logits: Tensor,
+    rows: Sequence[SamplingRow],
+    confidence: Callable[[Tensor], Confidence],
+    draw: Callable[[Tensor, Sequence[Draw]], Tensor],
+) -> list[Sampled]:
+    """Draws one token a row.
+
+    Args:
+        logits: `[rows, vocab]` float32; not changed.
+        rows: one a row.
+        confidence: a form of `kernels.confidence`.
+        draw: a form of `kernels.draw`.
+    """
+    sure = confidence(logits)
+    token_ids = sure.argmax
+    changed = [i for i, row in enumerate(rows) if not _is_plain_greedy(row)]
+    if len(changed) == len(rows) and not any(map(_changes_logits, rows)):
+        token_ids = _choose(logits, rows, draw)
+    elif changed:
+        token_ids = token_ids.clone()
+        token_ids[changed] = _choose(logits[changed], [rows[i] for i in changed], draw)
+    chosen = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1) - sure.logsumexp  # [rows]
+    k = max((row.params.logprobs or 0 for row in rows), default=0)
+    top_ids: list[list[int]] = [[]] * len(rows)
+    top_logprobs: list[list[float]] = [[]] * len(rows)
+    if k:
+        values, indices = logits.topk(min(k, logits.shape[-1]))  # [rows, k]
+        top_ids, top_logprobs = indices.tolist(), (values - sure.logsumexp.unsqueeze(-1)).tolist()
+    columns = (
+        token_ids.tolist(),
+        chosen.tolist(),
+        sure.top1_probability.tolist(),
+        sure.self_certainty(logits.shape[-1]).tolist(),
+        sure.logsumexp.tolist(),
+        top_ids,
+        top_logprobs,
+    )
+    drawn = []
+    for i, (token_id, logprob, top1, certainty, lse, ids, logprobs) in enumerate(zip(*columns, strict=True)):
+        if not abs(lse) < float("inf"):  # NaN, or an infinity
+            drawn.append(Sampled(-1, 0.0, None, top1, certainty, _describe(logits[i])))
+            continue
+        num_top = rows[i].params.logprobs
+        top = None if num_top is None else _ranked(token_id, logprob, ids, logprobs, num_top)
+        drawn.append(Sampled(token_id, logprob, top, top1, certainty))
+    return drawn
+
+
+def top_logprobs_of(logits: Tensor, token_ids: Sequence[int], k: int) -> list[dict[int, float]]:
+    """Per row, the log-probabilities of a given token and of the top k.
+
+    Args:
+        logits: `[rows, vocab]` float32.
+        token_ids: one a row.
+        k: 0 for the given token alone.
+
+    Returns:
+        One {token id: logprob} a row, likeliest first.
+    """
+    logprobs = logits.log_softmax(-1)
+    values, ids = logprobs.topk(min(k, logits.shape[-1]))
+    given = logprobs.gather(-1, torch.tensor(list(token_ids), device=logits.device).view(-1, 1))
+    return [
+        _ranked(token_id, logprob, row_ids, row_values, k)
+        for token_id, logprob, row_ids, row_values in zip(
+            token_ids, given.flatten().tolist(), ids.tolist(), values.tolist(), strict=True
+        )
+    ]
+
+
+def _ranked(token_id: int, logprob: float, ids: list[int], values: list[float], k: int) -> dict[int, float]:
+    """The top k, and the given token after them if it is not among them."""
+    top = dict(zip(ids[:k], values[:k], strict=True))
+    top.setdefault(token_id, logprob)
+    return top
+
+
+def _is_plain_greedy(row: SamplingRow) -> bool:
+    return row.params.temperature == 0 and not _changes_logits(row)
+
+
+def _changes_logits(row: SamplingRow) -> bool:
+    params = row.params
+    return bool(
+        params.logit_bias
+        or row.forbidden_ids
+        or params.repetition_penalty != 1
+        or params.presence_penalty
+        or params.frequency_penalty
+    )
+
+
+def _choose(logits: Tensor, rows: Sequence[SamplingRow], draw: Callable[[Tensor, Sequence[Draw]], Tensor]) -> Tensor:
+    """Token ids `[rows]` of rows that are not plainly greedy; logits are the caller's to change."""
+    for scores, row in zip(logits, rows, strict=True):
+        if _changes_logits(row):
+            _penalise(scores, row)
+    sampled = [i for i, row in enumerate(rows) if row.params.temperature != 0]
+    draws = [_draw_of(rows[i]) for i in sampled]
+    if len(sampled) == len(rows):
+        return draw(logits, draws)
+    token_ids = logits.argmax(-1)
+    if sampled:
+        token_ids[sampled] = draw(logits[sampled], draws)
+    return token_ids
+
+
+def _draw_of(row: SamplingRow) -> Draw:
+    params = row.params
+    assert params.temperature is not None and params.top_p is not None
+    return Draw(
+        max(params.temperature, MIN_TEMPERATURE),
+        params.top_k or 0,
+        params.top_p,
+        params.min_p or 0.0,
+        uniform(row.seed, row.path, row.position),
+    )
+
+
+def _penalise(scores: Tensor, row: SamplingRow) -> None:
+    """Bias, penalties and forbidden tokens of one row `[vocab]`, in place."""
+    params = row.params
+    if params.logit_bias:
+        scores[list(params.logit_bias)] += torch.tensor(list(params.logit_bias.values()), device=scores.device)
+    if params.repetition_penalty != 1:
+        seen = list(set(row.token_ids))
+        values = scores[seen]
+        penalty = params.repetition_penalty
+        assert penalty is not None
+        # A tiny penalty would make a logit infinite, and the row's probabilities NaN.
+        changed = torch.where(values > 0, values / penalty, values * penalty)
+        scores[seen] = changed.clamp(max=torch.finfo(scores.dtype).max)
+    if (params.presence_penalty or params.frequency_penalty) and (row.output_token_ids or row.earlier_output_ids):
+        output = torch.tensor([*row.earlier_output_ids, *row.output_token_ids], device=scores.device)
+        ids, counts = torch.unique(output, return_counts=True)
+        scores[ids] -= params.presence_penalty + params.frequency_penalty * counts
+    if row.forbidden_ids:
+        scores[[i for i in row.forbidden_ids if i < len(scores)]] = NEG_INF
+
+
+def _describe(scores: Tensor) -> str:
+    """What is wrong with a row `[vocab]` that has no finite log-sum-exp."""
+    num_nan = int(scores.isnan().sum())
+    num_inf = int(scores.isposinf().sum())
+    if num_nan or num_inf:
+        return f"the logits hold {num_nan} NaN and {num_inf} infinite values of {len(scores)}"
+    return "the logits are -inf for every token"

@@ -1,0 +1,346 @@
+"""What runs in the next step: continuous batching, chunked prefill, preemption by recompute.
+
+Order of service: decodes first (one token each), then prefills under way, then new requests in order of
+arrival, up to max_batch_tokens. A request that finds no block for its next token takes the blocks of a kept,
+idle sequence, else of the request that came last; both are recomputed when they run again, so no token is
+ever dropped. Requests that begin alike while nothing is cached yet wait for the first of them: one prefill.
+
+Pure bookkeeping: knows blocks and tokens, neither torch nor the model.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from minirksc.cache.rsbcm import BlockBytes, BlockCopy, BlockManager
+from minirksc.engine.request import Request, RequestState, Sequence
+from minirksc.errors import CacheFullError
+
+
+@dataclass(slots=True)
+class ScheduledRequest:
+    """Part of one step: `num_tokens` tokens of the request, from position `first` on.
+
+    `copies` come before anything is written; `is_decode` when its one token was sampled by this request.
+    """
+
+    request: Request
+    first: int
+    num_tokens: int
+    copies: list[BlockCopy]
+    is_decode: bool
+
+    @property
+    def completes(self) -> bool:
+        """True when the sequence's last token is among them, so that the next one can be sampled."""
+        return self.first + self.num_tokens == len(self.request.sequence.token_ids)
+
+
+@dataclass(slots=True)
+class Schedule:
+    """One step. `ended` are requests for which there is no room at all; they have finished."""
+
+    scheduled: list[ScheduledRequest] = field(default_factory=list)
+    ended: list[Request] = field(default_factory=list)
+
+
+class Scheduler:
+    """Queues of requests over one `BlockManager`.
+
+    Args:
+        blocks: the block manager.
+        max_batch_tokens: tokens a step.
+        max_batch_requests: requests that run at once.
+        block_bytes: of one block's KV, for messages.
+        prefix_caching: False: no request adopts cached blocks.
+        switch_len: a longer sequence has other KV at all its positions (see `ArchSpec.switch_len`); None: none has.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        max_batch_tokens: int,
+        max_batch_requests: int,
+        block_bytes: BlockBytes,
+        prefix_caching: bool = True,
+        switch_len: int | None = None,
+    ) -> None:
+        self.blocks = blocks
+        self.max_batch_tokens = max_batch_tokens
+        self.max_batch_requests = max_batch_requests
+        self.block_bytes = block_bytes
+        self.prefix_caching = prefix_caching
+        self.switch_len = switch_len
+        self.requests: dict[int, Request] = {}  # that have not finished, by seq_id, in order of arrival
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.idle: dict[int, Sequence] = {}  # kept sequences that hold blocks; least recently used first
+        self.num_preemptions = 0
+        self.num_cached_tokens = 0  # a request counts once, what it finds again after a preemption does not
+
+    @property
+    def has_work(self) -> bool:
+        """True while some request is not finished."""
+        return bool(self.requests)
+
+    def room_after(self, num_tokens: int) -> int:
+        """How many more tokens a sequence may gain before the pool can hold no more of it.
+
+        The last one needs no room: nothing follows it. 0 or less: not even the prompt fits.
+        """
+        return self.blocks.num_blocks * self.blocks.block_size - num_tokens + 1
+
+    def request_of(self, sequence: Sequence) -> Request | None:
+        """The request that has not finished on a sequence, if there is one."""
+        return self.requests.get(sequence.seq_id)
+
+    def add(self, request: Request) -> None:
+        """Queues a request."""
+        self.requests[request.sequence.seq_id] = request
+        self.idle.pop(request.sequence.seq_id, None)
+        self.waiting.append(request)
+
+    def restart(self) -> None:
+        """No sequence has blocks any more: every request waits to be computed from its tokens, in order of arrival."""
+        self.requests = {i: request for i, request in self.requests.items() if not request.finished}
+        self.waiting = deque(self.requests.values())
+        self.running.clear()
+        self.idle.clear()
+
+    def keep(self, sequence: Sequence) -> None:
+        """Registers an idle sequence that holds blocks and may lose them under pressure."""
+        self.idle.pop(sequence.seq_id, None)
+        self.idle[sequence.seq_id] = sequence
+
+    def finish(self, request: Request) -> None:
+        """Takes a request out at any moment of its life; its blocks are released unless they are kept."""
+        self.requests.pop(request.sequence.seq_id, None)
+        if request in self.running:
+            self.running.remove(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+        request.state = RequestState.FINISHED
+        sequence = request.sequence
+        if sequence.seq_id not in self.blocks:
+            if not sequence.kept:
+                self.blocks.forget(sequence.seq_id)
+            return
+        if sequence.kept:
+            self.keep(sequence)
+        else:
+            self.blocks.free(sequence.seq_id)
+
+    def release(self, sequence: Sequence) -> None:
+        """Forgets a kept sequence and its blocks."""
+        self.idle.pop(sequence.seq_id, None)
+        if sequence.seq_id in self.blocks:
+            self.blocks.free(sequence.seq_id)
+        else:
+            self.blocks.forget(sequence.seq_id)
+
+    def schedule(self) -> Schedule:
+        """Chooses the next step and reserves its blocks."""
+        step = Schedule()
+        budget = self.max_batch_tokens
+        for request in sorted(self.running, key=lambda r: self._num_pending(r) > 1):
+            if request.state is not RequestState.RUNNING or budget == 0:
+                continue  # preempted by one before it, or for the next step
+            if self._is_outdated(request.sequence):
+                self._requeue(request)
+                continue
+            item = self._schedule_running(request, budget, step)
+            if item is not None:
+                budget -= item.num_tokens
+                step.scheduled.append(item)
+        budget = self.max_batch_tokens - sum(item.num_tokens for item in step.scheduled)
+        self._admit(budget, step)
+        return step
+
+    def commit(self, items: list[ScheduledRequest]) -> None:
+        """The KV of these has been written."""
+        for item in items:
+            sequence = item.request.sequence
+            end = item.first + item.num_tokens
+            self.blocks.commit(sequence.seq_id, sequence.token_ids[item.first : end])
+
+    def preempt_all(self) -> None:
+        """Gives up the blocks of all that runs; for a step that was interrupted before its KV was written."""
+        while self.running:
+            self._preempt(self.running[-1], Schedule())
+
+    def _num_pending(self, request: Request) -> int:
+        sequence = request.sequence
+        return len(sequence.token_ids) - self.blocks.num_tokens(sequence.seq_id)
+
+    def _schedule_running(self, request: Request, budget: int, step: Schedule) -> ScheduledRequest | None:
+        seq_id = request.sequence.seq_id
+        first = self.blocks.num_tokens(seq_id)
+        num_tokens = min(self._num_pending(request), budget, self.blocks.windows.max_chunk_tokens)
+        if self._should_wait(request, num_tokens, self._num_pending(request)):
+            return None
+        while not self.blocks.can_reserve(seq_id, first + num_tokens):
+            if self._reclaim():
+                continue
+            victim = self.running[-1]
+            if victim is request and len(self.running) == 1:
+                self._end_for_room(request, step)
+                return None
+            self._preempt(victim, step)
+            if victim is request:
+                return None
+        copies = self.blocks.reserve(seq_id, first + num_tokens)
+        is_decode = num_tokens == 1 and first >= request.num_prompt_tokens
+        return ScheduledRequest(request, first, num_tokens, copies, is_decode)
+
+    def _admit(self, budget: int, step: Schedule) -> None:
+        deferred: list[Request] = []
+        while self.waiting and budget > 0 and len(self.running) < self.max_batch_requests:
+            request = self.waiting.popleft()
+            if self._leader_is_computing(request):
+                deferred.append(request)
+                continue
+            item = self._try_admit(request, budget)
+            if item is None:
+                self.waiting.appendleft(request)
+                if self.running or step.ended:
+                    break
+                self.waiting.popleft()
+                self._end_for_room(request, step)
+                continue
+            step.scheduled.append(item)
+            budget -= item.num_tokens
+        self.waiting.extendleft(reversed(deferred))
+
+    def _try_admit(self, request: Request, budget: int) -> ScheduledRequest | None:
+        """Opens the request's table and reserves its first chunk; None, nothing changed: no room now."""
+        sequence, blocks = request.sequence, self.blocks
+        seq_id = sequence.seq_id
+        if self._is_outdated(sequence):
+            blocks.free(seq_id)
+        is_new = seq_id not in blocks
+        copies: list[BlockCopy] = []
+        if is_new:
+            use_cache = self.prefix_caching and request.uses_cache
+            copies = blocks.add(
+                seq_id,
+                sequence.token_ids,
+                salt=self._salt(sequence),
+                depth=sequence.depth,
+                use_cache=use_cache,
+            )
+        else:
+            # Logits come only from computing: where they are wanted of a token whose KV is there, do it again.
+            last = len(sequence.token_ids) - 1
+            first = last if request.logits_start is None else min(last, request.logits_start)
+            if blocks.num_tokens(seq_id) > first:
+                blocks.rewind(seq_id, first)
+        cached = blocks.num_tokens(seq_id)
+        num_tokens = min(len(sequence.token_ids) - cached, budget, blocks.windows.max_chunk_tokens)
+        if self._should_wait(request, num_tokens, len(sequence.token_ids) - cached):
+            if is_new:
+                blocks.free(seq_id, returns=True)
+            return None
+        # Room for the whole prompt is asked for at once: a chunk that starts and cannot end helps nobody.
+        while not (
+            blocks.can_hold(seq_id, len(sequence.token_ids)) and blocks.can_reserve(seq_id, cached + num_tokens)
+        ):
+            if not self._reclaim():
+                if is_new:
+                    blocks.free(seq_id, returns=True)
+                return None
+        if request.num_cached_tokens is None:
+            found = cached if is_new else 0
+            request.num_cached_tokens = found - found % blocks.block_size
+            self.num_cached_tokens += found
+        request.state = RequestState.RUNNING
+        self.running.append(request)  # before its blocks change, so that `preempt_all` knows of them
+        copies = copies + blocks.reserve(seq_id, cached + num_tokens)
+        return ScheduledRequest(request, cached, num_tokens, copies, is_decode=False)
+
+    def _should_wait(self, request: Request, num_tokens: int, num_pending: int) -> bool:
+        """True when a request at a gate would be cut now and fits whole into a later step: gates decide at its end."""
+        is_cut = num_tokens < num_pending <= self.max_batch_tokens - len(self.running)
+        return request.seat is not None and is_cut and num_tokens < self.blocks.windows.max_chunk_tokens
+
+    def _leader_is_computing(self, request: Request) -> bool:
+        """True when a running prefill will soon offer more of this prompt than the cache does now."""
+        sequence = request.sequence
+        if not self.prefix_caching or not request.uses_cache or sequence.seq_id in self.blocks:
+            return False
+        tokens = sequence.token_ids
+        leaders = [
+            r
+            for r in self.running
+            if self._salt(r.sequence) == self._salt(sequence)
+            and self._num_pending(r) > 1
+            and r.sequence.token_ids[: self.blocks.block_size] == tokens[: self.blocks.block_size]
+        ]
+        if not leaders:
+            return False
+        worth_waiting = self.blocks.match(tokens, self._salt(sequence)) + self.blocks.block_size
+        prefix = tokens[:worth_waiting]
+        return worth_waiting < len(tokens) and any(r.sequence.token_ids[:worth_waiting] == prefix for r in leaders)
+
+    def _reclaim(self) -> bool:
+        """Takes the blocks of one sequence that is not running; False: none holds any.
+
+        Idle ones first, least recently used first; then those whose request came last.
+        """
+        idle = next(iter(self.idle), None)
+        if idle is None:
+            waiting = (r.sequence.seq_id for r in reversed(self.waiting))
+            victim = next((seq_id for seq_id in waiting if seq_id in self.blocks), None)
+            if victim is None:
+                return False
+            self.blocks.free(victim, returns=True)
+        else:
+            del self.idle[idle]
+            self.blocks.free(idle, returns=True)
+        self.num_preemptions += 1
+        return True
+
+    def _preempt(self, request: Request, step: Schedule) -> None:
+        # What it was given in this very step goes back too, copies into its blocks included.
+        step.scheduled = [item for item in step.scheduled if item.request is not request]
+        self._requeue(request)
+        self.num_preemptions += 1
+
+    def _requeue(self, request: Request) -> None:
+        """Takes a running request's blocks; it is the next to be admitted, and computed anew."""
+        self.running.remove(request)
+        if request.sequence.seq_id in self.blocks:
+            returns = not self._is_outdated(request.sequence)  # of an outdated one nothing is wanted again
+            self.blocks.free(request.sequence.seq_id, returns=returns)
+        request.state = RequestState.WAITING
+        self.waiting.appendleft(request)
+
+    def _salt(self, sequence: Sequence) -> bytes:
+        """The sequence's salt; apart for long ones, where their KV is another."""
+        is_long = self.switch_len is not None and len(sequence.token_ids) > self.switch_len
+        return sequence.salt + b" long" if is_long else sequence.salt
+
+    def _is_outdated(self, sequence: Sequence) -> bool:
+        """True when its KV was made for a short sequence and it has become a long one."""
+        return sequence.seq_id in self.blocks and self.blocks.salt(sequence.seq_id) != self._salt(sequence)
+
+    def _end_for_room(self, request: Request, step: Schedule) -> None:
+        """Ends a request that has the cache to itself and no room in it; what it has decoded is its result."""
+        if request.output_token_ids:
+            request.flush()
+            request.finish_reason = "length" if request.error is None else "error"
+        else:
+            num_tokens = len(request.sequence.token_ids)
+            request.error = self.cache_full(f"request {request.request_id} of {num_tokens} tokens", num_tokens)
+            request.finish_reason = "error"
+        self.finish(request)
+        step.ended.append(request)
+
+    def cache_full(self, what: str, num_tokens: int) -> CacheFullError:
+        """The error of what needs the KV of more tokens than there is room for."""
+        needed = -(-num_tokens // self.blocks.block_size)
+        return CacheFullError(
+            f"{what} needs the KV of {num_tokens} tokens, "
+            f"{needed * self.block_bytes.full} bytes; the cache has "
+            f"{self.blocks.num_blocks * self.block_bytes.full} bytes "
+            f"({self.blocks.num_blocks} blocks of {self.blocks.block_size} tokens); "
+            "raise kv_cache_bytes (--kv-cache-bytes), shorten the prompt or lower max_tokens" + self.blocks.pin_advice
+        )

@@ -1,0 +1,484 @@
+"""CGEE: what need not be computed because the outcome is clear. Cheapest gate first:
+
+    while decoding   consensus   no outcome of the branches under way can change the vote: they stop
+                     decode_exit one branch leads decisively: the others stop (or all do, as published), nobody is asked
+    before asking    agreement   every branch that could win gives the same answer: nobody is asked
+                     skip (G1)   one branch leads decisively by confidence: nobody is asked
+    asking (G2)      bound       the most confident are asked first; who cannot win any more, or could win only with
+                                 the answer that leads already, is not asked at all
+    inside the pass  layer_exit  (G3) a row leaves between layers once its YES - NO is clear
+
+consensus, agreement and bound are exact for the parsed answer: it is the one that asking everybody would give, since
+p(YES) <= 1 and a score is p(YES) sqrt(confidence). Which of the branches that give it is named is another matter, and
+hangs on who was asked: of those who were, the best; where nobody was, the surest (the most confident). Asking everybody
+may name another one. Where no branch gives an answer, branches are what is chosen among, and exact too.
+
+skip, decode_exit and layer_exit are approximations with thresholds, chosen by `minirksc.calibrate` so that they change
+few decisions, and reported for each result. After a decode_exit nobody is asked, unless the leader failed.
+
+Where this differs from the paper (arXiv 2606.09937), and `PAPER` for its own rules: a lead is over the best branch
+with *another* answer, not over the second best branch; layer exit looks at the sign and the margin of YES - NO through
+the final norm, not at the entropy of the whole vocabulary, which is low or high with the norm of the stream; the
+leader of a decode exit finishes its answer. Nothing here knows tensors or the engine: a gate is handed hidden rows
+and a lens, a decode rule the progress of each branch.
+"""
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from minirksc.engine.gates import LEAVE, GateRows, Verdicts
+from minirksc.engine.signals import SIGNALS, TokenSignals
+from minirksc.errors import ConfigError, brief
+from minirksc.rksc.answers import choose
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Lens = Callable[[Tensor], Tensor]
+    MakeLens = Callable[[Sequence[int] | None], Lens]
+
+# Leading
+
+
+@dataclass(frozen=True)
+class Lead:
+    """When the best of some values is decisive: it is at least `top`, and ahead of the rest by at least `gap`.
+
+    Attributes:
+        top: least value of the best one.
+        gap: least distance to the next one.
+        is_relative: the distance is relative to the best one.
+    """
+
+    top: float = 0.0
+    gap: float = 0.0
+    is_relative: bool = True
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether its numbers are some."""
+        return _is_number(self.top) and _is_number(self.gap) and isinstance(self.is_relative, bool)
+
+    def distance(self, best: float, rest: float) -> float:
+        """How far the best value is ahead, in what `gap` is measured in."""
+        return (best - rest) / best if self.is_relative and best > 0 else best - rest
+
+    def holds(self, best: float, rest: float) -> bool:
+        """Whether `best` leads decisively; never where a number is NaN."""
+        return best >= self.top and self.distance(best, rest) >= self.gap
+
+
+def best_and_rest(values: Sequence[float], answers: Sequence[str | None] | None) -> tuple[int, float, float]:
+    """(index of the largest value, that value, the largest value of a rival or 0 where there is none).
+
+    Args:
+        values: of each branch.
+        answers: of each branch: one with the best one's answer is no rival. None: every other branch is.
+    """
+    best = max(range(len(values)), key=lambda i: -math.inf if math.isnan(values[i]) else values[i])
+    rivals = (value for i, value in enumerate(values) if i != best and not _same(answers, i, best))
+    return best, values[best], max(rivals, default=0.0)
+
+
+def leader_of(values: Sequence[float], answers: Sequence[str | None] | None, leads: Sequence[Lead]) -> int | None:
+    """Who leads by any of the rules; None: nobody does, or a value is not finite.
+
+    Args:
+        values: of each branch.
+        answers: see `best_and_rest`.
+        leads: rules; none: nobody ever leads.
+    """
+    best, top, rest = best_and_rest(values, answers)
+    is_decided = all(map(math.isfinite, values)) and any(lead.holds(top, rest) for lead in leads)
+    return best if is_decided else None
+
+
+def _same(answers: Sequence[str | None] | None, one: int, other: int) -> bool:
+    return answers is not None and answers[one] is not None and answers[one] == answers[other]
+
+
+# Who must still be asked
+
+
+def standing(
+    answers: Sequence[str | None], scores: Sequence[float | None], bounds: Sequence[float], rule: str
+) -> tuple[int, list[int]]:
+    """Where the choice stands while some branches have not been asked.
+
+    Args:
+        answers: of each branch; None does not vote, and under "score" is an answer of its own.
+        scores: of each branch, 0 or more; None where it has not been asked.
+        bounds: the most that each branch's score can be.
+        rule: how the answer is chosen, see `answers.choose`.
+
+    Returns:
+        (the branch that leads, those that must still be asked, highest bound first). Once nobody must be asked, the
+        leader's answer is the one that `choose` would give if all scores were known; of those that give it the leader
+        is the best with a score, else the one with the highest bound.
+    """
+    unknown = {i for i, score in enumerate(scores) if score is None}
+    low = [score or 0.0 for score in scores]
+    if not unknown:
+        return choose(answers, low, rule), []
+    high = [bounds[i] if i in unknown else low[i] for i in range(len(scores))]
+    groups, weigh = _groups(answers, rule)
+    first = max(groups, key=lambda group: (weigh(low[i] for i in group), weigh(high[i] for i in group)))
+    least = weigh(low[i] for i in first)
+    rivals = [group for group in groups if group is not first and weigh(high[i] for i in group) >= least]
+    best = max(first, key=lambda i: (i not in unknown, high[i]))
+    if not rivals:
+        return best, []
+    # One known score holds up a leader that is as good as its best; a sum grows with each. In a tie all may matter.
+    is_held_up = (
+        weigh is max and not unknown.issuperset(first) and all(weigh(low[i] for i in g) < least for g in rivals)
+    )
+    needed = rivals if is_held_up else [first, *rivals]
+    asked = [i for group in needed for i in group if i in unknown and (weigh is sum or high[i] >= least)]
+    if not asked:
+        return choose(answers, low, rule), []
+    return best, sorted(asked, key=lambda i: -bounds[i])
+
+
+def _groups(answers: Sequence[str | None], rule: str) -> tuple[list[list[int]], Callable[[Iterable[float]], float]]:
+    """Branches by answer, those that cannot win left out, and what a group's scores count for together."""
+    by_score = rule == "score" or not any(answer is not None for answer in answers)
+    found: dict[object, list[int]] = {}
+    for index, answer in enumerate(answers):
+        if answer is not None or by_score:
+            found.setdefault(index if answer is None else answer, []).append(index)
+    groups = list(found.values())
+    if rule == "vote" and not by_score:
+        most = max(map(len, groups))
+        groups = [group for group in groups if len(group) == most]  # the others have lost, whatever they score
+    return groups, max if by_score else sum
+
+
+# Inside the pass of the question
+
+
+class LayerExit:
+    """G3: rows leave the pass of the question once the margin of YES over NO is clear for some layers.
+
+    Args:
+        lens: `[rows, hidden]` of any layer -> logits `[rows, 2]` of YES and NO.
+        num_layers: of the model.
+        margin: least |YES - NO|, in logits.
+        patience: layers in a row that it must hold with one sign.
+        start: first layer that is looked at, counted from 0; None: half of them.
+        correction: (slope, offset) of each layer, from the lens's margin to an estimate of the last layer's: a lens in
+            the middle of a model is biased, and has another scale (Belrose et al. 2023, arXiv 2303.08112); None: as it
+            is read.
+
+    Attributes:
+        margins: of each row that left, YES - NO, corrected.
+        exit_layers: of each row that left, layers that it went through.
+        problems: rows whose hidden state was not finite, and so went on.
+    """
+
+    def __init__(
+        self,
+        lens: "Lens",
+        num_layers: int,
+        *,
+        margin: float,
+        patience: int,
+        start: int | None = None,
+        correction: Sequence[tuple[float, float]] | None = None,
+    ) -> None:
+        # After the last layer there is nothing left to save.
+        self.layers = range(num_layers // 2 if start is None else start, num_layers - 1)
+        self.margins: dict[int, float] = {}
+        self.exit_layers: dict[int, int] = {}
+        self.problems: set[int] = set()
+        self._lens = lens
+        self._correction = correction
+        self._margin = margin
+        self._patience = patience
+        self._streaks: dict[int, int] = {}  # layers in a row, negative for NO
+
+    def after_layer(self, layer: int, rows: GateRows) -> Verdicts:
+        """See `minirksc.engine.gates.DepthGate`."""
+        slope, offset = (1.0, 0.0) if self._correction is None else self._correction[layer]
+        left = []
+        for row, is_end, (yes, no) in zip(rows.rows, rows.ends, self._lens(rows.last()).tolist(), strict=True):
+            margin = slope * (yes - no) + offset
+            is_finite = math.isfinite(margin)
+            if is_end and not is_finite:
+                self.problems.add(row)
+            before = self._streaks.get(row, 0)
+            sign = 1 if margin > 0 else -1
+            is_clear = is_end and is_finite and abs(margin) >= self._margin
+            self._streaks[row] = sign * (max(before * sign, 0) + 1) if is_clear else 0
+            if abs(self._streaks[row]) >= self._patience:
+                self.margins[row], self.exit_layers[row] = margin, layer + 1
+                left.append(row)
+        return dict.fromkeys(left, LEAVE)
+
+
+class EntropyExit:
+    """The paper's layer exit: the entropy of the whole vocabulary under the lens is low and stable.
+
+    Args:
+        lens: `[rows, hidden]` of any layer -> logits `[rows, vocab]`.
+        choices: token ids of YES and NO.
+        num_layers: of the model.
+        entropy: the row leaves below it, nats (theta).
+        stability: most that it may differ from the layer before, nats (epsilon).
+        start: first layer that may be left, counted from 1.
+
+    Attributes:
+        margins, exit_layers, problems: as of `LayerExit`.
+    """
+
+    def __init__(
+        self,
+        lens: "Lens",
+        choices: tuple[int, int],
+        num_layers: int,
+        *,
+        entropy: float,
+        stability: float,
+        start: int,
+    ) -> None:
+        self.layers = range(max(start - 2, 0), num_layers - 1)  # one before the first, to compare with
+        self.margins: dict[int, float] = {}
+        self.exit_layers: dict[int, int] = {}
+        self.problems: set[int] = set()
+        self._lens = lens
+        self._choices = choices
+        self._entropy, self._stability, self._start = entropy, stability, start
+        self._before: dict[int, float] = {}
+
+    def after_layer(self, layer: int, rows: GateRows) -> Verdicts:
+        """See `minirksc.engine.gates.DepthGate`."""
+        logprobs = self._lens(rows.last()).log_softmax(-1)  # [rows, vocab]
+        entropies = -(logprobs.exp() * logprobs).sum(-1)
+        yes, no = (logprobs[:, token_id].tolist() for token_id in self._choices)
+        left = []
+        for i, (row, entropy) in enumerate(zip(rows.rows, entropies.tolist(), strict=True)):
+            if not rows.ends[i]:
+                continue
+            if not math.isfinite(entropy):
+                self.problems.add(row)
+            change = abs(entropy - self._before.get(row, math.inf))
+            self._before[row] = entropy
+            if layer + 1 >= self._start and entropy < self._entropy and change < self._stability:
+                self.margins[row], self.exit_layers[row] = yes[i] - no[i], layer + 1
+                left.append(row)
+        return dict.fromkeys(left, LEAVE)
+
+
+# While decoding
+
+
+class Progress(Protocol):
+    """What a decode rule sees of a branch."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Generated so far."""
+        ...
+
+    @property
+    def signals(self) -> TokenSignals:
+        """Of its tokens."""
+        ...
+
+    @property
+    def text(self) -> str:
+        """Generated so far."""
+        ...
+
+    @property
+    def finished(self) -> bool:
+        """It has ended."""
+        ...
+
+
+class DecodeRule:
+    """Stops branches while they are decoded: `LLM.extend` calls it after every step.
+
+    Args:
+        gates: thresholds.
+        mode: "keep_leader": the others stop; "stop_all" (the paper): all stop, and the answer is cut off; "off".
+        select: how the answer is chosen; under "vote" the vote may be over early.
+        parse: the answer that a finished text gives.
+
+    Attributes:
+        leader: index of the branch that led decisively; None: none did.
+        consensus: the answer that the vote could not take back any more; None: it never came to that.
+    """
+
+    def __init__(self, gates: "Gates", mode: str, select: str, parse: Callable[[str], str | None]) -> None:
+        self.leader: int | None = None
+        self.consensus: str | None = None
+        self._gates = gates
+        self._mode = mode
+        self._select = select
+        self._parse = parse
+        self._answers: dict[int, str | None] = {}  # of finished branches
+
+    def __call__(self, progress: Sequence["Progress"]) -> dict[int, str]:
+        """Names branches to stop.
+
+        Args:
+            progress: of each branch.
+
+        Returns:
+            index -> finish_reason: "early_exit" or "consensus".
+        """
+        live = [i for i, one in enumerate(progress) if not one.finished]
+        if self.leader is not None or self.consensus is not None or not live:
+            return {}
+        if self._select == "vote" and self._gates.exact and self._vote_is_over(progress, len(live)):
+            return dict.fromkeys(live, "consensus")
+        if self._mode == "off" or min(progress[i].num_tokens for i in live) < self._gates.decode_min_tokens:
+            return {}
+        signal = SIGNALS[self._gates.signal]
+        self.leader = leader_of([signal(one.signals) for one in progress], None, self._gates.decode_exit)
+        if self.leader is None:
+            return {}
+        keeps = self._mode == "keep_leader"
+        return {i: "early_exit" for i in live if not (keeps and i == self.leader)}
+
+    def _vote_is_over(self, progress: Sequence["Progress"], num_live: int) -> bool:
+        for i, one in enumerate(progress):
+            if one.finished and i not in self._answers:
+                self._answers[i] = self._parse(one.text)
+        counts = Counter(answer for answer in self._answers.values() if answer is not None).most_common(2)
+        if not counts or counts[0][1] <= num_live + (counts[1][1] if len(counts) > 1 else 0):
+            return False
+        self.consensus = counts[0][0]
+        return True
+
+
+# Thresholds
+
+
+@dataclass(frozen=True)
+class MarginRule:
+    """Thresholds of `LayerExit`."""
+
+    margin: float
+    patience: int = 3
+    start: int | None = None
+    correction: tuple[tuple[float, float], ...] | None = None
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether its numbers are some, and those that count are whole."""
+        lines = self.correction or ()
+        has_counts = _is_count(self.patience) and self.patience > 0 and (self.start is None or _is_count(self.start))
+        return has_counts and _is_number(self.margin) and all(_is_number(part) for line in lines for part in line)
+
+    def gate(self, make_lens: "MakeLens", choices: tuple[int, int], num_layers: int) -> LayerExit:
+        """The gate of one pass."""
+        return LayerExit(
+            make_lens(choices),
+            num_layers,
+            margin=self.margin,
+            patience=self.patience,
+            start=self.start,
+            correction=self.correction,
+        )
+
+
+@dataclass(frozen=True)
+class EntropyRule:
+    """Thresholds of `EntropyExit`."""
+
+    entropy: float
+    stability: float
+    start: int
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether its numbers are some."""
+        return _is_number(self.entropy) and _is_number(self.stability) and _is_count(self.start)
+
+    def gate(self, make_lens: "MakeLens", choices: tuple[int, int], num_layers: int) -> EntropyExit:
+        """The gate of one pass."""
+        lens = make_lens(None)
+        return EntropyExit(lens, choices, num_layers, entropy=self.entropy, stability=self.stability, start=self.start)
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Which gates are on, and their thresholds.
+
+    Attributes:
+        exact: agreement, bound and consensus; exact for the parsed answer.
+        signal: what leads are measured on, a key of `signals.SIGNALS`.
+        skip: G1; none: never.
+        compares_answers: a lead is over the best branch with another answer.
+        layer_exit: G3; None: never.
+        decode_exit: leads that end decoding, after which nobody is asked; none: never.
+        decode_min_tokens: that every branch under way must have before.
+        source: "exact", "paper", "uncalibrated" or, of a calibration file, "calibrated".
+
+    Raises:
+        ConfigError: a value is of another kind, or not finite.
+    """
+
+    exact: bool = True
+    signal: str = "mean_top1"
+    skip: tuple[Lead, ...] = ()
+    compares_answers: bool = True
+    layer_exit: MarginRule | EntropyRule | None = None
+    decode_exit: tuple[Lead, ...] = ()
+    decode_min_tokens: int = 16
+    source: str = "exact"
+
+    def __post_init__(self) -> None:
+        for name in ("exact", "compares_answers"):
+            _check(name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False")
+        _check("signal", self.signal, isinstance(self.signal, str) and self.signal in SIGNALS, f"one of {[*SIGNALS]}")
+        for name in ("skip", "decode_exit"):
+            leads = getattr(self, name)
+            is_right = isinstance(leads, tuple) and all(isinstance(lead, Lead) and lead.is_finite for lead in leads)
+            _check(name, leads, is_right, "a tuple of Lead, of finite numbers")
+        rule = self.layer_exit
+        is_right = rule is None or (isinstance(rule, MarginRule | EntropyRule) and rule.is_finite)
+        _check("layer_exit", rule, is_right, "a MarginRule or EntropyRule, of finite numbers and patience above 0")
+        _check("decode_min_tokens", self.decode_min_tokens, _is_count(self.decode_min_tokens), "a whole number")
+        _check("source", self.source, isinstance(self.source, str), "text")
+
+    @property
+    def is_calibrated(self) -> bool:
+        """False where an approximate gate has thresholds that nobody has tested on this model."""
+        return self.source in ("exact", "calibrated")
+
+
+def _check(name: str, value: object, is_right: bool, wanted: str) -> None:
+    if not is_right:
+        raise ConfigError(f"gates with {name}={brief(value)}; it must be {wanted}")
+
+
+def _is_number(value: object) -> bool:
+    # NaN compares false, and an int beyond all floats compares where math.isfinite would raise.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+NO_GATES = Gates(exact=False)
+EXACT_GATES = Gates()
+DEFAULT_GATES = Gates(skip=(Lead(gap=0.2),), decode_exit=(Lead(gap=0.3),), source="uncalibrated")
+"""Without a calibration: leads that are rare, and no layer exit, since margins say nothing before their correction."""
+PAPER_GATES = Gates(
+    exact=False,
+    skip=(Lead(0.70, 0.06, is_relative=False), Lead(0.63, 0.08)),
+    compares_answers=False,
+    layer_exit=EntropyRule(entropy=12.0, stability=3.0, start=2),
+    decode_exit=(Lead(0.72, 0.10),),
+    decode_min_tokens=3,
+    source="paper",
+)
+"""Every published rule and constant. Source: arXiv 2606.09937, and its notebook, whose theta is 12 where the text has 8
+for most models."""

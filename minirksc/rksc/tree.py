@@ -1,0 +1,458 @@
+"""The reasoning tree of one solve: its nodes, its live branches, its clock.
+
+A `Node` is a branch with what the search knows about it, and stays when the branch is pruned. A
+`Tree` plants, extends, expands and prunes, and notes every step as an event. Whatever it makes it puts into the call
+that it belongs to in the same breath, so that all blocks go back with the call, wherever that is left.
+
+With share=False no branch takes a token of KV from another: each is prefilled from scratch, also
+when a deeper round begins. Paths, and with them the random numbers, are those of the shared tree.
+
+With semantic sharing a wording may run on the KV of the first one (`minirksc.rksc.asks`). Whoever is to judge such a
+branch gets `exact_branch` instead: the first wording's own KV, and the answer computed on it.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+from minirksc.engine.gates import Seat
+from minirksc.engine.signals import SIGNALS, TokenSignals, mean_top1
+from minirksc.errors import NumericalError
+
+if TYPE_CHECKING:
+    from minirksc.engine.branch import Branch, BranchProgress
+    from minirksc.engine.calls import Call
+    from minirksc.engine.request import Salt
+    from minirksc.llm import LLM
+    from minirksc.options import SamplingParams
+    from minirksc.rksc.asks import Probe
+
+OnStep = Callable[[Sequence["BranchProgress"]], Mapping[int, str]]
+"""See `LLM.extend`."""
+
+_SECONDS = {"prefill": "prefill_s", "extend": "decode_s", "verify": "verify_s"}
+
+
+@dataclass(eq=False)
+class Node:
+    """One branch of the tree.
+
+    Attributes:
+        node_id: its index in `Tree.nodes`.
+        parent_id: of the node that it was forked from; None in the first round.
+        branch: its tokens; pruned when it did not go on.
+        depth: round in which it was made, from 1.
+        hint: text that its answer was made to begin with.
+        num_prompt_tokens: where the answer, hint included, begins in the branch's tokens.
+        num_cached_tokens: of its prompt, found in the prefix cache.
+        num_shared_tokens: whose KV it took from others when it started.
+        num_saved_tokens: prompt tokens, counted by layers, that semantic sharing did not compute.
+        is_semantic: it runs on KV of another wording.
+        is_approximate: some of its KV is not what its own tokens would give.
+        similarity: of its wording to the first; None where they were not compared, or hold NaN.
+        output_ids: generated tokens, its ancestors' included.
+        text: of output_ids.
+        signals: how sure the model was of each of output_ids.
+        verification: p(YES); None where nobody asked.
+        exit_layer: layers that the pass of the question went through, where it left early.
+        score: None until it has been scored.
+        error: why it failed; a failed node is not among those that go on.
+        num_tokens: prompt, hint and output_ids.
+    """
+
+    node_id: int
+    parent_id: int | None
+    branch: "Branch"
+    depth: int
+    hint: str
+    num_prompt_tokens: int
+    num_cached_tokens: int = 0
+    num_shared_tokens: int = 0
+    num_saved_tokens: float = 0.0
+    is_semantic: bool = False
+    is_approximate: bool = False
+    similarity: float | None = None
+    output_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    signals: TokenSignals = field(default_factory=TokenSignals)
+    verification: float | None = None
+    exit_layer: int | None = None
+    score: float | None = None
+    error: str | None = None
+    num_tokens: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """True when it ended by itself."""
+        return self.branch.finish_reason == "stop"
+
+    @property
+    def confidence(self) -> float | None:
+        """Mean probability of the likeliest token over output_ids; None where there are none."""
+        return mean_top1(self.signals) if self.signals.top1 else None
+
+    @property
+    def sharing(self) -> str:
+        """What it got, not what was asked for."""
+        if self.is_semantic:
+            return "semantic"
+        return "exact" if self.num_shared_tokens else "none"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, without the branch; see `minirksc.trace.schema`."""
+        return {
+            "id": self.node_id,
+            "parent": self.parent_id,
+            "path": list(self.branch.path),
+            "depth": self.depth,
+            "hint": self.hint,
+            "text": self.text,
+            "token_ids": list(self.output_ids),
+            "num_tokens": self.num_tokens,
+            "num_output_tokens": len(self.output_ids),
+            "num_shared_tokens": self.num_shared_tokens,
+            "num_own_tokens": self.num_tokens - self.num_shared_tokens,
+            "num_saved_tokens": self.num_saved_tokens,
+            "sharing": self.sharing,
+            "similarity": self.similarity,
+            "confidence": self.confidence,
+            "signals": {name: _finite(signal(self.signals)) for name, signal in SIGNALS.items()},
+            "verified": self.verification is not None,
+            "verification": self.verification,
+            "exit_layer": self.exit_layer,
+            "score": self.score,
+            "finish_reason": self.branch.finish_reason,
+            "error": self.error,
+        }
+
+
+class Tree:
+    """Nodes and branches of one solve.
+
+    Args:
+        llm: computes the branches.
+        call: with whose end all its branches are released.
+        share: False: every branch computes all its tokens.
+        seed: of all branches, whose paths tell their random numbers apart.
+        salt: of all branches, see `LLM.branches`.
+        on_event: called with each event as it happens.
+
+    Attributes:
+        nodes: all that were ever made, in order.
+        gates: what each gate decided, in order; plain data.
+        events: what happened, in order; plain data, at_s and seconds on the clock of this solve.
+        stats: filled by `finish`.
+        seed: as given.
+    """
+
+    def __init__(
+        self,
+        llm: "LLM",
+        call: "Call",
+        *,
+        share: bool,
+        seed: int,
+        salt: "Salt | None" = None,
+        on_event: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        self.nodes: list[Node] = []
+        self.events: list[dict[str, Any]] = []
+        self.gates: list[dict[str, Any]] = []
+        self.stats: dict[str, float] = dict.fromkeys(_SECONDS.values(), 0.0)
+        self._llm = llm
+        self.seed = seed
+        self._share = share
+        self._salt = salt
+        self._on_event = on_event
+        self._call = call
+        self._first_root: Branch | None = None  # that others may run on
+        self._start = time.perf_counter()
+        self._counters = self._count()
+        self._blocks_used_peak = 0
+
+    @contextmanager
+    def phase(self, name: str, nodes: Sequence[Node]) -> Iterator[dict[str, Any]]:
+        """Times what is done inside; the body may add plain data to the event that it yields."""
+        begin = time.perf_counter()
+        event: dict[str, Any] = {"event": name, "at_s": begin - self._start}
+        yield event
+        event["seconds"] = time.perf_counter() - begin
+        event["nodes"] = [node.node_id for node in nodes]
+        if name in _SECONDS:
+            self.stats[_SECONDS[name]] += event["seconds"]
+        used = int(self._llm.stats().get("num_blocks_used", 0))
+        self._blocks_used_peak = max(self._blocks_used_peak, used)
+        self.events.append(event)
+        if self._on_event is not None:
+            self._on_event(event)
+
+    def note(
+        self,
+        gate: str,
+        decision: str,
+        reason: str,
+        *,
+        node: Node | None = None,
+        value: float | None = None,
+        **values: Any,
+    ) -> None:
+        """Notes what a gate decided: its value (None where it is NaN), threshold and layer, where it has them."""
+        values["value"] = _finite(value)
+        entry = {"gate": gate, "node": None if node is None else node.node_id, "layer": None, "value": None}
+        entry |= {"threshold": None, "calibrated": None, **values, "decision": decision, "reason": reason}
+        self.gates.append({**entry, "at_s": time.perf_counter() - self._start})
+
+    def plant(
+        self,
+        prompts: Sequence[list[int]],
+        hints: Sequence[str | Sequence[int]],
+        probe: "Probe | None" = None,
+        refusals: Sequence[str | None] = (),
+    ) -> list[Node]:
+        """The first round: one branch a prompt; equal prompts are computed once.
+
+        Args:
+            prompts: token ids, one a branch; the first is the one that others may run on.
+            hints: how each branch's answer begins.
+            probe: compares the others with the first; None: each is computed.
+            refusals: of each prompt, why it is not even compared; None: it is.
+        """
+        nodes: list[Node] = []
+        with self.phase("prefill", nodes) as event:
+            groups: dict[Any, list[int]] = {}
+            for index, prompt in enumerate(prompts):
+                groups.setdefault(tuple(prompt) if self._share else index, []).append(index)
+            members = list(groups.values())
+            if probe is None:
+                roots = self._roots([prompts[indices[0]] for indices in members])
+            else:
+                roots = self._probed_roots([prompts[indices[0]] for indices in members], probe, members, refusals)
+            grown: dict[int, tuple[Branch, Branch]] = {}  # index -> branch, its root
+            substituted = [place for place, root in enumerate(roots) if root.exit_layer is not None]
+            for place, (root, indices) in enumerate(zip(roots, members, strict=True)):
+                if place in substituted:
+                    continue
+                stands_for = substituted if place == 0 else []
+                own = sorted([*indices, *(i for other in stands_for for i in members[other])])
+                branches = self._fork(root, own)
+                grown.update((i, (b, root)) for i, b in zip(own, branches, strict=True))
+            for index, hint in enumerate(hints):
+                branch, root = grown[index]
+                nodes.append(self._node(branch, None, self._text_of(hint), root.num_tokens, root.num_cached_tokens))
+            if probe is not None:
+                self._note_probes(nodes, members, roots, probe, refusals)
+            self._prune([root for root in roots if not (root is roots[0] and any(n.is_approximate for n in nodes))])
+            self._measure_sharing(nodes)
+            for node, hint in zip(nodes, hints, strict=True):
+                node.branch.append(hint)
+            event["num_prompts"] = len(groups)
+        return nodes
+
+    def exact_branch(self, node: Node) -> "Branch":
+        """A branch for whoever judges: the node's own where that is exact, else its answer on the first wording."""
+        if not node.is_approximate:
+            return node.branch
+        assert self._first_root is not None
+        (branch,) = self._fork(self._first_root, [0])
+        branch.append(node.branch.token_ids[node.num_prompt_tokens :])
+        return branch
+
+    def extend(self, nodes: Sequence[Node], params: "SamplingParams", on_step: OnStep | None = None) -> None:
+        """Decodes nodes together; one that fails has an error then, and its branch is pruned.
+
+        Args:
+            nodes: that go on.
+            params: of all.
+            on_step: may stop some early, see `LLM.extend`.
+
+        Raises:
+            NumericalError: it failed, and none of the nodes did.
+        """
+        with self.phase("extend", nodes):
+            error = None
+            try:
+                self._llm.extend([node.branch for node in nodes], params, on_step)
+            except NumericalError as one:
+                error = one
+            for node in nodes:
+                self._read(node)
+                if node.branch.finish_reason == "error":
+                    node.error = str(error)
+        failed = [node.branch for node in nodes if node.error is not None]
+        if error is not None and not failed:
+            raise error
+        self._prune(failed)
+
+    def expand(self, nodes: Sequence[Node], survivors: Sequence[Node], width: int) -> list[Node]:
+        """The next round: survivors are forked up to `width` nodes, the others pruned.
+
+        Args:
+            nodes: of this round.
+            survivors: those that go on, best first. A finished one stays as it is.
+            width: nodes of the next round.
+        """
+        self._prune([node.branch for node in nodes if node not in survivors])
+        finished = [node for node in survivors if node.finished]
+        parents = [node for node in survivors if not node.finished]
+        num_slots = width - len(finished)
+        kids: list[Node] = []
+        with self.phase("fork" if self._share else "prefill", kids) as event:
+            for index, parent in enumerate(parents):
+                num_kids = num_slots // len(parents) + (index < num_slots % len(parents))
+                for branch in self._children(parent.branch, num_kids):
+                    kids.append(self._node(branch, parent, "", parent.num_prompt_tokens, parent.num_cached_tokens))
+            self._prune([parent.branch for parent in parents])
+            self._measure_sharing(kids)
+            event["survivors"] = [node.node_id for node in survivors]
+        return finished + kids
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token as text; half a character is shown as the tokenizer does."""
+        return [self._decode([token_id]) for token_id in token_ids]
+
+    def blocks(self) -> dict[str, Any]:
+        """What the cache did meanwhile, as plain data."""
+        num_evicted = int(self.stats["num_evicted_blocks"])
+        evictions = self._llm.evictions()[-num_evicted:] if num_evicted else []
+        return {
+            "size": int(self._llm.stats()["block_size"]),
+            "used_peak": self._blocks_used_peak,
+            "evicted": num_evicted,
+            "evictions": [{**asdict(eviction), "priority": list(eviction.priority)} for eviction in evictions],
+        }
+
+    def finish(self) -> None:
+        """Completes `stats`."""
+        for name, value in self._count().items():
+            self.stats[name] = value - self._counters.get(name, 0)
+        self.stats["blocks_used_peak"] = self._blocks_used_peak
+        self.stats["total_s"] = time.perf_counter() - self._start
+
+    def _roots(self, prompts: Sequence[Sequence[int]], seats: Sequence[Seat | None] | None = None) -> list["Branch"]:
+        options: dict[str, Any] = {"share": self._share, "seed": self.seed, "seats": seats, "salt": self._salt}
+        self._call.sequences.extend(map(attrgetter("_sequence"), roots := self._llm.branches(prompts, **options)))
+        return roots
+
+    def _probed_roots(
+        self, prompts: Sequence[list[int]], probe: "Probe", members: Sequence[list[int]], refusals: Sequence[str | None]
+    ) -> list["Branch"]:
+        """The first prompt is computed; the others start, and leave where the probe says so."""
+        for row, prompt in enumerate(prompts):
+            probe.watch(row, prompt)
+        (first,) = self._roots(prompts[:1], [Seat(probe, 0, sees_all=True)])
+        self._first_root = probe.root = first
+        is_refused = [refusals[indices[0]] is not None for indices in members]
+        seats = [None if refused else Seat(probe, row) for row, refused in enumerate(is_refused)]
+        return [first, *(self._roots(prompts[1:], seats[1:]) if len(prompts) > 1 else [])]
+
+    def _note_probes(
+        self,
+        nodes: Sequence[Node],
+        members: Sequence[list[int]],
+        roots: Sequence["Branch"],
+        probe: "Probe",
+        refusals: Sequence[str | None],
+    ) -> None:
+        num_layers = self._llm.spec.num_layers
+        for row, (indices, root) in enumerate(zip(members, roots, strict=True)):
+            if row == 0:
+                continue
+            is_accepted = row in probe.accepted
+            for node in (nodes[i] for i in indices):
+                node.similarity = _finite(probe.similarities.get(row))
+                node.is_semantic = is_accepted
+                node.is_approximate = is_accepted and root.exit_layer is None
+                if is_accepted:
+                    node.num_saved_tokens = root.num_saved_layer_rows / num_layers
+            node, refusal = nodes[indices[0]], refusals[indices[0]]
+            if refusal is not None:
+                self.note("guard", decision="computed", reason=refusal, node=node)
+                continue
+            saved = f"{root.num_saved_layer_rows / num_layers:.1f} prompt tokens saved"
+            self.note(
+                "share",
+                decision=probe.mode if is_accepted else "computed",
+                reason=saved if is_accepted else probe.why_not(row),
+                node=node,
+                value=node.similarity,
+                threshold=probe.tau,
+                layer=probe.depth,
+            )
+
+    def _fork(self, branch: "Branch", indices: Sequence[int]) -> list["Branch"]:
+        """The forks with these indices: a path must not depend on what else was planted."""
+        self._call.sequences.extend(map(attrgetter("_sequence"), kids := branch.fork(max(indices) + 1)))
+        wanted = set(indices)
+        self._prune([kid for index, kid in enumerate(kids) if index not in wanted])
+        return [kids[index] for index in indices]
+
+    def _children(self, branch: "Branch", count: int) -> list["Branch"]:
+        if self._share:
+            return self._fork(branch, range(count))
+        return [self._replant(branch, index) for index in range(count)]
+
+    def _replant(self, branch: "Branch", index: int) -> "Branch":
+        """Child `index` of a branch, all its tokens computed anew."""
+        (child,) = self._roots([branch.token_ids])
+        for step in (*branch.path, index):
+            ancestor = child
+            (child,) = self._fork(ancestor, [step])
+            self._prune([ancestor])
+        child.take_over(branch)
+        return child
+
+    def _node(self, branch: "Branch", parent: Node | None, hint: str, num_prompt: int, num_cached: int) -> Node:
+        node = Node(
+            node_id=len(self.nodes),
+            parent_id=None if parent is None else parent.node_id,
+            branch=branch,
+            depth=1 if parent is None else parent.depth + 1,
+            hint=hint,
+            num_prompt_tokens=num_prompt,
+            num_cached_tokens=num_cached,
+        )
+        if parent is not None:
+            node.output_ids, node.signals = list(parent.output_ids), parent.signals
+            node.is_semantic, node.is_approximate = parent.is_semantic, parent.is_approximate
+            node.similarity = parent.similarity
+        self.nodes.append(node)
+        return node
+
+    def _read(self, node: Node) -> None:
+        """Takes over what the branch has generated since the node was made."""
+        branch = node.branch
+        node.num_tokens = branch.num_tokens
+        node.output_ids, node.signals = list(branch.output_token_ids), branch.signals
+        node.text = branch.text
+
+    def _measure_sharing(self, nodes: Sequence[Node]) -> None:
+        """Before the first own token: a partial block is shared until someone writes into it."""
+        for node in nodes:
+            node.num_shared_tokens = max(node.branch.num_shared_tokens, node.num_cached_tokens)
+
+    def _prune(self, branches: Sequence["Branch"]) -> None:
+        for branch in branches:
+            branch.prune()
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return "" if self._llm.tokenizer is None else self._llm.tokenizer.decode(token_ids)
+
+    def _text_of(self, hint: str | Sequence[int]) -> str:
+        return hint if isinstance(hint, str) else self._decode(hint)
+
+    def _count(self) -> dict[str, int]:
+        """The engine's counters, without what is a state rather than a count."""
+        return {
+            name: int(value)
+            for name, value in self._llm.stats().items()
+            if name.startswith("num_") and not name.startswith("num_blocks_")
+        }
+
+
+def _finite(value: float | None) -> float | None:
+    """The same, None where JSON has no number for it."""
+    return value if value is not None and math.isfinite(value) else None

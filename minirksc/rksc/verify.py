@@ -1,0 +1,225 @@
+"""Verification: the model itself is asked whether an answer is correct; p(YES) is what it says.
+
+Two styles:
+
+- `append`: the question follows the branch's own tokens, so only the question is computed. In a
+  conversation it is the user's next turn.
+- `standalone` (the paper): a new prompt "Problem ... Proposed answer ... Is this answer correct?";
+  its problem part is computed once for all branches, the answers again.
+
+Everything goes by token ids: chat templates are rendered around placeholders and only the text
+between these is tokenised, never a branch. An end-of-sequence token that closed a plain text answer
+stays where it is.
+
+Source: Sekar 2026, arXiv 2606.09937 (question and standalone style).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+from minirksc.errors import ChatTemplateError, ConfigError, NumericalError
+
+if TYPE_CHECKING:
+    from minirksc.engine.branch import Branch
+    from minirksc.engine.request import Salt
+    from minirksc.llm import LLM
+    from minirksc.rksc.cgee import EntropyExit, EntropyRule, LayerExit, MarginRule
+    from minirksc.text.tokenizer import Tokenizer
+
+QUESTION = "Is this answer correct? YES or NO."
+_PLAIN_CHOICES = (" YES", " NO")
+_CHAT_CHOICES = ("YES", "NO")
+# Letters and digits only: a template that strips or escapes leaves them alone.
+_PROBLEM, _ANSWER = "PROBLEM7f3a9c", "ANSWER7f3a9c"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An answer to verify.
+
+    Attributes:
+        branch: whose tokens end with the answer.
+        answer_ids: hint and generated tokens alone, without an end-of-sequence token.
+    """
+
+    branch: "Branch"
+    answer_ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the model says about one answer.
+
+    Attributes:
+        probability: p(YES) of the two answers; None where the pass failed.
+        exit_layer: layers that its row went through, where it left the pass early.
+        margin: YES - NO in logits, as it was there.
+        saw_nan: a gate saw a hidden state that was not finite, and let the row go on.
+        error: why the pass failed.
+    """
+
+    probability: float | None
+    exit_layer: int | None = None
+    margin: float | None = None
+    saw_nan: bool = False
+    error: str | None = None
+
+
+class Verifier:
+    """Asks about answers in one style.
+
+    Args:
+        llm: with a tokenizer.
+        style: "append" or "standalone".
+        chat: ask in the checkpoint's chat format; plain text where it has none that can be used.
+        share: False: nothing is shared between branches.
+        salt: of the prompts that it asks with, as of the branches.
+
+    Raises:
+        ConfigError: the checkpoint has no tokenizer.
+    """
+
+    def __init__(self, llm: "LLM", style: str, *, chat: bool, share: bool, salt: "Salt | None" = None) -> None:
+        if llm.tokenizer is None:
+            raise ConfigError(f"{llm.model_path} has no tokenizer, so nothing can be asked; use verify='never'")
+        self._llm = llm
+        self._tokenizer = llm.tokenizer
+        self._style = style
+        self._share = share
+        self._salt = salt
+        parts = _chat_parts(llm.tokenizer, style) if chat and llm.tokenizer.has_chat_template else None
+        self._choices = self._choice_ids(_PLAIN_CHOICES if parts is None else _CHAT_CHOICES)
+        before, between, after = parts or _plain_parts(style)
+        # Only a prompt starts with BOS; the other parts continue one.
+        self._before = llm.tokenizer.encode(before)
+        self._between = self._encode(between)
+        # An answer that stopped by itself has closed its turn; the others' turns are closed here.
+        self._closing, self._question = _split_after_eos(self._encode(after), llm.tokenizer)
+
+    def ask(
+        self,
+        problem: str | Sequence[int],
+        candidates: Sequence[Candidate],
+        rule: "MarginRule | EntropyRule | None" = None,
+    ) -> list["Verdict"]:
+        """Asks about candidates in one pass; the branches stay as they were.
+
+        Args:
+            problem: for the standalone style: text or token ids.
+            candidates: distinct branches. One whose pass fails has an error for a verdict, and harms no other.
+            rule: lets rows leave the pass early; needs answers of one token each, see `can_exit`.
+
+        Raises:
+            PromptError, CacheFullError: as `LLM.score`.
+        """
+        gate = None
+        if rule is not None and self.can_exit:
+            choices = (self._choices[0][0], self._choices[1][0])
+            gate = rule.gate(self._llm.lens, choices, self._llm.spec.num_layers)
+        if self._style == "append":
+            branches = [candidate.branch for candidate in candidates]
+            closings = [[] if self._is_closed(branch) else self._closing for branch in branches]
+            return self._score(branches, [[*closing, *self._question] for closing in closings], gate)
+        return self._standalone(problem, candidates, gate)
+
+    def num_tokens(self, num_prompt: int, problem: str | Sequence[int]) -> int:
+        """Tokens that stand around an answer when it is asked about.
+
+        Args:
+            num_prompt: tokens of its branch's prompt.
+            problem: as of `ask`.
+        """
+        if self._style == "standalone":
+            num_prompt = len(self._before) + len(self._problem_ids(problem)) + len(self._between)
+        return num_prompt + len(self._closing) + len(self._question)
+
+    @property
+    def can_exit(self) -> bool:
+        """True when the answers are one token each: only then does a layer have a margin between them."""
+        return all(len(choice) == 1 for choice in self._choices)
+
+    def _standalone(
+        self, problem: str | Sequence[int], candidates: Sequence[Candidate], gate: "LayerExit | EntropyExit | None"
+    ) -> list[Verdict]:
+        prompt = [*self._before, *self._problem_ids(problem), *self._between]
+        options: dict[str, Any] = {"share": self._share, "seed": 0, "salt": self._salt}  # any seed: nothing is sampled
+        prompts = [prompt] if self._share else [prompt] * len(candidates)
+        with self._llm.engine.call() as call:
+            call.sequences.extend(map(attrgetter("_sequence"), asked := self._llm.branches(prompts, **options)))
+            if self._share:
+                call.sequences.extend(map(attrgetter("_sequence"), asked := asked[0].fork(len(candidates))))
+            for branch, candidate in zip(asked, candidates, strict=True):
+                branch.append(candidate.answer_ids)
+            return self._score(asked, [[*self._closing, *self._question]] * len(asked), gate)
+
+    def _score(
+        self, branches: Sequence["Branch"], questions: Sequence[list[int]], gate: "LayerExit | EntropyExit | None"
+    ) -> list[Verdict]:
+        try:
+            scores = self._llm.score(branches, questions, self._choices, gate)  # [branches, 2]
+        except NumericalError as error:
+            if len(branches) == 1:
+                return [Verdict(None, error=str(error))]
+            # It does not say whose: each by itself, and through all layers.
+            pairs = zip(branches, questions, strict=True)
+            return [verdict for branch, question in pairs for verdict in self._score([branch], [question], None)]
+        verdicts = [Verdict(float(row[0])) for row in scores]
+        if gate is not None:
+            for row, margin in gate.margins.items():
+                verdicts[row] = Verdict((1 + math.tanh(margin / 2)) / 2, gate.exit_layers[row], margin)
+            for row in gate.problems:
+                verdicts[row] = replace(verdicts[row], saw_nan=True)
+        return verdicts
+
+    def _choice_ids(self, choices: Sequence[str]) -> list[list[int]]:
+        """First tokens where they tell the choices apart ("Y" of "YES"): one pass scores them all."""
+        token_ids = [self._encode(choice) for choice in choices]
+        firsts = [ids[:1] for ids in token_ids]
+        return token_ids if firsts[0] == firsts[1] else firsts
+
+    def _is_closed(self, branch: "Branch") -> bool:
+        return branch.token_ids[-1] in self._tokenizer.eos_token_ids
+
+    def _problem_ids(self, problem: str | Sequence[int]) -> list[int]:
+        if isinstance(problem, str):
+            return self._encode(problem)
+        starts_with_bos = bool(problem) and problem[0] == self._tokenizer.bos_token_id
+        return list(problem[1:] if starts_with_bos else problem)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+def _plain_parts(style: str) -> tuple[str, str, str]:
+    """Text before the problem, between problem and answer, and after the answer."""
+    before, between = ("", "") if style == "append" else ("Problem:\n", "\n\nProposed answer:\n")
+    return before, between, f"\n\n{QUESTION}\nAnswer:"
+
+
+def _chat_parts(tokenizer: "Tokenizer", style: str) -> tuple[str, str, str] | None:
+    """The same in the checkpoint's chat format; None when its template cannot be taken apart."""
+    if style == "append":
+        turns = [("user", _PROBLEM), ("assistant", _ANSWER), ("user", QUESTION)]
+    else:
+        asked = f"Problem:\n{_PROBLEM}\n\nProposed answer:\n{_ANSWER}\n\n{QUESTION}"
+        turns = [("user", asked)]
+    try:
+        text = tokenizer.render_chat([{"role": role, "content": content} for role, content in turns])
+    except ChatTemplateError:
+        return None
+    before, found_problem, rest = text.partition(_PROBLEM)
+    between, found_answer, after = rest.partition(_ANSWER)
+    if not found_problem or not found_answer or _PROBLEM in rest or _ANSWER in after:
+        return None
+    return before, between, after
+
+
+def _split_after_eos(token_ids: list[int], tokenizer: "Tokenizer") -> tuple[list[int], list[int]]:
+    """Splits behind the first end-of-sequence token; where there is none, nothing needs closing."""
+    for index, token_id in enumerate(token_ids):
+        if token_id in tokenizer.eos_token_ids:
+            return token_ids[: index + 1], token_ids[index + 1 :]
+    return [], token_ids

@@ -1,0 +1,1 @@
+"""The page of a solve, made of its trace, which is plain data."""

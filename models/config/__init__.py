@@ -1,0 +1,1 @@
+"""config.json and params.json, field by field."""

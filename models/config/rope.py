@@ -1,0 +1,185 @@
+"""Rotary embeddings as config.json spells them, old and new, to `RopeSpec`.
+
+New: `rope_parameters`, one object or one a layer type. Old: `rope_theta` beside `rope_scaling`, whose kind is
+called `type` or `rope_type`. Where both spellings are there they must agree.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from minirksc.errors import CheckpointError, UnsupportedModelError, listing
+from minirksc.models.config.fields import Fields, positive
+from minirksc.models.rope import KINDS
+from minirksc.models.spec import RopeSpec
+
+ALIASES = {"su": "longrope", "mrope": "default"}
+NEEDED = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+    "proportional": ("factor", "partial_rotary_factor"),
+}
+"""Parameters of each kind."""
+
+LISTS = ("short_factor", "long_factor")
+"""Parameters that are lists, with a number a pair."""
+
+OF_ATTENTION_FACTOR = {
+    "yarn": ("attention_factor", "attn_factor", "mscale", "mscale_all_dim"),
+    "longrope": ("factor", "attention_factor"),
+}
+"""What the attention factor follows from."""
+
+NEUTRAL = ("factor", "attention_factor", "attn_factor", "extrapolation_factor", "partial_rotary_factor")
+"""Factors that are not of a kind, and that some files have all the same: 1 changes nothing."""
+
+OF_IMAGES = ("mrope_section", "mrope_interleaved")
+"""Which pairs turn with which coordinate of an image: those of text are all alike, so that text has plain positions."""
+
+DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "factor": 1.0, "partial_rotary_factor": 1.0}
+
+
+def read_rope(
+    fields: Fields,
+    head_dim: int,
+    layer_type: str | None = None,
+    *,
+    is_partial: bool = False,
+    others: tuple[str, ...] = (),
+) -> RopeSpec:
+    """The rotation of a layer.
+
+    Args:
+        fields: of config.json; `rope_theta` and, if the family has one, `rope_parameters` have defaults.
+        head_dim: of the layer.
+        layer_type: entry of a `rope_parameters` that has one a layer type.
+        is_partial: the family honours `partial_rotary_factor`.
+        others: names inside rope_parameters that the family reads itself.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: it is impossible, or not implemented.
+    """
+    spellings = [fields.given(name) for name in ("rope_parameters", "rope_scaling")]
+    # Empty as well as absent is plain RoPE: what a family has instead by default is for absent ones alone.
+    found = [given for raw in spellings if raw is not None and (given := _of_layer(fields, raw, layer_type))] or [{}]
+    ropes = [_read(fields, raw, head_dim, is_partial, others) for raw in found]
+    if ropes[0] != ropes[-1]:
+        raise CheckpointError(
+            f"{fields.where}: rope_parameters {found[0]!r:.200} and rope_scaling {found[-1]!r:.200} contradict each "
+            "other; keep the right one"
+        )
+    return ropes[0]
+
+
+def _of_layer(fields: Fields, raw: Any, layer_type: str | None) -> Mapping[str, Any]:
+    if isinstance(raw, Mapping) and layer_type is not None and layer_type in raw:
+        raw = {} if raw[layer_type] is None else raw[layer_type]
+    if not isinstance(raw, Mapping):
+        raise CheckpointError(f"{fields.where}: rope parameters {raw!r:.80} must be an object")
+    return raw
+
+
+def _read(fields: Fields, raw: Mapping[str, Any], head_dim: int, is_partial: bool, others: tuple[str, ...]) -> RopeSpec:
+    given = {name: value for name, value in raw.items() if value is not None}
+    kinds = [given.pop(name) for name in ("rope_type", "type") if name in given] or ["default"]
+    kind = ALIASES.get(kinds[0], kinds[0]) if isinstance(kinds[0], str) else kinds[0]
+    if kind == "yarn" and "short_factor" in given:  # as the first files with a factor a pair called it
+        kind = "longrope"
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise UnsupportedModelError(f"rope type {kind!r:.80} is not supported; known: {', '.join(KINDS)}")
+    where = f"{fields.where}: {kind} rope:"
+    theta = positive(given.pop("rope_theta", fields.given("rope_theta")), f"{where} rope_theta")
+    max_len = fields.size("max_position_embeddings")
+    inner = given.pop("original_max_position_embeddings", max_len)
+    outer = fields.get("original_max_position_embeddings")
+    original = positive(inner if outer is None else outer, f"{where} original_max_position_embeddings")
+    rotary_dim = head_dim
+    if is_partial:
+        share = given.pop("partial_rotary_factor", fields.given("partial_rotary_factor"))
+        rotary_dim = int(head_dim * _share(1.0 if share is None else share, where))
+    defaults = {**DEFAULTS, "original_max_position_embeddings": original}
+    if kind == "yarn":
+        defaults["factor"] = max_len / original
+    elif kind != "proportional":
+        del defaults["factor"]
+    parameters = {name: given.get(name, defaults.get(name)) for name in NEEDED[kind]}
+    if kind == "dynamic":  # which knows no other length than the model's own
+        parameters["original_max_position_embeddings"] = max_len
+    if kind == "proportional":
+        _share(parameters["partial_rotary_factor"], where)
+    if "truncate" in parameters and not isinstance(raw.get("truncate", True), bool):  # null is not the default
+        raise CheckpointError(f"{where} truncate {raw['truncate']!r:.80} must be true or false")
+    known = {*parameters, *OF_ATTENTION_FACTOR.get(kind, ()), *others}
+    unread = [name for name in given.keys() - known if not _is_neutral(name, given[name])]
+    if kind == "yarn":  # says how its numbers were found, and is no part of them
+        unread = [name for name in unread if name != "finetuned"]
+    if unread := fields.pass_over(unread):
+        raise UnsupportedModelError(
+            f"rope type {kind!r} has parameters that nothing reads: {listing([repr(name) for name in unread], ', ')}; "
+            f"if you know that they change nothing, pass them over: --ignore-config-key {unread[0]:.200}"
+        )
+    checked = {name: _parameter(value, f"{where} {name}", name) for name, value in parameters.items()}
+    factor = _attention_factor(kind, given, where, max_len / original, original)
+    return RopeSpec(kind, theta, rotary_dim, tuple(checked.items()), factor)
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    if name in OF_IMAGES:
+        return True
+    return name in NEUTRAL and not isinstance(value, bool) and value == 1
+
+
+def _share(value: Any, where: str) -> float:
+    share = positive(value, f"{where} partial_rotary_factor")
+    if share > 1:
+        raise CheckpointError(f"{where} partial_rotary_factor {share} must be at most 1")
+    return share
+
+
+def _parameter(value: Any, what: str, name: str) -> float | tuple[float, ...]:
+    if value is None:
+        raise CheckpointError(f"{what.replace('rope: ', 'rope lacks ')}")
+    if name in LISTS:
+        if not isinstance(value, list):
+            raise CheckpointError(f"{what} {value!r:.80} must be a list of numbers")
+        return tuple(positive(item, what) for item in value)
+    if name == "truncate":
+        return float(value)
+    return positive(value, what)
+
+
+def _attention_factor(kind: str, given: Mapping[str, Any], where: str, ratio: float, original: float) -> float:
+    """What cosines and sines are multiplied by."""
+    if kind not in OF_ATTENTION_FACTOR:
+        return 1.0
+    numbers = {
+        name: positive(given[name], f"{where} {name}")
+        for name in ("attention_factor", "attn_factor", "factor")
+        if name in given
+    }
+    # YaRN's own code multiplies its attn_factor in; transformers, which calls something else so, passes it over.
+    own = numbers.get("attn_factor", 1.0)
+    if "attention_factor" in numbers:
+        if own != 1.0:
+            raise CheckpointError(f"{where} attention_factor and attn_factor contradict each other; keep the right one")
+        return numbers["attention_factor"]
+    factor = numbers.get("factor", ratio)
+    if kind == "yarn":
+        mscale, all_dim = given.get("mscale"), given.get("mscale_all_dim")
+        if mscale and all_dim:
+            mscale, all_dim = positive(mscale, f"{where} mscale"), positive(all_dim, f"{where} mscale_all_dim")
+            return own * _mscale(factor, mscale) / _mscale(factor, all_dim)
+        return own * _mscale(factor, 1.0)
+    if factor > 1:
+        if original <= 1:
+            raise CheckpointError(f"{where} original_max_position_embeddings {original} must be more than 1")
+        return math.sqrt(1 + math.log(factor) / math.log(original))
+    return 1.0
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0

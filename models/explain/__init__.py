@@ -1,0 +1,1 @@
+"""What a checkpoint is, in words: `python -m minirksc.models`."""

@@ -1,0 +1,1 @@
+"""Tensors of a checkpoint: their names, their bytes, and where they go."""

@@ -1,0 +1,345 @@
+"""Safetensors files of a checkpoint folder: which there are, what is in them, and reading one tensor.
+
+Layouts: model.safetensors; an index with shards, or shards without one; Mistral's consolidated.safetensors, read
+only where there is none of the others. Links are followed, as the hub's cache is made of them. A header is checked
+whole before a byte of data is read; nothing is mapped, so that peak memory is what the caller allocates.
+
+Format: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSON header, the data).
+"""
+
+import json
+import math
+import os
+import stat
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minirksc.errors import CheckpointError
+from minirksc.json_file import read_json_object
+from minirksc.models.config.consolidated import hf_name, read_params
+from minirksc.models.config.quantised import quantisation_of, refusal, shown
+from minirksc.models.weights.fp8 import Scale
+
+MAX_HEADER_BYTES = 16 << 20
+"""Of all headers of a folder, and of an index: over 100 000 tensors, read in seconds and less than 1 GB of memory."""
+
+LFS_BEGIN = b"version "
+"""Of the pointer that Git LFS leaves in place of a file."""
+
+MAX_DIMENSIONS = 16
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+FP8_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu}
+"""Of FP8 weights, and of what may scale them."""
+
+PIECE_NUMBERS = 1 << 18
+"""That are converted at a time: what lies between the two dtypes stays in the processor's cache."""
+
+ITEM_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+    "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies.
+
+    Attributes:
+        file: that holds it.
+        name: that it has there.
+        dtype: its code in the header.
+        shape: its dimensions.
+        begin, end: absolute byte range.
+        interleaved_heads: how many heads the rows belong to, where the rows of each have rotary pairs side by side
+            and are put halves apart by `read_into`; None for all other tensors.
+        scale: what an FP8 weight is multiplied with by `read_into`; None for all other tensors.
+    """
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+    interleaved_heads: int | None = None
+    scale: Scale | None = None
+
+
+def read_entries(folder: Path, is_fp8: bool = False) -> dict[str, TensorEntry]:
+    """All tensors of a checkpoint folder by their Hugging Face names, from the headers of its safetensors files.
+
+    Args:
+        folder: of the checkpoint.
+        is_fp8: config.json says so; tensors that tell of FP8 are refused without.
+
+    Raises:
+        CheckpointError: no safetensors, a missing shard, a damaged header, or a tensor in two files.
+        UnsupportedModelError: the tensors are quantised.
+    """
+    entries: dict[str, TensorEntry] = {}
+    files = _files(folder)
+    room = MAX_HEADER_BYTES
+    for file in files:
+        found, length = _read_header(file, room)
+        room -= length
+        for name, entry in found.items():
+            if name in entries:
+                raise CheckpointError(f"tensor {shown(name)} is in both {entries[name].file.name} and {file.name}")
+            entries[name] = entry
+    quantised = quantisation_of({name: entry.dtype for name, entry in entries.items()})
+    if quantised and not (is_fp8 and quantised[0].startswith("fp8")):
+        method, name = quantised
+        unsaid = "; config.json has no quantization_config that says how" if method == "fp8" else ""
+        raise refusal(str(entries[name].file), f"{method}: tensor {shown(name)} of {entries[name].dtype}{unsaid}")
+    return _from_consolidated(entries, folder) if _is_consolidated(files[0]) else entries
+
+
+def _from_consolidated(entries: dict[str, TensorEntry], folder: Path) -> dict[str, TensorEntry]:
+    params = read_params(folder)
+    named: dict[str, TensorEntry] = {}
+    for name, entry in entries.items():
+        translated, heads = hf_name(name, params)
+        rows = entry.shape[0] if entry.shape else 0
+        if heads is not None and (not isinstance(heads, int) or heads < 1 or not rows or rows % (2 * heads)):
+            raise CheckpointError(
+                f"{entry.file}: {name} has {rows} rows, which {heads!r:.20} heads of params.json cannot share"
+            )
+        if translated in named:
+            raise CheckpointError(f"{entry.file}: {shown(name)} is a second tensor {shown(translated)}")
+        named[translated] = replace(entry, interleaved_heads=heads)
+    return named
+
+
+def _files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder")
+    others = sorted(file for file in folder.glob("*.safetensors") if not _is_foreign(file))
+    for prefix, unindexed in (("model", others), ("consolidated", sorted(folder.glob("consolidated*.safetensors")))):
+        single, index = folder / f"{prefix}.safetensors", folder / f"{prefix}.safetensors.index.json"
+        if single.is_file():
+            return [single]
+        if index.is_symlink() and not index.exists():
+            raise CheckpointError(f"{index} is a link to a file that does not exist, or to itself")
+        if index.exists():
+            return _indexed_files(folder, index)
+        if unindexed:
+            return unindexed
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+    if pickles:
+        raise CheckpointError(
+            f"{folder} has only pickle files ({', '.join(pickles[:3])}), which can run any code when they are "
+            "loaded; they are never read. Convert the checkpoint to safetensors"
+        )
+    raise CheckpointError(f"{folder} has no .safetensors file")
+
+
+def _is_consolidated(file: Path) -> bool:
+    return file.name.startswith("consolidated")
+
+
+def _is_foreign(file: Path) -> bool:
+    """Files beside the weights: of Mistral's own layout, of a system (`._model.safetensors`), of a training run."""
+    return _is_consolidated(file) or file.name.startswith((".", "optimizer"))
+
+
+def _indexed_files(folder: Path, index: Path) -> list[Path]:
+    weight_map = read_json_object(index, max_bytes=MAX_HEADER_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index} is not a readable index: weight_map must give each tensor its file")
+    if not weight_map:
+        raise CheckpointError(f"{index} names no file")
+    files = []
+    for name in sorted(set(weight_map.values())):
+        if not name or Path(name).name != name or "\\" in name:
+            raise CheckpointError(f"{index} names {name!r:.200}, which is not a file of its own folder")
+        file = folder / name
+        if os.path.islink(file) and not os.path.exists(file):
+            raise CheckpointError(
+                f"{file}, which {index.name} names, is a link to a file that does not exist, or to itself"
+            )
+        if not os.path.isfile(file):
+            what = "is not a regular file" if os.path.exists(file) else f"is not in {folder}; fetch it again"
+            raise CheckpointError(f"{index.name} names the shard {shown(name)}, which {what}")
+        files.append(file)
+    return files
+
+
+def _read_header(file: Path, room: int) -> tuple[dict[str, TensorEntry], int]:
+    """Parses and checks one file's header: its byte ranges fill the file, without overlap and without a gap.
+
+    Args:
+        file: to read.
+        room: bytes that the header may have.
+
+    Returns:
+        (the tensors, bytes of the header).
+    """
+    try:
+        status = file.stat()
+        size = status.st_size
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            raise CheckpointError(f"{file} is not a regular file")
+        with file.open("rb") as stream:
+            begin = stream.read(8)
+            if begin == LFS_BEGIN:
+                raise CheckpointError(
+                    f"{file} is a pointer of Git LFS, not the file itself; in its folder, type: git lfs pull"
+                )
+            length = int.from_bytes(begin, "little")
+            if size < 8 or not 2 <= length <= size - 8:
+                raise CheckpointError(
+                    f"{file} is not a safetensors file or is truncated: its header claims {length} bytes, "
+                    f"the file has {size}"
+                )
+            if length > room:
+                left = f", what the files before it leave of {MAX_HEADER_BYTES}" if room < MAX_HEADER_BYTES else ""
+                raise CheckpointError(
+                    f"{file} has a header of {length} bytes, more than {room}{left}; no supported model needs as much. "
+                    "Save it again without metadata"
+                )
+            raw = stream.read(length)
+    except OSError as error:  # for example a link whose target is gone
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    try:
+        header = json.loads(raw.decode(), object_pairs_hook=_unique_names)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: the header is not valid JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: the header is not a JSON object")
+    start = 8 + length
+    entries = {name: _entry(file, name, value, start, size) for name, value in header.items() if name != "__metadata__"}
+    end = start
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin < end:
+            raise CheckpointError(f"{file}: tensor {shown(name)} overlaps the data of another one")
+        if entry.begin > end:
+            raise CheckpointError(f"{file}: {entry.begin - end} bytes before tensor {shown(name)} belong to no tensor")
+        end = entry.end
+    if end != size:
+        raise CheckpointError(f"{file}: the last {size - end} bytes belong to no tensor")
+    return entries, length
+
+
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    named: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in named:
+            raise ValueError(f"{name!r:.200} is there twice")
+        named[name] = value
+    return named
+
+
+def _entry(file: Path, name: str, value: Any, start: int, size: int) -> TensorEntry:
+    try:
+        dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+        numbers = (*shape, begin, end)
+        if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**63 for n in numbers):
+            raise ValueError("its numbers must be integers from 0 to 2**63 - 1")
+        if dtype not in ITEM_BYTES:
+            raise ValueError(f"dtype {dtype!r:.80} is unknown")
+        if len(shape) > MAX_DIMENSIONS:
+            raise ValueError(f"{len(shape)} dimensions, more than {MAX_DIMENSIONS}")
+        num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: the entry of tensor {shown(name)} is malformed: {error!r:.300}") from error
+    if end - begin != num_bytes:
+        raise CheckpointError(
+            f"{file}: tensor {shown(name)} of {dtype} {list(shape)} needs {num_bytes} bytes, its offsets give "
+            f"{end - begin}"
+        )
+    if start + end > size:
+        raise CheckpointError(
+            f"{file} is truncated: tensor {shown(name)} ends at byte {start + end}, the file has {size}"
+        )
+    return TensorEntry(file, name, dtype, shape, start + begin, start + end)
+
+
+def read_into(entry: TensorEntry, out: Tensor) -> None:
+    """Reads one tensor into place: FP8 weights times their scales, halves of each head apart.
+
+    Args:
+        entry: the tensor.
+        out: contiguous, of its shape, and of any floating-point dtype.
+
+    Raises:
+        CheckpointError: the file has changed since its header was read, or an FP8 weight or scale is no number.
+    """
+    heads = entry.interleaved_heads
+    if heads is None:
+        _read(entry, out)
+        return
+    rows = torch.empty(entry.shape, dtype=out.dtype)
+    _read(entry, rows)
+    pairs = rows.view(heads, -1, 2, *entry.shape[1:])  # [heads, head_dim / 2, 2, ...]
+    out.view(heads, 2, -1, *entry.shape[1:]).copy_(pairs.transpose(1, 2))
+
+
+def _read(entry: TensorEntry, out: Tensor) -> None:
+    """Reads the numbers as they lie; where they are converted, in pieces, so that the copy stays small."""
+    source = (DTYPES | FP8_DTYPES)[entry.dtype]
+    scales = None if entry.scale is None else _scales(entry.scale)
+    flat, columns = out.view(-1), 1 if scales is None else max(entry.shape[1], 1)
+    step = flat.numel() if source == flat.dtype else max(PIECE_NUMBERS // columns, 1) * columns
+    try:
+        with entry.file.open("rb") as stream:
+            stream.seek(entry.begin)
+            for begin in range(0, flat.numel(), step or 1):
+                part = flat[begin : begin + step]
+                target = part if source == flat.dtype else torch.empty(part.shape, dtype=source)
+                buffer = target.view(torch.uint8).numpy().data
+                if stream.readinto(buffer) != buffer.nbytes:
+                    raise CheckpointError(f"{entry.file} was truncated while {shown(entry.name)} was read")
+                if entry.scale is not None and scales is not None:
+                    row = entry.scale.first_row + begin // columns
+                    part.copy_(widened(target.view(-1, columns), scales, entry.scale.extent, row).view(-1))
+                    if not all(map(math.isfinite, torch.aminmax(part))):
+                        raise CheckpointError(
+                            f"{entry.file}: {shown(entry.name)} has a NaN, or numbers too large for {part.dtype}"
+                        )
+                elif target is not part:
+                    part.copy_(target)
+    except OSError as error:
+        raise CheckpointError(f"{entry.file} cannot be read: {error}") from error
+
+
+def _scales(scale: Scale) -> Tensor:
+    """`[row blocks, column blocks]` float32."""
+    entry = scale.entry
+    scales = torch.empty(entry.shape, dtype=torch.float32)
+    _read(entry, scales)
+    if not ((scales > 0) & scales.isfinite()).all():
+        raise CheckpointError(
+            f"{entry.file}: {shown(entry.name)} holds a scale that is not positive and finite; it is damaged"
+        )
+    return scales.view(-1, entry.shape[1] if len(entry.shape) > 1 else 1)
+
+
+def widened(values: Tensor, scales: Tensor, extent: tuple[int, int], first_row: int) -> Tensor:
+    """Products of numbers and their scales.
+
+    Args:
+        values: `[rows, columns]` e4m3, some rows of a weight.
+        scales: `[row blocks, column blocks]` float32, of the whole weight.
+        extent: rows and columns that share one.
+        first_row: which row of the weight the first of them is.
+
+    Returns:
+        `[rows, columns]` float32.
+    """
+    rows, columns = values.shape
+    # A table of all 256 is several times as fast as torch's conversion.
+    numbers = torch.arange(256, dtype=torch.uint8).view(values.dtype).to(torch.float32)
+    wide = numbers.index_select(0, values.view(torch.uint8).flatten().to(torch.int32)).view(rows, columns)
+    of_rows = scales[torch.arange(first_row, first_row + rows) // extent[0]]  # [rows, column blocks]
+    if of_rows.shape[1] > 1:
+        of_rows = of_rows.repeat_interleave(extent[1], dim=1)[:, :columns]
+    return wide.mul_(of_rows)

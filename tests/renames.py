@@ -1,0 +1,79 @@
+"""Where things have moved: `renames.tsv` has old name -> new name, and `python tests/renames.py FILE...` applies it.
+
+For code that imports inner modules of version 0.1.0 as it was on one floor, such as tests. Names are dotted and whole:
+of those that begin alike the longest counts. Imports, texts and paths are rewritten, commands stay: `python -m
+minirksc.generate` is still the same.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+ROWS = dict(
+    line.split("\t")
+    for line in Path(__file__).with_suffix(".tsv").read_text(encoding="utf-8").splitlines()
+    if line and not line.startswith("#")
+)
+COMMANDS = ("minirksc.generate", "minirksc.calibrate", "minirksc.checkpoints")
+IMPORT = re.compile(r"^( *)from (minirksc[\w.]*) import (?:\(([^)]*)\)|([^(\n]+?))( *#.*)?$", re.MULTILINE)
+
+
+def path_of(module: str) -> str:
+    """The file of a module, as it lies in the repository."""
+    return module.removeprefix("minirksc.").replace(".", "/") + ".py" if _lies_outside(module) else _inside(module)
+
+
+def _lies_outside(module: str) -> bool:
+    return module.startswith(("minirksc.kernels.", "minirksc.models."))
+
+
+def _inside(module: str) -> str:
+    return module.replace(".", "/") + ".py"
+
+
+def new_name(name: str) -> str:
+    """The name that something has now."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        if (head := ".".join(parts[:end])) in ROWS:
+            return ".".join([ROWS[head], *parts[end:]])
+    return name
+
+
+def renamed(source: str) -> str:
+    """Python, or a text about it, with the new names."""
+    modules = {old: new for old, new in ROWS.items() if old.startswith("minirksc.")}
+    texts = {old: new for old, new in ROWS.items() if old not in COMMANDS}
+    texts |= {path_of(old): path_of(new) for old, new in modules.items()}
+    texts |= {f"{old}.": f"{ROWS[old]}." for old in COMMANDS}
+    texts |= {f"from {old} import": f"from {ROWS[old]} import" for old in COMMANDS}
+    longest_first = "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
+    names = re.compile(rf"(?<![\w./])(?:{longest_first})(?:(?<=\.)(?=\w)|(?<!\.)(?!\w))")
+    kept: list[str] = []
+
+    def put_aside(match: re.Match[str]) -> str:
+        kept.append(_imports(match))
+        return f"\0{len(kept) - 1}\0"
+
+    source = IMPORT.sub(put_aside, source)
+    source = names.sub(lambda match: texts[match[0]], source)
+    return re.sub("\0(\\d+)\0", lambda match: kept[int(match[1])], source)
+
+
+def _imports(match: re.Match[str]) -> str:
+    """An import from one module, as imports from those that its names are in now."""
+    indent, module, many, few, comment = match.groups()
+    found: dict[str, list[str]] = {}
+    for item in re.sub(r"#.*", "", many or few).replace("\n", " ").split(","):
+        if not item.strip():
+            continue
+        name, _, alias = item.strip().partition(" as ")
+        place, _, moved = new_name(f"{module}.{name}").rpartition(".")
+        alias = alias or name
+        found.setdefault(place, []).append(moved if moved == alias else f"{moved} as {alias}")
+    return "\n".join(f"{indent}from {place} import {', '.join(items)}{comment or ''}" for place, items in found.items())
+
+
+if __name__ == "__main__":
+    for file in map(Path, sys.argv[1:]):
+        file.write_text(renamed(file.read_text(encoding="utf-8")), encoding="utf-8")
