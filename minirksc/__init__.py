@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from minirksc import errors
     from minirksc.engine.branch import Branch, BranchProgress
     from minirksc.engine.engine import Engine
-    from minirksc.engine.request import CompletionOutput, RequestOutput, StreamChunk
+    from minirksc.engine.outputs import CompletionOutput, RequestOutput, StreamChunk
+    from minirksc.engine.session import Session
     from minirksc.errors import (
         BranchError,
         CacheFullError,
@@ -45,7 +46,8 @@ _HOMES = {
     "options": ("EngineConfig", "SamplingParams"),
     "engine.branch": ("Branch", "BranchProgress"),
     "engine.engine": ("Engine",),
-    "engine.request": ("CompletionOutput", "RequestOutput", "StreamChunk"),
+    "engine.outputs": ("CompletionOutput", "RequestOutput", "StreamChunk"),
+    "engine.session": ("Session",),
     "rksc.results": ("BranchResult", "SolveResult"),
     "rksc.solver": ("Solver",),
     "rksc.solver_config": ("SolverConfig",),
@@ -87,6 +89,7 @@ __all__ = [
     "PromptError",
     "RequestOutput",
     "SamplingParams",
+    "Session",
     "SolveResult",
     "Solver",
     "SolverConfig",

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 from minirksc.calibrate.evidence import BranchEvidence, Evidence, Failed
 from minirksc.errors import ConfigError, MinirkscError, NumericalError
 from minirksc.rksc.cgee import LayerExit, MarginRule
-from minirksc.rksc.solver import Solver, SolverConfig, default_hint
+from minirksc.rksc.solver import HasSession, Solver, SolverConfig, default_hint
 from minirksc.rksc.tree import Node, Tree
 from minirksc.rksc.verify import Candidate, Verdict, Verifier
 
 if TYPE_CHECKING:
     from minirksc.engine.branch import Branch
     from minirksc.engine.gates import GateRows, Verdicts
-    from minirksc.llm import LLM
+    from minirksc.engine.session import Session
     from minirksc.rksc.cgee import MakeLens
 
 BRANCHES_AT_ONCE = 24
@@ -71,7 +71,7 @@ class Collector(Solver):
         ConfigError: depth is more than 1, sharing is semantic, or nobody is asked.
     """
 
-    def __init__(self, llm: "LLM", config: SolverConfig) -> None:
+    def __init__(self, llm: "HasSession | Session", config: SolverConfig) -> None:
         if config.depth != 1:
             raise ConfigError(f"depth={config.depth}: gates are calibrated for one round of decoding; use depth=1")
         if config.sharing == "semantic":
@@ -97,9 +97,9 @@ class Collector(Solver):
 
     def _collect(self, problems: Sequence[tuple[str, str | None]], seeds: Sequence[int]) -> list[Evidence]:
         solves: list[_Solve] = []
-        with self.llm.engine.call() as call:
+        with self.session.engine.call() as call:
             for (problem, reference), seed in zip(problems, seeds, strict=True):
-                tree = Tree(self.llm, call, share=self.config.sharing != "none", seed=seed)
+                tree = Tree(self.session, call, share=self.config.sharing != "none", seed=seed)
                 solves.append(_Solve(problem, reference, tree, []))
                 solves[-1].nodes = self._plant(solves[-1])
             self._extend(solves)
@@ -113,7 +113,7 @@ class Collector(Solver):
     def _extend(self, solves: Sequence[_Solve]) -> None:
         try:
             branches = [node.branch for one in solves for node in one.nodes]
-            self.llm.extend(branches, replace(self.config.step_sampling, seed=None))
+            self.session.extend(branches, replace(self.config.step_sampling, seed=None))
         except NumericalError:  # after the others have ended; as in the solver, a branch that fails alone is left out
             for one in solves:
                 one.nodes = [node for node in one.nodes if node.branch.finish_reason != "error"]
@@ -129,12 +129,12 @@ class Collector(Solver):
         config = self.config
         nodes = [node for one in solves for node in one.nodes]
         chat, share = self._is_chat(solves[0].problem), config.sharing != "none"
-        verifier = Verifier(self.llm, config.verify_style, chat=chat, share=share)
+        verifier = Verifier(self.session, config.verify_style, chat=chat, share=share)
         recording = Recording()
-        before = self.llm.stats()["num_prefilled_tokens"]
+        before = self.session.stats()["num_prefilled_tokens"]
         candidates = [Candidate(node.branch, self._answer_ids(node)) for node in nodes]
         verdicts = verifier.ask(solves[0].problem, candidates, recording)
-        num_question_tokens = (self.llm.stats()["num_prefilled_tokens"] - before) / len(nodes)
+        num_question_tokens = (self.session.stats()["num_prefilled_tokens"] - before) / len(nodes)
         noted = recording.made[0].noted if recording.made else {}
         branches = [
             self._branch(node.branch, verdict, noted.get(row, []))
@@ -143,7 +143,7 @@ class Collector(Solver):
         found, begin = [], 0
         for one in solves:
             end = begin + len(one.nodes)
-            num_layers = self.llm.spec.num_layers
+            num_layers = self.session.spec.num_layers
             found.append(Evidence(branches[begin:end], num_layers, num_question_tokens, one.reference))
             begin = end
         return found
@@ -152,11 +152,11 @@ class Collector(Solver):
         if verdict.probability is None:
             raise NumericalError(str(verdict.error))
         token_ids = list(branch.output_token_ids)
-        text = self.llm.decode(token_ids)
+        text = self.session.decode(token_ids)
         return BranchEvidence(
             token_ids=token_ids,
             text=text,
-            ends=[_num_final(self.llm.decode(token_ids[:count]), text) for count in range(1, len(token_ids) + 1)],
+            ends=[_num_final(self.session.decode(token_ids[:count]), text) for count in range(1, len(token_ids) + 1)],
             num_hidden=len(text) - len(branch.text),
             finish_reason=str(branch.finish_reason),
             signals=branch.signals,

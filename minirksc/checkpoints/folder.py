@@ -62,7 +62,7 @@ def snapshot_of(folder: Path) -> Path:
 def check_folder(folder: Path) -> None:
     """Refuses a folder that shows what it is, and is no checkpoint or not a whole one.
 
-    A config.json alone passes, since a model can be explained by it; for one without see `without_config`.
+    A config.json alone passes, since a model can be explained by it.
 
     Raises:
         CheckpointError: says what it is, and what to do.
@@ -80,6 +80,8 @@ def check_folder(folder: Path) -> None:
             f"{folder} is quantised ({method!s:.80}, as {sidecar} says), and such weights are not read; take the "
             "checkpoint that it was made from"
         )
+    if not os.path.lexists(folder / "config.json") and not (folder / "params.json").is_file():
+        raise CheckpointError(f"{folder / 'config.json'} does not exist: the folder {_without_config(folder, names)}")
 
 
 def check_file(file: Path) -> None:
@@ -92,9 +94,8 @@ def check_file(file: Path) -> None:
         raise CheckpointError(f"{file}: {fault.format(again='fetch it again')}")
 
 
-def without_config(folder: Path) -> str:
+def _without_config(folder: Path, names: list[str]) -> str:
     """What a folder without a config.json is, and what to do with it."""
-    names = _names(folder)
     repository = _cached_repository(folder)
     if repository is not None:
         return f"is the hub's cache of {repository}, and not complete; {_again(folder)}"

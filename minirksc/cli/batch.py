@@ -28,7 +28,7 @@ from minirksc.errors import ConfigError, MinirkscError
 from minirksc.options import SamplingParams
 
 if TYPE_CHECKING:
-    from minirksc.engine.request import RequestOutput
+    from minirksc.engine.outputs import RequestOutput
     from minirksc.llm import LLM
 
 CHUNK = 32

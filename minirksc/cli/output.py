@@ -23,7 +23,7 @@ from minirksc.options import NEUTRAL, SamplingParams
 from minirksc.trace.page import trace_page
 
 if TYPE_CHECKING:
-    from minirksc.engine.request import RequestOutput, StreamChunk
+    from minirksc.engine.outputs import RequestOutput, StreamChunk
     from minirksc.llm import LLM
     from minirksc.rksc.solver import SolveResult
 

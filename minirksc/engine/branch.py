@@ -6,9 +6,10 @@ is never tokenised again. Blocks are shared until one branch writes into a block
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from minirksc.engine.calls import Call
+from minirksc.engine.engine import Engine
 from minirksc.engine.prompts import Prompt
 from minirksc.engine.request import Request, Sequence
 from minirksc.engine.signals import TokenSignals, mean_top1
@@ -17,25 +18,46 @@ from minirksc.errors import BranchError, ConfigError, brief
 from minirksc.options import SamplingParams
 from minirksc.token_ids import is_list
 
-if TYPE_CHECKING:
-    from minirksc.llm import LLM
+
+class Home(Protocol):
+    """What a branch needs of the session that made it."""
+
+    @property
+    def engine(self) -> Engine:
+        """Where its sequence is; an EngineClosedError after close()."""
+        ...
+
+    @property
+    def closed(self) -> bool:
+        """True after close()."""
+        ...
+
+    def encode_fragment(self, tokens: Prompt) -> list[int]:
+        """Token ids of what continues it."""
+        ...
 
 
 class Branch:
     """One path through a reasoning tree; made by `LLM.branch` and `Branch.fork`, not by hand.
 
+    Args:
+        home: the session that makes it.
+        sequence: kept, and released with it.
+        parent: see the attributes.
+
     Attributes:
+        sequence: its own in the engine.
         parent: the branch that it was forked from; None for a root.
         exit_layer: of a root, layers that its prompt went through before a depth gate ended it; None: all.
         num_saved_layer_rows: of a root, its tokens times the layers that a depth gate spared them.
         num_cached_tokens: of a root, tokens of its prompt that were found in the prefix cache, in whole blocks.
     """
 
-    def __init__(self, llm: "LLM", sequence: Sequence, parent: "Branch | None" = None) -> None:
-        self._llm = llm
-        self._sequence = sequence
+    def __init__(self, home: Home, sequence: Sequence, parent: "Branch | None" = None) -> None:
+        self._home = home
+        self.sequence = sequence
         self._num_forks = 0
-        self._before = Output() if parent is None else parent._output()  # of its ancestors
+        self._before = Output() if parent is None else parent.output()  # of its ancestors
         self._requests: list[Request] = []  # that have run on it, the last one perhaps still
         self._num_closed = 0  # of these; something was appended then
         self.parent = parent
@@ -43,7 +65,7 @@ class Branch:
         self.exit_layer: int | None = None
         self.num_saved_layer_rows = 0
         self.num_cached_tokens = 0
-        llm.engine.release_with(self, sequence)
+        home.engine.release_with(self, sequence)
 
     def fork(self, n: int) -> list["Branch"]:
         """Makes n children that continue from here; no token is computed and no block copied.
@@ -52,14 +74,14 @@ class Branch:
             BranchError: it was pruned.
             ConfigError: n is no whole number, or below 1.
         """
-        self._check_usable()
+        self.check_usable()
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise ConfigError(f"fork({brief(n)}): n must be a whole number, at least 1")
-        engine = self._llm.engine
+        engine = self._home.engine
         with engine.call() as call:
             made = []
             for index in range(self._num_forks, self._num_forks + n):
-                made.append(Branch(self._llm, engine.fork_sequence(self._sequence, index, call), self))
+                made.append(Branch(self._home, engine.fork_sequence(self.sequence, index, call), self))
             self._num_forks += n
             call.sequences.clear()  # they are the branches'
         return made
@@ -76,16 +98,16 @@ class Branch:
             PromptError: longer than the model's length, or a token id outside the vocabulary.
             TokenizerError: text, and there is no tokenizer.
         """
-        self._check_usable()
+        self.check_usable()
         if self._is_under_way:
             raise BranchError(f"branch {self.path} is being extended; append to it once that has ended")
-        fragment = self._llm.encode_fragment(tokens)
-        token_ids = self._llm.engine.check_token_ids(fragment, num_before=self.num_tokens)
+        fragment = self._home.encode_fragment(tokens)
+        token_ids = self._home.engine.check_token_ids(fragment, num_before=self.num_tokens)
         if token_ids:
             self._num_closed = len(self._requests)
             if not self._requests:
                 self._before.close()
-            self._sequence.token_ids += token_ids
+            self.sequence.token_ids += token_ids
 
     def take_over(self, other: "Branch") -> None:
         """Goes on from what another branch has generated, as a fork of it does: for its tokens, computed anew.
@@ -93,12 +115,12 @@ class Branch:
         Args:
             other: whose tokens this one has, and which generated the last of them.
         """
-        self._before = other._output()
+        self._before = other.output()
 
     def prune(self) -> None:
         """Gives back every block that nobody else uses. The branch cannot be used after; twice is fine."""
-        if not self.pruned and not self._llm.closed:
-            self._llm.engine.release(self._sequence)
+        if not self.pruned and not self._home.closed:
+            self._home.engine.release(self.sequence)
         self.pruned = True
 
     def pin(self) -> None:
@@ -107,37 +129,37 @@ class Branch:
         Raises:
             BranchError: it was pruned.
         """
-        self._check_usable()
-        self._llm.engine.pin(self._sequence)
+        self.check_usable()
+        self._home.engine.pin(self.sequence)
 
     def unpin(self) -> None:
         """Takes `pin` back; also after the branch was pruned."""
-        self._llm.engine.unpin(self._sequence)
+        self._home.engine.unpin(self.sequence)
 
     @property
     def token_ids(self) -> list[int]:
         """All tokens, the prompt included."""
-        return list(self._sequence.token_ids)
+        return list(self.sequence.token_ids)
 
     @property
     def num_tokens(self) -> int:
         """How many tokens, the prompt included."""
-        return len(self._sequence.token_ids)
+        return len(self.sequence.token_ids)
 
     @property
     def output_token_ids(self) -> list[int]:
         """Generated tokens, hints and prompt excluded, those of its ancestors included."""
-        return self._output().token_ids
+        return self.output().token_ids
 
     @property
     def logprobs(self) -> list[float]:
         """Of its generated tokens, those of its ancestors included."""
-        return self._output().logprobs
+        return self.output().logprobs
 
     @property
     def signals(self) -> TokenSignals:
         """How sure the model was of each of them; see `minirksc.engine.signals`."""
-        return self._output().signals
+        return self.output().signals
 
     @property
     def finish_reason(self) -> str | None:
@@ -151,7 +173,7 @@ class Branch:
         Once shown it stays. Half a character alone, cut off by max_tokens, is shown as U+FFFD until it is completed.
         While the branch is being extended this is its text as if it ended here.
         """
-        return self._output().text
+        return self.output().text
 
     @property
     def confidence(self) -> float:
@@ -161,63 +183,68 @@ class Branch:
     @property
     def num_shared_tokens(self) -> int:
         """Tokens whose KV block another sequence holds too, right now."""
-        blocks = self._llm.engine.blocks
-        seq_id = self._sequence.seq_id
+        blocks = self._home.engine.blocks
+        seq_id = self.sequence.seq_id
         return blocks.num_shared_tokens(seq_id) if seq_id in blocks else 0
 
     @property
     def seq_id(self) -> int:
         """Its sequence in the engine's block manager."""
-        return self._sequence.seq_id
+        return self.sequence.seq_id
 
     def has_kv(self, positions: SequenceOf[int]) -> bool:
         """Whether the KV of these tokens is there right now, in all layers."""
-        return not self.pruned and self._llm.engine.blocks.holds(self.seq_id, positions)
+        return not self.pruned and self._home.engine.blocks.holds(self.seq_id, positions)
 
     @property
     def depth(self) -> int:
         """Forks between the root and here."""
-        return self._sequence.depth
+        return self.sequence.depth
 
     @property
     def path(self) -> tuple[int, ...]:
         """Index of each fork from the root to here; keys the branch's random numbers."""
-        return self._sequence.path
+        return self.sequence.path
 
     def __repr__(self) -> str:
         state = "pruned" if self.pruned else f"{self.num_tokens} tokens"
         return f"Branch(path={self.path}, {state}, finish_reason={self.finish_reason!r})"
 
-    def _check_usable(self) -> None:
+    def check_usable(self, home: Home | None = None) -> None:
+        """Refuses a branch that nothing can be done with.
+
+        Args:
+            home: that is about to use it; None: its own.
+
+        Raises:
+            BranchError: it was pruned, or is another LLM's.
+        """
         if self.pruned:
             raise BranchError(f"branch {self.path} was pruned; fork it before prune() to go on from it")
-
-    def _check_owner(self, llm: "LLM") -> None:
-        self._check_usable()
-        if self._llm is not llm:
+        if home is not None and self._home is not home:
             raise BranchError(f"branch {self.path} belongs to another LLM; use the one that made it")
 
     @property
     def _is_under_way(self) -> bool:
         return bool(self._requests) and not self._requests[-1].finished
 
-    def _add_request(self, params: SamplingParams, call: Call) -> None:
-        """Queues a generation that goes on from here; see `_follow`."""
-        output = self._output()
-        self._llm.engine.add_request(
-            self._sequence,
+    def add_request(self, params: SamplingParams, call: Call) -> None:
+        """Queues a generation that goes on from here; see `follow`."""
+        output = self.output()
+        self._home.engine.add_request(
+            self.sequence,
             params,
-            seed=self._sequence.branch_seed,
+            seed=self.sequence.branch_seed,
             earlier_output_ids=output.token_ids,
             detokenizer=output.detokenizer,
             call=call,
         )
 
-    def _follow(self, request: Request) -> None:
+    def follow(self, request: Request) -> None:
         """What a request generates is this branch's from now on."""
         self._requests.append(request)
 
-    def _output(self) -> "Output":
+    def output(self) -> "Output":
         """A copy of what it has generated so far."""
         output = self._before.copy()
         for place, request in enumerate(self._requests):
@@ -226,7 +253,7 @@ class Branch:
                 output.close()
         return output
 
-    def _take_out_stop(self) -> None:
+    def take_out_stop(self) -> None:
         """Takes what ended the last request out of the tokens: those from the first one on that holds any of it.
 
         A stop string may begin within a token: what that spelt before it is appended again, as a piece of its own.
@@ -237,15 +264,15 @@ class Branch:
             return
         num_kept, rest = len(tokens) - 1, ""
         if isinstance(checker.stop_reason, str):
-            source = self._llm.engine.text_source(request.params, request.detokenizer)
+            source = self._home.engine.text_source(request.params, request.detokenizer)
             assert source is not None  # there was text to find it in
             num_kept, num_chars = _num_within(tokens, request.text, source)
             rest = request.text[num_chars:]
-        token_ids = self._llm.encode_fragment(rest) if rest else []
+        token_ids = self._home.encode_fragment(rest) if rest else []
         begin = request.num_prompt_tokens + num_kept
-        self._llm.engine.cut_kv(self._sequence, begin)
+        self._home.engine.cut_kv(self.sequence, begin)
         # In one statement: an interruption comes before or after.
-        self._sequence.token_ids[begin:], request.num_taken_out = token_ids, len(tokens) - num_kept
+        self.sequence.token_ids[begin:], request.num_taken_out = token_ids, len(tokens) - num_kept
 
 
 @dataclass(slots=True)
@@ -312,8 +339,8 @@ def _num_within(token_ids: SequenceOf[int], text: str, source: "TextSource") -> 
     return num_tokens, num_chars
 
 
-def branch_list(branches: Any, llm: "LLM") -> list[Branch]:
-    """Branches that a call of this LLM can use.
+def branch_list(branches: Any, home: Home) -> list[Branch]:
+    """Branches that a call of this session can use.
 
     Raises:
         BranchError: they are no list of branches, or one is pruned or another LLM's.
@@ -322,7 +349,7 @@ def branch_list(branches: Any, llm: "LLM") -> list[Branch]:
     for item in items:
         if not isinstance(item, Branch) or not is_list(branches):
             raise BranchError(f"branches must be a list of what branch() or fork() made, not {brief(branches)}")
-        item._check_owner(llm)
+        item.check_usable(home)
     return items
 
 
@@ -336,8 +363,8 @@ class BranchProgress:
     def __init__(self, branch: Branch, request: Request) -> None:
         self.branch = branch
         self._request = request
-        self._before = branch._output()
-        branch._follow(request)
+        self._before = branch.output()
+        branch.follow(request)
 
     @property
     def num_tokens(self) -> int:

@@ -25,10 +25,11 @@ from minirksc.engine.batch import ForwardBatch, LogitsRows, build_batch
 from minirksc.engine.calls import Call, Interruptible
 from minirksc.engine.depth import Depth
 from minirksc.engine.gates import Seat
-from minirksc.engine.request import LogitsCallback, Request, Salt, Sequence, Stats, salt_key
+from minirksc.engine.request import LogitsCallback, Request, Salt, Sequence, salt_key
 from minirksc.engine.runner import Runner
-from minirksc.engine.sampling import Sampled, SamplingRow, derived_seed, sample
+from minirksc.engine.sampling import Delivery, Sampled, SamplingRow, derived_seed, sample
 from minirksc.engine.scheduler import ScheduledRequest, Scheduler
+from minirksc.engine.stats import Counters, Stats, work_done
 from minirksc.engine.stopping import StopChecker, TextSource
 from minirksc.errors import BranchError, ConfigError, MinirkscError, NumericalError, PromptError, brief
 from minirksc.kernels.attention.batch import KEY_CHUNK
@@ -97,16 +98,9 @@ class Engine(Interruptible):
         self._owner = object()  # what its sequences know it by
         self._sequence_ids = itertools.count()
         self._request_ids = itertools.count()
-        self._num_steps = 0
-        self._num_prefilled_tokens = 0
-        self._num_decoded_tokens = 0
+        self.counters = Counters()
         self._num_decode_steps = 0
         self._mass_layers = _mass_layers(spec) if config.eviction in BY_IMPORTANCE else ()
-        self._num_layer_rows = 0
-        self._num_saved_layer_rows = 0
-        self._prefill_s = 0.0
-        self._decode_s = 0.0
-        self._num_tokens_in_decode_s = 0
 
     # Entering
 
@@ -374,8 +368,9 @@ class Engine(Interruptible):
         """Computes one batch.
 
         Returns:
-            The requests that gained a token or finished; none when a chunk of a prompt was computed or nothing
-            was left to do.
+            The requests that gained tokens or finished; none when a chunk of a prompt was computed or nothing was left
+            to do. One may gain several tokens in a step, and they may come of an earlier one (see `Delivery`): who
+            wants to know what is new looks at the requests, and counts no steps.
 
         Raises:
             EngineBusyError, EngineForkedError.
@@ -405,6 +400,7 @@ class Engine(Interruptible):
                 if rows.item.completes:
                     request.logits_start = None  # it has them all: if it is computed anew, then not for these
         drawn = self._sample(logits, wanted)
+        delivered = [Delivery(request, (one,)) for request, one in drawn]
         # KV of a request whose logits are not finite must not reach the prefix cache, nor what a gate left half made.
         failed = {request for request, one in drawn if one.failure is not None}
         stored = [item for item in step.scheduled if item.request not in failed and item.request not in left]
@@ -412,8 +408,8 @@ class Engine(Interruptible):
             for request, position in ({} if depth is None else depth.borrowed).items():
                 self._blocks.keep_out_of_index(request.sequence.seq_id, position)
             self.scheduler.commit(stored)
-            for request, one in drawn:
-                self._update(request, one)
+            for delivery in delivered:
+                self._update(delivery)
             for request, num_layers in left.items():
                 request.exit_layer = num_layers
                 if request.sequence.kept:
@@ -423,8 +419,9 @@ class Engine(Interruptible):
             prefilled = [i.request for i in stored if i.completes and i.request.checker is None]
             for request in prefilled:
                 self._finish(request, "stop")
-        self._count(step.scheduled, depth, time.perf_counter() - start)
-        return [*step.ended, *(request for request, _ in drawn), *left, *prefilled]
+        num_layers = self.runner.model.spec.num_layers
+        self.counters.count_step(step.scheduled, depth, num_layers, time.perf_counter() - start)
+        return [*step.ended, *(delivery.request for delivery in delivered), *left, *prefilled]
 
     def _depth(self, items: list[ScheduledRequest], batch: ForwardBatch) -> Depth | None:
         """Gates of a step; None where no request sits at one, or none of these will be asked."""
@@ -449,42 +446,8 @@ class Engine(Interruptible):
         return self._blocks.block_table(seq_id) if window is None else self._blocks.window_table(seq_id)
 
     def stats(self) -> Stats:
-        """Counters since start and the state of the cache.
-
-        num_layer_rows are tokens times the layers that computed them, num_saved_layer_rows those that gates made
-        unnecessary; tokens that left between layers are not in num_prefilled_tokens.
-
-        Where layers with a window have a pool apart, `num_window_blocks_*` count its blocks, and `kv_bytes_used_window`
-        is what they hold; all other layers are in `num_blocks_*` and `kv_bytes_used_full`.
-        """
-        blocks, windows, size = self.blocks, self._blocks.windows, self.block_bytes
-        return {
-            "num_steps": self._num_steps,
-            "num_prefilled_tokens": self._num_prefilled_tokens,
-            "num_decoded_tokens": self._num_decoded_tokens,
-            "num_cached_tokens": self.scheduler.num_cached_tokens,
-            "num_layer_rows": self._num_layer_rows,
-            "num_saved_layer_rows": self._num_saved_layer_rows,
-            "prefill_s": self._prefill_s,
-            "decode_s": self._decode_s,
-            "decode_tokens_per_s": self._num_tokens_in_decode_s / self._decode_s if self._decode_s else 0.0,
-            "num_evicted_blocks": blocks.num_evicted_blocks,
-            "num_recomputed_tokens": blocks.num_recomputed_tokens,
-            "num_blocks_pinned": blocks.num_pinned,
-            "num_preemptions": self.scheduler.num_preemptions,
-            "num_blocks_total": blocks.num_blocks,
-            "num_blocks_used": blocks.num_used,
-            "num_blocks_cached": blocks.num_cached,
-            "num_blocks_free": blocks.num_free,
-            "block_size": blocks.block_size,
-            "num_window_blocks_total": windows.num_blocks,
-            "num_window_blocks_used": windows.num_used,
-            "num_window_blocks_cached": windows.num_cached,
-            "num_window_blocks_free": windows.num_free,
-            "kv_cache_bytes": blocks.num_blocks * size.full + windows.num_blocks * size.window,
-            "kv_bytes_used_full": blocks.num_used * size.full,
-            "kv_bytes_used_window": windows.num_used * size.window,
-        }
+        """Counters since start and the state of the cache; see `minirksc.engine.stats.work_done`."""
+        return work_done(self.counters, self.scheduler, self.blocks, self.block_bytes)
 
     def _make_checker(self, params: SamplingParams, num_prompt: int, before: TextSource | None) -> StopChecker:
         room = self.max_model_len - num_prompt
@@ -540,8 +503,15 @@ class Engine(Interruptible):
             earlier_output_ids=request.earlier_output_ids,
         )
 
-    def _update(self, request: Request, drawn: Sampled) -> None:
-        if drawn.failure is not None:
+    def _update(self, delivery: Delivery) -> None:
+        """Adds the tokens, up to the one that ends the request: what follows that was drawn for nothing."""
+        request = delivery.request
+        for drawn in delivery.tokens:
+            if request.finished:
+                return
+            if drawn.failure is None:
+                self._add_token(request, drawn)
+                continue
             request.flush()
             request.error = NumericalError(
                 f"request {request.request_id}: {drawn.failure} at position "
@@ -549,9 +519,10 @@ class Engine(Interruptible):
                 "(try dtype='float32')"
             )
             self._finish(request, "error")
-            return
+
+    def _add_token(self, request: Request, drawn: Sampled) -> None:
         assert request.checker is not None
-        self._num_decoded_tokens += 1
+        self.counters.num_decoded_tokens += 1
         request.sequence.token_ids.append(drawn.token_id)
         request.output_token_ids.append(drawn.token_id)
         request.logprobs.append(drawn.logprob)
@@ -571,22 +542,6 @@ class Engine(Interruptible):
     def _finish(self, request: Request, reason: str) -> None:
         request.finish_reason = reason
         self.scheduler.finish(request)
-
-    def _count(self, scheduled: list[ScheduledRequest], depth: Depth | None, seconds: float) -> None:
-        self._num_steps += 1
-        num_layers = self.runner.model.spec.num_layers
-        num_rows = sum(item.num_tokens for item in scheduled)
-        num_prefilled = sum(item.num_tokens for item in scheduled if not item.is_decode)
-        if depth is not None:
-            num_prefilled -= depth.num_dropped_rows
-            self._num_saved_layer_rows += num_rows * num_layers - depth.num_layer_rows
-        self._num_layer_rows += num_rows * num_layers if depth is None else depth.num_layer_rows
-        self._num_prefilled_tokens += num_prefilled
-        if num_prefilled:
-            self._prefill_s += seconds
-        else:
-            self._decode_s += seconds
-            self._num_tokens_in_decode_s += len(scheduled)
 
 
 def _mass_layers(spec: ArchSpec) -> tuple[int, ...]:

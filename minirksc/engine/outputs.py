@@ -1,4 +1,4 @@
-"""One prompt on its way: the requests of its samples, and the result that they make."""
+"""What a prompt gives: its requests, what is new of them since the last time, and the result that they make."""
 
 from dataclasses import dataclass, field, replace
 
@@ -6,9 +6,107 @@ from torch import Tensor
 
 from minirksc.engine.calls import Call
 from minirksc.engine.engine import Engine
-from minirksc.engine.request import CompletionOutput, Request, RequestOutput, Salt
+from minirksc.engine.request import Request, Salt
 from minirksc.engine.sampling import top_logprobs_of
 from minirksc.options import SamplingParams
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One generated sample.
+
+    Attributes:
+        index: which of the prompt's n samples.
+        text: without the stop string unless it was asked for.
+        token_ids: generated tokens, the one that ended it included.
+        cumulative_logprob: sum over token_ids, under the raw model distribution.
+        logprobs: per token {token id: logprob}, the chosen token and the top k; None unless asked for.
+        finish_reason: "stop", "abort" or "error"; "length" at max_tokens, or before where the cache has no room.
+        stop_reason: the stop string or token id that ended it; None for EOS and length.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float
+    logprobs: list[dict[int, float]] | None
+    finish_reason: str | None
+    stop_reason: str | int | None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """Everything that one prompt gave.
+
+    Attributes:
+        request_id: of the first sample.
+        prompt: the text, None when token ids were given.
+        prompt_token_ids: what the model saw.
+        outputs: one a sample.
+        num_cached_tokens: prompt tokens that the first sample took from the prefix cache, in whole blocks.
+        prompt_logprobs: per prompt token {token id: logprob} (None for the first); None unless asked for.
+        error: why the prompt failed, when errors are returned instead of raised.
+    """
+
+    request_id: int
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    num_cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, float] | None] | None = None
+    error: Exception | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class StreamChunk:
+    """New text of one sample, safe to show.
+
+    Attributes:
+        index: which of the prompt's n samples.
+        text: new since the last chunk; never half a character or the beginning of a stop string.
+        token_ids: new since the last chunk.
+        finish_reason: None until the sample's last chunk, which may have neither text nor tokens.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+
+
+class ChunkReader:
+    """Reads a request piece by piece: each reader gets everything exactly once, whoever steps the engine.
+
+    Args:
+        request: what is read.
+        index: which of the prompt's n samples it is.
+    """
+
+    def __init__(self, request: Request, index: int) -> None:
+        self._request = request
+        self._index = index
+        self._num_pieces = 0
+        self._num_tokens = 0
+        self._has_ended = False
+
+    def read(self) -> StreamChunk | None:
+        """What is new since the last time, the end included; None when nothing is.
+
+        Raises:
+            MinirkscError: the request has failed, and all that came before has been read.
+        """
+        request = self._request
+        pieces = request.pieces[self._num_pieces :]
+        token_ids = request.output_token_ids[self._num_tokens :]
+        self._num_pieces += len(pieces)
+        self._num_tokens += len(token_ids)
+        if request.error is not None and not token_ids:
+            raise request.error
+        ends = request.finished and request.error is None
+        if self._has_ended or not (token_ids or pieces or ends):
+            return None
+        self._has_ended = ends
+        return StreamChunk(self._index, "".join(pieces), token_ids, request.finish_reason if ends else None)
 
 
 @dataclass(slots=True)
@@ -30,6 +128,7 @@ class Job:
     requests: list[Request] = field(default_factory=list)
     prompt_logprobs: dict[int, dict[int, float]] = field(default_factory=dict)
     error: Exception | None = None
+    _readers: list[ChunkReader] = field(default_factory=list)
 
     def add_requests(self, engine: Engine, call: Call, salt: Salt | None) -> None:
         """Hands the samples to the engine; sample i is what a request of its own with seed + i would give.
@@ -55,6 +154,15 @@ class Job:
                 call=call,
             )
             self.requests.append(request)
+
+    def new_chunks(self) -> list[StreamChunk]:
+        """What is new of all samples since the last time, the ends included; [] when nothing is.
+
+        Raises:
+            MinirkscError: a sample has failed, and all that came before has been read.
+        """
+        self._readers = self._readers or [ChunkReader(request, i) for i, request in enumerate(self.requests)]
+        return [chunk for reader in self._readers if (chunk := reader.read()) is not None]
 
     def _store_prompt_logprobs(self, first: int, logits: Tensor) -> None:
         # The logits at position p are those of the token at p + 1.

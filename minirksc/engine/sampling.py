@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minirksc.engine.request import Request
 from minirksc.kernels.confidence import Confidence
 from minirksc.kernels.draw import Draw
 from minirksc.options import SamplingParams
@@ -63,6 +64,21 @@ class Sampled(NamedTuple):
     top1_probability: float
     self_certainty: float
     failure: str | None = None
+
+
+class Delivery(NamedTuple):
+    """What a step gives a request.
+
+    Whoever reads it assumes neither that it is one token nor that this step computed it: a step that accepts drafts has
+    several, and on a device that runs ahead they come a step later.
+
+    Attributes:
+        request: whose tokens these are; it may have ended since they were drawn, and then they are dropped.
+        tokens: one or more, in the order of their positions; after one that ends the request the rest are dropped.
+    """
+
+    request: Request
+    tokens: Sequence[Sampled]
 
 
 def uniform(seed: int, path: tuple[int, ...], position: int) -> float:

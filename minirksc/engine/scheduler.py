@@ -1,6 +1,6 @@
 """What runs in the next step: continuous batching, chunked prefill, preemption by recompute.
 
-Order of service: decodes first (one token each), then prefills under way, then new requests in order of
+Order of service: decodes first (what continues its own output), then prefills under way, then new requests in order of
 arrival, up to max_batch_tokens. A request that finds no block for its next token takes the blocks of a kept,
 idle sequence, else of the request that came last; both are recomputed when they run again, so no token is
 ever dropped. Requests that begin alike while nothing is cached yet wait for the first of them: one prefill.
@@ -20,7 +20,8 @@ from minirksc.errors import CacheFullError
 class ScheduledRequest:
     """Part of one step: `num_tokens` tokens of the request, from position `first` on.
 
-    `copies` come before anything is written; `is_decode` when its one token was sampled by this request.
+    `copies` come before anything is written; `is_decode` when it continues what this request has sampled, which is one
+    token today and would be more with drafts to check. What a step samples in the end is a `sampling.Delivery`.
     """
 
     request: Request

@@ -11,14 +11,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from minirksc.errors import ConfigError, MinirkscError, brief
 from minirksc.json_file import read_json_object
 from minirksc.rksc.cgee import Gates, Lead, MarginRule
 
 if TYPE_CHECKING:
-    from minirksc.llm import LLM
     from minirksc.rksc.solver_config import SolverConfig
 
 SCHEMA = "minirksc.engine.gates"
@@ -79,7 +78,15 @@ class GatesFile:
         ]
 
 
-def settings_of(config: "SolverConfig", llm: "LLM") -> dict[str, Any]:
+class HasStats(Protocol):
+    """An LLM, or a session on one."""
+
+    def stats(self) -> dict[str, Any]:
+        """What it runs on, among other things."""
+        ...
+
+
+def settings_of(config: "SolverConfig", llm: HasStats) -> dict[str, Any]:
     """Everything that decides what branches say, what they are asked and how one is chosen; plain data.
 
     Neither the seed, since problems are what is drawn at random, nor what changes rounding alone.

@@ -17,7 +17,7 @@ Source: Sekar 2026, arXiv 2606.09937 (branches, verification, score = p(YES) * s
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from minirksc.engine.prompts import Piece, Prompt, read_prompt
 from minirksc.engine.request import salt_key
@@ -36,31 +36,39 @@ from minirksc.token_ids import is_list
 
 if TYPE_CHECKING:
     from minirksc.engine.request import Salt
-    from minirksc.llm import LLM
+    from minirksc.engine.session import Session
     from minirksc.rksc.asks import Probe
 
 __all__ = ["DEFAULT_SAMPLING", "MAX_BRANCHES", "SolveResult", "Solver", "SolverConfig"]
+
+
+class HasSession(Protocol):
+    """What branches can be made on: an LLM."""
+
+    def session(self) -> "Session":
+        """The session that makes them."""
+        ...
 
 
 class Solver:
     """Solves problems on one LLM.
 
     Args:
-        llm: used only while `solve` runs; nothing but cached blocks is left in it.
+        llm: or a session; used only while `solve` runs, and nothing but cached blocks is left in it.
         config: None: the defaults.
 
     Raises:
         ConfigError: the config needs text and the checkpoint has no tokenizer; or one of the two is something else.
     """
 
-    def __init__(self, llm: "LLM", config: SolverConfig | None = None) -> None:
+    def __init__(self, llm: "HasSession | Session", config: SolverConfig | None = None) -> None:
         if not hasattr(llm, "tokenizer"):
             raise ConfigError(f"a Solver works on an LLM, not on {brief(llm)}")
         if config is not None and not isinstance(config, SolverConfig):
             raise ConfigError(f"config {brief(config)} must be a SolverConfig(...), or None for the defaults")
-        self.llm = llm
+        self.session: Session = llm.session() if hasattr(llm, "session") else llm
         self.config = config or SolverConfig()
-        if llm.tokenizer is None:
+        if self.session.tokenizer is None:
             self._check_needs_no_text()
         self.gates = self._gates()
 
@@ -105,12 +113,12 @@ class Solver:
         share = config.sharing != "none"
         verifier = None
         if config.verify != "never":
-            verifier = Verifier(self.llm, config.verify_style, chat=chats[0], share=share, salt=salt)
+            verifier = Verifier(self.session, config.verify_style, chat=chats[0], share=share, salt=salt)
         self._check_prompts(prompts, hints, verifier, plain_problem)
         seed = config.step_sampling.seed
-        seed = self.llm.engine.next_seed() if seed is None else seed
-        with self.llm.engine.call() as call:
-            tree = Tree(self.llm, call, share=share, seed=seed, salt=salt, on_event=on_event)
+        seed = self.session.engine.next_seed() if seed is None else seed
+        with self.session.engine.call() as call:
+            tree = Tree(self.session, call, share=share, seed=seed, salt=salt, on_event=on_event)
             probe, refusals = self._probe(wordings, tree)
             nodes = tree.plant(prompts, hints, probe, refusals)
             best, parsed = self._search(tree, nodes, plain_problem, verifier)
@@ -131,11 +139,11 @@ class Solver:
         self, prompts: Sequence[list[int]], hints: Sequence[Tokens], verifier: Verifier | None, problem: Tokens
     ) -> None:
         """Refuses what could not be computed to its end, before anything is."""
-        engine, config = self.llm.engine, self.config
+        engine, config = self.session.engine, self.config
         for prompt, hint in zip(prompts, hints, strict=True):
             if not prompt:
                 raise PromptError("a problem or phrasing has no tokens; give at least one")
-            num_hint = len(engine.check_token_ids(self.llm.encode_fragment(hint), num_before=len(prompt)))
+            num_hint = len(engine.check_token_ids(self.session.encode_fragment(hint), num_before=len(prompt)))
             engine.check_token_ids(prompt, num_before=num_hint)
             num_asked = len(prompt) if verifier is None else verifier.num_tokens(len(prompt), problem)
             num_answer = num_hint + config.depth * config.tokens_per_step
@@ -237,8 +245,8 @@ class Solver:
             return DEFAULT_GATES
         gates = config.gates
         if not isinstance(gates, Gates):
-            gates = read_gates(gates, self.llm.model_path, settings_of(config, self.llm))
-        correction, num_layers = getattr(gates.layer_exit, "correction", None), self.llm.spec.num_layers
+            gates = read_gates(gates, self.session.model_path, settings_of(config, self.session))
+        correction, num_layers = getattr(gates.layer_exit, "correction", None), self.session.spec.num_layers
         if correction is not None and len(correction) < num_layers - 1:
             raise ConfigError(
                 f"the layer_exit of gates corrects {len(correction)} layers of {num_layers}; calibrate anew"
@@ -247,14 +255,22 @@ class Solver:
 
     def _probe(self, wordings: Sequence[str | list[int]], tree: Tree) -> tuple["Probe | None", list[str | None]]:
         """What compares wordings, and why some are not even compared."""
-        config = self.config
+        config, session = self.config, self.session
         if config.sharing != "semantic" or all(wording == wordings[0] for wording in wordings):
             return None, []
-        if config.policy == "paper":
-            return self.llm.paper_probe(config.tau, aligned=config.sharing_mode == "aligned"), [None] * len(wordings)
-        texts = [wording if isinstance(wording, str) else self.llm.decode(wording) for wording in wordings]
+        from minirksc.rksc.asks import make_paper_probe, make_probe  # it compares tensors: torch is there by now
+
         is_aligned = config.sharing_mode == "aligned"
-        probe = self.llm.probe(config.tau, aligned=is_aligned, uncalibrated=config.uncalibrated)
+        if config.policy == "paper":
+            return make_paper_probe(session.spec, config.tau, aligned=is_aligned), [None] * len(wordings)
+        texts = [wording if isinstance(wording, str) else session.decode(wording) for wording in wordings]
+        probe = make_probe(
+            session.spec,
+            config.tau,
+            aligned=is_aligned,
+            can_move_kv=session.engine.runner.model.can_move_kv,
+            uncalibrated=config.uncalibrated,
+        )
         return probe, [refusal(texts[0], text) for text in texts]
 
     def _result(
@@ -271,7 +287,7 @@ class Solver:
             tree,
             best,
             parsed,
-            model=str(self.llm.config.model),
+            model=str(self.session.config.model),
             config=self.config,
             problem=problem,
             phrasings=phrasings,
@@ -294,12 +310,12 @@ class Solver:
     def _answer_ids(self, node: Node) -> list[int]:
         """Hint and generated tokens, without the end-of-sequence token."""
         ids = node.branch.token_ids[node.num_prompt_tokens :]
-        tokenizer = self.llm.tokenizer
+        tokenizer = self.session.tokenizer
         closed = tokenizer is not None and bool(ids) and ids[-1] in tokenizer.eos_token_ids
         return ids[:-1] if closed else ids
 
     def _is_chat(self, wording: Tokens) -> bool:
-        tokenizer = self.llm.tokenizer
+        tokenizer = self.session.tokenizer
         has_template = tokenizer is not None and tokenizer.has_chat_template
         return isinstance(wording, str) and self.config.chat and has_template
 
@@ -307,8 +323,8 @@ class Solver:
         """Text or token ids of a prompt."""
         if piece.text is None:
             return piece.token_ids
-        if self.llm.tokenizer is None:
-            raise ConfigError(f"{self.llm.model_path} has no tokenizer; give the problem as token ids, not text")
+        if self.session.tokenizer is None:
+            raise ConfigError(f"{self.session.model_path} has no tokenizer; give the problem as token ids, not text")
         if not piece.text.strip():
             raise PromptError(f"the problem or a phrasing is empty: {brief(piece.text)}; give some text")
         return piece.text
@@ -316,7 +332,7 @@ class Solver:
     def _prompt_ids(self, wording: str | list[int]) -> list[int]:
         if not isinstance(wording, str):
             return wording
-        tokenizer = self.llm.need_tokenizer("text")
+        tokenizer = self.session.need_tokenizer("text")
         if self._is_chat(wording):
             return tokenizer.encode_chat([{"role": "user", "content": wording}])
         return tokenizer.encode(wording)
@@ -331,7 +347,7 @@ class Solver:
         if config.select != "score":
             remedies.append("select='score'")
         if remedies:
-            raise ConfigError(f"{self.llm.model_path} has no tokenizer; use {', '.join(remedies)}")
+            raise ConfigError(f"{self.session.model_path} has no tokenizer; use {', '.join(remedies)}")
 
 
 def default_hint(index: int, chat: bool) -> str:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from minirksc.engine.branch import Branch, BranchProgress
     from minirksc.engine.calls import Call
     from minirksc.engine.request import Salt
-    from minirksc.llm import LLM
+    from minirksc.engine.session import Session
     from minirksc.options import SamplingParams
     from minirksc.rksc.asks import Probe
 
@@ -134,7 +134,7 @@ class Tree:
     """Nodes and branches of one solve.
 
     Args:
-        llm: computes the branches.
+        session: computes the branches.
         call: with whose end all its branches are released.
         share: False: every branch computes all its tokens.
         seed: of all branches, whose paths tell their random numbers apart.
@@ -151,7 +151,7 @@ class Tree:
 
     def __init__(
         self,
-        llm: "LLM",
+        session: "Session",
         call: "Call",
         *,
         share: bool,
@@ -163,7 +163,7 @@ class Tree:
         self.events: list[dict[str, Any]] = []
         self.gates: list[dict[str, Any]] = []
         self.stats: dict[str, float] = dict.fromkeys(_SECONDS.values(), 0.0)
-        self._llm = llm
+        self._session = session
         self.seed = seed
         self._share = share
         self._salt = salt
@@ -184,7 +184,7 @@ class Tree:
         event["nodes"] = [node.node_id for node in nodes]
         if name in _SECONDS:
             self.stats[_SECONDS[name]] += event["seconds"]
-        used = int(self._llm.stats().get("num_blocks_used", 0))
+        used = int(self._session.stats().get("num_blocks_used", 0))
         self._blocks_used_peak = max(self._blocks_used_peak, used)
         self.events.append(event)
         if self._on_event is not None:
@@ -275,7 +275,7 @@ class Tree:
         with self.phase("extend", nodes):
             error = None
             try:
-                self._llm.extend([node.branch for node in nodes], params, on_step)
+                self._session.extend([node.branch for node in nodes], params, on_step)
             except NumericalError as one:
                 error = one
             for node in nodes:
@@ -317,9 +317,9 @@ class Tree:
     def blocks(self) -> dict[str, Any]:
         """What the cache did meanwhile, as plain data."""
         num_evicted = int(self.stats["num_evicted_blocks"])
-        evictions = self._llm.evictions()[-num_evicted:] if num_evicted else []
+        evictions = self._session.evictions()[-num_evicted:] if num_evicted else []
         return {
-            "size": int(self._llm.stats()["block_size"]),
+            "size": int(self._session.stats()["block_size"]),
             "used_peak": self._blocks_used_peak,
             "evicted": num_evicted,
             "evictions": [{**asdict(eviction), "priority": list(eviction.priority)} for eviction in evictions],
@@ -334,7 +334,7 @@ class Tree:
 
     def _roots(self, prompts: Sequence[Sequence[int]], seats: Sequence[Seat | None] | None = None) -> list["Branch"]:
         options: dict[str, Any] = {"share": self._share, "seed": self.seed, "seats": seats, "salt": self._salt}
-        self._call.sequences.extend(map(attrgetter("_sequence"), roots := self._llm.branches(prompts, **options)))
+        self._call.sequences.extend(map(attrgetter("sequence"), roots := self._session.branches(prompts, **options)))
         return roots
 
     def _probed_roots(
@@ -357,7 +357,7 @@ class Tree:
         probe: "Probe",
         refusals: Sequence[str | None],
     ) -> None:
-        num_layers = self._llm.spec.num_layers
+        num_layers = self._session.spec.num_layers
         for row, (indices, root) in enumerate(zip(members, roots, strict=True)):
             if row == 0:
                 continue
@@ -385,7 +385,7 @@ class Tree:
 
     def _fork(self, branch: "Branch", indices: Sequence[int]) -> list["Branch"]:
         """The forks with these indices: a path must not depend on what else was planted."""
-        self._call.sequences.extend(map(attrgetter("_sequence"), kids := branch.fork(max(indices) + 1)))
+        self._call.sequences.extend(map(attrgetter("sequence"), kids := branch.fork(max(indices) + 1)))
         wanted = set(indices)
         self._prune([kid for index, kid in enumerate(kids) if index not in wanted])
         return [kids[index] for index in indices]
@@ -439,7 +439,7 @@ class Tree:
             branch.prune()
 
     def _decode(self, token_ids: Sequence[int]) -> str:
-        return "" if self._llm.tokenizer is None else self._llm.tokenizer.decode(token_ids)
+        return "" if self._session.tokenizer is None else self._session.tokenizer.decode(token_ids)
 
     def _text_of(self, hint: str | Sequence[int]) -> str:
         return hint if isinstance(hint, str) else self._decode(hint)
@@ -448,7 +448,7 @@ class Tree:
         """The engine's counters, without what is a state rather than a count."""
         return {
             name: int(value)
-            for name, value in self._llm.stats().items()
+            for name, value in self._session.stats().items()
             if name.startswith("num_") and not name.startswith("num_blocks_")
         }
 

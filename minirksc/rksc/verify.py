@@ -25,7 +25,7 @@ from minirksc.errors import ChatTemplateError, ConfigError, NumericalError
 if TYPE_CHECKING:
     from minirksc.engine.branch import Branch
     from minirksc.engine.request import Salt
-    from minirksc.llm import LLM
+    from minirksc.engine.session import Session
     from minirksc.rksc.cgee import EntropyExit, EntropyRule, LayerExit, MarginRule
     from minirksc.text.tokenizer import Tokenizer
 
@@ -72,7 +72,7 @@ class Verifier:
     """Asks about answers in one style.
 
     Args:
-        llm: with a tokenizer.
+        session: with a tokenizer.
         style: "append" or "standalone".
         chat: ask in the checkpoint's chat format; plain text where it has none that can be used.
         share: False: nothing is shared between branches.
@@ -82,22 +82,22 @@ class Verifier:
         ConfigError: the checkpoint has no tokenizer.
     """
 
-    def __init__(self, llm: "LLM", style: str, *, chat: bool, share: bool, salt: "Salt | None" = None) -> None:
-        if llm.tokenizer is None:
-            raise ConfigError(f"{llm.model_path} has no tokenizer, so nothing can be asked; use verify='never'")
-        self._llm = llm
-        self._tokenizer = llm.tokenizer
+    def __init__(self, session: "Session", style: str, *, chat: bool, share: bool, salt: "Salt | None" = None) -> None:
+        if session.tokenizer is None:
+            raise ConfigError(f"{session.model_path} has no tokenizer, so nothing can be asked; use verify='never'")
+        self._session = session
+        self._tokenizer = session.tokenizer
         self._style = style
         self._share = share
         self._salt = salt
-        parts = _chat_parts(llm.tokenizer, style) if chat and llm.tokenizer.has_chat_template else None
+        parts = _chat_parts(session.tokenizer, style) if chat and session.tokenizer.has_chat_template else None
         self._choices = self._choice_ids(_PLAIN_CHOICES if parts is None else _CHAT_CHOICES)
         before, between, after = parts or _plain_parts(style)
         # Only a prompt starts with BOS; the other parts continue one.
-        self._before = llm.tokenizer.encode(before)
+        self._before = session.tokenizer.encode(before)
         self._between = self._encode(between)
         # An answer that stopped by itself has closed its turn; the others' turns are closed here.
-        self._closing, self._question = _split_after_eos(self._encode(after), llm.tokenizer)
+        self._closing, self._question = _split_after_eos(self._encode(after), session.tokenizer)
 
     def ask(
         self,
@@ -118,7 +118,7 @@ class Verifier:
         gate = None
         if rule is not None and self.can_exit:
             choices = (self._choices[0][0], self._choices[1][0])
-            gate = rule.gate(self._llm.lens, choices, self._llm.spec.num_layers)
+            gate = rule.gate(self._session.lens, choices, self._session.spec.num_layers)
         if self._style == "append":
             branches = [candidate.branch for candidate in candidates]
             closings = [[] if self._is_closed(branch) else self._closing for branch in branches]
@@ -147,10 +147,10 @@ class Verifier:
         prompt = [*self._before, *self._problem_ids(problem), *self._between]
         options: dict[str, Any] = {"share": self._share, "seed": 0, "salt": self._salt}  # any seed: nothing is sampled
         prompts = [prompt] if self._share else [prompt] * len(candidates)
-        with self._llm.engine.call() as call:
-            call.sequences.extend(map(attrgetter("_sequence"), asked := self._llm.branches(prompts, **options)))
+        with self._session.engine.call() as call:
+            call.sequences.extend(map(attrgetter("sequence"), asked := self._session.branches(prompts, **options)))
             if self._share:
-                call.sequences.extend(map(attrgetter("_sequence"), asked := asked[0].fork(len(candidates))))
+                call.sequences.extend(map(attrgetter("sequence"), asked := asked[0].fork(len(candidates))))
             for branch, candidate in zip(asked, candidates, strict=True):
                 branch.append(candidate.answer_ids)
             return self._score(asked, [[*self._closing, *self._question]] * len(asked), gate)
@@ -159,7 +159,7 @@ class Verifier:
         self, branches: Sequence["Branch"], questions: Sequence[list[int]], gate: "LayerExit | EntropyExit | None"
     ) -> list[Verdict]:
         try:
-            scores = self._llm.score(branches, questions, self._choices, gate)  # [branches, 2]
+            scores = self._session.score(branches, questions, self._choices, gate)  # [branches, 2]
         except NumericalError as error:
             if len(branches) == 1:
                 return [Verdict(None, error=str(error))]

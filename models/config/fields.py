@@ -10,7 +10,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minirksc.checkpoints.folder import without_config
 from minirksc.errors import CheckpointError, UnsupportedModelError, listing
 from minirksc.json_file import read_json_object
 from minirksc.models.config.consolidated import PARAMS_FILE, config_from_params, read_params
@@ -288,4 +287,4 @@ def load_config(folder: Path) -> dict[str, Any]:
         return read_json_object(path)
     if (folder / PARAMS_FILE).is_file():
         return config_from_params(read_params(folder))
-    raise CheckpointError(f"{path} does not exist: the folder {without_config(folder)}")
+    raise CheckpointError(f"{path} does not exist, and it is where a checkpoint says what it is")

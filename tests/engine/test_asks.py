@@ -100,13 +100,13 @@ def test_aligned_computes_what_would_borrow_little(llm):
 
 def test_who_judges_an_aligned_branch_reads_exact_kv(llm, monkeypatch):
     asked = []
-    score = llm.score
+    score = llm.session().score
 
     def noted(branches, *rest):
         asked.extend((branch.token_ids, llm.engine.blocks._tables[branch.seq_id].exact_len) for branch in branches)
         return score(branches, *rest)
 
-    monkeypatch.setattr(llm, "score", noted)
+    monkeypatch.setattr(llm.session(), "score", noted)
     result = solve(llm, LONG, tau=-9.0, sharing_mode="aligned")
     assert result.branches[1].sharing == "semantic"
     assert len(asked) == len(LONG)

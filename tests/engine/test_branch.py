@@ -135,7 +135,7 @@ def test_a_branch_survives_losing_its_blocks(llm):
     assert llm.stats()["num_blocks_used"] == 0
     llm.reset_prefix_cache()
     llm.extend(kids, SAMPLED)
-    twin = llm.branch(PROMPT, seed=kids[0]._sequence.branch_seed)
+    twin = llm.branch(PROMPT, seed=kids[0].sequence.branch_seed)
     twins = twin.fork(2)
     llm.extend(twins, SAMPLED)
     llm.extend(twins, SAMPLED)

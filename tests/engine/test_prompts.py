@@ -322,7 +322,7 @@ def test_a_request_refuses_what_it_cannot_do(llm, branch, tiny_llama):
     pruned = llm.branch(IDS)
     pruned.prune()
     with pytest.raises(BranchError, match="was released"):
-        engine.add_request(pruned._sequence, ONE)
+        engine.add_request(pruned.sequence, ONE)
     for wrong in (None, 5, branch, Sequence(0, IDS)):
         with pytest.raises(BranchError, match=r"no sequence|by hand"):
             engine.add_request(wrong, ONE)

@@ -195,7 +195,7 @@ def test_an_error_of_no_branch_in_particular_is_not_swallowed(llm, monkeypatch):
     def fail(branches, params, on_step=None):
         raise NumericalError("somewhere")
 
-    monkeypatch.setattr(llm, "extend", fail)
+    monkeypatch.setattr(llm.session(), "extend", fail)
     with pytest.raises(NumericalError, match="somewhere"):
         solve(llm)
 
@@ -219,7 +219,7 @@ def test_a_cache_too_small_for_all_branches_at_once_gives_the_same_result(tiny_l
 def test_a_gate_that_sees_nan_lets_its_row_go_on_and_reports_it(llm, monkeypatch):
     full = solve(llm, verify="always")
     lens = llm.lens([5, 6])
-    monkeypatch.setattr(llm, "lens", lambda token_ids: lambda hidden: lens(hidden) * math.nan)
+    monkeypatch.setattr(llm.session(), "lens", lambda token_ids: lambda hidden: lens(hidden) * math.nan)
     gates = Gates(exact=False, layer_exit=MarginRule(margin=0.0, patience=1), source="uncalibrated")
     gated = solve(llm, gates=gates, decode_exit="off")
     assert [b.score for b in gated.branches] == pytest.approx([b.score for b in full.branches])
@@ -273,7 +273,7 @@ def test_a_score_is_of_who_was_asked_and_with_verify_never_it_is_the_confidence(
 @pytest.mark.parametrize("options", [dict(verify="always"), dict(gates=EXACT_GATES, decode_exit="off")])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_branch_whose_question_fails_is_left_out_and_all_of_them_are_an_error(llm, monkeypatch, options, depth):
-    score, broken = llm.score, set()
+    score, broken = llm.session().score, set()
 
     def fails(branches, *rest):
         rows = score(branches, *rest)
@@ -281,7 +281,7 @@ def test_a_branch_whose_question_fails_is_left_out_and_all_of_them_are_an_error(
             raise NumericalError("the model gave NaN for a choice")
         return rows
 
-    monkeypatch.setattr(llm, "score", fails)
+    monkeypatch.setattr(llm.session(), "score", fails)
     full = solve(llm, depth=depth, **options)
     assert full.branches[full.best].verification is not None
     broken.add(full.branches[full.best].path[:1])

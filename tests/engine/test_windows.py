@@ -552,7 +552,7 @@ def test_a_branch_is_cut_by_less_and_by_more_than_its_window_still_has(case):
             branch = llm.branch(ROOT)
             sibling = branch.fork(1)[0]
             llm.extend([branch], GREEDY)
-            sequence = branch._sequence
+            sequence = branch.sequence
             ways.add(llm.engine.blocks.can_rewind(branch.seq_id, branch.num_tokens - num_cut))
             llm.engine.cut_kv(sequence, branch.num_tokens - num_cut)
             del sequence.token_ids[-num_cut:]

@@ -57,7 +57,7 @@ class FakeBranch:
             parent,
             seed,
         )
-        self._sequence = self
+        self.sequence = self
         self.path = () if parent is None else (*parent.path, index)
         self.depth = len(self.path)
         self.output_token_ids = list(parent.output_token_ids) if parent else []

@@ -1,0 +1,361 @@
+"""A session: what somebody does on one engine. Requests run to their end; branches are made, extended and scored.
+
+Everything here is a loop over `Engine.step`. It knows neither how a model was loaded nor what the branches are for:
+`minirksc.llm` is above it, and the solver.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minirksc.cache.eviction_log import Eviction as Eviction
+from minirksc.engine.branch import Branch, BranchProgress, branch_list
+from minirksc.engine.calls import Call
+from minirksc.engine.engine import Engine
+from minirksc.engine.gates import DepthGate, Seat
+from minirksc.engine.outputs import Job
+from minirksc.engine.prompts import Conversation, Params, Prompt, one_or_many, params_list, read_prompt
+from minirksc.engine.request import Request, Salt, salt_key
+from minirksc.engine.scoring import score_requests
+from minirksc.engine.stats import Stats, runs_on
+from minirksc.errors import (
+    BranchError,
+    ConfigError,
+    EngineClosedError,
+    MinirkscError,
+    NumericalError,
+    TokenizerError,
+    brief,
+    named,
+)
+from minirksc.models.spec import ArchSpec
+from minirksc.options import EngineConfig, SamplingParams
+from minirksc.text.tokenizer import Tokenizer as Tokenizer
+from minirksc.token_ids import is_list, plain, read_token_ids
+
+
+class Session:
+    """Work on one engine.
+
+    Args:
+        engine: that computes.
+        config: it was made with, max_model_len resolved.
+        model_path: folder of its weights.
+
+    Attributes:
+        config, model_path: as given.
+        spec: the architecture.
+        tokenizer: None when the folder has none; token ids still work.
+    """
+
+    def __init__(self, engine: Engine, config: EngineConfig, model_path: Path) -> None:
+        self._engine: Engine | None = engine
+        self.config = config
+        self.model_path = model_path
+        self.spec: ArchSpec = engine.runner.model.spec
+        self.tokenizer: Tokenizer | None = engine.tokenizer
+        self._lenses: dict[tuple[int, ...] | None, Callable[[Tensor], Tensor]] = {}
+
+    @property
+    def engine(self) -> Engine:
+        """The engine below.
+
+        Raises:
+            EngineClosedError: after close().
+        """
+        if self._engine is None:
+            raise EngineClosedError(f"LLM({self.config.model!r}) was closed; make a new one")
+        return self._engine
+
+    @property
+    def closed(self) -> bool:
+        """True after close()."""
+        return self._engine is None
+
+    def close(self) -> None:
+        """Lets go of the engine; its branches cannot be used after. A second call does nothing."""
+        self._engine = None
+        self._lenses.clear()
+
+    # Requests
+
+    def start(self, call: Call, prompt: Any, params: Any, salt: Salt | None) -> Job:
+        """A prompt with its requests, or with the error that kept it from starting.
+
+        Args:
+            call: that the requests belong to.
+            prompt: in any form that `LLM.generate` takes, or a `Conversation`.
+            params: of its samples, in any form of one.
+            salt: as of `LLM.generate`.
+        """
+        job = Job(None, [], SamplingParams())
+        try:
+            job.prompt, job.token_ids, own_salt = self._encode(prompt, salt)
+            job.params = SamplingParams.of(params).resolved(self.engine.sampling_defaults)
+            job.add_requests(self.engine, call, own_salt)
+        except MinirkscError as error:
+            for request in job.requests:
+                self.engine.abort(request)
+            job.requests.clear()
+            job.error = error
+        return job
+
+    def run(self, requests: SequenceOf[Request]) -> Iterator[None]:
+        """Steps the engine until all of these have finished; a pause after every step."""
+        while not all(request.finished for request in requests):
+            self.engine.step()
+            yield
+
+    def run_all(self, requests: SequenceOf[Request], what: str = "request") -> None:
+        """Runs requests until all have finished.
+
+        Args:
+            requests: of one call.
+            what: they are for, in the message of an error.
+
+        Raises:
+            MinirkscError: the first error among them.
+        """
+        for _ in self.run(requests):
+            pass
+        _raise_first_error(requests, what)
+
+    # Branches
+
+    def branch(
+        self, prompt: Prompt, *, share: bool = True, seed: int | None = None, salt: Salt | None = None
+    ) -> Branch:
+        """A root branch; see `LLM.branch`."""
+        return self._branches([prompt], share, seed, None, salt)[0]
+
+    def branches(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        share: bool = True,
+        seed: int | None = None,
+        seats: SequenceOf[Seat | None] | None = None,
+        salt: Salt | None = None,
+    ) -> list[Branch]:
+        """Root branches, their prompts computed together; see `LLM.branches`."""
+        return self._branches(one_or_many(prompts)[0], share, seed, seats, salt)
+
+    def _branches(
+        self,
+        prompts: list[Any],
+        share: bool,
+        seed: int | None,
+        seats: SequenceOf[Seat | None] | None,
+        salt: Salt | None,
+    ) -> list[Branch]:
+        if seats is not None and len(seats) != len(prompts):
+            raise ConfigError(f"{len(seats)} seats for {len(prompts)} prompts; give one each, None for none")
+        SamplingParams(seed=seed)  # checks its range
+        made: list[Branch] = []
+        with self.engine.call() as call:
+            for index, prompt in enumerate(prompts):
+                try:
+                    _, token_ids, own_salt = self._encode(prompt, salt)
+                    own_seed = self.engine.next_seed() if seed is None else seed
+                    sequence = self.engine.new_sequence(token_ids, share=share, salt=own_salt, seed=own_seed)
+                    sequence.kept = True
+                    call.sequences.append(sequence)
+                    made.append(Branch(self, sequence))
+                    seat = None if seats is None else seats[index]
+                    self.engine.add_request(sequence, SamplingParams(), prefill_only=True, seat=seat, call=call)
+                except MinirkscError as error:
+                    raise_named(error, "prompt", index, len(prompts))
+            self.run_all(call.requests, "prompt")
+            for branch, request in zip(made, call.requests, strict=True):
+                branch.exit_layer = request.exit_layer
+                branch.num_saved_layer_rows = request.num_saved_layer_rows
+                branch.num_cached_tokens = request.num_cached_tokens or 0
+            call.sequences.clear()  # they are the branches'
+        return made
+
+    def extend(
+        self,
+        branches: Iterable[Branch],
+        params: Params | Iterable[Params] = None,
+        on_step: Callable[[SequenceOf[BranchProgress]], Mapping[int, str] | None] | None = None,
+        *,
+        keep_stop: bool = True,
+    ) -> None:
+        """Decodes branches together, each until its own stop; see `LLM.extend`."""
+        owned = branch_list(branches, self)
+        if len(set(map(id, owned))) < len(owned):
+            raise BranchError("a branch is given twice; extend() takes each branch once")
+        each = [SamplingParams.of(one) for one in params_list(params, len(owned))]
+        for one in each:
+            if one.n != 1:
+                raise ConfigError(f"extend() takes n=1, not {one.n}; fork the branch instead")
+            if one.logprobs is not None or one.prompt_logprobs is not None:
+                raise ConfigError("extend() reports Branch.logprobs, of chosen tokens; leave logprobs options out")
+            if one.include_stop_str_in_output and not keep_stop:
+                raise ConfigError("keep_stop=False takes out what include_stop_str_in_output shows; leave one out")
+        with self.engine.call() as call:
+            progress: list[BranchProgress] = []
+            for index, (branch, one) in enumerate(zip(owned, each, strict=True)):
+                try:
+                    branch.add_request(one, call)
+                except MinirkscError as error:
+                    raise_named(error, "branch", index, len(owned))
+            progress = [BranchProgress(branch, request) for branch, request in zip(owned, call.requests, strict=True)]
+            try:
+                for _ in self.run(call.requests):
+                    for index, reason in _early_ends(on_step(progress) if on_step else None, len(owned)):
+                        self.engine.abort(call.requests[index], reason)
+            finally:
+                for branch in () if keep_stop else owned:
+                    branch.take_out_stop()
+            _raise_first_error(call.requests, "branch")
+
+    def score(
+        self,
+        branches: Iterable[Branch],
+        question: Prompt | Iterable[Prompt],
+        choices: Iterable[Prompt],
+        gate: DepthGate | None = None,
+    ) -> Tensor:
+        """How probable each choice is as the continuation of `question` after each branch; see `LLM.score`."""
+        owned = branch_list(branches, self)
+        choice_ids = self._choices(choices)
+        if gate is not None and max(map(len, choice_ids)) > 1:
+            raise ConfigError(f"a gate reads one row of logits a branch; choices {choice_ids} have more than one token")
+        scores = torch.full((len(owned), len(choice_ids)), math.nan)  # [branches, choices]
+        sequences = [branch.sequence for branch in owned]
+        with self.engine.call() as call:
+            score_requests(
+                self.engine,
+                call,
+                sequences,
+                self._questions(question, len(owned)),
+                choice_ids,
+                SamplingParams(),
+                scores,
+                gate,
+            )
+            self.run_all(call.requests)
+        left = [request.exit_layer is not None for request in call.requests]
+        rows = scores if gate is None else scores[[not has_left for has_left in left]]
+        if not rows.isfinite().all():
+            raise NumericalError("the model gave NaN or infinite logits for a choice; try dtype='float32'")
+        return scores.softmax(-1)
+
+    def _choices(self, choices: Any) -> list[list[int]]:
+        """Token ids of each choice."""
+        items = plain(choices)
+        if not is_list(items):
+            raise ConfigError(f"choices must be a list of text or token ids, not {brief(items)}")
+        choice_ids = [read_token_ids(self.encode_fragment(choice), vocab_size=self.spec.vocab_size) for choice in items]
+        if len(choice_ids) < 2 or not all(choice_ids):
+            raise ConfigError(f"score() needs at least two choices of at least one token, got {brief(choices)}")
+        return choice_ids
+
+    def _questions(self, question: Any, num_branches: int) -> list[list[int]]:
+        """Token ids of the question of each branch."""
+        items, is_one = one_or_many(question)
+        if is_one or not items:
+            return [self.encode_fragment(items[0] if items else ())] * num_branches
+        if len(items) != num_branches:
+            raise ConfigError(f"{len(items)} questions for {num_branches} branches; give one, or one a branch")
+        return [self.encode_fragment(item) for item in items]
+
+    # Text
+
+    def need_tokenizer(self, what: str) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            TokenizerError: there is none, so `what` cannot be used.
+        """
+        if self.tokenizer is None:
+            raise TokenizerError(f"{self.model_path} has no tokenizer, so {what} cannot be used; give token ids")
+        return self.tokenizer
+
+    def encode_fragment(self, tokens: Prompt) -> list[int]:
+        """Token ids of what continues something, in any form of a prompt: text gets no BOS.
+
+        Raises:
+            ConfigError, PromptError: it is neither text nor token ids, or has a salt of its own.
+            TokenizerError: text, and there is no tokenizer.
+        """
+        piece = read_prompt(tokens)
+        if piece.salt is not None:
+            raise ConfigError(f"cache_salt {brief(piece.salt)} beside what continues a branch, which has its own salt")
+        if piece.text is None:
+            return piece.token_ids
+        return self.need_tokenizer("text").encode(piece.text, add_special_tokens=False)
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Text of token ids, special tokens left out; "" without a tokenizer."""
+        return "" if self.tokenizer is None else self.tokenizer.decode(read_token_ids(token_ids))
+
+    def _encode(self, prompt: Any, salt: Salt | None) -> tuple[str | None, list[int], Salt | None]:
+        """(text or None, token ids, salt) of one prompt."""
+        if isinstance(prompt, Conversation):
+            tokenizer = self.need_tokenizer("chat()")
+            options = prompt.add_generation_prompt, prompt.tools, prompt.chat_template_kwargs
+            return None, tokenizer.encode_chat(prompt.checked_messages(), *options), salt
+        text, token_ids, own_salt = read_prompt(prompt)
+        if own_salt is not None and salt is not None and salt_key(own_salt) != salt_key(salt):
+            raise ConfigError(f"a prompt's cache_salt {brief(own_salt)} is not the salt of the call; leave one out")
+        if text is not None:
+            token_ids = self.need_tokenizer("text").encode(text)
+        return text, token_ids, salt if own_salt is None else own_salt
+
+    # Looking
+
+    def stats(self) -> Stats:
+        """Counters of the engine since its start, and what it runs on; see the keys for units."""
+        engine = self.engine
+        return {**engine.stats(), **runs_on(engine.runner, self.config.quantize, self.config.ignore_config_keys)}
+
+    def evictions(self) -> list[Eviction]:
+        """What had to make room in the prefix cache lately, oldest first: why, and whether it was needed again."""
+        return self.engine.blocks.evictions
+
+    def lens(self, token_ids: Iterable[int] | None = None) -> Callable[[Tensor], Tensor]:
+        """Reads hidden states of any layer as logits; see `Decoder.lens`. Kept, since making it copies the head.
+
+        Args:
+            token_ids: whose logits; None: all of the vocabulary.
+
+        Raises:
+            PromptError: a token id is none.
+        """
+        key = None if token_ids is None else tuple(read_token_ids(token_ids, self.spec.vocab_size))
+        if key not in self._lenses:
+            self._lenses[key] = self.engine.runner.model.lens(key)
+        return self._lenses[key]
+
+
+def raise_named(error: Exception | None, what: str, index: int, count: int) -> None:
+    """Raises an error, if there is one; of several things, it says which one it is about.
+
+    Args:
+        error: of one of them.
+        what: they are.
+        index: of the one.
+        count: of all.
+    """
+    if error is not None:
+        raise error if count == 1 else named(error, f"{what} {index}")
+
+
+def _raise_first_error(requests: SequenceOf[Request], what: str) -> None:
+    for index, request in enumerate(requests):
+        raise_named(request.error, what, index, len(requests))
+
+
+def _early_ends(answer: Any, num_branches: int) -> list[tuple[int, str]]:
+    """(index, finish_reason) of the branches that on_step stops."""
+    ends = {} if answer is None else answer
+    if isinstance(ends, Mapping) and all(i in range(num_branches) and isinstance(ends[i], str) for i in ends):
+        return list(ends.items())
+    raise ConfigError(f"on_step gave {brief(answer)} for {num_branches} branches; it gives index -> finish_reason")

@@ -1,0 +1,138 @@
+"""What an engine has done and what it runs on, as plain data."""
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from minirksc.cache.rsbcm import BlockBytes, BlockManager
+from minirksc.engine.depth import Depth
+from minirksc.engine.runner import Runner
+from minirksc.engine.scheduler import ScheduledRequest, Scheduler
+from minirksc.kernels.native.ops import why_not
+
+Stats = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Counters:
+    """Of an engine since its start.
+
+    Attributes:
+        num_steps: that computed something.
+        num_prefilled_tokens: computed, but for those that were sampled by the request that computes them.
+        num_decoded_tokens: sampled.
+        num_layer_rows: tokens times the layers that computed them.
+        num_saved_layer_rows: the same of what gates made unnecessary.
+        prefill_s: of steps that computed some prompt.
+        decode_s: of all others.
+        num_tokens_in_decode_s: sampled in these.
+    """
+
+    num_steps: int = 0
+    num_prefilled_tokens: int = 0
+    num_decoded_tokens: int = 0
+    num_layer_rows: int = 0
+    num_saved_layer_rows: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    num_tokens_in_decode_s: int = 0
+
+    def count_step(
+        self, scheduled: SequenceOf[ScheduledRequest], depth: Depth | None, num_layers: int, seconds: float
+    ) -> None:
+        """Adds one step; what it sampled is counted token by token.
+
+        Args:
+            scheduled: what it computed.
+            depth: its gates.
+            num_layers: of the model.
+            seconds: that it took.
+        """
+        self.num_steps += 1
+        num_rows = sum(item.num_tokens for item in scheduled)
+        num_prefilled = sum(item.num_tokens for item in scheduled if not item.is_decode)
+        if depth is not None:
+            num_prefilled -= depth.num_dropped_rows
+            self.num_saved_layer_rows += num_rows * num_layers - depth.num_layer_rows
+        self.num_layer_rows += num_rows * num_layers if depth is None else depth.num_layer_rows
+        self.num_prefilled_tokens += num_prefilled
+        if num_prefilled:
+            self.prefill_s += seconds
+        else:
+            self.decode_s += seconds
+            self.num_tokens_in_decode_s += num_rows
+
+
+def work_done(counters: Counters, scheduler: Scheduler, blocks: BlockManager, size: BlockBytes) -> Stats:
+    """Counters since start and the state of the cache.
+
+    num_layer_rows are tokens times the layers that computed them, num_saved_layer_rows those that gates made
+    unnecessary; tokens that left between layers are not in num_prefilled_tokens.
+
+    Where layers with a window have a pool apart, `num_window_blocks_*` count its blocks, and `kv_bytes_used_window`
+    is what they hold; all other layers are in `num_blocks_*` and `kv_bytes_used_full`.
+
+    Args:
+        counters: of the engine.
+        scheduler: its own.
+        blocks: its own.
+        size: of one block.
+    """
+    windows, decode_s = blocks.windows, counters.decode_s
+    return {
+        "num_steps": counters.num_steps,
+        "num_prefilled_tokens": counters.num_prefilled_tokens,
+        "num_decoded_tokens": counters.num_decoded_tokens,
+        "num_cached_tokens": scheduler.num_cached_tokens,
+        "num_layer_rows": counters.num_layer_rows,
+        "num_saved_layer_rows": counters.num_saved_layer_rows,
+        "prefill_s": counters.prefill_s,
+        "decode_s": decode_s,
+        "decode_tokens_per_s": counters.num_tokens_in_decode_s / decode_s if decode_s else 0.0,
+        "num_evicted_blocks": blocks.num_evicted_blocks,
+        "num_recomputed_tokens": blocks.num_recomputed_tokens,
+        "num_blocks_pinned": blocks.num_pinned,
+        "num_preemptions": scheduler.num_preemptions,
+        "num_blocks_total": blocks.num_blocks,
+        "num_blocks_used": blocks.num_used,
+        "num_blocks_cached": blocks.num_cached,
+        "num_blocks_free": blocks.num_free,
+        "block_size": blocks.block_size,
+        "num_window_blocks_total": windows.num_blocks,
+        "num_window_blocks_used": windows.num_used,
+        "num_window_blocks_cached": windows.num_cached,
+        "num_window_blocks_free": windows.num_free,
+        "kv_cache_bytes": blocks.num_blocks * size.full + windows.num_blocks * size.window,
+        "kv_bytes_used_full": blocks.num_used * size.full,
+        "kv_bytes_used_window": windows.num_used * size.window,
+    }
+
+
+def runs_on(runner: Runner, quantize: str, ignored_config_keys: SequenceOf[str]) -> Stats:
+    """What computes, in which precision, and what was chosen for it.
+
+    Args:
+        runner: of the engine.
+        quantize: as of `EngineConfig`.
+        ignored_config_keys: as of `EngineConfig`.
+    """
+    model, spec = runner.model, runner.model.spec
+    head_dims = {layer.head_dim for layer in spec.layers}
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "kv_cache_dtype": str(runner.cache.dtype).removeprefix("torch."),
+        # How FP8 weights were stored, which are widened to dtype as they are read; None for all others.
+        "checkpoint_precision": None if spec.layout.fp8 is None else str(spec.layout.fp8),
+        "quantize": quantize,
+        "ignored_config_keys": list(ignored_config_keys),
+        "weight_bytes": model.weight_bytes,
+        "device": str(model.device),
+        "threads": torch.get_num_threads(),
+        "backend": model.backend.name,
+        # Why a CPU does without the compiled operations.
+        "backend_note": None if model.backend.name != "torch" else why_not(model.dtype, head_dims),
+        "num_recorded_steps": 0 if runner.recorded is None else runner.recorded.num_steps,
+        "eager_steps": {} if runner.recorded is None else dict(runner.recorded.eager_steps),
+    }
