@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from minirksc.calibrate.evidence import BranchEvidence, Evidence, Failed
 from minirksc.errors import ConfigError, MinirkscError, NumericalError
 from minirksc.rksc.cgee import LayerExit, MarginRule
+from minirksc.rksc.node import Node
 from minirksc.rksc.solver import HasSession, Solver, SolverConfig, default_hint
-from minirksc.rksc.tree import Node, Tree
+from minirksc.rksc.tree import Tree
 from minirksc.rksc.verify import Candidate, Verdict, Verifier
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from minirksc.rksc.answers import choose
 from minirksc.rksc.cgee import Gates, best_and_rest, leader_of, standing
 
 if TYPE_CHECKING:
-    from minirksc.rksc.tree import Node, Tree
+    from minirksc.rksc.node import Node
+    from minirksc.rksc.record import Record
 
 ASK_FIRST = 2
 """Branches that are asked before it is looked who can still win: one alone settles little, all settle nothing."""
@@ -30,7 +31,9 @@ class Judge:
             score of each is its confidence.
     """
 
-    def __init__(self, tree: "Tree", gates: Gates, select: str, ask: Callable[[Sequence["Node"]], None] | None) -> None:
+    def __init__(
+        self, tree: "Record", gates: Gates, select: str, ask: Callable[[Sequence["Node"]], None] | None
+    ) -> None:
         self._tree = tree
         self._gates = gates
         self._select = select

@@ -1,65 +1,162 @@
-"""The trace of a solve as plain data; `minirksc.trace.schema` says what each key means."""
+"""What happened in a solve: noted while it runs, and put together as the trace, which is plain data.
+
+`minirksc.trace.schema` says what each key means.
+"""
 
 import platform
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from minirksc.rksc.answers import agreement
+from minirksc.rksc.node import Node, finite
 from minirksc.rksc.solver_config import SolverConfig, Tokens, plain
 from minirksc.trace.schema import SCHEMA_NAME
 from minirksc.version import __version__
 
 if TYPE_CHECKING:
-    from minirksc.rksc.tree import Node, Tree
+    from minirksc.engine.session import Session
+
+_SECONDS = {"prefill": "prefill_s", "extend": "decode_s", "verify": "verify_s"}
+
+
+class Record:
+    """The record of one solve, on its own clock.
+
+    Args:
+        session: whose counters it reads.
+        on_event: called with each event as it happens.
+
+    Attributes:
+        events: what happened, in order; plain data, at_s and seconds since the solve began.
+        gates: what each gate decided, in order; plain data.
+        stats: seconds by phase, and after `finish` what was counted meanwhile.
+    """
+
+    def __init__(self, session: "Session", on_event: Callable[[dict[str, Any]], None] | None = None) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.gates: list[dict[str, Any]] = []
+        self.stats: dict[str, float] = dict.fromkeys(_SECONDS.values(), 0.0)
+        self._session = session
+        self._on_event = on_event
+        self._start = time.perf_counter()
+        self._counters = self._count()
+        self._blocks_used_peak = 0
+
+    @contextmanager
+    def phase(self, name: str, nodes: Sequence[Node]) -> Iterator[dict[str, Any]]:
+        """Times what is done inside; the body may add plain data to the event that it yields."""
+        begin = time.perf_counter()
+        event: dict[str, Any] = {"event": name, "at_s": begin - self._start}
+        yield event
+        event["seconds"] = time.perf_counter() - begin
+        event["nodes"] = [node.node_id for node in nodes]
+        if name in _SECONDS:
+            self.stats[_SECONDS[name]] += event["seconds"]
+        used = int(self._session.stats().get("num_blocks_used", 0))
+        self._blocks_used_peak = max(self._blocks_used_peak, used)
+        self.events.append(event)
+        if self._on_event is not None:
+            self._on_event(event)
+
+    def note(
+        self,
+        gate: str,
+        decision: str,
+        reason: str,
+        *,
+        node: Node | None = None,
+        value: float | None = None,
+        **values: Any,
+    ) -> None:
+        """Notes what a gate decided: its value (None where it is NaN), threshold and layer, where it has them."""
+        values["value"] = finite(value)
+        entry = {"gate": gate, "node": None if node is None else node.node_id, "layer": None, "value": None}
+        entry |= {"threshold": None, "calibrated": None, **values, "decision": decision, "reason": reason}
+        self.gates.append({**entry, "at_s": time.perf_counter() - self._start})
+
+    def finish(self) -> None:
+        """Completes `stats`."""
+        for name, value in self._count().items():
+            self.stats[name] = value - self._counters.get(name, 0)
+        self.stats["blocks_used_peak"] = self._blocks_used_peak
+        self.stats["total_s"] = time.perf_counter() - self._start
+
+    def blocks(self) -> dict[str, Any]:
+        """What the cache did meanwhile, as plain data."""
+        num_evicted = int(self.stats["num_evicted_blocks"])
+        evictions = self._session.evictions()[-num_evicted:] if num_evicted else []
+        return {
+            "size": int(self._session.stats()["block_size"]),
+            "used_peak": self._blocks_used_peak,
+            "evicted": num_evicted,
+            "evictions": [{**asdict(eviction), "priority": list(eviction.priority)} for eviction in evictions],
+        }
+
+    def _count(self) -> dict[str, int]:
+        """The engine's counters, without what is a state rather than a count."""
+        return {
+            name: int(value)
+            for name, value in self._session.stats().items()
+            if name.startswith("num_") and not name.startswith("num_blocks_")
+        }
 
 
 def make_trace(
-    tree: "Tree",
-    best: "Node",
+    record: Record,
+    session: "Session",
+    nodes: Sequence[Node],
+    best: Node,
     parsed: dict[int, str | None],
     *,
-    model: str,
     config: SolverConfig,
+    seed: int,
     problem: Tokens,
     phrasings: Sequence[Tokens] | None,
 ) -> dict[str, Any]:
     """Puts together what happened.
 
     Args:
-        tree: finished.
+        record: finished.
+        session: that the solve ran in.
+        nodes: all that were ever made, in order.
         best: the chosen node.
         parsed: answers of the nodes that were left at the end, by node_id.
-        model: as the caller named it.
         config: of the solve.
+        seed: of all branches.
         problem: as given.
         phrasings: as given.
 
     Returns:
-        Data that JSON can hold, as `trace_schema.TRACE_SCHEMA` describes it.
+        Data that JSON can hold, as `minirksc.trace.schema` describes it.
     """
-    nodes = []
-    for node in tree.nodes:
-        as_dict = node.to_dict()
-        as_dict["tokens"] = tree.pieces(node.output_ids)
-        as_dict["parsed"] = parsed.get(node.node_id)
-        as_dict["pruned"] = node.node_id not in parsed
-        nodes.append(as_dict)
     return {
         "schema": SCHEMA_NAME,
         "versions": {"minirksc": __version__, "torch": version("torch"), "python": platform.python_version()},
-        "model": model,
+        "model": str(session.config.model),
         "config": config.to_dict(),
-        "seed": tree.seed,
+        "seed": seed,
         "problem": plain(problem),
         "phrasings": plain(phrasings),
-        "nodes": nodes,
+        "nodes": [
+            {
+                **node.to_dict(),
+                # Each token as text; half a character is shown as the tokenizer does.
+                "tokens": [session.decode([token_id]) for token_id in node.output_ids],
+                "parsed": parsed.get(node.node_id),
+                "pruned": node.node_id not in parsed,
+            }
+            for node in nodes
+        ],
         "best": best.node_id,
         "answer": best.text,
         "parsed": parsed[best.node_id],
         "agreement": agreement(list(parsed.values())),
-        "events": tree.events,
-        "gates": tree.gates,
-        "blocks": tree.blocks(),
-        "stats": dict(tree.stats),
+        "events": record.events,
+        "gates": record.gates,
+        "blocks": record.blocks(),
+        "stats": dict(record.stats),
     }

@@ -27,10 +27,11 @@ from minirksc.rksc.cgee import DEFAULT_GATES, NO_GATES, PAPER_GATES, DecodeRule,
 from minirksc.rksc.gates_file import read_gates, settings_of
 from minirksc.rksc.guard import refusal
 from minirksc.rksc.judge import Judge
+from minirksc.rksc.node import Node
 from minirksc.rksc.record import make_trace
 from minirksc.rksc.results import BranchResult, SolveResult
 from minirksc.rksc.solver_config import DEFAULT_SAMPLING, MAX_BRANCHES, SolverConfig, Tokens
-from minirksc.rksc.tree import Node, Tree
+from minirksc.rksc.tree import Tree
 from minirksc.rksc.verify import Candidate, Verifier
 from minirksc.token_ids import is_list
 
@@ -122,7 +123,7 @@ class Solver:
             probe, refusals = self._probe(wordings, tree)
             nodes = tree.plant(prompts, hints, probe, refusals)
             best, parsed = self._search(tree, nodes, plain_problem, verifier)
-            tree.finish()
+            tree.record.finish()
         return self._result(tree, best, parsed, plain_problem, own or None)
 
     def _phrasings(self, phrasings: Any) -> list[Any]:
@@ -181,41 +182,43 @@ class Solver:
                 break
             nodes = tree.expand(nodes, survivors, config.branches)
         answers = [self._answer(node) for node in nodes]
-        judge = Judge(tree, self.gates, config.select, None if verifier is None else ask)
+        judge = Judge(tree.record, self.gates, config.select, None if verifier is None else ask)
         best = nodes[judge.choose(nodes, answers, None if leader is None else nodes.index(leader))]
         well = _well(nodes)
         parsed = {node.node_id: answer for node, answer in zip(nodes, answers, strict=True) if node in well}
-        with tree.phase("select", well) as event:
+        with tree.record.phase("select", well) as event:
             event.update(rule=config.select, parsed=list(parsed.values()), best=best.node_id)
         return best, parsed
 
     def _led_by(self, tree: Tree, rule: DecodeRule, nodes: Sequence[Node]) -> Node | None:
         """Who led decisively while these nodes were decoded, and did not fail afterwards."""
         if rule.consensus is not None:
-            tree.note("consensus", "the others stopped", f"the vote for {rule.consensus!r} could not be lost any more")
+            tree.record.note(
+                "consensus", "the others stopped", f"the vote for {rule.consensus!r} could not be lost any more"
+            )
         if rule.leader is None:
             return None
         mode, leader = self.config.decode_exit_mode, nodes[rule.leader]
         reason = "the others stopped" if mode == "keep_leader" else "all stopped"
         asked = "nobody is asked" if leader.error is None else "it failed, so they are asked"
         calibrated = self.gates.is_calibrated
-        tree.note("decode_exit", mode, f"{reason}; {asked}", node=leader, calibrated=calibrated)
+        tree.record.note("decode_exit", mode, f"{reason}; {asked}", node=leader, calibrated=calibrated)
         return leader if leader.error is None else None
 
     def _ask(self, tree: Tree, nodes: Sequence[Node], verifier: Verifier | None, problem: Tokens) -> None:
         """Sets verification and score, or error where asking failed."""
         if verifier is not None:
-            with tree.phase("verify", nodes) as event:
+            with tree.record.phase("verify", nodes) as event:
                 candidates = [Candidate(tree.exact_branch(node), self._answer_ids(node)) for node in nodes]
                 verdicts = verifier.ask(problem, candidates, self.gates.layer_exit)
                 event["probabilities"] = [verdict.probability for verdict in verdicts]
             for node, verdict in zip(nodes, verdicts, strict=True):
                 node.verification, node.exit_layer, node.error = verdict.probability, verdict.exit_layer, verdict.error
                 if verdict.saw_nan:
-                    tree.note("layer_exit", "goes on", "a hidden state was not finite", node=node)
+                    tree.record.note("layer_exit", "goes on", "a hidden state was not finite", node=node)
                 elif verdict.exit_layer is not None:
                     reason = f"the margin of YES is clear: p(YES) {verdict.probability:.3f}"
-                    tree.note(
+                    tree.record.note(
                         "layer_exit",
                         "leaves",
                         reason,
@@ -284,11 +287,13 @@ class Solver:
         nodes = [tree.nodes[node_id] for node_id in parsed]
         failed = [node for node in tree.nodes if node.error is not None]
         trace = make_trace(
-            tree,
+            tree.record,
+            self.session,
+            tree.nodes,
             best,
             parsed,
-            model=str(self.session.config.model),
             config=self.config,
+            seed=tree.seed,
             problem=problem,
             phrasings=phrasings,
         )
@@ -297,7 +302,7 @@ class Solver:
             parsed=parsed[best.node_id],
             best=nodes.index(best),
             branches=[_branch_result(node, parsed.get(node.node_id)) for node in [*nodes, *failed]],
-            stats=tree.stats,
+            stats=tree.record.stats,
             gates=self.gates.source,
             trace=trace,
         )

@@ -1,8 +1,7 @@
-"""The reasoning tree of one solve: its nodes, its live branches, its clock.
+"""The reasoning tree of one solve: its nodes and its live branches.
 
-A `Node` is a branch with what the search knows about it, and stays when the branch is pruned. A
-`Tree` plants, extends, expands and prunes, and notes every step as an event. Whatever it makes it puts into the call
-that it belongs to in the same breath, so that all blocks go back with the call, wherever that is left.
+A `Tree` plants, extends, expands and prunes, and notes every step in its record. Whatever it makes it puts into the
+call that it belongs to in the same breath, so that all blocks go back with the call, wherever that is left.
 
 With share=False no branch takes a token of KV from another: each is prefilled from scratch, also
 when a deeper round begins. Paths, and with them the random numbers, are those of the shared tree.
@@ -11,17 +10,14 @@ With semantic sharing a wording may run on the KV of the first one (`minirksc.rk
 branch gets `exact_branch` instead: the first wording's own KV, and the answer computed on it.
 """
 
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from minirksc.engine.gates import Seat
-from minirksc.engine.signals import SIGNALS, TokenSignals, mean_top1
 from minirksc.errors import NumericalError
+from minirksc.rksc.node import Node, finite
+from minirksc.rksc.record import Record
 
 if TYPE_CHECKING:
     from minirksc.engine.branch import Branch, BranchProgress
@@ -33,101 +29,6 @@ if TYPE_CHECKING:
 
 OnStep = Callable[[Sequence["BranchProgress"]], Mapping[int, str]]
 """See `LLM.extend`."""
-
-_SECONDS = {"prefill": "prefill_s", "extend": "decode_s", "verify": "verify_s"}
-
-
-@dataclass(eq=False)
-class Node:
-    """One branch of the tree.
-
-    Attributes:
-        node_id: its index in `Tree.nodes`.
-        parent_id: of the node that it was forked from; None in the first round.
-        branch: its tokens; pruned when it did not go on.
-        depth: round in which it was made, from 1.
-        hint: text that its answer was made to begin with.
-        num_prompt_tokens: where the answer, hint included, begins in the branch's tokens.
-        num_cached_tokens: of its prompt, found in the prefix cache.
-        num_shared_tokens: whose KV it took from others when it started.
-        num_saved_tokens: prompt tokens, counted by layers, that semantic sharing did not compute.
-        is_semantic: it runs on KV of another wording.
-        is_approximate: some of its KV is not what its own tokens would give.
-        similarity: of its wording to the first; None where they were not compared, or hold NaN.
-        output_ids: generated tokens, its ancestors' included.
-        text: of output_ids.
-        signals: how sure the model was of each of output_ids.
-        verification: p(YES); None where nobody asked.
-        exit_layer: layers that the pass of the question went through, where it left early.
-        score: None until it has been scored.
-        error: why it failed; a failed node is not among those that go on.
-        num_tokens: prompt, hint and output_ids.
-    """
-
-    node_id: int
-    parent_id: int | None
-    branch: "Branch"
-    depth: int
-    hint: str
-    num_prompt_tokens: int
-    num_cached_tokens: int = 0
-    num_shared_tokens: int = 0
-    num_saved_tokens: float = 0.0
-    is_semantic: bool = False
-    is_approximate: bool = False
-    similarity: float | None = None
-    output_ids: list[int] = field(default_factory=list)
-    text: str = ""
-    signals: TokenSignals = field(default_factory=TokenSignals)
-    verification: float | None = None
-    exit_layer: int | None = None
-    score: float | None = None
-    error: str | None = None
-    num_tokens: int = 0
-
-    @property
-    def finished(self) -> bool:
-        """True when it ended by itself."""
-        return self.branch.finish_reason == "stop"
-
-    @property
-    def confidence(self) -> float | None:
-        """Mean probability of the likeliest token over output_ids; None where there are none."""
-        return mean_top1(self.signals) if self.signals.top1 else None
-
-    @property
-    def sharing(self) -> str:
-        """What it got, not what was asked for."""
-        if self.is_semantic:
-            return "semantic"
-        return "exact" if self.num_shared_tokens else "none"
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data, without the branch; see `minirksc.trace.schema`."""
-        return {
-            "id": self.node_id,
-            "parent": self.parent_id,
-            "path": list(self.branch.path),
-            "depth": self.depth,
-            "hint": self.hint,
-            "text": self.text,
-            "token_ids": list(self.output_ids),
-            "num_tokens": self.num_tokens,
-            "num_output_tokens": len(self.output_ids),
-            "num_shared_tokens": self.num_shared_tokens,
-            "num_own_tokens": self.num_tokens - self.num_shared_tokens,
-            "num_saved_tokens": self.num_saved_tokens,
-            "sharing": self.sharing,
-            "similarity": self.similarity,
-            "confidence": self.confidence,
-            "signals": {name: _finite(signal(self.signals)) for name, signal in SIGNALS.items()},
-            "verified": self.verification is not None,
-            "verification": self.verification,
-            "exit_layer": self.exit_layer,
-            "score": self.score,
-            "finish_reason": self.branch.finish_reason,
-            "error": self.error,
-        }
 
 
 class Tree:
@@ -143,9 +44,7 @@ class Tree:
 
     Attributes:
         nodes: all that were ever made, in order.
-        gates: what each gate decided, in order; plain data.
-        events: what happened, in order; plain data, at_s and seconds on the clock of this solve.
-        stats: filled by `finish`.
+        record: what happened.
         seed: as given.
     """
 
@@ -160,51 +59,13 @@ class Tree:
         on_event: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self.nodes: list[Node] = []
-        self.events: list[dict[str, Any]] = []
-        self.gates: list[dict[str, Any]] = []
-        self.stats: dict[str, float] = dict.fromkeys(_SECONDS.values(), 0.0)
+        self.record = Record(session, on_event)
         self._session = session
         self.seed = seed
         self._share = share
         self._salt = salt
-        self._on_event = on_event
         self._call = call
         self._first_root: Branch | None = None  # that others may run on
-        self._start = time.perf_counter()
-        self._counters = self._count()
-        self._blocks_used_peak = 0
-
-    @contextmanager
-    def phase(self, name: str, nodes: Sequence[Node]) -> Iterator[dict[str, Any]]:
-        """Times what is done inside; the body may add plain data to the event that it yields."""
-        begin = time.perf_counter()
-        event: dict[str, Any] = {"event": name, "at_s": begin - self._start}
-        yield event
-        event["seconds"] = time.perf_counter() - begin
-        event["nodes"] = [node.node_id for node in nodes]
-        if name in _SECONDS:
-            self.stats[_SECONDS[name]] += event["seconds"]
-        used = int(self._session.stats().get("num_blocks_used", 0))
-        self._blocks_used_peak = max(self._blocks_used_peak, used)
-        self.events.append(event)
-        if self._on_event is not None:
-            self._on_event(event)
-
-    def note(
-        self,
-        gate: str,
-        decision: str,
-        reason: str,
-        *,
-        node: Node | None = None,
-        value: float | None = None,
-        **values: Any,
-    ) -> None:
-        """Notes what a gate decided: its value (None where it is NaN), threshold and layer, where it has them."""
-        values["value"] = _finite(value)
-        entry = {"gate": gate, "node": None if node is None else node.node_id, "layer": None, "value": None}
-        entry |= {"threshold": None, "calibrated": None, **values, "decision": decision, "reason": reason}
-        self.gates.append({**entry, "at_s": time.perf_counter() - self._start})
 
     def plant(
         self,
@@ -222,7 +83,7 @@ class Tree:
             refusals: of each prompt, why it is not even compared; None: it is.
         """
         nodes: list[Node] = []
-        with self.phase("prefill", nodes) as event:
+        with self.record.phase("prefill", nodes) as event:
             groups: dict[Any, list[int]] = {}
             for index, prompt in enumerate(prompts):
                 groups.setdefault(tuple(prompt) if self._share else index, []).append(index)
@@ -272,7 +133,7 @@ class Tree:
         Raises:
             NumericalError: it failed, and none of the nodes did.
         """
-        with self.phase("extend", nodes):
+        with self.record.phase("extend", nodes):
             error = None
             try:
                 self._session.extend([node.branch for node in nodes], params, on_step)
@@ -300,7 +161,7 @@ class Tree:
         parents = [node for node in survivors if not node.finished]
         num_slots = width - len(finished)
         kids: list[Node] = []
-        with self.phase("fork" if self._share else "prefill", kids) as event:
+        with self.record.phase("fork" if self._share else "prefill", kids) as event:
             for index, parent in enumerate(parents):
                 num_kids = num_slots // len(parents) + (index < num_slots % len(parents))
                 for branch in self._children(parent.branch, num_kids):
@@ -309,28 +170,6 @@ class Tree:
             self._measure_sharing(kids)
             event["survivors"] = [node.node_id for node in survivors]
         return finished + kids
-
-    def pieces(self, token_ids: Sequence[int]) -> list[str]:
-        """Each token as text; half a character is shown as the tokenizer does."""
-        return [self._decode([token_id]) for token_id in token_ids]
-
-    def blocks(self) -> dict[str, Any]:
-        """What the cache did meanwhile, as plain data."""
-        num_evicted = int(self.stats["num_evicted_blocks"])
-        evictions = self._session.evictions()[-num_evicted:] if num_evicted else []
-        return {
-            "size": int(self._session.stats()["block_size"]),
-            "used_peak": self._blocks_used_peak,
-            "evicted": num_evicted,
-            "evictions": [{**asdict(eviction), "priority": list(eviction.priority)} for eviction in evictions],
-        }
-
-    def finish(self) -> None:
-        """Completes `stats`."""
-        for name, value in self._count().items():
-            self.stats[name] = value - self._counters.get(name, 0)
-        self.stats["blocks_used_peak"] = self._blocks_used_peak
-        self.stats["total_s"] = time.perf_counter() - self._start
 
     def _roots(self, prompts: Sequence[Sequence[int]], seats: Sequence[Seat | None] | None = None) -> list["Branch"]:
         options: dict[str, Any] = {"share": self._share, "seed": self.seed, "seats": seats, "salt": self._salt}
@@ -363,17 +202,17 @@ class Tree:
                 continue
             is_accepted = row in probe.accepted
             for node in (nodes[i] for i in indices):
-                node.similarity = _finite(probe.similarities.get(row))
+                node.similarity = finite(probe.similarities.get(row))
                 node.is_semantic = is_accepted
                 node.is_approximate = is_accepted and root.exit_layer is None
                 if is_accepted:
                     node.num_saved_tokens = root.num_saved_layer_rows / num_layers
             node, refusal = nodes[indices[0]], refusals[indices[0]]
             if refusal is not None:
-                self.note("guard", decision="computed", reason=refusal, node=node)
+                self.record.note("guard", decision="computed", reason=refusal, node=node)
                 continue
             saved = f"{root.num_saved_layer_rows / num_layers:.1f} prompt tokens saved"
-            self.note(
+            self.record.note(
                 "share",
                 decision=probe.mode if is_accepted else "computed",
                 reason=saved if is_accepted else probe.why_not(row),
@@ -438,21 +277,5 @@ class Tree:
         for branch in branches:
             branch.prune()
 
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        return "" if self._session.tokenizer is None else self._session.tokenizer.decode(token_ids)
-
     def _text_of(self, hint: str | Sequence[int]) -> str:
-        return hint if isinstance(hint, str) else self._decode(hint)
-
-    def _count(self) -> dict[str, int]:
-        """The engine's counters, without what is a state rather than a count."""
-        return {
-            name: int(value)
-            for name, value in self._session.stats().items()
-            if name.startswith("num_") and not name.startswith("num_blocks_")
-        }
-
-
-def _finite(value: float | None) -> float | None:
-    """The same, None where JSON has no number for it."""
-    return value if value is not None and math.isfinite(value) else None
+        return hint if isinstance(hint, str) else self._session.decode(hint)
