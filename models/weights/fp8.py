@@ -12,12 +12,10 @@ Source: DeepSeek-V3 (arXiv 2412.19437), section 3.3, for blocks; the configurati
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from minirksc.errors import UnsupportedModelError
-
-if TYPE_CHECKING:
-    from minirksc.models.weights.safetensors_file import TensorEntry
+from minirksc.models.weights.entry import Scale, TensorEntry
 
 Extent = tuple[int | None, int | None]
 """(rows, columns) that share one scale; None: all there are."""
@@ -72,21 +70,6 @@ class Fp8:
         names = {WHOLE: "per tensor", ROW: "per channel"}
         said = [names.get(extent) or f"{extent[0]}x{extent[1]} blocks" for extent in self.extents]
         return f"fp8 ({', '.join(said)})"
-
-
-@dataclass(frozen=True)
-class Scale:
-    """The scales of one weight.
-
-    Attributes:
-        entry: the tensor; all its numbers in order are `[rows / extent[0], columns / extent[1]]`, rounded up.
-        extent: rows and columns of the weight that share one.
-        first_row: of the weight, where only a part of its rows is read.
-    """
-
-    entry: "TensorEntry"
-    extent: tuple[int, int]
-    first_row: int = 0
 
 
 def read_fp8(quantised: Any) -> Fp8 | None:
@@ -167,9 +150,7 @@ def _block(name: str, value: Any) -> Extent:
     )
 
 
-def with_scales(
-    entries: Mapping[str, "TensorEntry"], fp8: Fp8
-) -> tuple[dict[str, "TensorEntry"], list[str], list[str]]:
+def with_scales(entries: Mapping[str, TensorEntry], fp8: Fp8) -> tuple[dict[str, TensorEntry], list[str], list[str]]:
     """Gives each FP8 weight its scale.
 
     Args:
@@ -210,7 +191,7 @@ def with_scales(
     return found, skipped, problems
 
 
-def _scale(name: str, weight: "TensorEntry", scales: list["TensorEntry"], fp8: Fp8) -> Scale | str:
+def _scale(name: str, weight: TensorEntry, scales: list[TensorEntry], fp8: Fp8) -> Scale | str:
     """The scale of a weight, or what is wrong with it."""
     where = f"{name} in {weight.file.name}"
     if not name.endswith(".weight") or len(weight.shape) != 2:

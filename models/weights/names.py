@@ -6,12 +6,9 @@ embedding lies, and holds for the whole checkpoint: a tensor without it is not t
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from minirksc.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from minirksc.models.weights.safetensors_file import TensorEntry
+from minirksc.models.weights.entry import TensorEntry
 
 ANCHORS = ("embed_tokens.weight", "layers.0.input_layernorm.weight")
 """Tensors that a text model has once; the second is for one whose embedding is missing."""

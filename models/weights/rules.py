@@ -15,9 +15,10 @@ from torch import Tensor
 from minirksc.errors import CheckpointError
 from minirksc.models.config.quantised import shown
 from minirksc.models.spec import ArchSpec, LayerSpec
+from minirksc.models.weights.entry import TensorEntry
 from minirksc.models.weights.fp8 import with_scales
 from minirksc.models.weights.names import renamed
-from minirksc.models.weights.safetensors_file import DTYPES, PIECE_NUMBERS, TensorEntry, read_entries, read_into
+from minirksc.models.weights.safetensors_file import DTYPES, PIECE_NUMBERS, read_entries, read_into
 
 HEAD = "lm_head.weight"
 MAX_FILES = 4

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import stat
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from minirksc.errors import CheckpointError
 from minirksc.json_file import read_json_object
 from minirksc.models.config.consolidated import hf_name, read_params
 from minirksc.models.config.quantised import quantisation_of, refusal, shown
-from minirksc.models.weights.fp8 import Scale
+from minirksc.models.weights.entry import Scale, TensorEntry
 
 MAX_HEADER_BYTES = 16 << 20
 """Of all headers of a folder, and of an index: over 100 000 tensors, read in seconds and less than 1 GB of memory."""
@@ -47,31 +47,6 @@ ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
     "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where one tensor lies.
-
-    Attributes:
-        file: that holds it.
-        name: that it has there.
-        dtype: its code in the header.
-        shape: its dimensions.
-        begin, end: absolute byte range.
-        interleaved_heads: how many heads the rows belong to, where the rows of each have rotary pairs side by side
-            and are put halves apart by `read_into`; None for all other tensors.
-        scale: what an FP8 weight is multiplied with by `read_into`; None for all other tensors.
-    """
-
-    file: Path
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-    interleaved_heads: int | None = None
-    scale: Scale | None = None
 
 
 def read_entries(folder: Path, is_fp8: bool = False) -> dict[str, TensorEntry]:
