@@ -72,11 +72,8 @@ class LLM:
             self._restore_threads()
             raise
         self._session = Session(loaded.engine, loaded.config, loaded.model_path)
-        self.config = loaded.config
-        self.spec = loaded.spec
-        self.model_path = loaded.model_path
-        self.tokenizer = loaded.tokenizer
-        self.sampling_defaults = loaded.sampling_defaults
+        self.config, self.spec, self.model_path = loaded.config, loaded.spec, loaded.model_path
+        self.tokenizer, self.sampling_defaults = loaded.tokenizer, loaded.sampling_defaults
         self._load_s, self._pack_s = loaded.load_s, loaded.pack_s
 
     @property
@@ -247,14 +244,18 @@ class LLM:
             PromptError, CacheFullError.
         """
         sequence = self.engine.new_sequence(token_ids, share=salt is not None, salt=salt)
-        out = torch.empty((len(sequence.token_ids), self.spec.vocab_size))
+        out = torch.empty((len(sequence.token_ids), self.spec.vocab_size))  # [tokens, vocab]
+
+        def store(first: int, rows: Tensor) -> None:
+            out[first : first + len(rows)] = rows
+
         with self.engine.call() as call:
             self.engine.add_request(
                 sequence,
                 SamplingParams(),
                 prefill_only=True,
                 logits_start=0,
-                on_logits=lambda first, rows: _store(out, first, rows),
+                on_logits=store,
                 call=call,
             )
             self._session.run_all(call.requests)
@@ -400,7 +401,3 @@ class LLM:
     def decode(self, token_ids: Iterable[int]) -> str:
         """Text of token ids, special tokens left out; "" without a tokenizer."""
         return self._session.decode(token_ids)
-
-
-def _store(out: Tensor, first: int, rows: Tensor) -> None:
-    out[first : first + len(rows)] = rows
