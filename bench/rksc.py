@@ -60,7 +60,8 @@ from bench.report import (
     write_page,
 )
 from minirksc import LLM, SamplingParams, SolverConfig
-from minirksc.rksc.cgee import EXACT_GATES, Gates, Lead, MarginRule
+from minirksc.rksc.cgee import EXACT_GATES, Gates, Lead
+from minirksc.rksc.exits import MarginRule
 from minirksc.rksc.solver_config import DEFAULT_SAMPLING
 
 BASELINES = ("none standalone", "exact standalone", "exact append")

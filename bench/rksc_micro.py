@@ -22,7 +22,7 @@ from minirksc import LLM, SamplingParams
 from minirksc.engine.branch import Branch
 from minirksc.engine.engine import MASS_INTERVAL
 from minirksc.engine.gates import LEAVE, DepthGate, GateRows, Seat, Verdicts
-from minirksc.rksc.cgee import MarginRule
+from minirksc.rksc.exits import MarginRule
 
 NUM_QUESTION_TOKENS = 16
 NUM_STEPS = 2 * MASS_INTERVAL

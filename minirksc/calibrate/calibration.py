@@ -35,7 +35,8 @@ from minirksc.calibrate.binomial import errors_allowed, problems_needed, tail, u
 from minirksc.calibrate.evidence import Evidence
 from minirksc.calibrate.trials import Tally, Trials
 from minirksc.engine.signals import SIGNALS
-from minirksc.rksc.cgee import EXACT_GATES, Gates, Lead, MarginRule
+from minirksc.rksc.cgee import EXACT_GATES, Gates, Lead
+from minirksc.rksc.exits import MarginRule
 
 GAPS = (0.5, 0.4, 0.32, 0.25, 0.2, 0.16, 0.13, 0.1, 0.08, 0.065, 0.05, 0.04, 0.03, 0.02, 0.01, 0.005)
 """Of leads, relative to the best value; strict to loose."""

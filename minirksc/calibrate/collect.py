@@ -1,12 +1,13 @@
 """Collects evidence: solves problems without gates, several at once, and notes all that gates look at."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from minirksc.calibrate.evidence import BranchEvidence, Evidence, Failed
 from minirksc.errors import ConfigError, MinirkscError, NumericalError
-from minirksc.rksc.cgee import LayerExit, MarginRule
+from minirksc.rksc.exits import LayerExit, MarginRule
 from minirksc.rksc.node import Node
 from minirksc.rksc.solver import HasSession, Solver, SolverConfig, default_hint
 from minirksc.rksc.tree import Tree
@@ -14,9 +15,8 @@ from minirksc.rksc.verify import Candidate, Verdict, Verifier
 
 if TYPE_CHECKING:
     from minirksc.engine.branch import Branch
-    from minirksc.engine.gates import GateRows, Verdicts
     from minirksc.engine.session import Session
-    from minirksc.rksc.cgee import MakeLens
+    from minirksc.rksc.exits import MakeLens
 
 BRANCHES_AT_ONCE = 24
 """More at once gain little on a CPU, and an interruption loses them."""
@@ -26,16 +26,14 @@ class Recorder(LayerExit):
     """A layer exit that lets nobody leave, and notes the margin of every row after every layer but the last."""
 
     def __init__(self, make_lens: "MakeLens", choices: tuple[int, int], num_layers: int) -> None:
-        self._record_lens = make_lens(choices)
-        super().__init__(self._record_lens, num_layers, margin=0.0, patience=1, start=0)
+        super().__init__(make_lens(choices), num_layers, margin=math.inf, patience=1, start=0)
         self.noted: dict[int, list[float]] = {}
 
-    def after_layer(self, layer: int, rows: "GateRows") -> "Verdicts":
-        """See `minirksc.engine.gates.DepthGate`."""
-        for row, is_end, (yes, no) in zip(rows.rows, rows.ends, self._record_lens(rows.last()).tolist(), strict=True):
-            if is_end:
-                self.noted.setdefault(row, []).append(yes - no)
-        return {}
+    def leaving(self, layer: int, margins: Mapping[int, float]) -> list[int]:
+        """Notes the margins, and names nobody."""
+        for row, margin in margins.items():
+            self.noted.setdefault(row, []).append(margin)
+        return []
 
 
 @dataclass(frozen=True)

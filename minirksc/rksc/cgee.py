@@ -16,30 +16,27 @@ may name another one. Where no branch gives an answer, branches are what is chos
 skip, decode_exit and layer_exit are approximations with thresholds, chosen by `minirksc.calibrate` so that they change
 few decisions, and reported for each result. After a decode_exit nobody is asked, unless the leader failed.
 
-Where this differs from the paper (arXiv 2606.09937), and `PAPER` for its own rules: a lead is over the best branch
-with *another* answer, not over the second best branch; layer exit looks at the sign and the margin of YES - NO through
-the final norm, not at the entropy of the whole vocabulary, which is low or high with the norm of the stream; the
-leader of a decode exit finishes its answer. Nothing here knows tensors or the engine: a gate is handed hidden rows
-and a lens, a decode rule the progress of each branch.
+Where this differs from the paper (arXiv 2606.09937), and `PAPER_GATES` for its own rules: a lead is over the best
+branch with *another* answer, not over the second best branch; layer exit looks at the sign and the margin of YES - NO
+through the final norm, not at the entropy of the whole vocabulary, which is low or high with the norm of the stream;
+the leader of a decode exit finishes its answer.
+
+Here are leads, who must still be asked, what stops decoding, and `Gates` with all thresholds; layer exits are in
+`minirksc.rksc.exits`, the order in which gates are tried in `minirksc.rksc.judge`. Nothing here knows tensors or the
+engine: a decode rule is handed the progress of each branch.
 """
 
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-from minirksc.engine.gates import LEAVE, GateRows, Verdicts
 from minirksc.engine.signals import SIGNALS, TokenSignals
 from minirksc.errors import ConfigError, brief
 from minirksc.rksc.answers import choose
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    Lens = Callable[[Tensor], Tensor]
-    MakeLens = Callable[[Sequence[int] | None], Lens]
+from minirksc.rksc.exits import EntropyRule, MarginRule
+from minirksc.rksc.thresholds import is_count, is_number
 
 # Leading
 
@@ -61,7 +58,7 @@ class Lead:
     @property
     def is_finite(self) -> bool:
         """Whether its numbers are some."""
-        return _is_number(self.top) and _is_number(self.gap) and isinstance(self.is_relative, bool)
+        return is_number(self.top) and is_number(self.gap) and isinstance(self.is_relative, bool)
 
     def distance(self, best: float, rest: float) -> float:
         """How far the best value is ahead, in what `gap` is measured in."""
@@ -157,121 +154,6 @@ def _groups(answers: Sequence[str | None], rule: str) -> tuple[list[list[int]], 
     return groups, max if by_score else sum
 
 
-# Inside the pass of the question
-
-
-class LayerExit:
-    """G3: rows leave the pass of the question once the margin of YES over NO is clear for some layers.
-
-    Args:
-        lens: `[rows, hidden]` of any layer -> logits `[rows, 2]` of YES and NO.
-        num_layers: of the model.
-        margin: least |YES - NO|, in logits.
-        patience: layers in a row that it must hold with one sign.
-        start: first layer that is looked at, counted from 0; None: half of them.
-        correction: (slope, offset) of each layer, from the lens's margin to an estimate of the last layer's: a lens in
-            the middle of a model is biased, and has another scale (Belrose et al. 2023, arXiv 2303.08112); None: as it
-            is read.
-
-    Attributes:
-        margins: of each row that left, YES - NO, corrected.
-        exit_layers: of each row that left, layers that it went through.
-        problems: rows whose hidden state was not finite, and so went on.
-    """
-
-    def __init__(
-        self,
-        lens: "Lens",
-        num_layers: int,
-        *,
-        margin: float,
-        patience: int,
-        start: int | None = None,
-        correction: Sequence[tuple[float, float]] | None = None,
-    ) -> None:
-        # After the last layer there is nothing left to save.
-        self.layers = range(num_layers // 2 if start is None else start, num_layers - 1)
-        self.margins: dict[int, float] = {}
-        self.exit_layers: dict[int, int] = {}
-        self.problems: set[int] = set()
-        self._lens = lens
-        self._correction = correction
-        self._margin = margin
-        self._patience = patience
-        self._streaks: dict[int, int] = {}  # layers in a row, negative for NO
-
-    def after_layer(self, layer: int, rows: GateRows) -> Verdicts:
-        """See `minirksc.engine.gates.DepthGate`."""
-        slope, offset = (1.0, 0.0) if self._correction is None else self._correction[layer]
-        left = []
-        for row, is_end, (yes, no) in zip(rows.rows, rows.ends, self._lens(rows.last()).tolist(), strict=True):
-            margin = slope * (yes - no) + offset
-            is_finite = math.isfinite(margin)
-            if is_end and not is_finite:
-                self.problems.add(row)
-            before = self._streaks.get(row, 0)
-            sign = 1 if margin > 0 else -1
-            is_clear = is_end and is_finite and abs(margin) >= self._margin
-            self._streaks[row] = sign * (max(before * sign, 0) + 1) if is_clear else 0
-            if abs(self._streaks[row]) >= self._patience:
-                self.margins[row], self.exit_layers[row] = margin, layer + 1
-                left.append(row)
-        return dict.fromkeys(left, LEAVE)
-
-
-class EntropyExit:
-    """The paper's layer exit: the entropy of the whole vocabulary under the lens is low and stable.
-
-    Args:
-        lens: `[rows, hidden]` of any layer -> logits `[rows, vocab]`.
-        choices: token ids of YES and NO.
-        num_layers: of the model.
-        entropy: the row leaves below it, nats (theta).
-        stability: most that it may differ from the layer before, nats (epsilon).
-        start: first layer that may be left, counted from 1.
-
-    Attributes:
-        margins, exit_layers, problems: as of `LayerExit`.
-    """
-
-    def __init__(
-        self,
-        lens: "Lens",
-        choices: tuple[int, int],
-        num_layers: int,
-        *,
-        entropy: float,
-        stability: float,
-        start: int,
-    ) -> None:
-        self.layers = range(max(start - 2, 0), num_layers - 1)  # one before the first, to compare with
-        self.margins: dict[int, float] = {}
-        self.exit_layers: dict[int, int] = {}
-        self.problems: set[int] = set()
-        self._lens = lens
-        self._choices = choices
-        self._entropy, self._stability, self._start = entropy, stability, start
-        self._before: dict[int, float] = {}
-
-    def after_layer(self, layer: int, rows: GateRows) -> Verdicts:
-        """See `minirksc.engine.gates.DepthGate`."""
-        logprobs = self._lens(rows.last()).log_softmax(-1)  # [rows, vocab]
-        entropies = -(logprobs.exp() * logprobs).sum(-1)
-        yes, no = (logprobs[:, token_id].tolist() for token_id in self._choices)
-        left = []
-        for i, (row, entropy) in enumerate(zip(rows.rows, entropies.tolist(), strict=True)):
-            if not rows.ends[i]:
-                continue
-            if not math.isfinite(entropy):
-                self.problems.add(row)
-            change = abs(entropy - self._before.get(row, math.inf))
-            self._before[row] = entropy
-            if layer + 1 >= self._start and entropy < self._entropy and change < self._stability:
-                self.margins[row], self.exit_layers[row] = yes[i] - no[i], layer + 1
-                left.append(row)
-        return dict.fromkeys(left, LEAVE)
-
-
 # While decoding
 
 
@@ -360,53 +242,6 @@ class DecodeRule:
 
 
 @dataclass(frozen=True)
-class MarginRule:
-    """Thresholds of `LayerExit`."""
-
-    margin: float
-    patience: int = 3
-    start: int | None = None
-    correction: tuple[tuple[float, float], ...] | None = None
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether its numbers are some, and those that count are whole."""
-        lines = self.correction or ()
-        has_counts = _is_count(self.patience) and self.patience > 0 and (self.start is None or _is_count(self.start))
-        return has_counts and _is_number(self.margin) and all(_is_number(part) for line in lines for part in line)
-
-    def gate(self, make_lens: "MakeLens", choices: tuple[int, int], num_layers: int) -> LayerExit:
-        """The gate of one pass."""
-        return LayerExit(
-            make_lens(choices),
-            num_layers,
-            margin=self.margin,
-            patience=self.patience,
-            start=self.start,
-            correction=self.correction,
-        )
-
-
-@dataclass(frozen=True)
-class EntropyRule:
-    """Thresholds of `EntropyExit`."""
-
-    entropy: float
-    stability: float
-    start: int
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether its numbers are some."""
-        return _is_number(self.entropy) and _is_number(self.stability) and _is_count(self.start)
-
-    def gate(self, make_lens: "MakeLens", choices: tuple[int, int], num_layers: int) -> EntropyExit:
-        """The gate of one pass."""
-        lens = make_lens(None)
-        return EntropyExit(lens, choices, num_layers, entropy=self.entropy, stability=self.stability, start=self.start)
-
-
-@dataclass(frozen=True)
 class Gates:
     """Which gates are on, and their thresholds.
 
@@ -444,7 +279,7 @@ class Gates:
         rule = self.layer_exit
         is_right = rule is None or (isinstance(rule, MarginRule | EntropyRule) and rule.is_finite)
         _check("layer_exit", rule, is_right, "a MarginRule or EntropyRule, of finite numbers and patience above 0")
-        _check("decode_min_tokens", self.decode_min_tokens, _is_count(self.decode_min_tokens), "a whole number")
+        _check("decode_min_tokens", self.decode_min_tokens, is_count(self.decode_min_tokens), "a whole number")
         _check("source", self.source, isinstance(self.source, str), "text")
 
     @property
@@ -456,15 +291,6 @@ class Gates:
 def _check(name: str, value: object, is_right: bool, wanted: str) -> None:
     if not is_right:
         raise ConfigError(f"gates with {name}={brief(value)}; it must be {wanted}")
-
-
-def _is_number(value: object) -> bool:
-    # NaN compares false, and an int beyond all floats compares where math.isfinite would raise.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 NO_GATES = Gates(exact=False)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from minirksc.errors import ConfigError, MinirkscError, brief
 from minirksc.json_file import read_json_object
-from minirksc.rksc.cgee import Gates, Lead, MarginRule
+from minirksc.rksc.cgee import Gates, Lead
+from minirksc.rksc.exits import MarginRule
 
 if TYPE_CHECKING:
     from minirksc.rksc.solver_config import SolverConfig

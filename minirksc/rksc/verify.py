@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from minirksc.engine.branch import Branch
     from minirksc.engine.request import Salt
     from minirksc.engine.session import Session
-    from minirksc.rksc.cgee import EntropyExit, EntropyRule, LayerExit, MarginRule
+    from minirksc.rksc.exits import EntropyExit, EntropyRule, LayerExit, MarginRule
     from minirksc.text.tokenizer import Tokenizer
 
 QUESTION = "Is this answer correct? YES or NO."

@@ -8,7 +8,8 @@ import torch
 from minirksc import LLM, SamplingParams, Solver, SolverConfig
 from minirksc.errors import NumericalError
 from minirksc.rksc import solver, verify
-from minirksc.rksc.cgee import EXACT_GATES, PAPER_GATES, DecodeRule, Gates, Lead, MarginRule
+from minirksc.rksc.cgee import EXACT_GATES, PAPER_GATES, DecodeRule, Gates, Lead
+from minirksc.rksc.exits import MarginRule
 from minirksc.rksc.node import Node
 
 PROBLEM = "a baker bakes 12 loaves and gives 3 of them away. how many are left?"

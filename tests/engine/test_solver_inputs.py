@@ -6,7 +6,8 @@ import torch
 
 from minirksc import LLM, SamplingParams, Solver, SolverConfig
 from minirksc.errors import ConfigError, EngineClosedError, MinirkscError, PromptError
-from minirksc.rksc.cgee import Gates, Lead, MarginRule
+from minirksc.rksc.cgee import Gates, Lead
+from minirksc.rksc.exits import MarginRule
 
 PROBLEM = "how many eggs are in a dozen of dozens, and how many are left if one is eaten?"
 SEEDED = SamplingParams(temperature=1.0, seed=5, ignore_eos=True)

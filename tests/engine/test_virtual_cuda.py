@@ -14,7 +14,7 @@ import pytest
 from minirksc import LLM, SamplingParams, Solver, SolverConfig
 from minirksc.calibrate.collect import Recorder
 from minirksc.errors import NumericalError
-from minirksc.rksc.cgee import LayerExit
+from minirksc.rksc.exits import LayerExit
 
 pytest.importorskip("triton")
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))  # in importlib mode pytest does not add it

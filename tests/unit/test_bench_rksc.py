@@ -26,7 +26,8 @@ from bench.problem_sets import kind_of, read_problem_set  # noqa: E402
 from minirksc import LLM, SamplingParams, SolverConfig  # noqa: E402
 from minirksc.calibrate.binomial import tail, upper_bound  # noqa: E402
 from minirksc.errors import ConfigError  # noqa: E402
-from minirksc.rksc.cgee import DEFAULT_GATES, EXACT_GATES, Gates, Lead, MarginRule  # noqa: E402
+from minirksc.rksc.cgee import DEFAULT_GATES, EXACT_GATES, Gates, Lead  # noqa: E402
+from minirksc.rksc.exits import MarginRule  # noqa: E402
 from minirksc.rksc.gates_file import GatesFile, fingerprint, settings_of, write_gates  # noqa: E402
 from minirksc.text.tokenizer import Tokenizer  # noqa: E402
 

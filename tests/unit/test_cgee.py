@@ -11,17 +11,8 @@ from hypothesis import strategies as st
 from minirksc.engine.gates import LEAVE, GateRows
 from minirksc.engine.signals import GROUP, SIGNALS, TAIL, TokenSignals
 from minirksc.rksc.answers import SELECT_RULES, choose
-from minirksc.rksc.cgee import (
-    EXACT_GATES,
-    PAPER_GATES,
-    DecodeRule,
-    EntropyExit,
-    Gates,
-    LayerExit,
-    Lead,
-    leader_of,
-    standing,
-)
+from minirksc.rksc.cgee import EXACT_GATES, PAPER_GATES, DecodeRule, Gates, Lead, leader_of, standing
+from minirksc.rksc.exits import EntropyExit, LayerExit
 
 NAN = math.nan
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from minirksc import LLM, SamplingParams
 from minirksc.engine.signals import SIGNALS
 from minirksc.errors import ConfigError, MinirkscError
-from minirksc.rksc.cgee import PAPER_GATES, Gates, Lead, MarginRule
+from minirksc.rksc.cgee import PAPER_GATES, Gates, Lead
+from minirksc.rksc.exits import MarginRule
 from minirksc.rksc.gates_file import (
     NUM_SAMPLES,
     SAMPLE_BYTES,
