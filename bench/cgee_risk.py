@@ -29,7 +29,8 @@ from tqdm import tqdm
 from bench.harness import environment
 from minirksc.calibrate.binomial import errors_allowed, tail, upper_bound
 from minirksc.calibrate.calibration import KINDS, calibrate, fit_correction
-from minirksc.calibrate.evidence import Evidence, Replay
+from minirksc.calibrate.evidence import Evidence
+from minirksc.calibrate.replay import Replay
 from minirksc.calibrate.trials import Tally, Trials
 from minirksc.cli.evidence_file import read_evidence
 from minirksc.rksc.cgee import DEFAULT_GATES, EXACT_GATES, PAPER_GATES, Gates

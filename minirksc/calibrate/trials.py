@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minirksc.calibrate.evidence import Outcome, Replay
+from minirksc.calibrate.replay import Outcome, Replay
 from minirksc.rksc.cgee import Gates
 
 

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from minirksc.calibrate.binomial import problems_needed, smallest_budget
 from minirksc.calibrate.calibration import KINDS, Calibration, calibrate
 from minirksc.calibrate.collect import BRANCHES_AT_ONCE, Collector
-from minirksc.calibrate.evidence import Failed, Replay
+from minirksc.calibrate.evidence import Failed
+from minirksc.calibrate.replay import Replay
 from minirksc.calibrate.trials import Trials
 from minirksc.cli.command import UsageError, run_command
 from minirksc.cli.evidence_file import EvidenceFile
@@ -44,7 +45,8 @@ from minirksc.cli.terminal import is_terminal, note
 from minirksc.engine.signals import SIGNALS
 from minirksc.errors import ConfigError, MinirkscError
 from minirksc.rksc.answers import SELECT_RULES, check_parser
-from minirksc.rksc.cgee import Gates, MarginRule
+from minirksc.rksc.cgee import Gates
+from minirksc.rksc.exits import MarginRule
 from minirksc.rksc.gates_file import GatesFile, fingerprint, settings_of, write_gates
 from minirksc.rksc.solver import DEFAULT_SAMPLING, SolverConfig
 from minirksc.version import __version__

@@ -1,128 +1,147 @@
-"""Who wins: asks about the branches of the last round, as far as the gates leave anything to ask, and chooses.
+"""Who wins: which branches of the last round to ask about, as far as the gates leave anything to ask, and which wins.
 
-The gates themselves are in `minirksc.rksc.cgee`; here is the order in which they are tried. What each one saw and
-decided goes into the trace.
+The gates themselves are in `minirksc.rksc.cgee`; here is the order in which they are tried. Indices and values go in,
+decisions come out; whoever asks is the caller.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from minirksc.engine.signals import SIGNALS
 from minirksc.rksc.answers import choose
 from minirksc.rksc.cgee import Gates, best_and_rest, leader_of, standing
 
-if TYPE_CHECKING:
-    from minirksc.rksc.node import Node
-    from minirksc.rksc.record import Record
-
 ASK_FIRST = 2
 """Branches that are asked before it is looked who can still win: one alone settles little, all settle nothing."""
+
+FAILED = -math.inf
+"""The score of a branch that failed while it was asked about: it gives no answer, and is worse than all others."""
+
+
+@dataclass(frozen=True)
+class GateNote:
+    """What a gate saw and decided.
+
+    Attributes:
+        gate: "agreement", "skip" or "bound".
+        decision: in words.
+        reason: for it, in words.
+        value: that the gate looked at; None: it looks at no number.
+        threshold: that it was held against; None: there is none.
+        calibrated: whether the threshold was tested on this model; None: there is none.
+    """
+
+    gate: str
+    decision: str
+    reason: str
+    value: float | None = None
+    threshold: float | None = None
+    calibrated: bool | None = None
+
+
+@dataclass(frozen=True)
+class Ruling:
+    """Where the choice stands.
+
+    Attributes:
+        best: index of the branch that wins; while some are to be asked, of one that leads.
+        ask: indices of branches to be asked about next, in this order; empty: the choice is made.
+        notes: what gates saw and decided since the last ruling, in order.
+    """
+
+    best: int
+    ask: tuple[int, ...] = ()
+    notes: tuple[GateNote, ...] = ()
 
 
 class Judge:
     """Chooses among the branches of one solve.
 
+    The caller asks for a ruling, asks about the branches that it names, and comes back with their scores, until a
+    ruling names none.
+
     Args:
-        tree: whose trace says what was decided.
         gates: which are on.
         select: how the answer is chosen, see `answers.choose`.
-        ask: sets verification and score of nodes, or error where that fails; None: nobody is ever asked, and the
-            score of each is its confidence.
+        answers: of each branch; None: it gives none.
+        confidences: of each branch, mean probability of the likeliest token; None: it has no tokens.
+        values: of each branch, what leads are measured on: `gates.signal` of its tokens.
+        leader: index of the branch that led decisively while all were decoded, so that nobody is asked; None: none
+            did.
     """
 
     def __init__(
-        self, tree: "Record", gates: Gates, select: str, ask: Callable[[Sequence["Node"]], None] | None
+        self,
+        gates: Gates,
+        select: str,
+        *,
+        answers: Sequence[str | None],
+        confidences: Sequence[float | None],
+        values: Sequence[float],
+        leader: int | None = None,
     ) -> None:
-        self._tree = tree
         self._gates = gates
         self._select = select
-        self._ask = ask
+        self._answers = answers
+        self._bounds = [math.sqrt(confidence or 0.0) for confidence in confidences]  # p(YES) is at most 1
+        self._values = values
+        self._leader = leader
+        self._asked: set[int] = set()
 
-    def choose(self, nodes: Sequence["Node"], answers: Sequence[str | None], leader: int | None) -> int:
-        """Index of the branch that wins.
+    def ruling(self, scores: Sequence[float | None]) -> Ruling:
+        """Says who is to be asked about next, or who wins.
 
         Args:
-            nodes: of the last round; those that had finished in an earlier one have their scores.
-            answers: that they give.
-            leader: index of the one that led decisively while they were decoded, so that nobody is asked; None: none
-                did.
-
-        Returns:
-            The index. Whoever was not asked has no score, unless nobody ever is.
+            scores: of each branch, p(YES) sqrt(confidence) or `FAILED`; None: it has not been asked, or in vain.
         """
-        if leader is not None:
-            return leader
-        if self._ask is None:
-            for node in nodes:
-                node.score = node.confidence
-        elif not self._gates.exact:
-            return self._after_skip(nodes, answers, self._ask_everybody)
+        if self._leader is not None:
+            return Ruling(self._leader)
+        best, unsettled = self._standing(scores)
+        if self._asked:
+            ruling = Ruling(best, tuple(unsettled), () if unsettled else self._bound(scores))
+        elif self._gates.exact and not unsettled:
+            ruling = Ruling(best, (), self._agreement(scores, best))
         else:
-            best, threats = self._standing(nodes, answers)
-            if threats:
-                return self._after_skip(nodes, answers, self._ask_while_open)
-            if any(node.score is None for node in nodes):
-                reason = f"all that can win answer {answers[best]!r}; the surest of them is named"
-                self._tree.note("agreement", decision="nobody is asked", reason=reason)
-                return best
-        return choose(*_known(nodes, answers), self._select)
+            ruling = self._after_skip(best, unsettled)
+        self._asked.update(ruling.ask)
+        return ruling
 
-    def _after_skip(
-        self,
-        nodes: Sequence["Node"],
-        answers: Sequence[str | None],
-        ask: Callable[[Sequence["Node"], Sequence[str | None]], int],
-    ) -> int:
-        """Asks, unless one branch leads decisively by its confidence."""
-        gates = self._gates
-        if not gates.skip:
-            return ask(nodes, answers)
-        values = [SIGNALS[gates.signal](node.signals) for node in nodes]
-        rivals = answers if gates.compares_answers else None
-        best = leader_of(values, rivals, gates.skip)
-        _, top, rest = best_and_rest(values, rivals)
-        self._tree.note(
+    def _standing(self, scores: Sequence[float | None]) -> tuple[int, list[int]]:
+        """Who leads, and who is still to be asked: whoever can change the answer, or without exact gates everybody."""
+        known = [0.0 if score is None and i in self._asked else score for i, score in enumerate(scores)]
+        answers = [None if score == FAILED else answer for score, answer in zip(known, self._answers, strict=True)]
+        if self._gates.exact:
+            return standing(answers, known, self._bounds, self._select)
+        unknown = [i for i, score in enumerate(known) if score is None]
+        return choose(answers, [score or 0.0 for score in known], self._select), unknown
+
+    def _after_skip(self, best: int, unsettled: Sequence[int]) -> Ruling:
+        """The first to be asked about, unless one branch leads decisively by its signal."""
+        ask = tuple(unsettled[:ASK_FIRST] if self._gates.exact else unsettled)
+        if not self._gates.skip:
+            return Ruling(best, ask)
+        rivals = self._answers if self._gates.compares_answers else None
+        leader = leader_of(self._values, rivals, self._gates.skip)
+        _, top, rest = best_and_rest(self._values, rivals)
+        note = GateNote(
             "skip",
-            value=gates.skip[0].distance(top, rest),
-            threshold=gates.skip[0].gap,
-            decision="ask" if best is None else "nobody is asked",
-            reason=f"{gates.signal} {', '.join(f'{value:.3f}' for value in values)}",
-            calibrated=gates.is_calibrated,
+            "ask" if leader is None else "nobody is asked",
+            f"{self._gates.signal} {', '.join(f'{value:.3f}' for value in self._values)}",
+            value=self._gates.skip[0].distance(top, rest),
+            threshold=self._gates.skip[0].gap,
+            calibrated=self._gates.is_calibrated,
         )
-        return ask(nodes, answers) if best is None else best
+        return Ruling(best, ask, (note,)) if leader is None else Ruling(leader, (), (note,))
 
-    def _ask_everybody(self, nodes: Sequence["Node"], answers: Sequence[str | None]) -> int:
-        assert self._ask is not None
-        self._ask([node for node in nodes if node.score is None])
-        return choose(*_known(nodes, answers), self._select)
+    def _agreement(self, scores: Sequence[float | None], best: int) -> tuple[GateNote, ...]:
+        if None not in scores:
+            return ()
+        reason = f"all that can win answer {self._answers[best]!r}; the surest of them is named"
+        return (GateNote("agreement", "nobody is asked", reason),)
 
-    def _ask_while_open(self, nodes: Sequence["Node"], answers: Sequence[str | None]) -> int:
-        """The likeliest first; then whoever can still change the answer."""
-        assert self._ask is not None
-        best, threats = self._standing(nodes, answers)
-        num_at_once = ASK_FIRST
-        while threats:
-            self._ask([nodes[i] for i in threats[:num_at_once]])
-            num_at_once = len(nodes)
-            best, threats = self._standing(nodes, answers)
-        num_spared = sum(node.score is None and node.error is None for node in nodes)
-        if num_spared:
-            reason = "whatever they would score, the answer stays"
-            self._tree.note("bound", value=num_spared, decision=f"{num_spared} not asked", reason=reason)
-        return best
-
-    def _standing(self, nodes: Sequence["Node"], answers: Sequence[str | None]) -> tuple[int, list[int]]:
-        bounds = [math.sqrt(node.confidence or 0.0) for node in nodes]  # p(YES) is at most 1
-        scores = [node.score if node.error is None else -math.inf for node in nodes]
-        return standing(_of_those_well(nodes, answers), scores, bounds, self._select)
-
-
-def _known(nodes: Sequence["Node"], answers: Sequence[str | None]) -> tuple[list[str | None], list[float]]:
-    """Answers and scores to choose by: one that failed while it was asked about is worse than all others."""
-    scores = [-math.inf if node.error is not None else node.score or 0.0 for node in nodes]
-    return _of_those_well(nodes, answers), scores
-
-
-def _of_those_well(nodes: Sequence["Node"], answers: Sequence[str | None]) -> list[str | None]:
-    return [answer if node.error is None else None for node, answer in zip(nodes, answers, strict=True)]
+    def _bound(self, scores: Sequence[float | None]) -> tuple[GateNote, ...]:
+        num_spared = sum(score is None and i not in self._asked for i, score in enumerate(scores))
+        if not num_spared:
+            return ()
+        reason = "whatever they would score, the answer stays"
+        return (GateNote("bound", f"{num_spared} not asked", reason, value=num_spared),)

@@ -17,16 +17,18 @@ Source: Sekar 2026, arXiv 2606.09937 (branches, verification, score = p(YES) * s
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
 from minirksc.engine.prompts import Piece, Prompt, read_prompt
 from minirksc.engine.request import salt_key
+from minirksc.engine.signals import SIGNALS
 from minirksc.errors import ConfigError, NumericalError, PromptError, brief
 from minirksc.rksc.answers import parse_answer
 from minirksc.rksc.cgee import DEFAULT_GATES, NO_GATES, PAPER_GATES, DecodeRule, Gates
 from minirksc.rksc.gates_file import read_gates, settings_of
 from minirksc.rksc.guard import refusal
-from minirksc.rksc.judge import Judge
+from minirksc.rksc.judge import FAILED, Judge
 from minirksc.rksc.node import Node
 from minirksc.rksc.record import make_trace
 from minirksc.rksc.results import BranchResult, SolveResult
@@ -182,13 +184,37 @@ class Solver:
                 break
             nodes = tree.expand(nodes, survivors, config.branches)
         answers = [self._answer(node) for node in nodes]
-        judge = Judge(tree.record, self.gates, config.select, None if verifier is None else ask)
-        best = nodes[judge.choose(nodes, answers, None if leader is None else nodes.index(leader))]
+        best = self._choose(tree, nodes, answers, leader, ask)
         well = _well(nodes)
         parsed = {node.node_id: answer for node, answer in zip(nodes, answers, strict=True) if node in well}
         with tree.record.phase("select", well) as event:
             event.update(rule=config.select, parsed=list(parsed.values()), best=best.node_id)
         return best, parsed
+
+    def _choose(
+        self,
+        tree: Tree,
+        nodes: Sequence[Node],
+        answers: Sequence[str | None],
+        leader: Node | None,
+        ask: Callable[[Sequence[Node]], None],
+    ) -> Node:
+        """Asks about nodes as far as the gates leave anything to ask; returns the one that wins."""
+        judge = Judge(
+            self.gates,
+            self.config.select,
+            answers=answers,
+            confidences=[node.confidence for node in nodes],
+            values=[SIGNALS[self.gates.signal](node.signals) for node in nodes],
+            leader=None if leader is None else nodes.index(leader),
+        )
+        while True:
+            ruling = judge.ruling([node.score if node.error is None else FAILED for node in nodes])
+            for note in ruling.notes:
+                tree.record.note(**asdict(note))
+            if not ruling.ask:
+                return nodes[ruling.best]
+            ask([nodes[i] for i in ruling.ask])
 
     def _led_by(self, tree: Tree, rule: DecodeRule, nodes: Sequence[Node]) -> Node | None:
         """Who led decisively while these nodes were decoded, and did not fail afterwards."""

@@ -22,7 +22,8 @@ from minirksc.calibrate.calibration import (
     step_of,
     variants,
 )
-from minirksc.calibrate.evidence import BranchEvidence, Evidence, Replay
+from minirksc.calibrate.evidence import BranchEvidence, Evidence
+from minirksc.calibrate.replay import Replay
 from minirksc.calibrate.trials import Trials
 from minirksc.engine.signals import TokenSignals
 from minirksc.rksc.cgee import EXACT_GATES

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 
 from minirksc import LLM, SamplingParams
 from minirksc.calibrate.collect import Collector
-from minirksc.calibrate.evidence import BranchEvidence, Evidence, Failed, Replay, replay
+from minirksc.calibrate.evidence import BranchEvidence, Evidence, Failed
+from minirksc.calibrate.replay import Replay, replay
 from minirksc.cli.evidence_file import EvidenceFile, read_evidence
 from minirksc.cli.files import GrowingFile
 from minirksc.engine.signals import SIGNALS, TokenSignals
 from minirksc.errors import ConfigError
-from minirksc.rksc.cgee import EXACT_GATES, NO_GATES, PAPER_GATES, Gates, Lead, MarginRule
+from minirksc.rksc.cgee import EXACT_GATES, NO_GATES, PAPER_GATES, Gates, Lead
+from minirksc.rksc.exits import MarginRule
 from minirksc.rksc.solver import Solver, SolverConfig
 
 LAYERS = 6
