@@ -180,13 +180,12 @@ class Replay:
 
     def _judge(self, gates: Gates, decoded: "_Decoded", exits: Mapping[int, tuple[float, int]]) -> Outcome:
         evidence, confidences = self.evidence, self._signal_values("mean_top1", decoded)
-        values = self._signal_values(gates.signal, decoded)
         judge = Judge(
             gates,
             self._select,
             answers=decoded.answers,
             confidences=confidences,
-            values=values,
+            values=self._signal_values(gates.signal, decoded),
             leader=decoded.rule.leader,
         )
         scores: list[float | None] = [None] * len(confidences)
@@ -267,6 +266,8 @@ class Replay:
         exits = MarginExit(rule, self.evidence.num_layers)
         for layer in exits.layers:
             rows = [row for row in range(len(branches)) if row not in exits.margins]
+            if not rows:
+                break
             exits.leaving(layer, {row: branches[row].margins[layer] for row in rows})
         return {row: (margin, exits.exit_layers[row]) for row, margin in exits.margins.items()}
 
