@@ -617,3 +617,14 @@ def test_on_the_engine_sharing_changes_the_cost_alone(tiny_llama):
     # 100 once, 3 hint tokens each, and the last token of each child's parent.
     assert exact.stats["num_prefilled_tokens"] <= 100 + 4 * 3 + 2 * 4
     assert none.stats["num_prefilled_tokens"] >= 3 * 4 * 100
+
+
+@pytest.mark.parametrize("style", ["append", "standalone"])
+def test_where_all_end_before_the_last_round_each_is_asked_about_once(tiny_llama, style):
+    ends_at_once = SamplingParams(temperature=1.0, seed=3, logit_bias={2: 50.0})
+    config = SolverConfig(branches=3, depth=2, verify="always", verify_style=style, sampling=ends_at_once)
+    with LLM(tiny_llama(chat=True), block_size=8, kv_cache_bytes="2MiB") as llm:
+        result = Solver(llm, config).solve(PROBLEM)
+    asked = [event["nodes"] for event in result.trace["events"] if event["event"] == "verify"]
+    assert asked == [[0, 1, 2]]
+    assert all(branch.score is not None for branch in result.branches)
