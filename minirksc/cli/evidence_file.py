@@ -11,7 +11,7 @@ from minirksc.calibrate.evidence import Evidence, Failed
 from minirksc.cli.files import GrowingFile, read_file
 from minirksc.errors import ConfigError, brief
 
-SCHEMA = "minirksc.calibrate.evidence"
+SCHEMA = "minirksc.evidence"
 SCHEMA_VERSION = 1
 MAX_BYTES = 4 << 30
 

@@ -21,7 +21,7 @@ from minirksc.rksc.exits import MarginRule
 if TYPE_CHECKING:
     from minirksc.rksc.solver_config import SolverConfig
 
-SCHEMA = "minirksc.engine.gates"
+SCHEMA = "minirksc.gates"
 SCHEMA_VERSION = 1
 REMEDY = "make a new one with `python -m minirksc.calibrate`"
 

@@ -103,10 +103,10 @@ def test_a_missing_file_says_how_to_make_one(folder, tmp_path):
         ("[1]", "must hold a JSON object, not list"),
         ("{}", r"schema is None, expected 'minirksc\.gates'.*calibrate"),
         (
-            '{"schema": "minirksc.engine.gates", "schema_version": 99}',
+            '{"schema": "minirksc.gates", "schema_version": 99}',
             "schema_version is 99, this minirksc reads 1.*calibrate",
         ),
-        ('{"schema": "minirksc.engine.gates", "schema_version": 1}', "checksum is None.*calibrate"),
+        ('{"schema": "minirksc.gates", "schema_version": 1}', "checksum is None.*calibrate"),
     ],
 )
 def test_other_files_are_refused(path, folder, text, message):
