@@ -192,7 +192,7 @@ class EngineConfig:
         kv_cache_dtype: "auto" is the one that the model computes in; "int8" halves a 16-bit cache and is an
             approximation: each token's keys and values, head by head, are rounded to 8 bits.
         quantize: "int8" rounds matrices to 8 bits as they are loaded, and what they are multiplied with: an
-            approximation, faster, with half of the memory of 16 bits; see `kernels.int8_weight`.
+            approximation, faster, with half of the memory of 16 bits; see `kernels.weights.int8_weight`.
         block_size: tokens a KV block.
         max_batch_tokens: tokens computed in one step.
         max_batch_requests: requests that run at once.

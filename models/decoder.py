@@ -95,7 +95,7 @@ class Decoder:
 
     Args:
         spec: the architecture.
-        weights: (name, tensor) pairs in the order of `models.weights.iter_weights`: embedding, layer after
+        weights: (name, tensor) pairs in the order of `models.weights.rules.iter_weights`: embedding, layer after
             layer, final norm, head. Each tensor is packed as soon as it arrives and then dropped.
         backend: the form of every op.
 

@@ -77,7 +77,7 @@ class Rotary:
             shifts: `[tokens]` int64, new position minus old; may be negative.
 
         Returns:
-            (cos, sin), each `[tokens, 1, rotary_dim]` float32, for `kernels.kv_copy`.
+            (cos, sin), each `[tokens, 1, rotary_dim]` float32, for `kernels.kv.kv_copy`.
 
         Raises:
             UnsupportedModelError: not `can_shift`.

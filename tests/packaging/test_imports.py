@@ -1,6 +1,7 @@
 """Who may import whom, and that nothing changes the process it runs in."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -10,107 +11,47 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"minirksc": "minirksc.", "kernels": "minirksc.kernels.", "models": "minirksc.models."}
 
-# From the bottom up. A module imports from the layers below its own; a package, from itself too.
-LAYERS = (
-    ("errors", "eviction", "binomial", "gates", "guard", "signals", "trace_schema", "trace_html", "trace_style"),
-    ("window_pool", "prefix_index", "eviction_log", "host", "forks", "listing", "token_ids"),
-    ("chat_messages", "tokenizer_checks"),
-    ("block_pool", "block_table", "prefix_search", "threads", "template_guard"),
-    ("awaited", "pins"),
-    ("config", "answers", "json_file", "template_sandbox", "gguf_fields", "gguf_header", "hub", "rsbcm", "kernels"),
-    ("stopping", "chat_template", "tekken", "model_folder", "gguf_config", "cgee", "similarity"),
-    ("gguf_tokenizer",),
-    ("solver_config", "gates_file", "trace_parts"),
-    ("results", "trace", "trace_tree"),
-    ("trace_branches",),
-    ("trace_page",),
-    ("terminal", "strict_json"),
-    ("files", "interrupts"),
-    ("command",),
-    ("codecs",),
-    ("tokenizer", "sampling", "gguf_import", "models"),
-    ("request", "checkpoints", "kv_cache", "asks", "torch_modes"),
-    ("scheduler", "calls"),
-    ("batch",),
-    ("decode_graphs", "decode_tapes", "depth"),
-    ("runner",),
-    ("engine",),
-    ("loading", "prompts", "scoring", "job"),
-    ("branch",),
-    ("llm",),
-    ("verify", "tree", "judge"),
-    ("solver", "evidence"),
-    ("collect", "evidence_file", "trials"),
-    ("calibration",),
-    ("cli_output",),
-    ("cli_batch",),
-    ("generate", "models.__main__"),
-    ("calibrate",),
-)
-# Stricter than their layer.
-ONLY = {
-    "kernels": {"errors", "kernels"},
-    "models": {"errors", "json_file", "listing", "model_folder", "kernels", "models"},
-    "answers": {"errors"},
-    "rsbcm": {
-        "awaited",
-        "block_pool",
-        "block_table",
-        "errors",
-        "eviction",
-        "eviction_log",
-        "pins",
-        "prefix_index",
-        "prefix_search",
-        "window_pool",
-    },
-    "scheduler": {"errors", "request", "rsbcm"},
-    "cgee": {"answers", "errors", "gates", "signals"},
-    "asks": {"errors", "gates", "models", "similarity"},
-    "judge": {"answers", "cgee", "signals"},
-    "verify": {"errors"},
-    "tree": {"errors", "gates", "signals"},
+# What every module may import, and for each room the others that it may import from. Inside a room all is free. The
+# package's own file, `__main__` files and those that stand for one may import all, and nothing imports them.
+COMMON = {"errors", "version", "json_file", "options", "token_ids"}
+ROOMS = {
+    "cache": set(),
+    "kernels": set(),
+    "models": {"kernels"},
+    "text": set(),
+    "checkpoints": {"text", "models"},
+    "engine": {"cache", "text", "models", "kernels", "checkpoints"},
+    "trace": set(),
+    "rksc": {"engine", "text", "models", "kernels", "trace"},
+    "calibrate": {"rksc", "engine"},
+    "llm": {"engine", "rksc"},
 }
-# These, and whatever they import, run without torch and triton: policy is plain Python.
+ROOMS["cli"] = set(ROOMS)
+EXEMPT = {"minirksc", "minirksc.generate", "minirksc.solve"}
+# These modules and rooms, and whatever they import, run without torch and triton: policy is plain Python.
 NO_TORCH = (
-    "errors",
-    "config",
-    "answers",
-    "chat_messages",
-    "chat_template",
-    "codecs",
-    "tekken",
-    "tokenizer_checks",
-    "template_guard",
-    "template_sandbox",
-    "eviction",
-    "rsbcm",
-    "window_pool",
-    "block_pool",
-    "block_table",
-    "eviction_log",
-    "awaited",
-    "pins",
-    "prefix_index",
-    "prefix_search",
-    "stopping",
-    "tokenizer",
-    "request",
-    "scheduler",
-    "verify",
-    "tree",
-    "cgee",
-    "judge",
+    *sorted(COMMON),
+    "cache",
+    "text",
     "trace",
-    "trace_page",
-    "solver",
-    "gates_file",
-    "collect",
-    "evidence_file",
-    "calibration",
+    "rksc",
+    "calibrate",
+    "engine.gates",
+    "engine.host",
+    "engine.prompts",
+    "engine.request",
+    "engine.scheduler",
+    "engine.signals",
+    "engine.stopping",
+    "engine.threads",
+    "checkpoints.folder",
+    "checkpoints.hub",
     "models.spec",
-    "threads",
+    "models.explain.reasons",
+    "cli.main",
+    "cli.evidence_file",
 )
+WITH_TORCH = {"minirksc.rksc.asks", "minirksc.rksc.similarity"}  # of those rooms: they compare hidden states
 # What changes the whole process or depends on its environment, and the modules that may use it all the same.
 PROCESS_STATE = {
     "torch.set_num_threads": {"minirksc.llm"},  # the `threads` option; undone by close()
@@ -129,14 +70,14 @@ PROCESS_STATE = {
     "random.seed": set(),
     "numpy.random.seed": set(),
     # The command lines; and what OpenMP was told, which `threads` warns about.
-    "os.environ": {"minirksc.cli.command", "minirksc.generate", "minirksc.checkpoints", "minirksc.llm"},
+    "os.environ": {"minirksc.cli.command", "minirksc.cli.generate", "minirksc.checkpoints.sources", "minirksc.llm"},
     "os.getenv": set(),
     "os.putenv": set(),
     "os.chdir": set(),
     "warnings.simplefilter": set(),
     "warnings.filterwarnings": set(),
     "signal.signal": {"minirksc.cli.interrupts"},
-    "logging.basicConfig": {"minirksc.generate"},
+    "logging.basicConfig": {"minirksc.cli.generate"},
 }
 
 
@@ -155,13 +96,13 @@ def _is_type_checking(test):
     return "TYPE_CHECKING" in {getattr(test, "id", None), getattr(test, "attr", None)}
 
 
-def imports_of(tree):
-    """Dotted names that run-time imports name, those inside functions included."""
+def imports_of(tree, for_types=False):
+    """Dotted names that imports name, those inside functions included, and those for types alone if asked for."""
     names = set()
     todo = [tree]
     while todo:
         node = todo.pop()
-        if isinstance(node, ast.If) and _is_type_checking(node.test):
+        if isinstance(node, ast.If) and _is_type_checking(node.test) and not for_types:
             todo += node.orelse
             continue
         if isinstance(node, ast.Import):
@@ -203,55 +144,68 @@ MODULES = _modules()
 IMPORTS = {name: imports_of(tree) for name, tree in MODULES.items()}
 
 
-def own_imports(module):
+def own_imports(module, imports=IMPORTS):
     """Modules of this project that one imports."""
     found = set()
-    for name in IMPORTS[module]:
+    for name in imports[module]:
         while name and name not in MODULES:
             name = name.rpartition(".")[0]
         found |= {name} if name else set()
     return found - {module}
 
 
-def unit_of(module):
-    """Its row in LAYERS: minirksc.kernels.rope -> kernels, minirksc.llm -> llm; a command line has its own."""
-    name = module.removeprefix("minirksc.")
-    return name if name.endswith(".__main__") else name.split(".")[0]
+def room_of(module):
+    """minirksc.engine.calls -> engine, minirksc.llm -> llm, minirksc.errors -> COMMON."""
+    name = module.split(".")[1]
+    return "COMMON" if name in COMMON else name
 
 
-LEVELS = {unit: level for level, units in enumerate(LAYERS) for unit in units}
-NAMED = sorted(module for module in MODULES if module != "minirksc")
+WITH_TYPES = {name: imports_of(tree, for_types=True) for name, tree in MODULES.items()}
+GRAPH = {module: own_imports(module, WITH_TYPES) for module in MODULES}
+RULED = sorted(module for module in MODULES if module not in EXEMPT and not module.endswith(".__main__"))
+ARROWS = [pytest.param(a, b, id=f"{a} -> {b}") for a in RULED for b in sorted(GRAPH[a])]
 
 
-def test_every_module_has_a_layer():
-    units = {unit_of(module) for module in NAMED}
-    assert units - set(LEVELS) == set(), "new modules: give each a place in LAYERS"
+@pytest.mark.parametrize(("module", "other"), ARROWS)
+def test_a_room_imports_from_those_that_it_may(module, other):
+    assert other not in EXEMPT and not other.endswith(".__main__")
+    assert room_of(other) in {"COMMON", room_of(module)} | ROOMS.get(room_of(module), set())
 
 
-@pytest.mark.parametrize("module", NAMED)
-def test_imports_point_downwards(module):
-    unit = unit_of(module)
-    for other in map(unit_of, own_imports(module) - {"minirksc"}):
-        assert other == unit or LEVELS[other] < LEVELS[unit], f"{module} must not import {other}"
-        assert other in ONLY.get(unit, {other}), f"{module} must not import {other}"
+def test_every_module_is_in_a_room():
+    rooms = {file.parent.name for file in (ROOT / "minirksc").glob("*/__init__.py") if not file.parent.is_symlink()}
+    assert len(rooms) >= 8
+    assert rooms | {"kernels", "models", "llm"} == set(ROOMS)
+    assert {room_of(module) for module in RULED} == {*ROOMS, "COMMON"}
 
 
-def test_the_package_itself_imports_nothing_of_its_own_at_once():
-    assert own_imports("minirksc") == set()
+def test_no_files_import_each_other_in_a_circle():
+    graphlib.TopologicalSorter(GRAPH).prepare()  # the error names one
 
 
-@pytest.mark.parametrize("module", NO_TORCH)
+def test_the_package_itself_imports_nothing_but_its_version_at_once():
+    assert own_imports("minirksc") == {"minirksc.version"}
+
+
+def plain_modules():
+    """Modules that NO_TORCH speaks of."""
+    named = tuple(f"minirksc.{name}" for name in NO_TORCH)
+    inside = tuple(f"{name}." for name in named)
+    return [one for one in RULED if (one in named or one.startswith(inside)) and one not in WITH_TORCH]
+
+
+@pytest.mark.parametrize("module", plain_modules())
 def test_policy_modules_reach_no_torch(module):
-    seen, todo = set(), [f"minirksc.{module}"]
+    seen, todo = set(), [module]
     while todo:
         name = todo.pop()
         seen.add(name)
         heavy = {i for i in IMPORTS[name] if i.split(".")[0] in ("torch", "triton", "transformers")}
-        assert not heavy, f"minirksc.{module} reaches {heavy} through {name}"
+        assert not heavy, f"{module} reaches {heavy} through {name}"
         todo += own_imports(name) - seen
 
 
-@pytest.mark.parametrize("modules", [["minirksc"], ["minirksc", *(f"minirksc.{name}" for name in NO_TORCH)]])
+@pytest.mark.parametrize("modules", [["minirksc"], ["minirksc", *plain_modules()]])
 def test_importing_loads_no_torch(modules):
     script = "import sys, importlib\nfor name in sys.argv[1:]: importlib.import_module(name)\n"
     script += "print(*{'torch', 'triton', 'transformers'} & set(sys.modules))"
@@ -298,3 +252,4 @@ def test_the_scan_sees_lazy_imports_but_not_those_for_types():
     source = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\n"
     source += "def f():\n    from triton import language\n"
     assert imports_of(ast.parse(source)) == {"typing.TYPE_CHECKING", "triton.language"}
+    assert imports_of(ast.parse(source), for_types=True) == {"typing.TYPE_CHECKING", "triton.language", "torch"}
