@@ -1,8 +1,11 @@
-"""The wheel holds exactly the three source folders, what is compiled, and works without the repository beside it."""
+"""Wheel, sdist and editable install hold the source folders and what is compiled, no more, and work on their own."""
 
+import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -13,33 +16,39 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"minirksc": "minirksc", "kernels": "minirksc/kernels", "models": "minirksc/models"}
 
 
-STAYS_BEHIND = (".md", ".svg", ".cpp", ".h", ".so")  # read beside the code; compiled
+COMPILED = (".cpp", ".h")
+STAYS_BEHIND = (".md", ".svg", ".so")  # read beside the code; made from it
 
 
-def source_files():
+def source_files(left_out=STAYS_BEHIND + COMPILED):
     """Where each file of the source folders must lie in the wheel."""
     return {
         f"{target}/{file.relative_to(ROOT / folder).as_posix()}"
         for folder, target in PACKAGES.items()
-        for file in (ROOT / folder).rglob("*")
-        if file.is_file() and "__pycache__" not in file.parts and file.suffix not in STAYS_BEHIND
+        for file in (ROOT / folder).rglob("*")  # goes through no link
+        if file.is_file() and "__pycache__" not in file.parts and file.suffix not in left_out
     }
 
 
+def modules():
+    """Names of the modules of the source folders."""
+    names = (name.removesuffix(".py") for name in sorted(source_files()) if name.endswith(".py"))
+    return [name.removesuffix("/__init__").replace("/", ".") for name in names]
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """A wheel that was built from an sdist, so that a file missing in either is missing here."""
-    tree = tmp_path_factory.mktemp("wheel") / "source"
-    tree.mkdir()
-    for name in PACKAGES:
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
-    out = tree.parent / "dist"
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, tree]
+def built(source):
+    """An sdist, and a wheel that was built from it, so that a file missing in either is missing here."""
+    out = source.parent / "dist"
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = out.glob("*.whl")
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(built):
+    (path,) = built.glob("*.whl")
     return path
 
 
@@ -57,6 +66,42 @@ def test_wheel_holds_the_source_folders_and_nothing_else(wheel):
     assert packed - compiled == source_files()
     # One extension for all versions of Python; none where there is no compiler, see pyproject.toml.
     assert compiled <= {"minirksc/kernels/_native.abi3.so"} and (compiled or not shutil.which("g++"))
+
+
+def test_sdist_holds_the_source_folders_and_what_is_compiled(built):
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        assert all(member.isfile() or member.isdir() for member in archive)  # no links, which not every system has
+        packed = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    assert {name for name in packed if name.startswith("minirksc/")} == source_files(STAYS_BEHIND)
+    assert not {name for name in packed if name.startswith(("kernels/", "models/"))}
+
+
+def test_editable_install_finds_the_source_folders_and_nothing_else(clone, tmp_path):
+    script = "import sys; from setuptools import build_meta; print(build_meta.build_editable(sys.argv[1]))"
+    without_compiler = {**os.environ, "CC": "false", "CXX": "false"}
+    command = [sys.executable, "-c", script, tmp_path]
+    done = subprocess.run(command, cwd=clone, env=without_compiler, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    installed = tmp_path / "site"
+    with zipfile.ZipFile(tmp_path / done.stdout.split()[-1]) as archive:
+        archive.extractall(installed)
+    script = (
+        "import importlib.util, pkgutil, site, sys\n"
+        "site.addsitedir(sys.argv[1])\n"
+        "import minirksc\n"
+        "print(*(one.name for one in pkgutil.walk_packages(minirksc.__path__, 'minirksc.')))\n"
+        "print(*(importlib.util.find_spec(name) for name in ('kernels', 'models', 'tests', 'bench')))\n"
+    )
+    # -S: nothing that is installed is seen, but for what minirksc needs.
+    environment = {**os.environ, "PYTHONPATH": f"{installed}{os.pathsep}{sysconfig.get_path('purelib')}"}
+    command = [sys.executable, "-S", "-c", script, installed]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found, outside = done.stdout.splitlines()
+    assert set(found.split()) == set(modules()) - {"minirksc"}
+    assert set(outside.split()) == {"None"}
+    assert (clone / "minirksc" / "py.typed").is_file()
 
 
 def test_wheel_carries_the_licence(wheel):
@@ -77,11 +122,6 @@ def test_one_version(metadata):
 def test_every_module_of_the_unpacked_wheel_can_be_imported(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
-    modules = [
-        name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-        for name in sorted(source_files())
-        if name.endswith(".py") and not name.endswith("__main__.py")
-    ]
     script = (
         "import importlib, sys\n"
         "for name in sys.argv[2:]:\n"
@@ -89,10 +129,27 @@ def test_every_module_of_the_unpacked_wheel_can_be_imported(wheel, tmp_path):
         "    assert file.startswith(sys.argv[1]), f'{name} comes from {file}'\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path), *modules],
+        [sys.executable, "-c", script, str(tmp_path), *(name for name in modules() if not name.endswith("__main__"))],
         cwd=tmp_path,  # first on sys.path, before an editable install
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_wheel_is_typed_and_has_the_console_script(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    assert (tmp_path / "minirksc" / "py.typed").is_file()
+    script = (
+        "import sys; from importlib.metadata import distributions\n"
+        "(found,) = distributions(name='minirksc', path=[sys.argv.pop(1)])\n"
+        "(entry,) = found.entry_points.select(group='console_scripts')\n"
+        "assert entry.name == 'minirksc'\n"
+        "entry.load()()\n"
+    )
+    command = [sys.executable, "-c", script, tmp_path, "--version"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("minirksc ")
