@@ -15,20 +15,12 @@ ROWS = dict(
     if line and not line.startswith("#")
 )
 COMMANDS = ("minirksc.generate", "minirksc.calibrate", "minirksc.checkpoints")
-IMPORT = re.compile(r"^( *)from (minirksc[\w.]*) import (?:\(([^)]*)\)|([^(\n]+?))( *#.*)?$", re.MULTILINE)
+IMPORT = re.compile(r"^( *|.*; )from (minirksc[\w.]*) import (?:\(([^)]*)\)|([^(\n;]+?))( *#.*)?(?=$|;)", re.MULTILINE)
 
 
 def path_of(module: str) -> str:
     """The file of a module, as it lies in the repository."""
-    return module.removeprefix("minirksc.").replace(".", "/") + ".py" if _lies_outside(module) else _inside(module)
-
-
-def _lies_outside(module: str) -> bool:
-    return module.startswith(("minirksc.kernels.", "minirksc.models."))
-
-
-def _inside(module: str) -> str:
-    return module.replace(".", "/") + ".py"
+    return re.sub(r"^minirksc/(?=kernels/|models/)", "", module.replace(".", "/")) + ".py"
 
 
 def new_name(name: str) -> str:
@@ -42,9 +34,8 @@ def new_name(name: str) -> str:
 
 def renamed(source: str) -> str:
     """Python, or a text about it, with the new names."""
-    modules = {old: new for old, new in ROWS.items() if old.startswith("minirksc.")}
     texts = {old: new for old, new in ROWS.items() if old not in COMMANDS}
-    texts |= {path_of(old): path_of(new) for old, new in modules.items()}
+    texts |= {path_of(old): path_of(new) for old, new in ROWS.items()}
     texts |= {f"{old}.": f"{ROWS[old]}." for old in COMMANDS}
     texts |= {f"from {old} import": f"from {ROWS[old]} import" for old in COMMANDS}
     longest_first = "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
@@ -62,7 +53,7 @@ def renamed(source: str) -> str:
 
 def _imports(match: re.Match[str]) -> str:
     """An import from one module, as imports from those that its names are in now."""
-    indent, module, many, few, comment = match.groups()
+    before, module, many, few, comment = match.groups()
     found: dict[str, list[str]] = {}
     for item in re.sub(r"#.*", "", many or few).replace("\n", " ").split(","):
         if not item.strip():
@@ -71,7 +62,8 @@ def _imports(match: re.Match[str]) -> str:
         place, _, moved = new_name(f"{module}.{name}").rpartition(".")
         alias = alias or name
         found.setdefault(place, []).append(moved if moved == alias else f"{moved} as {alias}")
-    return "\n".join(f"{indent}from {place} import {', '.join(items)}{comment or ''}" for place, items in found.items())
+    statements = [f"from {place} import {', '.join(items)}" for place, items in found.items()]
+    return before + ("; " if ";" in before else f"\n{before}").join(statements) + (comment or "")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,15 @@
 """The console script `minirksc`, and every `python -m minirksc...`: which command, and how it begins and ends.
 
-A command is imported once it is known which, so that `--help` and a wrong word take no time.
+A command is imported once it is known which, so that `--help` and a wrong word take no time. Nothing else is imported
+before Ctrl-C is taken care of.
 """
 
-import argparse
-import difflib
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import NoReturn
 
-from minirksc.cli.command import CommandParser, UsageError, run_command
-from minirksc.cli.interrupts import leave_at_once, run_process
+from minirksc.cli.interrupts import importing, leave_at_once, run_process
 from minirksc.version import __version__
 
 COMMANDS = {
@@ -35,36 +33,47 @@ def start(command: str | None = None) -> NoReturn:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `minirksc COMMAND ...`; returns the exit code."""
+    """Runs `minirksc COMMAND ...`; returns the exit code.
+
+    Args:
+        arguments: None for the process's own.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0] in COMMANDS:
         return _main_of(words[0])(words[1:], prog=f"minirksc {words[0]}")
-    return run_command(lambda: _refuse(words))
+    return _without_command(words[:1])
 
 
 def _main_of(command: str) -> Callable[..., int]:
-    found: Callable[..., int] = import_module(f"minirksc.cli.{command}").main
+    with importing():
+        found: Callable[..., int] = import_module(f"minirksc.cli.{command}").main
     return found
 
 
-def _refuse(words: Sequence[str]) -> NoReturn:
-    """Answers --help and --version, and what is no command.
+def _without_command(words: Sequence[str]) -> int:
+    """Answers --help and --version, and says of another word, or of none, which commands there are."""
+    with importing():
+        import argparse
+        import difflib
 
-    Raises:
-        UsageError: says which commands there are.
-    """
-    table = "\n".join(f"  {name:12} {text}" for name, text in COMMANDS.items())
-    parser = CommandParser(
-        prog="minirksc",
-        usage="%(prog)s COMMAND ...",
-        description="An inference engine for language models and multi-branch reasoning.",
-        epilog=f"commands (each has a --help of its own, and is also `python -m minirksc.COMMAND`):\n{table}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"minirksc {__version__}")
-    _, unknown = parser.parse_known_args(words)
-    if not unknown:
-        raise UsageError(f"a command is missing; there are {', '.join(COMMANDS)}")
-    close = difflib.get_close_matches(unknown[0], COMMANDS, n=1)
-    meant = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
-    raise UsageError(f"{unknown[0]!r:.200} is no command; {meant}")
+        from minirksc.cli.command import CommandParser, UsageError, run_command
+
+    def read() -> NoReturn:
+        table = "\n".join(f"  {name:12} {text}" for name, text in COMMANDS.items())
+        parser = CommandParser(
+            prog="minirksc",
+            usage="%(prog)s COMMAND ...",
+            description="An inference engine for language models and multi-branch reasoning.",
+            epilog=f"commands (each has a --help of its own, and is also `python -m minirksc.COMMAND`):\n{table}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        parser.add_argument("--version", action="version", version=f"minirksc {__version__}")
+        _, unknown = parser.parse_known_args(words)
+        if not unknown:
+            raise UsageError(f"a command is missing; there are {', '.join(COMMANDS)}")
+        close = difflib.get_close_matches(unknown[0], COMMANDS, n=1)
+        meant = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
+        raise UsageError(f"{unknown[0]!r:.200} is no command; {meant}")
+
+    return run_command(read)

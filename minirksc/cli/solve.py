@@ -1,10 +1,13 @@
-"""Command line: `python -m minirksc.solve [PROBLEM | -]`: as `generate`, with the solver on."""
+"""Command line: `python -m minirksc.solve [PROMPT | -]`, which is `generate` with the solver always on.
+
+It takes as many branches as `SolverConfig` does where nothing says how many.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from minirksc.cli import generate
-from minirksc.rksc.solver import SolverConfig
+from minirksc.rksc.solver_config import SolverConfig
 
 if TYPE_CHECKING:
     from minirksc.llm import LLM
@@ -15,5 +18,11 @@ def main(
     make_llm: Callable[..., "LLM"] | None = None,
     prog: str = "python -m minirksc.solve",
 ) -> int:
-    """Runs a command line; returns the exit code. The arguments are those of `generate.main`."""
+    """Runs a command line; returns the exit code.
+
+    Args:
+        arguments: None for the process's own.
+        make_llm: called with the engine's options; None for `LLM`.
+        prog: how it was called, for messages.
+    """
     return generate.main(arguments, make_llm, prog, branches=SolverConfig.branches)

@@ -147,7 +147,7 @@ def test_ctrl_c_while_modules_are_imported(folder, module):
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 @pytest.mark.parametrize("ignored", [True, False])
 def test_ctrl_c_stays_ignored_where_it_was(ignored):
-    script = "import os, signal, sys; from minirksc import interrupts as i; i.leave_at_once();"
+    script = "import os, signal, sys; from minirksc.cli import interrupts as i; i.leave_at_once();"
     script += "i.run_process(lambda: os.kill(os.getpid(), signal.SIGINT) or 5)"
     line = ("trap '' INT; " if ignored else "") + f"exec {sys.executable} -c '{script}'"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, preexec_fn=heed)
