@@ -52,6 +52,8 @@ NO_TORCH = (
     "cli.evidence_file",
 )
 WITH_TORCH = {"minirksc.rksc.asks", "minirksc.rksc.similarity"}  # of those rooms: they compare hidden states
+# These import them once they run, where wordings are to be compared.
+REACH_TORCH = {"minirksc.rksc.solver", "minirksc.calibrate.collect"}
 # What changes the whole process or depends on its environment, and the modules that may use it all the same.
 PROCESS_STATE = {
     "torch.set_num_threads": {"minirksc.llm"},  # the `threads` option; undone by close()
@@ -194,7 +196,7 @@ def plain_modules():
     return [one for one in RULED if (one in named or one.startswith(inside)) and one not in WITH_TORCH]
 
 
-@pytest.mark.parametrize("module", plain_modules())
+@pytest.mark.parametrize("module", [one for one in plain_modules() if one not in REACH_TORCH])
 def test_policy_modules_reach_no_torch(module):
     seen, todo = set(), [module]
     while todo:

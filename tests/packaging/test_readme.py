@@ -2,10 +2,13 @@
 
 import ast
 import importlib.util
+import io
+import math
 import os
 import re
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,9 @@ COMMANDS = [
 ]
 STATIONS = re.findall(r"`([\w/]+\.py):([\w.]+)`", README)
 FILES = re.findall(r"`((?:minirksc|kernels|models|tests|bench)/[\w/.]*)[:`]", README + RKSC)
+MAP = README.partition("## Map\n")[2].partition("\n## ")[0]
+ROWS = re.findall(r"^\| (`.*/`) \| (.*) \|$", MAP, re.MULTILINE)
+PATHS = dict(re.findall(r"^### The (\w+): (.*?)(?=^### |\Z)", MAP, re.MULTILINE | re.DOTALL))
 LINKS = re.findall(r"\]\((docs/[\w./-]+)\)", README)
 
 needs_demo_model = pytest.mark.skipif(
@@ -55,6 +61,22 @@ def names_in(file):
 
     visit(ast.parse(file.read_text(encoding="utf-8")).body, "")
     return names
+
+
+def files_of(path):
+    """Files of a path through the code, in its order."""
+    return re.findall(r"^\d+\. `([\w/]+\.py)[:`]", PATHS[path], re.MULTILINE)
+
+
+def lines_of_code(source):
+    """How many lines hold code, without docstrings, comments and blank lines."""
+    texts = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Expr))
+    texts = (node for node in texts if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str))
+    explained = {number for node in texts for number in range(node.lineno, node.end_lineno + 1)}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    blank = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    held = {n for one in tokens if one.type not in blank for n in range(one.start[0], one.end[0] + 1)}
+    return len(held - explained)
 
 
 def test_readme_holds_what_is_tested_here():
@@ -90,6 +112,56 @@ def test_station_exists(file, name):
 @pytest.mark.parametrize("file", sorted(set(FILES)))
 def test_mentioned_file_exists(file):
     assert (ROOT / file).exists()
+
+
+def test_every_folder_of_code_has_its_line_in_the_map():
+    packages = {file.parent for name in ("minirksc", "kernels", "models") for file in (ROOT / name).rglob("*.py")}
+    folders = {folder.relative_to(ROOT).as_posix() for folder in packages} | {"tests", "bench", "docs"}
+    named = [(re.findall(r"`([\w/]+)/`", first), text.split("; ")) for first, text in ROWS]
+    assert sorted(folder for row, _ in named for folder in row) == sorted(folders)
+    assert all(len(row) == len(texts) for row, texts in named if len(row) > 1)
+
+
+@pytest.mark.parametrize("path", ["engine", "paper"])
+def test_a_path_names_each_file_once_and_its_lines(path):
+    files = files_of(path)
+    numbers = re.findall(r"^(\d+)\. ", PATHS[path], re.MULTILINE)
+    assert len(files) >= 10 and len(set(files)) == len(files)
+    assert [int(number) for number in numbers] == list(range(1, len(files) + 1))
+    count = sum(lines_of_code((ROOT / file).read_text(encoding="utf-8")) for file in files)
+    stated = re.findall(r"in ([\d,]+) lines of code", PATHS[path].splitlines()[0])
+    assert stated == [f"{math.ceil(count / 100) * 100:,}"], f"{count} lines"
+
+
+def test_paths_have_no_file_in_common():
+    assert not set(files_of("engine")) & set(files_of("paper"))
+
+
+def test_lines_of_code_are_counted_without_what_explains_them():
+    source = '''"""Module
+
+docs."""
+
+X = 1  # why
+"""Of X."""
+# more
+
+def f():
+    """Docs."""
+    return (
+        X
+    )
+'''
+    assert lines_of_code(source) == 5
+
+
+def test_every_public_name_is_named():
+    import minirksc
+
+    public = {name: getattr(minirksc, name) for name in minirksc.__all__}
+    errors = {name for name, one in public.items() if isinstance(one, type) and issubclass(one, Exception)}
+    (sentence,) = re.findall(r"^The package is typed\..*?\n\n", README, re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", sentence)) - {"minirksc"} == set(public) - errors - {"errors"}
 
 
 @pytest.mark.parametrize("file", LINKS)
