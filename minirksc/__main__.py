@@ -1,5 +1,6 @@
 """`python -m minirksc`, which is the console script `minirksc`; see `minirksc.cli.main`."""
 
-from minirksc.cli.main import start
+if __name__ == "__main__":
+    from minirksc.cli.main import start
 
-start()
+    start()

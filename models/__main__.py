@@ -1,5 +1,6 @@
 """`python -m minirksc.models`; see `minirksc.cli.models`."""
 
-from minirksc.cli.main import start
+if __name__ == "__main__":
+    from minirksc.cli.main import start
 
-start("models")
+    start("models")

@@ -1,5 +1,6 @@
 """`python -m minirksc.calibrate`; see `minirksc.cli.calibrate`."""
 
-from minirksc.cli.main import start
+if __name__ == "__main__":
+    from minirksc.cli.main import start
 
-start("calibrate")
+    start("calibrate")

@@ -1,5 +1,6 @@
 """`python -m minirksc.checkpoints`; see `minirksc.cli.checkpoints`."""
 
-from minirksc.cli.main import start
+if __name__ == "__main__":
+    from minirksc.cli.main import start
 
-start("checkpoints")
+    start("checkpoints")

@@ -1,4 +1,4 @@
-"""What README.md and docs/rksc.md say is true: its snippets run, its commands succeed, its stations exist."""
+"""What README.md and docs/rksc.md say is true: its snippets run, its commands succeed, its map is whole."""
 
 import ast
 import importlib.util
