@@ -1,8 +1,9 @@
 """Where things have moved: `renames.tsv` has old name -> new name, and `python tests/renames.py FILE...` applies it.
 
 For code that imports inner modules of version 0.1.0 as it was on one floor, such as tests. Names are dotted and whole:
-of those that begin alike the longest counts. Imports, texts and paths are rewritten, commands stay: `python -m
-minirksc.generate` is still the same.
+of those that begin alike the longest counts; one that begins with a dot is an attribute. Imports, texts and paths are
+rewritten. What only looks like a module stays, unless more of a name follows: `python -m minirksc.generate` is still
+the same command, and "minirksc.gates" the format of a file.
 """
 
 import re
@@ -14,7 +15,10 @@ ROWS = dict(
     for line in Path(__file__).with_suffix(".tsv").read_text(encoding="utf-8").splitlines()
     if line and not line.startswith("#")
 )
+ATTRIBUTES = {old: new for old, new in ROWS.items() if old.startswith(".")}
+NAMES = {old: new for old, new in ROWS.items() if old not in ATTRIBUTES}
 COMMANDS = ("minirksc.generate", "minirksc.calibrate", "minirksc.checkpoints")
+FORMATS = ("minirksc.gates", "minirksc.evidence")
 IMPORT = re.compile(r"^( *|.*; )from (minirksc[\w.]*) import (?:\(([^)]*)\)|([^(\n;]+?))( *#.*)?(?=$|;)", re.MULTILINE)
 
 
@@ -27,19 +31,18 @@ def new_name(name: str) -> str:
     """The name that something has now."""
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
-        if (head := ".".join(parts[:end])) in ROWS:
-            return ".".join([ROWS[head], *parts[end:]])
+        if (head := ".".join(parts[:end])) in NAMES:
+            return ".".join([NAMES[head], *parts[end:]])
     return name
 
 
 def renamed(source: str) -> str:
     """Python, or a text about it, with the new names."""
-    texts = {old: new for old, new in ROWS.items() if old not in COMMANDS}
-    texts |= {path_of(old): path_of(new) for old, new in ROWS.items()}
-    texts |= {f"{old}.": f"{ROWS[old]}." for old in COMMANDS}
-    texts |= {f"from {old} import": f"from {ROWS[old]} import" for old in COMMANDS}
-    longest_first = "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
-    names = re.compile(rf"(?<![\w./])(?:{longest_first})(?:(?<=\.)(?=\w)|(?<!\.)(?!\w))")
+    texts = {old: new for old, new in NAMES.items() if old not in (*COMMANDS, *FORMATS)}
+    texts |= {path_of(old): path_of(new) for old, new in NAMES.items()}
+    texts |= {f"{old}.": f"{NAMES[old]}." for old in (*COMMANDS, *FORMATS)}
+    texts |= {f"from {old} import": f"from {NAMES[old]} import" for old in COMMANDS}
+    names = re.compile(rf"(?<![\w./])(?:{_any_of(texts)})(?:(?<=\.)(?=\w)|(?<!\.)(?!\w))")
     kept: list[str] = []
 
     def put_aside(match: re.Match[str]) -> str:
@@ -48,7 +51,13 @@ def renamed(source: str) -> str:
 
     source = IMPORT.sub(put_aside, source)
     source = names.sub(lambda match: texts[match[0]], source)
+    source = re.sub(rf"(?:{_any_of(ATTRIBUTES)})(?!\w)", lambda match: ATTRIBUTES[match[0]], source)
     return re.sub("\0(\\d+)\0", lambda match: kept[int(match[1])], source)
+
+
+def _any_of(texts: dict[str, str]) -> str:
+    """A pattern; the longest first, since one may be the beginning of another."""
+    return "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
 
 
 def _imports(match: re.Match[str]) -> str:

@@ -171,8 +171,13 @@ class Parser(CommandParser):
         return True
 
 
-def build_parser(prog: str = "python -m minirksc.generate") -> Parser:
-    """All options; those that were not given are None."""
+def build_parser(prog: str = "python -m minirksc.generate", branches: int | None = None) -> Parser:
+    """All options; those that were not given are None.
+
+    Args:
+        prog: how it was called.
+        branches: where --branches is not given; None: the solver is off then.
+    """
     parser = Parser(
         prog=prog,
         usage="%(prog)s [options] [PROMPT | -]",
@@ -201,7 +206,8 @@ def build_parser(prog: str = "python -m minirksc.generate") -> Parser:
     add("--stop", action="append", type=stop, metavar="TEXT", help="end here; may be repeated")
     add("--ignore-eos", action="store_true", default=None, help="go on after the end token")
 
-    group = parser.add_argument_group("solver (these need --branches; default sampling: temperature 0.8, top-p 0.95)")
+    needs = "these need --branches" if branches is None else f"default: {branches} branches"
+    group = parser.add_argument_group(f"solver ({needs}; default sampling: temperature 0.8, top-p 0.95)")
     _add_options(group, SOLVER, partial(SolverConfig, branches=MAX_BRANCHES, sharing="semantic"))
     add = group.add_argument
     add("--hints", metavar="FILE", help="how each branch begins, one a line (default: Approach #1: and so on)")
@@ -239,7 +245,7 @@ def main(
     """
 
     def read() -> Callable[[], int]:
-        options = build_parser(prog).parse(arguments)
+        options = build_parser(prog, branches).parse(arguments)
         options.branches = branches if options.branches is None else options.branches
         return partial(Job(options).run, make_llm or open_llm)
 
