@@ -96,7 +96,8 @@ class MarginExit:
                 self.problems.add(row)
             sign = 1 if margin > 0 else -1
             is_clear = is_finite and abs(margin) >= rule.margin
-            before = self._streaks.get(row, 0)
+            # A pass that is computed once more, after a preemption, begins anew.
+            before = 0 if layer == self.layers.start else self._streaks.get(row, 0)
             self._streaks[row] = sign * (max(before * sign, 0) + 1) if is_clear else 0
             if abs(self._streaks[row]) >= rule.patience:
                 self.margins[row], self.exit_layers[row] = margin, layer + 1

@@ -12,7 +12,7 @@ from minirksc.engine.gates import LEAVE, GateRows
 from minirksc.engine.signals import GROUP, SIGNALS, TAIL, TokenSignals
 from minirksc.rksc.answers import SELECT_RULES, choose
 from minirksc.rksc.cgee import EXACT_GATES, PAPER_GATES, DecodeRule, Gates, Lead, leader_of, standing
-from minirksc.rksc.exits import EntropyExit, LayerExit
+from minirksc.rksc.exits import EntropyExit, LayerExit, MarginExit, MarginRule
 
 NAN = math.nan
 
@@ -259,3 +259,10 @@ def test_signals(values):
 
 def test_signals_of_nothing_are_nan():
     assert all(math.isnan(signal(TokenSignals())) for signal in SIGNALS.values())
+
+
+def test_a_pass_that_is_computed_once_more_begins_anew():
+    exits = MarginExit(MarginRule(margin=1.0, patience=2, start=3), num_layers=8)
+    assert exits.leaving(3, {0: 5.0}) == []
+    assert exits.leaving(3, {0: 5.0}) == []  # preempted in between: this is the first layer again
+    assert exits.leaving(4, {0: 5.0}) == [0]
