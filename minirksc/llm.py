@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,12 +104,6 @@ class LLM:
         """They are the process's, not ours."""
         if self._has_set_threads:
             torch.set_num_threads(self._threads_before)
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            f"LLM({self.config.model!r}) holds a model and its cache, and cannot be copied or pickled; "
-            "make one in each process, with the same arguments"
-        )
 
     def __enter__(self) -> "LLM":
         return self

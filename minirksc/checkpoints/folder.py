@@ -62,7 +62,7 @@ def snapshot_of(folder: Path) -> Path:
 def check_folder(folder: Path) -> None:
     """Refuses a folder that shows what it is, and is no checkpoint or not a whole one.
 
-    A config.json alone passes, since a model can be explained by it.
+    A config.json alone passes, since a model can be explained by it; for one without see `check_config`.
 
     Raises:
         CheckpointError: says what it is, and what to do.
@@ -80,8 +80,16 @@ def check_folder(folder: Path) -> None:
             f"{folder} is quantised ({method!s:.80}, as {sidecar} says), and such weights are not read; take the "
             "checkpoint that it was made from"
         )
+
+
+def check_config(folder: Path) -> None:
+    """Refuses a folder that has neither a config.json nor Mistral's params.json.
+
+    Raises:
+        CheckpointError: says what the folder is, and what to do.
+    """
     if not os.path.lexists(folder / "config.json") and not (folder / "params.json").is_file():
-        raise CheckpointError(f"{folder / 'config.json'} does not exist: the folder {_without_config(folder, names)}")
+        raise CheckpointError(f"{folder / 'config.json'} does not exist: the folder {_without_config(folder)}")
 
 
 def check_file(file: Path) -> None:
@@ -94,8 +102,9 @@ def check_file(file: Path) -> None:
         raise CheckpointError(f"{file}: {fault.format(again='fetch it again')}")
 
 
-def _without_config(folder: Path, names: list[str]) -> str:
+def _without_config(folder: Path) -> str:
     """What a folder without a config.json is, and what to do with it."""
+    names = _names(folder)
     repository = _cached_repository(folder)
     if repository is not None:
         return f"is the hub's cache of {repository}, and not complete; {_again(folder)}"

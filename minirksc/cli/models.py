@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from minirksc.checkpoints.folder import check_config
 from minirksc.checkpoints.sources import ALIASES, resolve_model
 from minirksc.cli.command import CommandParser, UsageError, run_command
 from minirksc.cli.output import print_json
@@ -99,6 +100,7 @@ def _model(name: str, ignored: Sequence[str] = ()) -> Explanation:
     if name not in ALIASES and not is_path and (close := difflib.get_close_matches(name, known, n=1, cutoff=0.8)):
         raise CheckpointError(f"there is no folder, alias or model_type {name!r:.300}; did you mean {close[0]}?")
     folder = resolve_model(name)
+    check_config(folder)
     return explain_folder(name if str(folder) == name else f"{name} ({folder})", folder, ignored)
 
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from minirksc.cache.rsbcm import BlockBytes, BlockManager
 from minirksc.cache.windows import WindowPool, min_blocks
+from minirksc.checkpoints.folder import check_config
 from minirksc.checkpoints.sources import resolve_model
 from minirksc.engine import host
 from minirksc.engine.engine import Engine
@@ -83,6 +84,7 @@ def load(config: EngineConfig, use_tqdm: bool = False) -> Loaded:
     """
     start = time.perf_counter()
     path = resolve_model(config.model)
+    check_config(path)
     raw = load_config(path)
     spec = spec_from_config(raw, config.ignore_config_keys)
     device = _choose_device(config.device)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -81,6 +81,12 @@ class Session:
         """Lets go of the engine; its branches cannot be used after. A second call does nothing."""
         self._engine = None
         self._lenses.clear()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"LLM({self.config.model!r}) holds a model and its cache, and cannot be copied or pickled; "
+            "make one in each process, with the same arguments"
+        )
 
     # Requests
 

@@ -143,7 +143,8 @@ def test_ctrl_c_while_a_command_is_imported(begin, module):
         if text.split("|")[-1].strip() == module:
             break
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.stdout.read(), process.stderr.read()  # communicate() would lose what has been read ahead
+    process.wait(timeout=60)
     assert process.returncode == 130 and out == "", err
     assert "Traceback" not in err and err.splitlines()[-1] == "minirksc: interrupted"
 
