@@ -6,10 +6,11 @@ before Ctrl-C is taken care of.
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from typing import NoReturn
 
-from minirksc.cli.interrupts import importing, leave_at_once, run_process
+from minirksc.cli.interrupts import leave_at_once, run_process
 from minirksc.version import __version__
 
 COMMANDS = {
@@ -29,7 +30,8 @@ def start(command: str | None = None) -> NoReturn:
         command: of which `python -m minirksc.COMMAND` is another form; None: the first argument says.
     """
     leave_at_once()
-    run_process(main if command is None else lambda: _main_of(command)(None))
+    # Imported before the process runs it: from then on Ctrl-C is an exception, which an import would lose.
+    run_process(_chosen(sys.argv[1:]) if command is None else partial(_main_of(command), None))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,42 +40,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: None for the process's own.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    return _chosen(sys.argv[1:] if arguments is None else arguments)()
+
+
+def _chosen(words: Sequence[str]) -> Callable[[], int]:
+    """What does the work of a command line."""
     if words and words[0] in COMMANDS:
-        return _main_of(words[0])(words[1:], prog=f"minirksc {words[0]}")
-    return _without_command(words[:1])
+        return partial(_main_of(words[0]), words[1:], prog=f"minirksc {words[0]}")
+    from minirksc.cli.command import run_command
+
+    return partial(run_command, partial(_refuse, words[:1]))
 
 
 def _main_of(command: str) -> Callable[..., int]:
-    with importing():
-        found: Callable[..., int] = import_module(f"minirksc.cli.{command}").main
+    found: Callable[..., int] = import_module(f"minirksc.cli.{command}").main
     return found
 
 
-def _without_command(words: Sequence[str]) -> int:
-    """Answers --help and --version, and says of another word, or of none, which commands there are."""
-    with importing():
-        import argparse
-        import difflib
+def _refuse(words: Sequence[str]) -> NoReturn:
+    """Answers --help and --version, and says of another word, or of none, which commands there are.
 
-        from minirksc.cli.command import CommandParser, UsageError, run_command
+    Raises:
+        SystemExit: it was answered.
+        UsageError: it is no command.
+    """
+    import argparse
+    import difflib
 
-    def read() -> NoReturn:
-        table = "\n".join(f"  {name:12} {text}" for name, text in COMMANDS.items())
-        parser = CommandParser(
-            prog="minirksc",
-            usage="%(prog)s COMMAND ...",
-            description="An inference engine for language models and multi-branch reasoning.",
-            epilog=f"commands (each has a --help of its own, and is also `python -m minirksc.COMMAND`):\n{table}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        parser.add_argument("--version", action="version", version=f"minirksc {__version__}")
-        _, unknown = parser.parse_known_args(words)
-        if not unknown:
-            raise UsageError(f"a command is missing; there are {', '.join(COMMANDS)}")
-        close = difflib.get_close_matches(unknown[0], COMMANDS, n=1)
-        meant = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
-        raise UsageError(f"{unknown[0]!r:.200} is no command; {meant}")
+    from minirksc.cli.command import CommandParser, UsageError
 
-    return run_command(read)
+    table = "\n".join(f"  {name:12} {text}" for name, text in COMMANDS.items())
+    parser = CommandParser(
+        prog="minirksc",
+        usage="%(prog)s COMMAND ...",
+        description="An inference engine for language models and multi-branch reasoning.",
+        epilog=f"commands (each has a --help of its own, and is also `python -m minirksc.COMMAND`):\n{table}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"minirksc {__version__}")
+    _, unknown = parser.parse_known_args(words)
+    if not unknown:
+        raise UsageError(f"a command is missing; there are {', '.join(COMMANDS)}")
+    close = difflib.get_close_matches(unknown[0], COMMANDS, n=1)
+    meant = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
+    raise UsageError(f"{unknown[0]!r:.200} is no command; {meant}")
