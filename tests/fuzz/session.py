@@ -96,7 +96,7 @@ class Session:
         self.counts[f"{kind}: {'interrupted' if fired else what}"] += 1
         message = "" if error is None else str(error)[:80]
         self._note(f"{self.counts['calls']} {kind}, {self.interrupter.how}: {what} {message}")
-        if error is not None and not isinstance(error, MinirkscError | Callback) and str(error) != INJECTED:
+        if error is not None and not isinstance(error, MinirkscError | Callback) and INJECTED not in str(error):
             raise error
         return error is None, result, fired
 
