@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from minirksc import errors
     from minirksc.engine.branch import Branch, BranchProgress
     from minirksc.engine.engine import Engine
+    from minirksc.engine.gates import LEAVE, Borrow, DepthGate, GateRows, Seat
     from minirksc.engine.outputs import CompletionOutput, RequestOutput, StreamChunk
     from minirksc.engine.session import Session
     from minirksc.errors import (
@@ -46,6 +47,7 @@ _HOMES = {
     "options": ("EngineConfig", "SamplingParams"),
     "engine.branch": ("Branch", "BranchProgress"),
     "engine.engine": ("Engine",),
+    "engine.gates": ("LEAVE", "Borrow", "DepthGate", "GateRows", "Seat"),
     "engine.outputs": ("CompletionOutput", "RequestOutput", "StreamChunk"),
     "engine.session": ("Session",),
     "rksc.results": ("BranchResult", "SolveResult"),
@@ -69,7 +71,9 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
+    "LEAVE",
     "LLM",
+    "Borrow",
     "Branch",
     "BranchError",
     "BranchProgress",
@@ -79,16 +83,19 @@ __all__ = [
     "CheckpointError",
     "CompletionOutput",
     "ConfigError",
+    "DepthGate",
     "Engine",
     "EngineBusyError",
     "EngineClosedError",
     "EngineConfig",
     "EngineForkedError",
+    "GateRows",
     "MinirkscError",
     "NumericalError",
     "PromptError",
     "RequestOutput",
     "SamplingParams",
+    "Seat",
     "Session",
     "SolveResult",
     "Solver",
