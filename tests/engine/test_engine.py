@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from minirksc import LLM, SamplingParams
+from minirksc.engine.sampling import Delivery, Sampled
 from minirksc.errors import CacheFullError, CheckpointError, ConfigError, NumericalError, PromptError, TokenizerError
 
 PARAMS = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
@@ -51,6 +52,24 @@ def test_requests_that_join_late_change_nothing(llm):
     while engine.has_work:
         engine.step()
     assert [r.output_token_ids for r in requests] == expected
+
+
+@pytest.mark.parametrize("num_before", [1, 6])
+def test_several_tokens_of_a_request_may_come_at_once(llm, num_before):
+    expected = token_lists(llm.generate(PROMPTS[:1], PARAMS))[0]
+    llm.reset_prefix_cache()
+    engine = llm.engine
+    request = engine.add_request(engine.new_sequence(PROMPTS[0]), PARAMS.resolved({}))
+    while len(request.output_token_ids) < num_before:
+        engine.step()
+    accepted = [*expected, 70, 71, 72][num_before : num_before + 5]  # more than it may have, at the end
+    with engine._changes:
+        engine._update(Delivery(request, [Sampled(token_id, -1.0, None, 0.5, 1.0) for token_id in accepted]))
+    while engine.has_work:
+        engine.step()
+    assert (request.output_token_ids, request.finish_reason) == (expected, "length")
+    assert len(request.logprobs) == len(request.signals.top1) == len(expected)
+    assert engine.stats()["num_blocks_used"] == 0
 
 
 def test_abort_at_any_moment_gives_every_block_back(llm):
