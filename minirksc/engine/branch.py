@@ -340,7 +340,7 @@ def _num_within(token_ids: SequenceOf[int], text: str, source: "TextSource") -> 
 
 
 def branch_list(branches: Any, home: Home) -> list[Branch]:
-    """Branches that a call of this session can use.
+    """Branches that whoever made them can use.
 
     Raises:
         BranchError: they are no list of branches, or one is pruned or another LLM's.
