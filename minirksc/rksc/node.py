@@ -76,7 +76,7 @@ class Node:
         return "exact" if self.num_shared_tokens else "none"
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, without the branch; see `minirksc.trace.schema`."""
+        """As plain data, without the branch; see docs/trace.schema.json."""
         return {
             "id": self.node_id,
             "parent": self.parent_id,

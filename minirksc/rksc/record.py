@@ -1,6 +1,6 @@
 """What happened in a solve: noted while it runs, and put together as the trace, which is plain data.
 
-`minirksc.trace.schema` says what each key means.
+docs/trace.schema.json says what each key means.
 """
 
 import platform
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from minirksc.rksc.answers import agreement
 from minirksc.rksc.node import Node, finite
 from minirksc.rksc.solver_config import SolverConfig, Tokens, plain
-from minirksc.trace.schema import SCHEMA_NAME
+from minirksc.trace import SCHEMA_NAME
 from minirksc.version import __version__
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def make_trace(
         phrasings: as given.
 
     Returns:
-        Data that JSON can hold, as `minirksc.trace.schema` describes it.
+        Data that JSON can hold, as docs/trace.schema.json describes it.
     """
     return {
         "schema": SCHEMA_NAME,
