@@ -16,11 +16,8 @@ from jinja2 import TemplateError, nodes
 from minirksc.errors import ChatTemplateError
 from minirksc.json_file import read_json, read_text
 from minirksc.text.chat_messages import check_messages, check_tools, plain_data, short, suit_contents, template_message
-from minirksc.text.template_guard import MAX_CHARS, Guard, new_deadline
+from minirksc.text.template_guard import MAX_CHARS, MAX_SOURCE_CHARS, Guard, new_deadline
 from minirksc.text.template_sandbox import GUARD, Sandbox
-
-MAX_SOURCE_CHARS = 200_000
-"""Of a template; the longest published ones have 20 000."""
 
 MAX_FILES = 100
 """Of a folder of templates."""
