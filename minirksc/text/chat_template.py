@@ -18,6 +18,7 @@ from minirksc.json_file import read_json, read_text
 from minirksc.text.chat_messages import check_messages, check_tools, plain_data, short, suit_contents, template_message
 from minirksc.text.template_guard import MAX_CHARS, MAX_SOURCE_CHARS, Guard, new_deadline
 from minirksc.text.template_sandbox import GUARD, Sandbox
+from minirksc.text.tokenizer_checks import token_text
 
 MAX_FILES = 100
 """Of a folder of templates."""
@@ -155,11 +156,8 @@ def load_chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, 
         ChatTemplateError: one cannot be read or has a syntax error.
     """
     sources = dict(_sources(folder, settings))
-    special = {}
-    for name, token in settings.items():
-        token = token.get("content") if isinstance(token, Mapping) else token
-        if name.endswith("_token") and isinstance(token, str):
-            special[name] = token
+    named = {name: token_text(token) for name, token in settings.items() if name.endswith("_token")}
+    special = {name: text for name, text in named.items() if text is not None}
     return {name: ChatTemplate(source, special) for name, source in sources.items()}
 
 

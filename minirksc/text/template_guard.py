@@ -52,19 +52,26 @@ def names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-SHOWING = names(
-    "capitalize center e escape format indent join lower replace safe string title tojson trim truncate upper"
-)
-"""Filters that make text of whatever they get."""
-
+# Filters by what they take: text is made of whatever they get, all of it is compared, items are chosen. And others.
+SHOWING = names("capitalize center e escape format indent join lower replace safe string title tojson trim truncate")
+SHOWING |= {"upper"}
 COMPARING = names("dictsort groupby max min sort sum unique")
-COMPARING_TESTS = names("== eq equalto != ne > gt greaterthan >= ge < lt lessthan <= le in")
 SELECTING = names("list map reject rejectattr select selectattr")
-STEPWISE = (COMPARING | SELECTING | names("join title splitlines")) - {"dictsort"}
-"""Filters and methods that take a text character by character, or make an object of every part."""
+FILTERS = SHOWING | COMPARING | SELECTING
+FILTERS |= names("abs count d default first float int items last length reverse round")
+COMPARING_TESTS = names("== eq equalto != ne > gt greaterthan >= ge < lt lessthan <= le in")
 
+# Filters and methods of texts that take one character by character, or make an object of every part; that make it as
+# long as they are told; that search from its end. And others.
+STEPWISE = (COMPARING | SELECTING | names("join title splitlines")) - {"dictsort"}
 PADDING = names("center ljust rjust zfill")
 FROM_THE_END = names("lstrip rfind rindex rpartition rsplit rstrip strip trim")
+TEXT_METHODS = (
+    PADDING | FROM_THE_END | names("capitalize casefold count endswith find format index join lower partition")
+)
+TEXT_METHODS |= names("isalnum isalpha isascii isdecimal isdigit islower isnumeric isspace istitle isupper")
+TEXT_METHODS |= names("removeprefix removesuffix replace split splitlines startswith swapcase title upper")
+
 CONTAINERS = (Mapping, list, tuple, set, frozenset, KeysView, ItemsView, ValuesView)
 WIDE_PERCENT = re.compile(r"%(\([^)]*\))?[^%a-zA-Z]*(\d{4,}|\*)")
 WIDE_BRACES = re.compile(r"\{[^{}]*:[^{}]*(\d{4,}|\{)")

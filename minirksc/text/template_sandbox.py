@@ -4,7 +4,7 @@ Nothing but what is listed here can be reached: statements, filters, and attribu
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from functools import wraps
 from typing import Any
@@ -23,14 +23,11 @@ from jinja2.visitor import NodeTransformer
 from minirksc.errors import ChatTemplateError
 from minirksc.text.chat_messages import TextParts
 from minirksc.text.template_guard import (
-    COMPARING,
-    FROM_THE_END,
+    FILTERS,
     MAX_DATE_CHARS,
     MAX_NESTING,
     MAX_TOKENS,
-    PADDING,
-    SELECTING,
-    SHOWING,
+    TEXT_METHODS,
     Guard,
     TemplateNamespace,
     names,
@@ -45,28 +42,16 @@ STATEMENTS = (
     *(nodes.Output, nodes.For, nodes.If, nodes.Assign, nodes.AssignBlock, nodes.Macro, nodes.CallBlock),
     *(nodes.FilterBlock, nodes.With, nodes.Scope, nodes.Break, nodes.Continue),
 )
-FILTERS = SHOWING | COMPARING | SELECTING
-FILTERS |= names("abs count d default first float int items last length reverse round")
-ATTRIBUTES: Sequence[tuple[Any, frozenset[str]]] = (
-    (
-        str,
-        PADDING
-        | FROM_THE_END
-        | names(
-            "capitalize casefold count endswith find format index isalnum isalpha isascii isdecimal isdigit islower"
-        )
-        | names("isnumeric isspace istitle isupper join lower partition removeprefix removesuffix replace split")
-        | names("splitlines startswith swapcase title upper"),
+ATTRIBUTES: dict[type[Any], frozenset[str]] = {
+    str: TEXT_METHODS,
+    dict: names("copy get items keys values"),
+    list: names("copy count index"),
+    tuple: names("count grouper index list"),
+    LoopContext: names(
+        "changed cycle depth depth0 first index index0 last length nextitem previtem revindex revindex0"
     ),
-    (dict, names("copy get items keys values")),
-    (list, names("copy count index")),
-    (tuple, names("count grouper index list")),
-    (
-        LoopContext,
-        names("changed cycle depth depth0 first index index0 last length nextitem previtem revindex revindex0"),
-    ),
-    (Cycler, names("current next reset")),
-)
+    Cycler: names("current next reset"),
+}
 """What a template can reach of a value; beside it, the keys of objects and of namespaces."""
 
 
@@ -104,7 +89,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         """Whether a template can reach an attribute of a value."""
-        known = next((known for kind, known in ATTRIBUTES if isinstance(obj, kind)), frozenset[str]())
+        known = next((known for kind, known in ATTRIBUTES.items() if isinstance(obj, kind)), frozenset[str]())
         return super().is_safe_attribute(obj, attr, value) and (isinstance(obj, TemplateNamespace) or attr in known)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
@@ -137,35 +122,24 @@ class Sandbox(ImmutableSandboxedEnvironment):
 class _Instrument(NodeTransformer):
     """Puts the guard into a template's tree, where the environment has no hook for it."""
 
-    def visit_For(self, node: nodes.For) -> nodes.Node:
+    def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
+        """The node that takes the place of one, or the same; what is in it first."""
         self.generic_visit(node)
-        node.iter = _filter("_each", node.iter)
+        match node:
+            case nodes.For():
+                node.iter = _filter("_each", node.iter)
+            case nodes.TemplateData():
+                return nodes.Const(node.data, lineno=node.lineno)  # so that it passes through finalize
+            case nodes.Concat():
+                return _filter("_concatenated", nodes.List(node.nodes, lineno=node.lineno))
+            case nodes.Compare():
+                operands: list[nodes.Compare | nodes.Operand] = [node, *node.ops]
+                for operand in operands:
+                    if not isinstance(operand.expr, nodes.Const):
+                        operand.expr = _filter("_compared", operand.expr)
+            case nodes.List() | nodes.Dict() | nodes.Tuple(ctx="load") | nodes.Getitem(arg=nodes.Slice()):
+                return _filter("_charge", node)
         return node
-
-    def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:
-        return nodes.Const(node.data, lineno=node.lineno)  # so that it passes through finalize
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        self.generic_visit(node)
-        return _filter("_concatenated", nodes.List(node.nodes, lineno=node.lineno))
-
-    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
-        self.generic_visit(node)
-        node.expr = _compared_operand(node.expr)
-        for operand in node.ops:
-            operand.expr = _compared_operand(operand.expr)
-        return node
-
-    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
-        self.generic_visit(node)
-        return _filter("_charge", node) if isinstance(node.arg, nodes.Slice) else node
-
-    def visit_List(self, node: nodes.List | nodes.Dict | nodes.Tuple) -> nodes.Node:
-        self.generic_visit(node)
-        is_target = isinstance(node, nodes.Tuple) and node.ctx != "load"
-        return node if is_target else _filter("_charge", node)
-
-    visit_Dict = visit_Tuple = visit_List
 
 
 class _Source(Extension):
@@ -208,10 +182,6 @@ def _check_tree(tree: nodes.Template) -> None:
 def _filter(name: str, node: nodes.Node) -> nodes.Filter:
     assert isinstance(node, nodes.Expr)
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
-
-
-def _compared_operand(node: nodes.Expr) -> nodes.Expr:
-    return node if isinstance(node, nodes.Const) else _filter("_compared", node)
 
 
 def _guard(context: Context) -> Guard:
@@ -300,6 +270,6 @@ def _raise_exception(context: Context, message: Any) -> None:
 
 
 def _strftime_now(form: str) -> str:
-    too_many = f"writes the date in {len(form)} characters, {MAX_DATE_CHARS} are allowed"
-    refuse(len(form) > MAX_DATE_CHARS, too_many)
+    num_chars = len(form)
+    refuse(num_chars > MAX_DATE_CHARS, f"writes the date in {num_chars} characters, {MAX_DATE_CHARS} are allowed")
     return datetime.now().strftime(form)

@@ -12,7 +12,7 @@ from typing import Any, Self
 from minirksc.errors import ChatTemplateError, PromptError, TokenizerError
 from minirksc.json_file import read_json_object
 from minirksc.text.chat_template import ChatTemplate, load_chat_templates
-from minirksc.text.codecs import Codec, load_codec, token_id_of
+from minirksc.text.codecs import Codec, load_codec
 from minirksc.text.tokenizer_checks import check_settings, eos_ids
 
 REPLACEMENT = "\ufffd"
@@ -63,7 +63,7 @@ class Tokenizer:
         settings = _read_settings(folder)
         codec = load_codec(folder, settings)
         settings = {**codec.named_tokens, **settings}
-        eos = {token_id_of(codec, settings.get("eos_token"))}
+        eos = {codec.token_id(settings.get("eos_token"))}
         others = (read_json_object(folder / name, TokenizerError) for name in ("config.json", "generation_config.json"))
         for file in (settings, *others):
             eos |= eos_ids(file, folder)
@@ -263,10 +263,8 @@ class Detokenizer:
 
 def _num_final(text: str) -> int:
     """Characters that no further token can change."""
-    held = 0
-    while held < min(3, len(text)) and text[-1 - held] == REPLACEMENT:
-        held += 1
-    return len(text) - held
+    end = text[-3:]
+    return len(text) - len(end) + len(end.rstrip(REPLACEMENT))
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ MAX_ADDED_CHARS = 1000
 
 MAX_PREFIX_IDS = 16
 MAX_STEPS = 64
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+TOKEN_FIELDS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class library_errors:
@@ -53,13 +53,19 @@ class library_errors:
             raise TokenizerError(f"{self._failure}: {type(error).__name__}: {str(error)[:300]}") from error
 
 
+def token_text(token: Any) -> str | None:
+    """Text of a token as tokenizer_config.json names it, a string or an object with its content; None for neither."""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    return text if isinstance(text, str) else None
+
+
 def check_settings(settings: Mapping[str, Any], source: Any) -> None:
     """Refuses fields of tokenizer_config.json whose type cannot be.
 
     Raises:
         TokenizerError: names the field and its value.
     """
-    for name in NAMED_TOKENS:
+    for name in TOKEN_FIELDS:
         if settings.get(name) is not None:
             _check_token(settings[name], name, source)
     for name in ("extra_special_tokens", "additional_special_tokens"):
@@ -165,8 +171,7 @@ def _longest_entry(charsmap: Any, source: Any) -> int:
 
 
 def _check_token(token: Any, name: str, source: Any) -> None:
-    text = token.get("content") if isinstance(token, Mapping) else token
-    if not isinstance(text, str):
+    if token_text(token) is None:
         raise _wrong(name, token, "text, or an object whose content is text", source)
 
 
