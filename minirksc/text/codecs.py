@@ -11,8 +11,8 @@ a conversion, wrong in several published checkpoints. tokenizer.json comes befor
 itself what that leaves to other files: added tokens and what stands in front of a prompt.
 
 Text that spells a special token is that token, in every kind: chat templates write them so (unless
-tokenizer_config.json has `split_special_tokens`). If text from strangers must be safe from this, take such spellings out
-of it first.
+tokenizer_config.json has `split_special_tokens`). If text from strangers must be safe from this, such spellings have to
+be taken out of it first.
 """
 
 import operator
@@ -134,13 +134,11 @@ class BackendCodec(Codec):
         return max((i for i in vocab.values() if i not in added), default=-1)
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        return ids
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def _decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         valid = [i for i in token_ids if 0 <= i < self.MAX_ID]
-        text: str = self._backend.decode(valid, skip_special_tokens=skip_special_tokens)
-        return text
+        return str(self._backend.decode(valid, skip_special_tokens=skip_special_tokens))
 
     def _find(self, token: str) -> int | None:
         found: int | None = self._backend.token_to_id(token)
@@ -175,8 +173,7 @@ class SentencePieceCodec(Codec):
         self.special_ids = frozenset(special | {i for i, token in added.items() if token.get("special")})
         self._has_legacy_spaces = bool(settings.get("legacy", True))
         ids = {"bos_token": self._backend.bos_id(), "eos_token": self._backend.eos_id()}
-        named = {name: str(self._backend.id_to_piece(i)) for name, i in ids.items() if i >= 0}
-        self.named_tokens: Mapping[str, str] = named
+        self.named_tokens = {name: str(self._backend.id_to_piece(i)) for name, i in ids.items() if i >= 0}
         bos = self.token_id(settings.get("bos_token"))
         bos = self._backend.bos_id() if bos is None else bos
         self.prefix_ids = [bos] if bos >= 0 and settings.get("add_bos_token", True) else []

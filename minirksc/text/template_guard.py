@@ -46,6 +46,8 @@ MAX_JSON_BLANKS = 16
 """Characters of a separator or of a step of indented JSON."""
 MAX_JSON_NESTING = 64
 
+TOO_LONG = f"makes a value of more than {MAX_CHARS} characters"
+
 
 def names(text: str) -> frozenset[str]:
     """The words of a text as a set."""
@@ -66,11 +68,9 @@ COMPARING_TESTS = names("== eq equalto != ne > gt greaterthan >= ge < lt lesstha
 STEPWISE = (COMPARING | SELECTING | names("join title splitlines")) - {"dictsort"}
 PADDING = names("center ljust rjust zfill")
 FROM_THE_END = names("lstrip rfind rindex rpartition rsplit rstrip strip trim")
-TEXT_METHODS = (
-    PADDING | FROM_THE_END | names("capitalize casefold count endswith find format index join lower partition")
-)
+TEXT_METHODS = PADDING | FROM_THE_END | names("capitalize casefold count endswith find format index join lower")
 TEXT_METHODS |= names("isalnum isalpha isascii isdecimal isdigit islower isnumeric isspace istitle isupper")
-TEXT_METHODS |= names("removeprefix removesuffix replace split splitlines startswith swapcase title upper")
+TEXT_METHODS |= names("partition removeprefix removesuffix replace split splitlines startswith swapcase title upper")
 
 CONTAINERS = (Mapping, list, tuple, set, frozenset, KeysView, ItemsView, ValuesView)
 WIDE_PERCENT = re.compile(r"%(\([^)]*\))?[^%a-zA-Z]*(\d{4,}|\*)")
@@ -120,8 +120,7 @@ class Guard:
         """Counts a value that the template has made, perhaps together with its items; returns it."""
         self.tick()
         if isinstance(value, str):
-            if len(value) > MAX_CHARS:
-                raise too_long()
+            refuse(len(value) > MAX_CHARS, TOO_LONG)
         elif isinstance(value, list | tuple | dict):
             if len(value) > MAX_ITEMS:
                 raise ChatTemplateError(f"the chat template makes a list of more than {MAX_ITEMS} items")
@@ -182,8 +181,7 @@ class Guard:
                 raise ChatTemplateError(f"the chat template shows a {type(item).__name__}, which is no text")
             else:
                 num_chars += ITEM_CHARS
-            if num_chars > MAX_CHARS:
-                raise too_long()
+            refuse(num_chars > MAX_CHARS, TOO_LONG)
         return num_chars
 
     def check_filter(self, name: str, subject: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -283,8 +281,7 @@ class Guard:
     def _check_format(self, form: str, wide: re.Pattern[str], num_fields: int, values: Any) -> None:
         is_wide = len(form) > MAX_FORMAT_CHARS or bool(wide.search(form))
         refuse(is_wide, "formats with a width that is too large or not fixed")
-        if num_fields * self.weigh(values) > MAX_CHARS:
-            raise too_long()
+        refuse(num_fields * self.weigh(values) > MAX_CHARS, TOO_LONG)
 
     def _check_text(self, name: str, subject: Any, operands: Iterable[Any]) -> None:
         num_chars = len(subject) if isinstance(subject, str) else 0
@@ -302,27 +299,17 @@ class TemplateNamespace(Namespace):
     """`namespace()` of templates, without names that Python itself may look for."""
 
     def __init__(self, /, *args: Any, **kwargs: Any) -> None:
-        attributes = dict(*args, **kwargs)
-        for name in attributes:
-            _check_name(name)
-        super().__init__(attributes)
+        super().__init__()
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
 
     def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError(f"a namespace cannot hold {name!r}: names with a leading underscore are not allowed")
         super().__setitem__(name, value)
 
     def __repr__(self) -> str:
         return "<namespace>"
-
-
-def too_long() -> ChatTemplateError:
-    """The error of a value beyond MAX_CHARS."""
-    return ChatTemplateError(f"the chat template makes a value of more than {MAX_CHARS} characters")
-
-
-def _check_name(name: Any) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"a namespace cannot hold {name!r}: names with a leading underscore are not allowed")
 
 
 def take_apart(value: Any) -> None:

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 MAX_TOKEN_ID = 2**24
-"""Of tokens that are declared beside a vocabulary; the largest published vocabularies have 262 000."""
+"""Bound of the ids of tokens that are declared beside a vocabulary; the largest published vocabularies have 262 000."""
 
 MAX_GROWTH = 64
 """Characters that one may become in all steps together; NFKC makes 18 of one."""
 
 MAX_ADDED_CHARS = 1000
-"""That a step may put in front of a text, or around each piece of it."""
+"""Characters that a step may put in front of a text, or around each piece of it."""
 
 MAX_PREFIX_IDS = 16
 MAX_STEPS = 64
@@ -35,7 +35,7 @@ class library_errors:
     """In a `with` block: whatever a tokenizer library raises, panics too, is a `TokenizerError`.
 
     Args:
-        failure: for the message, "FILE cannot be read" for example.
+        failure: Beginning of the message, "FILE cannot be read" for example.
     """
 
     __slots__ = ("_failure",)
@@ -82,9 +82,9 @@ def declared_tokens(in_file: Mapping[str, Any], settings: Mapping[str, Any], sou
     """Tokens that a checkpoint has beside its tokenizer file: id -> description as in tokenizer_config.json.
 
     Args:
-        in_file: content of added_tokens.json: text -> id.
-        settings: content of tokenizer_config.json.
-        source: the folder, for messages.
+        in_file: Content of added_tokens.json: text -> id.
+        settings: Content of tokenizer_config.json.
+        source: Folder of the checkpoint, for messages.
 
     Raises:
         TokenizerError: one is malformed.
