@@ -246,25 +246,24 @@ def load_codec(folder: Path, settings: Mapping[str, Any]) -> Codec:
         TokenizerError: there is none, or it cannot be read.
     """
     file = next((folder / name for name in TOKENIZER_FILES if os.path.lexists(folder / name)), None)
+    if file is None:
+        raise TokenizerError(f"{folder} has none of {', '.join(TOKENIZER_FILES)}; give token ids instead")
     splits_special = bool(settings.get("split_special_tokens"))
-    if file is not None and splits_special and file.name != "tokenizer.json":
+    if splits_special and file.name != "tokenizer.json":
         raise TokenizerError(
             f"{folder}: split_special_tokens is true, which only a tokenizer.json can follow, not {file.name}; set it "
             "to false in tokenizer_config.json: special tokens in a text are then taken for what they spell"
         )
-    if file is not None and file.name == "tekken.json":
+    if file.name == "tekken.json":
         return BackendCodec(read_tekken(file), NAMED_TOKENS)
-    in_file = read_json_object(folder / "added_tokens.json", TokenizerError)
-    added = declared_tokens(in_file, settings, folder)
-    if file is not None and file.name == "tokenizer.json":
+    added = declared_tokens(read_json_object(folder / "added_tokens.json", TokenizerError), settings, folder)
+    if file.name == "tokenizer.json":
         backend = _read_json(file, settings, added)
         mend_split(backend, settings, read_json_object(folder / "config.json", TokenizerError))
         backend.encode_special_tokens = splits_special
         return BackendCodec(backend, {})
-    if file is not None:
-        with library_errors(f"{file} cannot be read"):
-            return SentencePieceCodec(file, settings, added)
-    raise TokenizerError(f"{folder} has none of {', '.join(TOKENIZER_FILES)}; give token ids instead")
+    with library_errors(f"{file} cannot be read"):
+        return SentencePieceCodec(file, settings, added)
 
 
 def _read_json(file: Path, settings: Mapping[str, Any], added: Mapping[int, Mapping[str, Any]]) -> "Backend":
@@ -285,12 +284,9 @@ def _read_json(file: Path, settings: Mapping[str, Any], added: Mapping[int, Mapp
         known = {token.content for token in [*backend.get_added_tokens_decoder().values(), *tokens]}
         extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or ()
         named = [value for name, value in settings.items() if name.endswith("_token")]
-        for token in [*named, *(extra.values() if isinstance(extra, Mapping) else extra)]:
-            text = token_text(token)
-            if text and text not in known:
-                tokens.append(AddedToken(text, special=True))
-                known.add(text)
-        backend.add_tokens(tokens)
+        named += extra.values() if isinstance(extra, Mapping) else extra
+        texts = dict.fromkeys(map(token_text, named))  # each once
+        backend.add_tokens([*tokens, *(AddedToken(text, special=True) for text in texts if text and text not in known)])
     return backend
 
 
