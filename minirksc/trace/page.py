@@ -33,7 +33,7 @@ TRACE: dict[str, Any] = {
     "problem": "",
 }
 """What a trace says by a key that it does not have, or that is null; below, its entries."""
-EVENT = dict.fromkeys(["at_s", "seconds"])
+EVENT = dict.fromkeys(["at_s", "seconds", "num_prompts"])
 GATE = dict.fromkeys(["gate", "node", "layer", "value", "threshold", "decision", "reason", "calibrated", "at_s"])
 EVICTION = dict.fromkeys(["block_id", "depth", "importance", "priority", "policy", "needed_again"])
 NO_EFFECT = ("ask", "computed", "goes on")
@@ -86,7 +86,9 @@ def _told(trace: Mapping[str, Any], branches: Sequence[Branch], best: Branch) ->
         "headline": shortened(answer or one_line(best.node["text"]) or "(no text)", 160),
         "num_agreeing": sum(one_line(branch.node["parsed"]) == answer for branch in candidates),
         "num_prefills": sum(
-            event.get("num_prompts", len(event["nodes"])) for event in trace["events"] if event["event"] == "prefill"
+            len(event["nodes"]) if event["num_prompts"] is None else event["num_prompts"]
+            for event in trace["events"]
+            if event["event"] == "prefill"
         ),
         "acted": _acted(trace["gates"]),
         "picture": picture_of(branches),

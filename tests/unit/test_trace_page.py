@@ -159,6 +159,20 @@ def test_missing_keys_leave_out_what_they_would_have_said():
     assert "nan" not in Page(trace_page({"nodes": [node], "best": 0, "stats": {"total_s": 0.0}})).text
 
 
+NEEDED = {"trace": ("nodes", "best"), "nodes": ("id",), "events": ("event", "nodes"), "gates": ()}
+
+
+@pytest.mark.parametrize("null", [False, True], ids=["missing", "null"])
+@pytest.mark.parametrize("place", NEEDED)
+def test_a_trace_of_an_older_version_makes_a_page(place, null):
+    full = tree(3, 2) | {"gates": EXAMPLE["gates"]}
+    for key in (full if place == "trace" else full[place][0]).keys() - {*NEEDED[place], "schema", "depth"}:
+        old = copy.deepcopy(full)
+        for part in [old] if place == "trace" else old[place]:
+            part.update({key: None}) if null else part.pop(key, None)
+        assert "For the record" in Page(trace_page(old)).text, key
+
+
 @pytest.mark.parametrize(
     ("trace", "message"),
     [({}, "nodes and best"), ({**EXAMPLE, "schema": "x-9"}, "x-9"), ({**EXAMPLE, "best": 2}, "best=2")],
