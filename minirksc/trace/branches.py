@@ -19,7 +19,7 @@ NODE: dict[str, Any] = {
 
 
 @dataclass(eq=False)
-class Branch:
+class PageBranch:
     """A node of the trace, and where it stands in its tree.
 
     Attributes:
@@ -32,7 +32,7 @@ class Branch:
     """
 
     node: Mapping[str, Any]
-    parent: "Branch | None" = None
+    parent: "PageBranch | None" = None
     is_best: bool = False
     is_on_path: bool = False
     is_given_up: bool = False
@@ -65,14 +65,14 @@ class Branch:
         return tokens[num_inherited:] if len(tokens) >= num_inherited else tokens
 
 
-def branches_of(nodes: Sequence[Mapping[str, Any]], best: int) -> list[Branch]:
+def branches_of(nodes: Sequence[Mapping[str, Any]], best: int) -> list[PageBranch]:
     """The branches, in the order of the nodes.
 
     Args:
         nodes: Nodes of a trace.
         best: Place of the chosen one.
     """
-    branches = [Branch({**NODE, **node}) for node in nodes]
+    branches = [PageBranch({**NODE, **node}) for node in nodes]
     by_id = {branch.node["id"]: branch for branch in branches}
     for branch in branches:
         branch.parent = by_id.get(branch.node["parent"])
@@ -82,22 +82,22 @@ def branches_of(nodes: Sequence[Mapping[str, Any]], best: int) -> list[Branch]:
         branch.is_given_up = bool(branch.node["pruned"] and not branch.node["error"]) and branch not in forked
         branch.shade = _shade(branch.node["score"], scores)
     branches[best].is_best = True
-    at: Branch | None = branches[best]
+    at: PageBranch | None = branches[best]
     while at is not None and not at.is_on_path:
         at.is_on_path = True
         at = at.parent
     return branches
 
 
-def by_round(branches: Sequence[Branch]) -> dict[int, list[Branch]]:
+def by_round(branches: Sequence[PageBranch]) -> dict[int, list[PageBranch]]:
     """The branches of each round, the last round first, and in a round the best first."""
-    rounds: dict[int, list[Branch]] = {}
+    rounds: dict[int, list[PageBranch]] = {}
     for branch in sorted(branches, key=_rank):
         rounds.setdefault(branch.node["depth"], []).append(branch)
     return dict(sorted(rounds.items(), reverse=True))
 
 
-def _rank(branch: Branch) -> tuple[float, ...]:
+def _rank(branch: PageBranch) -> tuple[float, ...]:
     """The chosen one first, then by score, and by confidence where the model was not asked."""
     values = (branch.node["score"], branch.node["confidence"])
     return (not branch.is_best, *(-value if is_number(value) else 0.0 for value in values))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from minirksc.errors import ConfigError
 from minirksc.trace import SCHEMA_NAME
-from minirksc.trace.branches import NUM_SHADES, Branch, branches_of, by_round
+from minirksc.trace.branches import NUM_SHADES, PageBranch, branches_of, by_round
 from minirksc.trace.figures import DASH, counted, is_number, number, one_line, seconds, shortened
 from minirksc.trace.tree import picture_of
 
@@ -72,7 +72,7 @@ def trace_page(trace: Mapping[str, Any]) -> str:
     return _template().render(_told(full, branches, branches[trace["best"]])).translate(VISIBLE)
 
 
-def _told(trace: Mapping[str, Any], branches: Sequence[Branch], best: Branch) -> dict[str, Any]:
+def _told(trace: Mapping[str, Any], branches: Sequence[PageBranch], best: PageBranch) -> dict[str, Any]:
     """The variables of the template."""
     answer = one_line(best.node["parsed"] or trace["parsed"])
     candidates = _candidates(trace, branches)
@@ -105,7 +105,7 @@ def _told(trace: Mapping[str, Any], branches: Sequence[Branch], best: Branch) ->
     }
 
 
-def _candidates(trace: Mapping[str, Any], branches: Sequence[Branch]) -> list[Branch]:
+def _candidates(trace: Mapping[str, Any], branches: Sequence[PageBranch]) -> list[PageBranch]:
     """The branches from which one was chosen."""
     chosen_from = [event["nodes"] for event in trace["events"] if event["event"] == "select"]
     if chosen_from:

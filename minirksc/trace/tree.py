@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minirksc.trace.branches import Branch
+from minirksc.trace.branches import PageBranch
 from minirksc.trace.figures import number, one_line, shortened
 
 _CHAR = 7.0
@@ -43,7 +43,7 @@ class Mark:
         start: Where its parent, or else the prompt, is.
     """
 
-    branch: Branch
+    branch: PageBranch
     label: str
     spot: Spot
     start: Spot
@@ -66,7 +66,7 @@ class Picture:
     height: int
 
 
-def picture_of(branches: Sequence[Branch]) -> Picture:
+def picture_of(branches: Sequence[PageBranch]) -> Picture:
     """Lays the tree out."""
     columns = _columns(branches)
     labels = {branch: _label(branch) for branch in branches}
@@ -74,7 +74,7 @@ def picture_of(branches: Sequence[Branch]) -> Picture:
     pitch = 28.0 if most <= 16 else 21.0 if most <= 40 else 16.0
     height = max(most, 2) * pitch + 8
     root = Spot(2, height / 2, 62)
-    spots: dict[Branch | None, Spot] = {}
+    spots: dict[PageBranch | None, Spot] = {}
     x = root.end + (_GAP if len(columns) > 1 else _WIDE_GAP)
     for column in columns:
         top = (height - len(column) * pitch) / 2 + pitch / 2
@@ -85,10 +85,10 @@ def picture_of(branches: Sequence[Branch]) -> Picture:
     return Picture(marks, root, round(x - _GAP + 12), round(height))
 
 
-def _columns(branches: Sequence[Branch]) -> list[list[Branch]]:
+def _columns(branches: Sequence[PageBranch]) -> list[list[PageBranch]]:
     """Branches by round, children in the order of their parents so that no lines cross."""
     columns = []
-    rank: dict[Branch | None, int] = {None: -1}
+    rank: dict[PageBranch | None, int] = {None: -1}
     for depth in range(1, 1 + max((branch.node["depth"] for branch in branches), default=0)):
         column = [branch for branch in branches if branch.node["depth"] == depth]
         column.sort(key=lambda branch: _place(branch, rank.get(branch.parent, -1)))
@@ -97,10 +97,10 @@ def _columns(branches: Sequence[Branch]) -> list[list[Branch]]:
     return columns
 
 
-def _place(branch: Branch, rank: int) -> tuple[Any, ...]:
+def _place(branch: PageBranch, rank: int) -> tuple[Any, ...]:
     return rank, branch.node["path"] or [], branch.node["id"]
 
 
-def _label(branch: Branch) -> str:
+def _label(branch: PageBranch) -> str:
     answer = shortened(one_line(branch.node["parsed"]), _LABEL)
     return "  ".join([branch.name, number(branch.node["score"]), *[answer] * bool(answer)])
