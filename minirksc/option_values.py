@@ -34,7 +34,7 @@ def read_device(name: str, value: Any) -> Any:
 def read_bytes(name: str, value: Any) -> int:
     """Bytes, from a number or a size as text."""
     number: int = parse_bytes(value) if isinstance(value, str) else value
-    check_number(name, number, int, Option("", low=1))
+    check_number(name, number, int, Option(low=1))
     return number
 
 
@@ -77,7 +77,7 @@ def read_biases(name: str, value: Any) -> dict[int, float]:
         raise ConfigError(f"{name} {brief(value)} names a token id twice")
     biases = dict(zip(ids, value.values(), strict=True))
     for token_id, bias in biases.items():
-        check_number(f"{name}[{brief(token_id)}]", bias, float, Option(""))
+        check_number(f"{name}[{brief(token_id)}]", bias, float, Option())
     return biases
 
 
