@@ -69,10 +69,10 @@ def read_ids(name: str, value: Any) -> tuple[int, ...]:
 
 
 def read_biases(name: str, value: Any) -> dict[int, float]:
-    """Biases of token ids, which may be text, as in JSON; a copy, for the caller may change theirs."""
+    """Biases of token ids, from a mapping; a copy, for the caller may change theirs."""
     if not isinstance(value, Mapping):
         raise ConfigError(f"{name} {brief(value)} must map token ids to numbers, as in {{50: -1.5}}")
-    ids = read_ids(name, [int(key) if isinstance(key, str) and key.isdecimal() else key for key in value])
+    ids = read_ids(name, list(value))
     if len(set(ids)) < len(ids):
         raise ConfigError(f"{name} {brief(value)} names a token id twice")
     biases = dict(zip(ids, value.values(), strict=True))

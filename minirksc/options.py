@@ -126,6 +126,21 @@ class SamplingParams(Options):
                     )
 
     @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """As `Options.from_dict`; token ids of logit_bias may be text, since JSON has no other keys.
+
+        Raises:
+            ConfigError: a name is unknown or a value is out of range.
+        """
+        biases = values.get("logit_bias")
+        if isinstance(biases, Mapping):
+            read = {int(key) if isinstance(key, str) and key.isdecimal() else key: biases[key] for key in biases}
+            if len(read) < len(biases):
+                raise ConfigError(f"logit_bias {brief(dict(biases))} was given one token id twice")
+            values = {**values, "logit_bias": read}
+        return super().from_dict(values)
+
+    @classmethod
     def of(cls, params: Any) -> Self:
         """Sampling parameters as a call takes them: made already, a mapping of names to values, or None for defaults.
 

@@ -52,7 +52,7 @@ ENGINE_NAMES = {
     **_instead("what loses its blocks is computed anew, and nothing is swapped; leave it out", swap_space=0),
     **_instead("weights are all on one device; quantize='int8' halves them", cpu_offload_gb=(0, 0.0)),
     **_instead("it is always on; leave it out", enable_chunked_prefill=(None, True)),
-    **_instead("requests go by priority and arrival; leave it out", scheduling_policy="fcfs"),
+    **_instead("requests go in the order of their arrival; leave it out", scheduling_policy="fcfs"),
     **_instead(
         "an engine is one process on one device; leave it out",
         tensor_parallel_size=1,
