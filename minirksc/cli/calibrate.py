@@ -85,11 +85,8 @@ def build_parser(prog: str = "python -m minirksc.calibrate") -> Parser:
         usage="%(prog)s --data FILE.jsonl --output gates.json [options]",
         description="Chooses the thresholds of confident early exit so that they change few decisions.",
         epilog=__doc__.partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--version", action="version", version=f"minirksc {__version__}")
     add_options(parser, EngineConfig, ["model"], DEFAULTS)
     add("--data", metavar="FILE.jsonl", help=f"problems, one a line: {' or '.join(TEXT_FIELDS)}, and perhaps answer")
     add("--output", "-o", metavar="FILE.json", help="what was found; evidence is kept in FILE.json.evidence.jsonl")

@@ -25,7 +25,6 @@ from minirksc.cli.terminal import check_stdout, is_terminal, note
 from minirksc.options import EngineConfig, SamplingParams
 from minirksc.rksc.gates_file import MAX_FILE_BYTES, read_gates_file, settings_of
 from minirksc.rksc.solver import DEFAULT_SAMPLING, Solver, SolverConfig
-from minirksc.version import __version__
 
 if TYPE_CHECKING:
     from minirksc.llm import LLM
@@ -91,12 +90,9 @@ def build_parser(prog: str = "python -m minirksc.generate", branches: int | None
         usage="%(prog)s [options] [PROMPT | -]",
         description="Generates text, or solves a problem with many branches, on a local model.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("prompt", nargs="?", metavar="PROMPT", help="text; - or nothing: standard input without its last line break")
-    add("--version", action="version", version=f"minirksc {__version__}")
     add_options(parser, EngineConfig, ["model"], DEFAULTS)
     add("--chat", action=argparse.BooleanOptionalAction, help="use the chat template (default: if there is one)")
     add("--system", metavar="TEXT", help="system message, for conversations that have none of their own")
