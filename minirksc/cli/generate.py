@@ -225,8 +225,8 @@ class Job:
         config, salted = self.solver_config, {} if salt is None else {"salt": salt}
         if config is not None and seed is not None:
             config = replace(config, sampling=replace(self.params, seed=seed))
-        with cli_output.Progress(enabled=self.batch is None and is_terminal(sys.stderr)) as progress:
-            result = Solver(llm, config).solve(problem, self.phrasings, on_event=progress.on_event, **salted)
+        with cli_output.progress(enabled=self.batch is None and is_terminal(sys.stderr)) as on_event:
+            result = Solver(llm, config).solve(problem, self.phrasings, on_event=on_event, **salted)
         self.solver_s.update({name: result.stats[name] for name in ("prefill_s", "decode_s", "verify_s")})
         return result
 
