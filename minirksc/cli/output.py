@@ -197,7 +197,7 @@ def print_stats(stats: dict[str, Any], solving: Mapping[str, float] | None = Non
     """Counters, one line a subject.
 
     Args:
-        stats: of the LLM.
+        stats: statistics of the LLM.
         solving: seconds of the solver, all of its problems together; empty or None: it was not used.
     """
     int8 = "" if stats["quantize"] == "none" else f"{stats['quantize']} (approximate) "

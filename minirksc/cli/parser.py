@@ -5,13 +5,12 @@ check of its value alone and a line of help. What was not given is None, so that
 """
 
 import argparse
-import difflib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from minirksc.cli.command import CommandParser, UsageError
-from minirksc.errors import ConfigError
+from minirksc.errors import ConfigError, did_you_mean
 from minirksc.option_fields import Options
 from minirksc.options import EngineConfig
 from minirksc.vllm_names import ENGINE_NAMES, SAMPLING_NAMES
@@ -143,7 +142,7 @@ def _meant(flag: str, names: Sequence[str]) -> str:
     """What may have been meant by an unknown flag: an option of vLLM, or one that looks alike.
 
     Args:
-        flag: as it was given.
+        flag: unknown flag.
         names: Names of the options that there are.
     """
     theirs = VLLM_NAMES.get(flag.removeprefix("--").replace("-", "_"))
@@ -151,5 +150,5 @@ def _meant(flag: str, names: Sequence[str]) -> str:
         return f"; vLLM calls it so, here it is {flag_of(theirs.instead)}"
     if theirs is not None and theirs.instead not in EngineConfig.declared:  # of that there is no flag
         return f": {theirs.instead}"
-    close = difflib.get_close_matches(flag, ["--no-chat", *map(flag_of, names)], n=2)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+    meant = did_you_mean(flag, ["--no-chat", *map(flag_of, names)], 2)
+    return f"; {meant}" if meant else ""
