@@ -35,6 +35,7 @@ from bench.word_problems import read_problems
 from minirksc import LLM, SamplingParams
 from minirksc.engine.gates import Seat
 from minirksc.rksc.answers import parse_answer
+from minirksc.rksc.asks import make_probe
 from minirksc.rksc.guard import refusal
 
 REJECT, ACCEPT = 2.0, -10.0
@@ -94,7 +95,10 @@ class Pair:
         llm = self._llm
         llm.reset_prefix_cache()
         aligned = mode == "aligned"
-        probe = None if mode == "unshared" else llm.probe(tau, aligned=aligned, uncalibrated=True)
+        can_move_kv = llm.engine.runner.model.can_move_kv
+        probe = None
+        if mode != "unshared":
+            probe = make_probe(llm.spec, tau, aligned=aligned, can_move_kv=can_move_kv, uncalibrated=True)
         seats: list[Seat | None] = [None, None]
         if probe is not None:
             seats = [Seat(probe, row, sees_all=row == 0) for row in (0, 1)]

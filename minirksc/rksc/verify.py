@@ -41,8 +41,8 @@ class Candidate:
     """An answer to verify.
 
     Attributes:
-        branch: whose tokens end with the answer.
-        answer_ids: hint and generated tokens alone, without an end-of-sequence token.
+        branch: Branch whose tokens end with the answer.
+        answer_ids: Tokens of the answer alone, hint included, perhaps with an end-of-sequence token last.
     """
 
     branch: "Branch"
@@ -54,8 +54,8 @@ class Verdict:
     """What the model says about one answer.
 
     Attributes:
-        probability: p(YES) of the two answers; None where the pass failed.
-        exit_layer: layers that its row went through, where it left the pass early.
+        probability: p(YES) of the two choices; None where the pass failed.
+        exit_layer: Layers that its row went through, where it left the pass early.
         margin: YES - NO in logits, as it was there.
         saw_nan: a gate saw a hidden state that was not finite, and let the row go on.
         error: why the pass failed.
@@ -72,11 +72,11 @@ class Verifier:
     """Asks about answers in one style.
 
     Args:
-        session: with a tokenizer.
+        session: Session with a tokenizer.
         style: "append" or "standalone".
         chat: ask in the checkpoint's chat format; plain text where it has none that can be used.
         share: False: nothing is shared between branches.
-        salt: of the prompts that it asks with, as of the branches.
+        salt: Salt of the prompts that it asks with, as of the branches.
 
     Raises:
         ConfigError: the checkpoint has no tokenizer.
@@ -108,20 +108,20 @@ class Verifier:
         """Asks about candidates in one pass; the branches stay as they were.
 
         Args:
-            problem: for the standalone style: text or token ids.
-            candidates: distinct branches. One whose pass fails has an error for a verdict, and harms no other.
-            rule: lets rows leave the pass early; needs answers of one token each, see `can_exit`.
+            problem: Text or token ids, for the standalone style.
+            candidates: Distinct branches. One whose pass fails has an error for a verdict, and harms no other.
+            rule: lets rows leave the pass early; only where each choice is one token: a layer has a margin of these.
 
         Raises:
             PromptError, CacheFullError: as `LLM.score`.
         """
         gate = None
-        if rule is not None and self.can_exit:
+        if rule is not None and all(len(choice) == 1 for choice in self._choices):
             choices = (self._choices[0][0], self._choices[1][0])
             gate = rule.gate(self._session.lens, choices, self._session.spec.num_layers)
         if self._style == "append":
             branches = [candidate.branch for candidate in candidates]
-            closings = [[] if self._is_closed(branch) else self._closing for branch in branches]
+            closings = [[] if self._is_closed(branch.token_ids) else self._closing for branch in branches]
             return self._score(branches, [[*closing, *self._question] for closing in closings], gate)
         return self._standalone(problem, candidates, gate)
 
@@ -129,17 +129,12 @@ class Verifier:
         """Tokens that stand around an answer when it is asked about.
 
         Args:
-            num_prompt: tokens of its branch's prompt.
+            num_prompt: Tokens of its branch's prompt.
             problem: as of `ask`.
         """
         if self._style == "standalone":
             num_prompt = len(self._before) + len(self._problem_ids(problem)) + len(self._between)
         return num_prompt + len(self._closing) + len(self._question)
-
-    @property
-    def can_exit(self) -> bool:
-        """True when the answers are one token each: only then does a layer have a margin between them."""
-        return all(len(choice) == 1 for choice in self._choices)
 
     def _standalone(
         self, problem: str | Sequence[int], candidates: Sequence[Candidate], gate: "LayerExit | EntropyExit | None"
@@ -152,7 +147,8 @@ class Verifier:
             if self._share:
                 call.sequences.extend(map(attrgetter("sequence"), asked := asked[0].fork(len(candidates))))
             for branch, candidate in zip(asked, candidates, strict=True):
-                branch.append(candidate.answer_ids)
+                is_closed = self._is_closed(candidate.answer_ids)
+                branch.append(candidate.answer_ids[:-1] if is_closed else candidate.answer_ids)
             return self._score(asked, [[*self._closing, *self._question]] * len(asked), gate)
 
     def _score(
@@ -180,8 +176,8 @@ class Verifier:
         firsts = [ids[:1] for ids in token_ids]
         return token_ids if firsts[0] == firsts[1] else firsts
 
-    def _is_closed(self, branch: "Branch") -> bool:
-        return branch.token_ids[-1] in self._tokenizer.eos_token_ids
+    def _is_closed(self, token_ids: Sequence[int]) -> bool:
+        return bool(token_ids) and token_ids[-1] in self._tokenizer.eos_token_ids
 
     def _problem_ids(self, problem: str | Sequence[int]) -> list[int]:
         if isinstance(problem, str):
