@@ -122,12 +122,11 @@ class Collector(Solver):
     def _judge_together(self, solves: Sequence[_Solve]) -> list[Evidence]:
         config = self.config
         nodes = [node for one in solves for node in one.nodes]
-        problem, share = solves[0].problem, config.sharing != "none"
-        verifier = Verifier(self.session, config.verify_style, chat=problem.is_chat, share=share)
+        verifier = Verifier(self.session, config, solves[0].problem)
         recording = Recording()
         before = self.session.stats()["num_prefilled_tokens"]
         candidates = [Candidate(node.branch, node.answer_ids) for node in nodes]
-        verdicts = verifier.ask(problem.prompt, candidates, recording)
+        verdicts = verifier.ask(candidates, recording)
         num_question_tokens = (self.session.stats()["num_prefilled_tokens"] - before) / len(nodes)
         noted = recording.made[0].noted if recording.made else {}
         branches = [

@@ -35,6 +35,7 @@ from minirksc.engine.gates import LEAVE, Borrow, GateRows, Verdicts
 from minirksc.errors import ConfigError
 from minirksc.models.spec import ArchSpec
 from minirksc.rksc.similarity import MEASURES, PrefixStates, SimilarityMeasure, common_runs
+from minirksc.rksc.solver_config import SolverConfig
 
 if TYPE_CHECKING:
     from minirksc.engine.branch import Branch
@@ -202,21 +203,31 @@ def num_probe_layers(num_layers: int) -> int:
     return min(max(2, round(num_layers / 8)), num_layers - 1)
 
 
-def make_probe(spec: ArchSpec, tau: float | None, *, aligned: bool, can_move_kv: bool, uncalibrated: bool) -> Probe:
-    """The probe for a model.
+def make_probe(spec: ArchSpec, config: SolverConfig, *, can_move_kv: bool) -> Probe:
+    """The probe that options with semantic sharing ask for, on a model.
+
+    With policy "paper" it is the published rule, equation 2: sigma over all layers against tau, and no guard (which is
+    the caller's). It is taken one layer before the last: after the last, leaving would save nothing at all.
 
     Args:
         spec: Architecture of the model.
-        tau: Least similarity; None: the model's own.
-        aligned: the mode.
+        config: Options of the solve.
         can_move_kv: keys can be turned to other positions, which aligned mode needs.
-        uncalibrated: go on where no threshold was found good enough for this model.
 
     Raises:
-        ConfigError: none was, and the caller does not insist; or keys cannot be moved.
+        ConfigError: no threshold was found good enough for this model, and the options do not insist; or keys cannot
+            be moved; or the paper gives no value for tau, and has no aligned mode.
     """
+    tau, aligned = config.tau, config.sharing_mode == "aligned"
+    if config.policy == "paper":
+        if tau is None or aligned:
+            raise ConfigError(
+                "policy='paper' with semantic sharing substitutes from a similarity on for which the paper gives no "
+                "value; set tau, and leave sharing_mode out"
+            )
+        return Probe(MEASURES["sigma"], spec.num_layers - 1, tau, aligned=False)
     tested = THRESHOLDS.get((spec.model_type, spec.num_layers, spec.hidden_size, spec.vocab_size))
-    if tested is None and not uncalibrated and (tau is None or tau <= 1):
+    if tested is None and not config.uncalibrated and (tau is None or tau <= 1):
         raise ConfigError(
             f"semantic sharing has no tested threshold for a {spec.model_type} of {spec.num_layers} layers and hidden "
             f"size {spec.hidden_size}; use sharing='exact', or insist with uncalibrated=True (--uncalibrated)"
@@ -229,19 +240,3 @@ def make_probe(spec: ArchSpec, tau: float | None, *, aligned: bool, can_move_kv:
     if tau is None:
         tau = UNTESTED if tested is None else tested
     return Probe(MEASURES["alignment"], num_probe_layers(spec.num_layers), tau, aligned=aligned)
-
-
-def make_paper_probe(spec: ArchSpec, tau: float | None, *, aligned: bool) -> Probe:
-    """The published rule, equation 2: sigma over all layers against tau, and no guard (which is the caller's).
-
-    It is taken one layer before the last: after the last, leaving would save nothing at all.
-
-    Raises:
-        ConfigError: no tau, for which the paper gives no value; or aligned mode, which it has not.
-    """
-    if tau is None or aligned:
-        raise ConfigError(
-            "policy='paper' with semantic sharing substitutes from a similarity on for which the paper gives no value; "
-            "set tau, and leave sharing_mode out"
-        )
-    return Probe(MEASURES["sigma"], spec.num_layers - 1, tau, aligned=False)

@@ -1,6 +1,6 @@
 """What a solve is given, read and checked before anything is computed: problem, phrasings, hints, salt."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,6 @@ from minirksc.token_ids import is_list
 if TYPE_CHECKING:
     from minirksc.engine.request import Salt
     from minirksc.engine.session import Session
-    from minirksc.rksc.verify import Verifier
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,16 @@ class Problem:
     is_chat: bool
     salt: "Salt | None"
 
-    def check_room(self, session: "Session", config: SolverConfig, verifier: "Verifier | None") -> None:
+    def check_room(
+        self, session: "Session", config: SolverConfig, num_asked: Callable[[int], int] | None = None
+    ) -> None:
         """Refuses what could not be computed to its end.
+
+        Args:
+            session: Session that is to compute it.
+            config: Options of the solve.
+            num_asked: called with the tokens of a prompt, gives those that stand around an answer when it is asked
+                about; None: it never is.
 
         Raises:
             PromptError: a prompt is empty, has ids outside the vocabulary, or is too long for what is to follow it.
@@ -49,12 +56,12 @@ class Problem:
                 raise PromptError("a problem or phrasing has no tokens; give at least one")
             num_hint = len(engine.check_token_ids(session.encode_fragment(start.hint), num_before=num_prompt))
             engine.check_token_ids(start.prompt, num_before=num_hint)
-            num_asked = num_prompt if verifier is None else verifier.num_tokens(num_prompt, self.prompt)
+            num_around = num_prompt if num_asked is None else max(num_asked(num_prompt), num_prompt)
             num_answer = num_hint + config.depth * config.tokens_per_step
-            if max(num_asked, num_prompt) + num_answer > engine.max_model_len:
+            if num_around + num_answer > engine.max_model_len:
                 raise PromptError(
                     f"{num_prompt} prompt tokens, {num_answer} of hint and answer ({config.depth} x tokens_per_step "
-                    f"{config.tokens_per_step}) and {max(num_asked - num_prompt, 0)} to ask about it are more than "
+                    f"{config.tokens_per_step}) and {num_around - num_prompt} to ask about it are more than "
                     f"max_model_len {engine.max_model_len}; lower tokens_per_step, or shorten the problem"
                 )
 

@@ -99,17 +99,15 @@ class Solver:
         if on_event is not None and not callable(on_event):
             raise ConfigError(f"on_event {brief(on_event)} must be a function of an event, or None")
         given = read_problem(session, config, problem, phrasings, salt)
-        share = config.sharing != "none"
-        verifier = None
-        if config.verify != "never":
-            verifier = Verifier(session, config.verify_style, chat=given.is_chat, share=share, salt=given.salt)
-        given.check_room(session, config, verifier)
+        verifier = None if config.verify == "never" else Verifier(session, config, given)
+        given.check_room(session, config, verifier.num_tokens if verifier else None)
         seed = config.step_sampling.seed
         seed = session.engine.next_seed() if seed is None else seed
         with session.engine.call() as call:
+            share = config.sharing != "none"
             tree = Tree(session, call, share=share, seed=seed, salt=given.salt, on_event=on_event)
             nodes = tree.plant(given.starts, self._probe(given))
-            choice = _Search(config, self.gates, tree, verifier, given).run(nodes)
+            choice = _Search(config, self.gates, tree, verifier).run(nodes)
             tree.record.finish()
         return make_result(tree, choice, given, config, self.gates.source)
 
@@ -133,22 +131,13 @@ class Solver:
 
     def _probe(self, given: Problem) -> "Probe | None":
         """What compares phrasings; None: nothing is to be compared."""
-        config, spec = self.config, self.session.spec
         phrasings = given.phrasings or []
-        if config.sharing != "semantic" or all(one == phrasings[0] for one in phrasings):
+        if self.config.sharing != "semantic" or all(one == phrasings[0] for one in phrasings):
             return None
-        from minirksc.rksc.asks import make_paper_probe, make_probe  # it compares tensors: torch is there by now
+        from minirksc.rksc.asks import make_probe  # it compares tensors: torch is there by now
 
-        is_aligned = config.sharing_mode == "aligned"
-        if config.policy == "paper":
-            return make_paper_probe(spec, config.tau, aligned=is_aligned)
-        return make_probe(
-            spec,
-            config.tau,
-            aligned=is_aligned,
-            can_move_kv=self.session.engine.runner.model.can_move_kv,
-            uncalibrated=config.uncalibrated,
-        )
+        can_move_kv = self.session.engine.runner.model.can_move_kv
+        return make_probe(self.session.spec, self.config, can_move_kv=can_move_kv)
 
 
 class _Search:
@@ -159,17 +148,13 @@ class _Search:
         gates: Gates that are on.
         tree: Tree that grows.
         verifier: asks about answers; None: none is asked about.
-        given: Problem that is solved.
     """
 
-    def __init__(
-        self, config: SolverConfig, gates: Gates, tree: Tree, verifier: Verifier | None, given: Problem
-    ) -> None:
+    def __init__(self, config: SolverConfig, gates: Gates, tree: Tree, verifier: Verifier | None) -> None:
         self._config = config
         self._gates = gates
         self._tree = tree
         self._verifier = verifier
-        self._problem = given.prompt
 
     def run(self, nodes: list[Node]) -> Choice:
         """Grows the tree round by round, and chooses among the nodes that remain."""
@@ -224,7 +209,7 @@ class _Search:
             return
         with self._tree.record.phase("verify", nodes) as event:
             candidates = [Candidate(self._tree.exact_branch(node), node.answer_ids) for node in nodes]
-            verdicts = self._verifier.ask(self._problem, candidates, self._gates.layer_exit)
+            verdicts = self._verifier.ask(candidates, self._gates.layer_exit)
             event["probabilities"] = [verdict.probability for verdict in verdicts]
         for node, verdict in zip(nodes, verdicts, strict=True):
             node.verification, node.exit_layer, node.error = verdict.probability, verdict.exit_layer, verdict.error
