@@ -2,9 +2,9 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from minirksc.engine.signals import SIGNALS, TokenSignals, mean_top1
+from minirksc.engine.signals import TokenSignals, mean_top1
 
 if TYPE_CHECKING:
     from minirksc.engine.branch import Branch
@@ -102,33 +102,6 @@ class Node:
         if self.is_semantic:
             return "semantic"
         return "exact" if self.num_shared_tokens else "none"
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data, without the branch; see `minirksc.trace.schema`."""
-        return {
-            "id": self.node_id,
-            "parent": self.parent_id,
-            "path": list(self.branch.path),
-            "depth": self.depth,
-            "hint": self.hint,
-            "text": self.text,
-            "token_ids": list(self.output_ids),
-            "num_tokens": self.num_tokens,
-            "num_output_tokens": len(self.output_ids),
-            "num_shared_tokens": self.num_shared_tokens,
-            "num_own_tokens": self.num_tokens - self.num_shared_tokens,
-            "num_saved_tokens": self.num_saved_tokens,
-            "sharing": self.sharing,
-            "similarity": self.similarity,
-            "confidence": self.confidence,
-            "signals": {name: finite(signal(self.signals)) for name, signal in SIGNALS.items()},
-            "verified": self.verification is not None,
-            "verification": self.verification,
-            "exit_layer": self.exit_layer,
-            "score": self.score,
-            "finish_reason": self.branch.finish_reason,
-            "error": self.error,
-        }
 
 
 def finite(value: float | None) -> float | None:

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from typing import Any
 
+from minirksc.engine.signals import SIGNALS
 from minirksc.rksc.answers import agreement
-from minirksc.rksc.node import Node
+from minirksc.rksc.node import Node, finite
 from minirksc.rksc.problem import Problem
 from minirksc.rksc.solver_config import SolverConfig, plain
 from minirksc.rksc.tree import Tree
@@ -66,7 +67,7 @@ class BranchResult:
     @classmethod
     def of(cls, node: Node, parsed: str | None) -> "BranchResult":
         """The result of a node, which has all of it but the answer."""
-        values = node.to_dict() | {"path": tuple(node.branch.path), "parsed": parsed}
+        values = _plain_node(node) | {"path": tuple(node.branch.path), "parsed": parsed}
         return cls(**{field.name: values[field.name] for field in fields(cls)})
 
 
@@ -151,7 +152,7 @@ def _trace(tree: Tree, choice: Choice, problem: Problem, config: SolverConfig) -
         "phrasings": plain(problem.phrasings),
         "nodes": [
             {
-                **node.to_dict(),
+                **_plain_node(node),
                 # Each token as text; half a character is shown as the tokenizer does.
                 "tokens": [session.decode([token_id]) for token_id in node.output_ids],
                 "parsed": answers.get(node),
@@ -167,4 +168,32 @@ def _trace(tree: Tree, choice: Choice, problem: Problem, config: SolverConfig) -
         "gates": record.gates,
         "blocks": record.blocks(),
         "stats": dict(record.stats),
+    }
+
+
+def _plain_node(node: Node) -> dict[str, Any]:
+    """A node without its branch."""
+    return {
+        "id": node.node_id,
+        "parent": node.parent_id,
+        "path": list(node.branch.path),
+        "depth": node.depth,
+        "hint": node.hint,
+        "text": node.text,
+        "token_ids": list(node.output_ids),
+        "num_tokens": node.num_tokens,
+        "num_output_tokens": len(node.output_ids),
+        "num_shared_tokens": node.num_shared_tokens,
+        "num_own_tokens": node.num_tokens - node.num_shared_tokens,
+        "num_saved_tokens": node.num_saved_tokens,
+        "sharing": node.sharing,
+        "similarity": node.similarity,
+        "confidence": node.confidence,
+        "signals": {name: finite(signal(node.signals)) for name, signal in SIGNALS.items()},
+        "verified": node.verification is not None,
+        "verification": node.verification,
+        "exit_layer": node.exit_layer,
+        "score": node.score,
+        "finish_reason": node.branch.finish_reason,
+        "error": node.error,
     }

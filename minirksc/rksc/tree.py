@@ -234,12 +234,11 @@ class Tree:
     def _note_probe(self, plant: _Plant, node: Node, probe: "Probe") -> None:
         """Puts into the node, and for the first with its prompt into the record, what the probe decided."""
         is_accepted = plant.row in probe.accepted
-        num_saved = plant.root.num_saved_layer_rows / self.session.spec.num_layers
+        num_saved = plant.root.num_saved_layer_rows / self.session.spec.num_layers if is_accepted else 0.0
         node.similarity = finite(probe.similarities.get(plant.row))
         node.is_semantic = is_accepted
         node.is_approximate = is_accepted and plant.root.exit_layer is None
-        if is_accepted:
-            node.num_saved_tokens = num_saved
+        node.num_saved_tokens = num_saved
         if plant.index != plant.row:
             return
         if plant.start.refusal is not None:
