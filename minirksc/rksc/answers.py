@@ -72,7 +72,7 @@ def parse_answer(text: str, kind: AnswerParser = "auto") -> str | None:
     """The answer that a text gives, in a normal form that can be compared with ==.
 
     Args:
-        text: generated text, or a reference answer.
+        text: Generated text, or a reference answer.
         kind: "number" ("$1,234.50" -> "1234.5"), "choice" ("(b)" -> "B"), "boolean" (true and yes
             -> "yes", false and no -> "no"), "text" (case and whitespace folded), "auto" (the first
             kind that fits), or a function that replaces all this.
@@ -108,8 +108,8 @@ def choose(answers: Sequence[str | None], scores: Sequence[float], rule: str) ->
     """Which candidate to give as the answer.
 
     Args:
-        answers: parsed answer of each candidate; None does not vote.
-        scores: of the same candidates, larger is better; NaN is worse than any.
+        answers: Parsed answer of each candidate; None does not vote.
+        scores: Score of each candidate, larger is better; NaN is worse than any.
         rule: "score" (the best one), "vote" (the commonest answer; ties go to the larger sum of
             scores) or "weighted_vote" (the answer with the largest sum of scores). A vote is
             represented by the best candidate that gives the winning answer; the earlier one of

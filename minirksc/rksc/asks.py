@@ -14,7 +14,7 @@ approximate kind, in this order, each step cheaper than what it may save:
            most. Where that leaves less than `LEAST_BORROWED` of the phrasing to borrow, it is computed: it would gain
            next to nothing, and approximate for it.
 
-Other salts never meet: both phrasings belong to one solve, and a private root shares with nobody. Verification never
+Other salts never meet: both phrasings belong to one solve, and a private root shares with none. Verification never
 reads what was accepted here: see `Tree.exact_branch`.
 
 Where this differs from the paper (Sekar 2026, arXiv 2606.09937): its similarity is taken over all layers, when nothing
@@ -99,15 +99,16 @@ class Probe:
     The first phrasing must pass with all its tokens before the others start.
 
     Args:
-        measure: how alike two are.
+        measure: Measure of how alike two are.
         num_layers: Layers after which it is decided.
         tau: Least similarity that is accepted.
-        aligned: the mode; else substitute.
+        aligned: Mode "aligned"; else "substitute".
 
     Attributes:
         layers: Layers after which it is asked, see `minirksc.engine.gates`.
         root: Branch of the first phrasing, once it has been computed; aligned mode borrows from it.
-        num_layers, tau: as given.
+        num_layers: Layers after which it is decided.
+        tau: Least similarity that is accepted.
         mode: "aligned" or "substitute".
         similarities: row -> similarity, where it was compared; NaN where its states were not finite.
         accepted: Rows that were accepted, and have something to borrow where that is the mode.

@@ -109,7 +109,7 @@ def standing(
         answers: Answer of each branch; None does not vote, and under "score" is an answer of its own.
         scores: Score of each branch, 0 or more; None where it has not been asked about.
         bounds: The most that each branch's score can be.
-        rule: how the answer is chosen, see `answers.choose`.
+        rule: Rule by which the answer is chosen, see `answers.choose`.
 
     Returns:
         (the branch that leads, those that must still be asked about, highest bound first). Once there are none of
@@ -186,8 +186,8 @@ class DecodeRule:
     Args:
         gates: Thresholds.
         mode: "keep_leader": the others stop; "stop_all" (the paper): all stop, and the answer is cut off; "off".
-        select: how the answer is chosen; under "vote" the vote may be over early.
-        parse: the answer that a finished text gives.
+        select: Rule by which the answer is chosen; under "vote" the vote may be over early.
+        parse: Reader of the answer that a finished text gives.
 
     Attributes:
         leader: Index of the branch that led decisively; None: none did.
@@ -283,7 +283,7 @@ class Gates:
 
     @property
     def is_calibrated(self) -> bool:
-        """False where an approximate gate has thresholds that nobody has tested on this model."""
+        """False where an approximate gate has thresholds that were not tested on this model."""
         return self.source in ("exact", "calibrated")
 
 

@@ -87,7 +87,8 @@ class MarginExit(_Exits):
 
     Attributes:
         layers: Layers after which it is to be fed, counted from 0.
-        margins, exit_layers, problems: as of `_Exits`; margins are corrected ones.
+        margins: Row that left -> YES - NO in logits, corrected.
+        exit_layers, problems: Layers of rows that left, and rows that went on, see `_Exits`.
     """
 
     def __init__(self, rule: MarginRule, num_layers: int) -> None:
@@ -180,7 +181,7 @@ class EntropyExit(_Exits):
 
     Attributes:
         layers: Layers after which it is asked, counted from 0.
-        margins, exit_layers, problems: as of `_Exits`.
+        margins, exit_layers, problems: What it has decided, see `_Exits`.
     """
 
     def __init__(self, lens: "Lens", choices: tuple[int, int], num_layers: int, **thresholds: Any) -> None:

@@ -67,7 +67,7 @@ class Judge:
 
     Args:
         gates: Gates that are on.
-        select: how the answer is chosen, see `answers.choose`.
+        select: Rule by which the answer is chosen, see `answers.choose`.
         answers: Answer of each branch; None: it gives none.
         confidences: Mean probability of the likeliest token, of each branch; None: it has no tokens.
         values: What leads are measured on: `gates.signal` of each branch's tokens.

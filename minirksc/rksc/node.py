@@ -29,11 +29,11 @@ class Node:
         similarity: Likeness of its phrasing to the first; None where they were not compared, or hold NaN.
         output_ids: Generated tokens, its ancestors' included.
         text: Text of output_ids.
-        signals: how sure the model was of each of output_ids.
+        signals: Signals of how sure the model was of each of output_ids.
         verification: p(YES); None where it was not asked about.
         exit_layer: Layers that the pass of the question went through, where it left early.
         score: None until it has been scored.
-        error: why it failed; a failed node is not among those that go on.
+        error: Reason why it failed; a failed node is not among those that go on.
         num_tokens: Number of tokens: prompt, hint and output_ids.
     """
 

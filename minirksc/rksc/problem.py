@@ -159,6 +159,6 @@ def _shown(prompt: str | list[int], session: "Session") -> str:
 
 
 def _default_hint(index: int, chat: bool) -> str:
-    """How the answer of a branch begins where nobody says."""
+    """How the answer of a branch begins where no hints are given."""
     # In a conversation it begins the assistant's turn; in plain text, a paragraph.
     return f"Approach #{index + 1}:" if chat else f"\n\nApproach #{index + 1}:"

@@ -35,7 +35,7 @@ class BranchResult:
         similarity: Likeness of its phrasing to the first; None where they were not compared, or hold NaN.
         exit_layer: Layers that the pass of the question went through, where it left early; else None.
         finish_reason: "stop" or "length"; "early_exit" or "consensus" where a gate stopped it; "error".
-        error: why it failed; None when it did not. A failed branch is never chosen.
+        error: Reason why it failed; None when it did not. A failed branch is never chosen.
         parsed: Answer in normal form; None when it gives none, or was cut off by consensus.
         depth: Round in which it was decoded last, from 1.
         path: Index of each fork from the prompt to here.

@@ -57,7 +57,7 @@ class Sigma:
     whatever the last token does not carry: phrasings in one template end alike, whatever they say.
 
     Attributes:
-        alpha: how much more the deeper layers count.
+        alpha: Weight by which the deeper layers count more.
 
     Source: Sekar 2026, arXiv 2606.09937, equation 2.
     """
@@ -90,7 +90,7 @@ class Alignment:
     one by 1. Both count by their weight.
 
     Attributes:
-        emphasis: how much more a token of the last quarter counts, where the question stands.
+        emphasis: Weight of a token of the last quarter, where the question stands; the others have 1.
 
     Source: deviation of reused states as in CacheBlend (arXiv 2405.16444).
     """

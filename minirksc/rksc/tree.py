@@ -80,7 +80,8 @@ class Tree:
     Attributes:
         nodes: all that were ever made, in order.
         record: what happened.
-        session, seed: as given.
+        session: Session that computes the branches.
+        seed: Seed of all branches.
     """
 
     def __init__(

@@ -59,7 +59,7 @@ class Verdict:
         exit_layer: Layers that its row went through, where it left the pass early.
         margin: YES - NO in logits, as it was there.
         saw_nan: a gate saw a hidden state that was not finite, and let the row go on.
-        error: why the pass failed.
+        error: Reason why the pass failed.
     """
 
     probability: float | None

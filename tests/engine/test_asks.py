@@ -176,6 +176,17 @@ def test_a_cached_first_wording_is_looked_at_all_the_same(llm):
     assert again.branches[1].similarity == pytest.approx(first.branches[1].similarity, abs=0.05)
 
 
+def test_what_the_cache_holds_beyond_the_end_of_the_first_phrasing_is_like_nothing(llm):
+    phrasings = [FIRST, f"{ALIKE} {STORY}"]
+    options = {"branches": 2, "tokens_per_step": 6, "sampling": SEEDED}
+    exact = solve(llm, phrasings[1:])  # its prompt lies in the cache from now on
+    semantic = SolverConfig(**options, sharing="semantic", policy="paper", tau=0.5)
+    result = Solver(llm, semantic).solve(phrasings[0], phrasings)
+    (share,) = (gate for gate in result.trace["gates"] if gate["gate"] == "share")
+    assert (share["value"], share["decision"]) == (0.0, "computed")
+    assert result.branches[1].sharing == "exact" and exact.branches[0].num_saved_tokens == 0
+
+
 def test_probes_over_several_chunks(tiny_llama):
     results = []
     for max_batch_tokens in (2048, 64):
