@@ -64,8 +64,9 @@ MAX_DECIMALS = 2000
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
 _BARE_CHOICE = re.compile(r"[\s*]*(?:option\s+|choice\s+)?(?:\(([A-Ja-j])\)|([A-J])(?![\w'’]))", re.I)
 _BRACKETED_CHOICE = re.compile(r"\(([A-Ja-j])\)")
-_BOOLEAN = re.compile(r"\b(yes|no|true|false)\b", re.IGNORECASE)
-_LEADING_BOOLEAN = re.compile(r"[\s*:\"']*(yes|no|true|false)\b", re.IGNORECASE)
+_YES_OR_NO = r"(yes|no|true|false)\b"
+_BOOLEAN = re.compile(rf"\b{_YES_OR_NO}", re.IGNORECASE)
+_LEADING_BOOLEAN = re.compile(rf"[\s*:\"']*{_YES_OR_NO}", re.IGNORECASE)
 
 
 def parse_answer(text: str, kind: AnswerParser = "auto") -> str | None:
