@@ -25,6 +25,11 @@ if not any(path.resolve() != ROOT and (path / "minirksc").is_dir() for path in n
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
 
+# So that tests import bench from its folder.
+_bench = importlib.util.spec_from_file_location("bench", ROOT / "bench" / "__init__.py")
+sys.modules.setdefault("bench", importlib.util.module_from_spec(_bench))
+
+
 def _load(path):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)

@@ -159,6 +159,11 @@ def test_gates_of_a_model_with_fewer_layers_are_refused(llm):
         solve(llm, verify="auto", gates=gates)
 
 
+def test_a_session_does_for_an_llm(llm):
+    config = SolverConfig(branches=2, tokens_per_step=4, verify="never", sampling=SEEDED)
+    assert tokens(Solver(llm.session(), config).solve(PROBLEM)) == tokens(solve(llm))
+
+
 def test_params_may_be_a_dict(llm):
     values = {"temperature": 1.0, "seed": 5, "ignore_eos": True}
     assert tokens(solve(llm, sampling=values)) == tokens(solve(llm))

@@ -10,7 +10,8 @@ from minirksc import LLM, SamplingParams, Solver, SolverConfig
 PROBLEM = "please: a baker bakes 12 loaves on monday and 7 on tuesday, and gives 3 away. how many are left?"
 WORDINGS = [PROBLEM, f"{PROBLEM} ", PROBLEM.replace("please: ", "")]
 SEEDED = SamplingParams(temperature=1.0, seed=3, ignore_eos=True)
-OWN = ("solver.py", "tree.py", "verify.py", "judge.py", "trace.py", "answers.py", "guard.py", "asks.py")
+FILES = "problem solver tree node verify judge record results answers guard asks similarity"
+OWN = tuple(f"{name}.py" for name in FILES.split())
 LINES = 25
 """Of each kind of solve, at which it is left."""
 KINDS = {
