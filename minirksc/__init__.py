@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from minirksc import errors
     from minirksc.engine.branch import Branch, BranchProgress
     from minirksc.engine.engine import Engine
-    from minirksc.engine.gates import LEAVE, Borrow, DepthGate, GateRows, Seat
+    from minirksc.engine.gates import LEAVE, Borrow, GateRows, LayerGate, Seat
     from minirksc.engine.outputs import CompletionOutput, RequestOutput, StreamChunk
     from minirksc.engine.session import Session
     from minirksc.errors import (
@@ -47,7 +47,7 @@ _HOMES = {
     "options": ("EngineConfig", "SamplingParams"),
     "engine.branch": ("Branch", "BranchProgress"),
     "engine.engine": ("Engine",),
-    "engine.gates": ("LEAVE", "Borrow", "DepthGate", "GateRows", "Seat"),
+    "engine.gates": ("LEAVE", "Borrow", "LayerGate", "GateRows", "Seat"),
     "engine.outputs": ("CompletionOutput", "RequestOutput", "StreamChunk"),
     "engine.session": ("Session",),
     "rksc.results": ("BranchResult", "SolveResult"),
@@ -83,13 +83,13 @@ __all__ = [
     "CheckpointError",
     "CompletionOutput",
     "ConfigError",
-    "DepthGate",
     "Engine",
     "EngineBusyError",
     "EngineClosedError",
     "EngineConfig",
     "EngineForkedError",
     "GateRows",
+    "LayerGate",
     "MinirkscError",
     "NumericalError",
     "PromptError",

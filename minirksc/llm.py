@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from minirksc.engine.branch import Branch, BranchProgress
 from minirksc.engine.engine import Engine
-from minirksc.engine.gates import DepthGate, Seat
+from minirksc.engine.gates import LayerGate, Seat
 from minirksc.engine.host import read_cpus, resident_bytes
 from minirksc.engine.loading import load
 from minirksc.engine.outputs import Job, RequestOutput, StreamChunk
@@ -288,7 +288,7 @@ class LLM:
             prompts: as in `generate`.
             share: as in `branch`.
             seed: as in `branch`, the same for all; None: the next of this LLM's, one a branch.
-            seats: at depth gates, one a prompt, None for none. A branch whose prompt left has `exit_layer` and no KV:
+            seats: at layer gates, one a prompt, None for none. A branch whose prompt left has `exit_layer` and no KV:
                 prune it, or have its prompt computed by whatever is done with it next.
             salt: as in `branch`.
 
@@ -332,7 +332,7 @@ class LLM:
         branches: Iterable[Branch],
         question: Prompt | Iterable[Prompt],
         choices: Iterable[Prompt],
-        gate: DepthGate | None = None,
+        gate: LayerGate | None = None,
     ) -> Tensor:
         """How probable each choice is as the continuation of `question` after each branch.
 

@@ -23,7 +23,7 @@ from minirksc.models.spec import ArchSpec, RopeSpec
 
 @dataclass(frozen=True, slots=True)
 class Narrowed:
-    """What is left of a batch.
+    """What remains of a batch.
 
     Attributes:
         rows: `[rows]` int64, places in the stream that go on; may be none.
@@ -36,8 +36,8 @@ class Narrowed:
     logits_rows: Tensor
 
 
-class DepthControl(Protocol):
-    """Whoever may make the batch smaller between layers."""
+class LayerControl(Protocol):
+    """What may make the batch smaller between layers."""
 
     def after_layer(self, layer: int, stream: ResidualStream) -> Narrowed | None:
         """Called after each layer with the stream as it left it; None: nothing changes."""
@@ -160,7 +160,7 @@ class Decoder:
         attention: Mapping[int | None, AttentionBatch],
         cache: Sequence[LayerCache],
         logits_rows: Tensor | None,
-        depth: DepthControl | None = None,
+        control: LayerControl | None = None,
         mass: MassSample | None = None,
     ) -> Tensor:
         """Runs a flattened batch through all layers.
@@ -172,14 +172,14 @@ class Decoder:
             attention: where queries and keys are, for layers of each window.
             cache: of each layer, written at the batch's slots.
             logits_rows: `[rows]` int64, tokens whose logits are wanted; None: all.
-            depth: may take rows out between layers; their logits are not computed.
+            control: what may take rows out between layers; their logits are not computed.
             mass: gains the attention mass of KV blocks; only where every sequence has one token.
 
         Returns:
             Logits `[rows, vocab]` float32.
         """
         feed = self.feed(token_ids, positions, sequence_lens)
-        return self.capped(self.through_layers(feed, attention, cache, logits_rows, depth, mass))
+        return self.capped(self.through_layers(feed, attention, cache, logits_rows, control, mass))
 
     def feed(self, token_ids: Tensor, positions: Tensor, sequence_lens: Tensor) -> LayerFeed:
         """What the layers begin with; arguments as of `forward`."""
@@ -199,7 +199,7 @@ class Decoder:
         attention: Mapping[int | None, AttentionBatch],
         cache: Sequence[LayerCache],
         logits_rows: Tensor | None,
-        depth: DepthControl | None = None,
+        control: LayerControl | None = None,
         mass: MassSample | None = None,
     ) -> Tensor:
         """Logits `[rows, vocab]` float32 before the cap; `feed` is overwritten. Arguments as of `forward`."""
@@ -215,7 +215,7 @@ class Decoder:
             kv = layer(stream, table, growth, layer_cache, attention[own.window], shared, layer_input, masses)
             if index in self._kv_sources:
                 shared_kv[index] = kv
-            narrowed = None if depth is None else depth.after_layer(index, stream)
+            narrowed = None if control is None else control.after_layer(index, stream)
             if narrowed is not None:
                 rows, attention, logits_rows = narrowed.rows, narrowed.attention, narrowed.logits_rows
                 if len(rows) == 0:

@@ -1,13 +1,13 @@
 """From a schedule to the tensors of one forward pass."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from minirksc.cache.rsbcm import BlockCopy, BlockManager
-from minirksc.engine.scheduler import Schedule, ScheduledRequest
+from minirksc.engine.scheduler import ScheduledRequest
 from minirksc.kernels.attention.batch import AttentionBatch
 
 
@@ -45,7 +45,7 @@ class ForwardBatch:
 
 
 def build_batch(
-    step: Schedule,
+    items: Sequence[ScheduledRequest],
     blocks: BlockManager,
     windows: Collection[int | None],
     device: torch.device,
@@ -54,7 +54,7 @@ def build_batch(
     """Flattens what the scheduler chose.
 
     Args:
-        step: the schedule.
+        items: what the scheduler chose.
         blocks: whose tables the sequences are in.
         windows: those of the model's layers.
         device: of the tensors.
@@ -66,7 +66,7 @@ def build_batch(
     cu_seqlens_q = [0]
     logits_rows: list[int] = []
     wanted: list[LogitsRows] = []
-    for item in step.scheduled:
+    for item in items:
         tokens = item.request.sequence.token_ids
         end = item.first + item.num_tokens
         row = len(token_ids)
@@ -80,8 +80,8 @@ def build_batch(
             logits_rows += range(row + first - item.first, row + item.num_tokens)
             wanted.append(LogitsRows(item, begin, len(logits_rows), first))
     size = blocks.block_size
-    seq_ids = [item.request.sequence.seq_id for item in step.scheduled]
-    context_lens = [item.first + item.num_tokens for item in step.scheduled]
+    seq_ids = [item.request.sequence.seq_id for item in items]
+    context_lens = [item.first + item.num_tokens for item in items]
     block_tables = [blocks.block_table(seq_id) for seq_id in seq_ids]
     window_tables = [blocks.window_table(seq_id) for seq_id in seq_ids] if any(windows) else []
 
@@ -90,7 +90,7 @@ def build_batch(
         slots = torch.tensor(
             [
                 table[p // size] * size + p % size
-                for item, table in zip(step.scheduled, kv_tables, strict=True)
+                for item, table in zip(items, kv_tables, strict=True)
                 for p in range(item.first, item.first + item.num_tokens)
             ],
             device=device,
@@ -116,7 +116,7 @@ def build_batch(
         if len(logits_rows) == len(token_ids)
         else torch.tensor(logits_rows, dtype=torch.int64, device=device),
         wanted=wanted,
-        copies=[copy for item in step.scheduled for copy in item.copies],
+        copies=[copy for item in items for copy in item.copies],
     )
 
 

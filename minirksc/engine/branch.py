@@ -48,8 +48,8 @@ class Branch:
     Attributes:
         sequence: its own in the engine.
         parent: the branch that it was forked from; None for a root.
-        exit_layer: of a root, layers that its prompt went through before a depth gate ended it; None: all.
-        num_saved_layer_rows: of a root, its tokens times the layers that a depth gate spared them.
+        exit_layer: of a root, layers that its prompt went through before a layer gate ended it; None: all.
+        num_saved_layer_rows: of a root, its tokens times the layers that a layer gate spared them.
         num_cached_tokens: of a root, tokens of its prompt that were found in the prefix cache, in whole blocks.
     """
 

@@ -199,8 +199,8 @@ class Interruptible(ABC):
     def _let_go(self, sequence: Sequence) -> None:
         self._handles.pop(sequence.seq_id, None)
 
-    def _enter(self) -> None:
-        """Whoever is about to change something comes in here.
+    def _enter(self) -> Marked:
+        """Whoever is about to change something comes in here, and holds what it is given while it does.
 
         Raises:
             EngineBusyError: another thread is inside, or a step of this one.
@@ -216,6 +216,7 @@ class Interruptible(ABC):
                 "the engine is in the midst of a step or of another thread's call; one thread at a time drives it, "
                 "and callbacks inside a step only look (on_step of extend() runs between steps)"
             )
+        return self._changes
 
     def _mend(self) -> bool:
         """Puts in order what was left half way; False: somebody is inside, look only."""
@@ -250,8 +251,7 @@ class Interruptible(ABC):
         self._stepping.mark = None
 
     def _end_call(self, call: Call) -> None:
-        self._enter()
-        with self._changes:
+        with self._enter():
             self._give_back(call)
 
     def _give_back(self, call: Call) -> None:

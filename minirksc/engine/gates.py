@@ -1,4 +1,4 @@
-"""Depth gates: the one mechanism by which a request leaves a forward pass between two layers.
+"""Layer gates: the one mechanism by which a request leaves a forward pass between two layers.
 
 A request may sit at a gate. After the layers that the gate names, it is shown the hidden rows of its requests and says
 which of them leave. What has left is not computed any further: the batch really is smaller in the layers above.
@@ -53,14 +53,18 @@ class Borrow:
     positions: Sequence[int]
 
 
-LEAVE = None
-"""The request leaves as a whole, and is finished."""
-
-Verdicts = Mapping[int, Borrow | None]
-"""What leaves, by row; a row that is not in it goes on."""
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """The request leaves as a whole, and is finished; there is one of these, `LEAVE`."""
 
 
-class DepthGate(Protocol):
+LEAVE = Leave()
+
+Decisions = Mapping[int, Leave | Borrow]
+"""What a gate decided, by row; a row that is not in it goes on."""
+
+
+class LayerGate(Protocol):
     """Decides between layers.
 
     Attributes:
@@ -72,11 +76,11 @@ class DepthGate(Protocol):
         """After which it is asked."""
         ...
 
-    def after_layer(self, layer: int, rows: GateRows) -> Verdicts:
-        """Names what leaves.
+    def after_layer(self, layer: int, rows: GateRows) -> Decisions:
+        """Decides which of the rows leave, or borrow; anything else for a decision ends the step with a ConfigError.
 
         Args:
-            layer: that has just been computed.
+            layer: index of the layer that has just been computed.
             rows: those still in the batch; at least one.
         """
         ...
@@ -92,6 +96,6 @@ class Seat:
         sees_all: all its tokens are computed, none is taken from the prefix cache.
     """
 
-    gate: DepthGate
+    gate: LayerGate
     row: int
     sees_all: bool = False

@@ -4,11 +4,10 @@ import torch
 from torch import Tensor
 
 from minirksc.engine.batch import ForwardBatch
-from minirksc.engine.depth import Depth
 from minirksc.engine.graphs import DecodeGraphs
 from minirksc.engine.kv_tensors import KvCache
 from minirksc.engine.tapes import DecodeTapes
-from minirksc.models.decoder import Decoder, MassSample
+from minirksc.models.decoder import Decoder, LayerControl, MassSample
 
 
 class Runner:
@@ -35,17 +34,19 @@ class Runner:
         )
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, depth: Depth | None = None, mass: MassSample | None = None) -> Tensor:
+    def forward(
+        self, batch: ForwardBatch, control: LayerControl | None = None, mass: MassSample | None = None
+    ) -> Tensor:
         """Copies blocks, writes the new KV, and returns logits `[rows, vocab]` float32.
 
         Args:
             batch: the step.
-            depth: its gates; the logits are then those of `depth.wanted`.
+            control: what may take rows out between layers; their logits are left out.
             mass: see `Decoder.forward`.
         """
         if batch.copies:
             self.cache.copy(batch.copies)
-        if self.recorded is not None and depth is None:
+        if self.recorded is not None and control is None:
             logits = self.recorded.forward(batch, mass)
             if logits is not None:
                 return logits
@@ -56,7 +57,7 @@ class Runner:
             batch.attention,
             self.cache.layers,
             batch.logits_rows,
-            depth,
+            control,
             mass,
         )
 

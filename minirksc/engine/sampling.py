@@ -22,6 +22,7 @@ from minirksc.options import SamplingParams
 
 NEG_INF = float("-inf")
 MIN_TEMPERATURE = 1e-6
+NOTHING = frozenset[int]()
 
 
 class SamplingRow(NamedTuple):
@@ -42,8 +43,24 @@ class SamplingRow(NamedTuple):
     seed: int
     path: tuple[int, ...]
     position: int
-    forbidden_ids: frozenset[int] = frozenset()
+    forbidden_ids: frozenset[int] = NOTHING
     earlier_output_ids: Sequence[int] = ()
+
+    @classmethod
+    def of(cls, request: Request, eos_token_ids: frozenset[int]) -> "SamplingRow":
+        """What the next token of a request is drawn with."""
+        params, sequence = request.params, request.sequence
+        below_minimum = len(request.output_token_ids) < params.min_tokens
+        return cls(
+            params=params,
+            token_ids=sequence.token_ids,
+            output_token_ids=request.output_token_ids,
+            seed=request.seed,
+            path=sequence.path,
+            position=len(sequence.token_ids),
+            forbidden_ids=eos_token_ids.union(params.stop_token_ids) if below_minimum else NOTHING,
+            earlier_output_ids=request.earlier_output_ids,
+        )
 
 
 class Sampled(NamedTuple):

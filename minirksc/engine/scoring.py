@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minirksc.engine.calls import Call
 from minirksc.engine.engine import Engine
-from minirksc.engine.gates import DepthGate, Seat
+from minirksc.engine.gates import LayerGate, Seat
 from minirksc.engine.request import LogitsCallback, Sequence
 from minirksc.options import SamplingParams
 
@@ -24,7 +24,7 @@ def score_requests(
     choices: list[list[int]],
     params: SamplingParams,
     out: Tensor,
-    gate: DepthGate | None = None,
+    gate: LayerGate | None = None,
 ) -> None:
     """Queues requests that fill `out`.
 

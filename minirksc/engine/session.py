@@ -17,7 +17,7 @@ from minirksc.cache.eviction_log import Eviction as Eviction
 from minirksc.engine.branch import Branch, BranchProgress, branch_list
 from minirksc.engine.calls import Call
 from minirksc.engine.engine import Engine
-from minirksc.engine.gates import DepthGate, Seat
+from minirksc.engine.gates import LayerGate, Seat
 from minirksc.engine.outputs import Job
 from minirksc.engine.prompts import Conversation, Params, Prompt, one_or_many, params_list, read_prompt
 from minirksc.engine.request import Request, Salt, salt_key
@@ -226,7 +226,7 @@ class Session:
         branches: Iterable[Branch],
         question: Prompt | Iterable[Prompt],
         choices: Iterable[Prompt],
-        gate: DepthGate | None = None,
+        gate: LayerGate | None = None,
     ) -> Tensor:
         """How probable each choice is as the continuation of `question` after each branch; see `LLM.score`."""
         owned = branch_list(branches, self)

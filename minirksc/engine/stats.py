@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from minirksc.cache.rsbcm import BlockBytes, BlockManager
-from minirksc.engine.depth import Depth
+from minirksc.engine.gated_pass import GatedPass
 from minirksc.engine.runner import Runner
 from minirksc.engine.scheduler import ScheduledRequest, Scheduler
 from minirksc.kernels.native.ops import why_not
@@ -40,23 +40,21 @@ class Counters:
     num_tokens_in_decode_s: int = 0
 
     def count_step(
-        self, scheduled: SequenceOf[ScheduledRequest], depth: Depth | None, num_layers: int, seconds: float
+        self, scheduled: SequenceOf[ScheduledRequest], gated: GatedPass, num_layers: int, seconds: float
     ) -> None:
         """Adds one step; what it sampled is counted token by token.
 
         Args:
             scheduled: what it computed.
-            depth: its gates.
-            num_layers: of the model.
-            seconds: that it took.
+            gated: what its gates have spared it.
+            num_layers: layers of the model.
+            seconds: time that it took.
         """
-        self.num_steps += 1
         num_rows = sum(item.num_tokens for item in scheduled)
-        num_prefilled = sum(item.num_tokens for item in scheduled if not item.is_decode)
-        if depth is not None:
-            num_prefilled -= depth.num_dropped_rows
-            self.num_saved_layer_rows += num_rows * num_layers - depth.num_layer_rows
-        self.num_layer_rows += num_rows * num_layers if depth is None else depth.num_layer_rows
+        num_prefilled = sum(item.num_tokens for item in scheduled if not item.is_decode) - gated.num_departed_rows
+        self.num_steps += 1
+        self.num_layer_rows += num_rows * num_layers - gated.num_saved_layer_rows
+        self.num_saved_layer_rows += gated.num_saved_layer_rows
         self.num_prefilled_tokens += num_prefilled
         if num_prefilled:
             self.prefill_s += seconds

@@ -32,7 +32,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from minirksc.engine.gates import Borrow, GateRows, Verdicts
+from minirksc.engine.gates import LEAVE, Borrow, Decisions, GateRows, Leave
 from minirksc.errors import ConfigError
 from minirksc.models.spec import ArchSpec
 from minirksc.rksc.similarity import GATES, PrefixStates, SimilarityGate
@@ -63,7 +63,7 @@ class Lender(Protocol):
 
 
 class Probe:
-    """Compares wordings with the first one inside their own prefills; a depth gate.
+    """Compares wordings with the first one inside their own prefills; a layer gate.
 
     The first wording must pass with all its tokens before the others start.
 
@@ -106,7 +106,7 @@ class Probe:
 
     @property
     def layers(self) -> Collection[int]:
-        """See `minirksc.engine.gates.DepthGate`."""
+        """See `minirksc.engine.gates.LayerGate`."""
         return self._needed
 
     def watch(self, row: int, token_ids: Sequence[int]) -> None:
@@ -124,9 +124,9 @@ class Probe:
             return "less alike than the threshold"
         return "too little can be borrowed: the runs of equal tokens are too short, or their KV is gone"
 
-    def after_layer(self, layer: int, rows: GateRows) -> Verdicts:
-        """See `minirksc.engine.gates.DepthGate`."""
-        verdicts: dict[int, Borrow | None] = {}
+    def after_layer(self, layer: int, rows: GateRows) -> Decisions:
+        """See `minirksc.engine.gates.LayerGate`."""
+        decisions: dict[int, Leave | Borrow] = {}
         for index, row in enumerate(rows.rows):
             self._first.setdefault(row, rows.positions[index].start)
             self._parts.setdefault(row, {}).setdefault(layer, []).append(rows.hidden(index))
@@ -135,10 +135,10 @@ class Probe:
             if self._accepts(row):
                 borrow = self._borrow(row, rows.positions[index]) if self._aligned else None
                 if borrow is not None or not self._aligned:
-                    verdicts[row] = borrow
+                    decisions[row] = LEAVE if borrow is None else borrow
                     self.accepted.add(row)
             del self._parts[row]
-        return verdicts
+        return decisions
 
     def _accepts(self, row: int) -> bool:
         first = self._first[row]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from minirksc.engine.gates import LEAVE, GateRows, Verdicts
+from minirksc.engine.gates import LEAVE, Decisions, GateRows
 from minirksc.rksc.thresholds import is_count, is_number
 
 if TYPE_CHECKING:
@@ -128,8 +128,8 @@ class LayerExit(MarginExit):
         super().__init__(MarginRule(margin, patience, start, lines), num_layers)
         self._lens = lens
 
-    def after_layer(self, layer: int, rows: GateRows) -> Verdicts:
-        """See `minirksc.engine.gates.DepthGate`."""
+    def after_layer(self, layer: int, rows: GateRows) -> Decisions:
+        """See `minirksc.engine.gates.LayerGate`."""
         read = self._lens(rows.last()).tolist()  # [rows][2]
         margins = {row: yes - no for row, is_end, (yes, no) in zip(rows.rows, rows.ends, read, strict=True) if is_end}
         return dict.fromkeys(self.leaving(layer, margins), LEAVE)
@@ -188,8 +188,8 @@ class EntropyExit:
         self._entropy, self._stability, self._start = entropy, stability, start
         self._before: dict[int, float] = {}
 
-    def after_layer(self, layer: int, rows: GateRows) -> Verdicts:
-        """See `minirksc.engine.gates.DepthGate`."""
+    def after_layer(self, layer: int, rows: GateRows) -> Decisions:
+        """See `minirksc.engine.gates.LayerGate`."""
         logprobs = self._lens(rows.last()).log_softmax(-1)  # [rows, vocab]
         entropies = -(logprobs.exp() * logprobs).sum(-1)
         yes, no = (logprobs[:, token_id].tolist() for token_id in self._choices)

@@ -1,0 +1,224 @@
+"""What gates do to one step: they are asked between layers, and the batch becomes smaller.
+
+A row is a token of the flattened batch. A request that lost rows in its midst is several runs of rows; to the attention
+each run is a sequence of its own with the same blocks, whose keys end where the run does.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from minirksc.cache.rsbcm import BlockManager
+from minirksc.engine.batch import ForwardBatch, LogitsRows
+from minirksc.engine.gates import Borrow, GateRows, LayerGate, Leave
+from minirksc.engine.request import Request
+from minirksc.engine.runner import Runner
+from minirksc.engine.scheduler import ScheduledRequest
+from minirksc.errors import ConfigError, brief
+from minirksc.kernels.attention.batch import AttentionBatch
+from minirksc.models.decoder import LayerControl, Narrowed
+from minirksc.models.layers import ResidualStream
+
+
+@dataclass(slots=True, eq=False)
+class _Part:
+    """One request: its rows of the whole batch begin at `begin`; `rows` are those that are still computed."""
+
+    item: ScheduledRequest
+    begin: int
+    rows: list[int]
+
+
+@dataclass(slots=True)
+class _Loan:
+    """Tokens that use another sequence's KV: slots `[tokens]` int64 by window, and by how much they were moved."""
+
+    sources: dict[int | None, Tensor]
+    destinations: dict[int | None, Tensor]
+    shifts: Tensor  # [tokens] int64
+
+
+@dataclass(slots=True)
+class _Watch:
+    """A gate and the requests at it that it has not yet decided about, by their names."""
+
+    gate: LayerGate
+    parts: dict[int, _Part] = field(default_factory=dict)
+
+
+class GatedPass:
+    """One step's way through the layers: every row goes through all of them, unless a gate decides otherwise.
+
+    Args:
+        items: what was scheduled, in the order of the batch.
+        batch: the whole step.
+        blocks: the block manager, for the tables of any sequence.
+        runner: model and cache.
+
+    Attributes:
+        wanted: rows of the logits that the pass gives, of the requests that went through all layers.
+        departed: requests that left as a whole -> layers that they went through.
+        borrowed: requests that use borrowed KV -> position of the first such token.
+        num_departed_rows: rows that left.
+        num_saved_layer_rows: these rows times the layers that they were spared.
+    """
+
+    def __init__(
+        self, items: Sequence[ScheduledRequest], batch: ForwardBatch, blocks: BlockManager, runner: Runner
+    ) -> None:
+        self.wanted = batch.wanted
+        self.departed: dict[Request, int] = {}
+        self.borrowed: dict[Request, int] = {}
+        self.num_departed_rows = 0
+        self.num_saved_layer_rows = 0
+        self._batch, self._blocks, self._runner = batch, blocks, runner
+        self._loans: list[_Loan] = []
+        seats = [item.request.seat for item in items]
+        asks = any(seat is not None and seat.gate.layers for seat in seats)
+        self._parts = _parts(items) if asks else {}
+        watches: dict[int, _Watch] = {}
+        for part, seat in zip(self._parts.values(), seats, strict=False):
+            if seat is not None:
+                watches.setdefault(id(seat.gate), _Watch(seat.gate)).parts[seat.row] = part
+        self._watches = list(watches.values())
+
+    @property
+    def control(self) -> LayerControl | None:
+        """What is to be asked between layers; None: nothing, since no request sits at a gate that is asked."""
+        return self if self._watches else None
+
+    def after_layer(self, layer: int, stream: ResidualStream) -> Narrowed | None:
+        """Asks the gates of this layer; see `models.decoder.LayerControl`."""
+        asked = [watch for watch in self._watches if watch.parts and layer in watch.gate.layers]
+        places = {row: place for place, row in enumerate(self._rows())} if asked else {}
+        has_changed = False
+        for watch in asked:
+            decisions = watch.gate.after_layer(layer, self._gate_rows(watch, stream, places))
+            for row, decision in decisions.items():
+                if row not in watch.parts or not isinstance(decision, (Leave, Borrow)):
+                    raise ConfigError(
+                        f"a gate decided {brief(decision)} for row {brief(row)} after layer {layer}; it gives "
+                        f"LEAVE or Borrow(...), for rows that it was shown; leave out those that go on"
+                    )
+                self._apply(layer, watch.parts.pop(row), decision)
+                has_changed = True
+        self._lend(layer + 1)
+        return self._narrow(places) if has_changed else None
+
+    def _rows(self) -> list[int]:
+        """Rows that are still computed, in the order of the stream."""
+        return [row for part in self._parts.values() for row in part.rows]
+
+    def _gate_rows(self, watch: _Watch, stream: ResidualStream, places: dict[int, int]) -> GateRows:
+        parts = list(watch.parts.values())
+
+        def read(rows: list[int]) -> Tensor:
+            return stream.at(torch.tensor([places[row] for row in rows], device=self._batch.token_ids.device))
+
+        return GateRows(
+            rows=list(watch.parts),
+            ends=[part.item.completes for part in parts],
+            positions=[range(part.item.first, part.item.first + part.item.num_tokens) for part in parts],
+            last=lambda: read([part.rows[-1] for part in parts]),
+            hidden=lambda index: read(parts[index].rows),
+        )
+
+    def _apply(self, layer: int, part: _Part, decision: Leave | Borrow) -> None:
+        request = part.item.request
+        if isinstance(decision, Borrow):
+            gone = {part.begin + offset for offset in decision.offsets}
+            assert part.rows[-1] not in gone, "the last token must stay"
+            request.seat = None  # decided: what it generates goes through all layers
+            self.borrowed[request] = part.item.first + min(decision.offsets)
+            self._loans.append(self._loan(part, decision))
+        else:
+            gone = set(part.rows)
+            self.departed[request] = layer + 1
+        part.rows = [row for row in part.rows if row not in gone]
+        num_saved = len(gone) * (self._runner.model.spec.num_layers - layer - 1)
+        request.num_saved_layer_rows += num_saved
+        self.num_saved_layer_rows += num_saved
+        self.num_departed_rows += len(gone)
+
+    def _loan(self, part: _Part, borrow: Borrow) -> _Loan:
+        device = self._batch.token_ids.device
+        rows = torch.tensor([part.begin + offset for offset in borrow.offsets], device=device)
+        sources: dict[int | None, Tensor] = {}
+        destinations: dict[int | None, Tensor] = {}
+        for window, attention in self._batch.attention.items():
+            table_of = self._blocks.block_table if window is None else self._blocks.window_table
+            size, table = attention.block_size, table_of(borrow.seq_id)
+            slots = [table[p // size] * size + p % size for p in borrow.positions]
+            sources[window] = torch.tensor(slots, device=device)
+            destinations[window] = attention.slots[rows]
+        shifts = [part.item.first + o - p for o, p in zip(borrow.offsets, borrow.positions, strict=True)]
+        return _Loan(sources, destinations, torch.tensor(shifts, device=device))
+
+    def _lend(self, layer: int) -> None:
+        """Copies borrowed KV to where the tokens of the borrowers are in this layer, if there is such a layer."""
+        for loan in self._loans if layer < self._runner.model.spec.num_layers else ():
+            window = self._runner.model.spec.layers[layer].window
+            self._runner.copy_kv(layer, loan.sources[window], loan.destinations[window], loan.shifts)
+
+    def _narrow(self, before: dict[int, int]) -> Narrowed:
+        """The batch without what has departed; `before` is where each row was in the stream."""
+        device = self._batch.token_ids.device
+        remaining = self._rows()
+        places = {row: place for place, row in enumerate(remaining)}
+        logits_rows: list[int] = []
+        wanted: list[LogitsRows] = []
+        for rows in self._batch.wanted:
+            part = self._parts[rows.item.request]
+            if part.rows:
+                begin, first_row = len(logits_rows), part.begin + rows.first - rows.item.first
+                logits_rows += [places[first_row + i] for i in range(rows.end - rows.begin)]
+                wanted.append(LogitsRows(rows.item, begin, len(logits_rows), rows.first))
+        self.wanted = wanted
+        return Narrowed(
+            rows=torch.tensor([before[row] for row in remaining], dtype=torch.int64, device=device),
+            attention={window: self._attention(whole, remaining) for window, whole in self._batch.attention.items()},
+            logits_rows=torch.tensor(logits_rows, dtype=torch.int64, device=device),
+        )
+
+    def _attention(self, whole: AttentionBatch, remaining: list[int]) -> AttentionBatch:
+        cu_seqlens_q = [0]
+        context_lens: list[int] = []
+        sequences: list[int] = []
+        for index, part in enumerate(self._parts.values()):
+            for begin, end in _runs(part.rows):
+                cu_seqlens_q.append(cu_seqlens_q[-1] + end - begin)
+                context_lens.append(part.item.first + end - part.begin)
+                sequences.append(index)
+        rows = torch.tensor(remaining, dtype=torch.int64, device=whole.device)
+        return AttentionBatch(
+            cu_seqlens_q,
+            context_lens,
+            [whole.block_tables[index] for index in sequences],
+            [whole.kv_tables[index] for index in sequences],
+            whole.slots[rows],
+            block_size=whole.block_size,
+            device=whole.device,
+            window=whole.window,
+            key_chunk=whole.key_chunk,
+        )
+
+
+def _parts(items: Sequence[ScheduledRequest]) -> dict[Request, _Part]:
+    """The requests of a step, all of their rows still computed."""
+    parts: dict[Request, _Part] = {}
+    begin = 0
+    for item in items:
+        parts[item.request] = _Part(item, begin, list(range(begin, begin + item.num_tokens)))
+        begin += item.num_tokens
+    return parts
+
+
+def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """[begin, end) of consecutive rows."""
+    begin = 0
+    for i in range(1, len(rows) + 1):
+        if i == len(rows) or rows[i] != rows[i - 1] + 1:
+            yield rows[begin], rows[i - 1] + 1
+            begin = i
