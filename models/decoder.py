@@ -179,7 +179,7 @@ class Decoder:
             Logits `[rows, vocab]` float32.
         """
         feed = self.feed(token_ids, positions, sequence_lens)
-        return self.capped(self.through_layers(feed, attention, cache, logits_rows, control, mass))
+        return self.capped(self.through_layers(feed, self._by_layer(attention), cache, logits_rows, control, mass))
 
     def feed(self, token_ids: Tensor, positions: Tensor, sequence_lens: Tensor) -> LayerFeed:
         """What the layers begin with; arguments as of `forward`."""
@@ -196,13 +196,16 @@ class Decoder:
     def through_layers(
         self,
         feed: LayerFeed,
-        attention: Mapping[int | None, AttentionBatch],
+        attention: Sequence[AttentionBatch],
         cache: Sequence[LayerCache],
         logits_rows: Tensor | None,
         control: LayerControl | None = None,
         mass: MassSample | None = None,
     ) -> Tensor:
-        """Logits `[rows, vocab]` float32 before the cap; `feed` is overwritten. Arguments as of `forward`."""
+        """Logits `[rows, vocab]` float32 before the cap; `feed` is overwritten, and `attention` has one entry a layer.
+
+        All other arguments as of `forward`.
+        """
         tables, growth, inputs = feed.tables, feed.growth, feed.inputs
         stream = ResidualStream(feed.hidden, self.backend, self.spec.norm_eps)
         shared_kv: dict[int, Tensor] = {}  # by the layer that made it
@@ -212,12 +215,13 @@ class Decoder:
             shared = None if own.kv_layer is None else shared_kv[own.kv_layer]
             layer_input = None if inputs is None else inputs[index]
             masses = mass.masses if mass is not None and index in mass.layers else None
-            kv = layer(stream, table, growth, layer_cache, attention[own.window], shared, layer_input, masses)
+            kv = layer(stream, table, growth, layer_cache, attention[index], shared, layer_input, masses)
             if index in self._kv_sources:
                 shared_kv[index] = kv
             narrowed = None if control is None else control.after_layer(index, stream)
             if narrowed is not None:
-                rows, attention, logits_rows = narrowed.rows, narrowed.attention, narrowed.logits_rows
+                rows, logits_rows = narrowed.rows, narrowed.logits_rows
+                attention = self._by_layer(narrowed.attention)
                 if len(rows) == 0:
                     break
                 stream.keep(rows)
@@ -230,6 +234,9 @@ class Decoder:
                 return feed.hidden.new_empty((0, self.spec.vocab_size), dtype=torch.float32)
             stream.keep(logits_rows)
         return self.head.in_float32(stream.normed(self.norm))
+
+    def _by_layer(self, attention: Mapping[int | None, AttentionBatch]) -> list[AttentionBatch]:
+        return [attention[layer.window] for layer in self.spec.layers]
 
     def capped(self, logits: Tensor) -> Tensor:
         """The same under the soft cap of the architecture, if it has one; in place."""

@@ -1,12 +1,13 @@
 """Owns the model and the KV cache, and runs one `ForwardBatch`."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from minirksc.engine.batch import ForwardBatch
-from minirksc.engine.graphs import DecodeGraphs
 from minirksc.engine.kv_tensors import KvCache
-from minirksc.engine.tapes import DecodeTapes
+from minirksc.engine.recorded import Recordings
 from minirksc.models.decoder import Decoder, LayerControl, MassSample
 
 
@@ -28,7 +29,7 @@ class Runner:
         self, model: Decoder, num_blocks: int, num_window_blocks: int, block_size: int, kv_dtype: torch.dtype
     ) -> None:
         self.model = model
-        self.recorded: DecodeGraphs | DecodeTapes | None = None
+        self.recorded: Recordings[Any] | None = None
         self.cache = KvCache(
             model.spec, num_blocks, num_window_blocks, block_size, kv_dtype, model.device, model.backend
         )
