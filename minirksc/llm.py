@@ -71,9 +71,9 @@ class LLM:
         except BaseException:
             self._restore_threads()
             raise
-        self._session = Session(loaded.engine, loaded.config, loaded.model_path)
-        self.config, self.spec, self.model_path = loaded.config, loaded.spec, loaded.model_path
-        self.tokenizer, self.sampling_defaults = loaded.tokenizer, loaded.sampling_defaults
+        self._session = session = Session(loaded.engine, loaded.config, loaded.model_path)
+        self.config, self.spec, self.model_path = session.config, session.spec, session.model_path
+        self.tokenizer, self.sampling_defaults = session.tokenizer, loaded.engine.sampling_defaults
         self._load_s, self._pack_s = loaded.load_s, loaded.pack_s
 
     @property

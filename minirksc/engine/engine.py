@@ -46,12 +46,11 @@ class Engine(Sequences):
     Args:
         runner: model and cache tensor.
         blocks: block manager of the same number of blocks.
-        config: limits of a step.
-        block_bytes: of one block.
-        max_model_len: longest sequence, prompt and generated tokens together.
-        eos_token_ids: end a generation.
+        config: options, with max_model_len resolved.
+        block_bytes: size of one block.
+        eos_token_ids: tokens that end a generation.
         tokenizer: for text and stop strings; None: token ids only.
-        sampling_defaults: of the checkpoint, for sampling values that a request leaves open.
+        sampling_defaults: the checkpoint's values for what sampling parameters leave open.
     """
 
     def __init__(
@@ -60,7 +59,6 @@ class Engine(Sequences):
         blocks: BlockManager,
         config: EngineConfig,
         block_bytes: BlockBytes,
-        max_model_len: int,
         eos_token_ids: frozenset[int],
         tokenizer: Tokenizer | None,
         sampling_defaults: Mapping[str, float],
@@ -74,7 +72,8 @@ class Engine(Sequences):
             config.prefix_caching,
             spec.switch_len,
         )
-        super().__init__(scheduler, spec.vocab_size, max_model_len, device)
+        assert config.max_model_len is not None
+        super().__init__(scheduler, spec.vocab_size, config.max_model_len, device)
         self.runner = runner
         self.block_bytes = block_bytes
         # Triton launches on the process's current device, which need not be the model's.
