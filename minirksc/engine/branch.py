@@ -6,10 +6,10 @@ is never tokenised again. Blocks are shared until one branch writes into a block
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from minirksc.engine.calls import Call
-from minirksc.engine.engine import Engine
+from minirksc.engine.open_engine import OpenEngine
 from minirksc.engine.prompts import Prompt
 from minirksc.engine.request import Request, Sequence
 from minirksc.engine.signals import TokenSignals, mean_top1
@@ -17,24 +17,6 @@ from minirksc.engine.stopping import TextSource
 from minirksc.errors import BranchError, ConfigError, brief
 from minirksc.options import SamplingParams
 from minirksc.token_ids import is_list
-
-
-class Home(Protocol):
-    """What a branch needs of the session that made it."""
-
-    @property
-    def engine(self) -> Engine:
-        """Where its sequence is; an EngineClosedError after close()."""
-        ...
-
-    @property
-    def closed(self) -> bool:
-        """True after close()."""
-        ...
-
-    def encode_fragment(self, tokens: Prompt) -> list[int]:
-        """Token ids of what continues it."""
-        ...
 
 
 class Branch:
@@ -53,7 +35,7 @@ class Branch:
         num_cached_tokens: of a root, tokens of its prompt that were found in the prefix cache, in whole blocks.
     """
 
-    def __init__(self, home: Home, sequence: Sequence, parent: "Branch | None" = None) -> None:
+    def __init__(self, home: OpenEngine, sequence: Sequence, parent: "Branch | None" = None) -> None:
         self._home = home
         self.sequence = sequence
         self._num_forks = 0
@@ -210,7 +192,7 @@ class Branch:
         state = "pruned" if self.pruned else f"{self.num_tokens} tokens"
         return f"Branch(path={self.path}, {state}, finish_reason={self.finish_reason!r})"
 
-    def check_usable(self, home: Home | None = None) -> None:
+    def check_usable(self, home: OpenEngine | None = None) -> None:
         """Refuses a branch that nothing can be done with.
 
         Args:
@@ -339,7 +321,7 @@ def _num_within(token_ids: SequenceOf[int], text: str, source: "TextSource") -> 
     return num_tokens, num_chars
 
 
-def branch_list(branches: Any, home: Home) -> list[Branch]:
+def branch_list(branches: Any, home: OpenEngine) -> list[Branch]:
     """Branches that whoever made them can use.
 
     Raises:

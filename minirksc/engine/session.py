@@ -4,13 +4,11 @@ Everything here is a loop over `Engine.step`. It knows neither how a model was l
 `minirksc.llm` is above it, and the solver.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from minirksc.cache.eviction_log import Eviction as Eviction
@@ -18,75 +16,29 @@ from minirksc.engine.branch import Branch, BranchProgress, branch_list
 from minirksc.engine.calls import Call
 from minirksc.engine.engine import Engine
 from minirksc.engine.gates import LayerGate, Seat
+from minirksc.engine.open_engine import OpenEngine
 from minirksc.engine.outputs import Job
-from minirksc.engine.prompts import Conversation, Params, Prompt, one_or_many, params_list, read_prompt
-from minirksc.engine.request import Request, Salt, salt_key
+from minirksc.engine.prompts import Params, Prompt, one_or_many, params_list
+from minirksc.engine.request import Request, Salt
 from minirksc.engine.scoring import score_requests
 from minirksc.engine.stats import Stats, runs_on
-from minirksc.errors import (
-    BranchError,
-    ConfigError,
-    EngineClosedError,
-    MinirkscError,
-    NumericalError,
-    TokenizerError,
-    brief,
-    named,
-)
-from minirksc.models.spec import ArchSpec
+from minirksc.errors import BranchError, ConfigError, MinirkscError, NumericalError, brief, named
 from minirksc.options import EngineConfig, SamplingParams
 from minirksc.text.tokenizer import Tokenizer as Tokenizer
 from minirksc.token_ids import is_list, plain, read_token_ids
 
 
-class Session:
-    """Work on one engine.
-
-    Args:
-        engine: that computes.
-        config: it was made with, max_model_len resolved.
-        model_path: folder of its weights.
-
-    Attributes:
-        config, model_path: as given.
-        spec: the architecture.
-        tokenizer: None when the folder has none; token ids still work.
-    """
+class Session(OpenEngine):
+    """Work on one engine; arguments and attributes are those of `OpenEngine`."""
 
     def __init__(self, engine: Engine, config: EngineConfig, model_path: Path) -> None:
-        self._engine: Engine | None = engine
-        self.config = config
-        self.model_path = model_path
-        self.spec: ArchSpec = engine.runner.model.spec
-        self.tokenizer: Tokenizer | None = engine.tokenizer
+        super().__init__(engine, config, model_path)
         self._lenses: dict[tuple[int, ...] | None, Callable[[Tensor], Tensor]] = {}
 
-    @property
-    def engine(self) -> Engine:
-        """The engine below.
-
-        Raises:
-            EngineClosedError: after close().
-        """
-        if self._engine is None:
-            raise EngineClosedError(f"LLM({self.config.model!r}) was closed; make a new one")
-        return self._engine
-
-    @property
-    def closed(self) -> bool:
-        """True after close()."""
-        return self._engine is None
-
     def close(self) -> None:
-        """Lets go of the engine; its branches cannot be used after. A second call does nothing."""
-        self._engine = None
+        """Lets go of the engine and of what was made of its weights; see `OpenEngine.close`."""
+        super().close()
         self._lenses.clear()
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            f"LLM({self.config.model!r}) holds a model and its cache, and cannot be copied or pickled; "
-            "make one in each process, with the same arguments"
-        )
 
     # Requests
 
@@ -101,7 +53,7 @@ class Session:
         """
         job = Job(None, [], SamplingParams())
         try:
-            job.prompt, job.token_ids, own_salt = self._encode(prompt, salt)
+            job.prompt, job.token_ids, own_salt = self.encode(prompt, salt)
             job.params = SamplingParams.of(params).resolved(self.engine.sampling_defaults)
             job.add_requests(self.engine, call, own_salt)
         except MinirkscError as error:
@@ -166,7 +118,7 @@ class Session:
         with self.engine.call() as call:
             for index, prompt in enumerate(prompts):
                 try:
-                    _, token_ids, own_salt = self._encode(prompt, salt)
+                    _, token_ids, own_salt = self.encode(prompt, salt)
                     own_seed = self.engine.next_seed() if seed is None else seed
                     sequence = self.engine.new_sequence(token_ids, share=share, salt=own_salt, seed=own_seed)
                     sequence.kept = True
@@ -233,22 +185,14 @@ class Session:
         choice_ids = self._choices(choices)
         if gate is not None and max(map(len, choice_ids)) > 1:
             raise ConfigError(f"a gate reads one row of logits a branch; choices {choice_ids} have more than one token")
-        scores = torch.full((len(owned), len(choice_ids)), math.nan)  # [branches, choices]
-        sequences = [branch.sequence for branch in owned]
         with self.engine.call() as call:
-            score_requests(
-                self.engine,
-                call,
-                sequences,
-                self._questions(question, len(owned)),
-                choice_ids,
-                SamplingParams(),
-                scores,
-                gate,
+            sequences = [branch.sequence for branch in owned]
+            scores = score_requests(
+                self.engine, call, sequences, self._questions(question, len(owned)), choice_ids, gate
             )
             self.run_all(call.requests)
-        left = [request.exit_layer is not None for request in call.requests]
-        rows = scores if gate is None else scores[[not has_left for has_left in left]]
+        # What departed has no score.
+        rows = scores if gate is None else scores[[request.exit_layer is None for request in call.requests]]
         if not rows.isfinite().all():
             raise NumericalError("the model gave NaN or infinite logits for a choice; try dtype='float32'")
         return scores.softmax(-1)
@@ -271,49 +215,6 @@ class Session:
         if len(items) != num_branches:
             raise ConfigError(f"{len(items)} questions for {num_branches} branches; give one, or one a branch")
         return [self.encode_fragment(item) for item in items]
-
-    # Text
-
-    def need_tokenizer(self, what: str) -> Tokenizer:
-        """The tokenizer.
-
-        Raises:
-            TokenizerError: there is none, so `what` cannot be used.
-        """
-        if self.tokenizer is None:
-            raise TokenizerError(f"{self.model_path} has no tokenizer, so {what} cannot be used; give token ids")
-        return self.tokenizer
-
-    def encode_fragment(self, tokens: Prompt) -> list[int]:
-        """Token ids of what continues something, in any form of a prompt: text gets no BOS.
-
-        Raises:
-            ConfigError, PromptError: it is neither text nor token ids, or has a salt of its own.
-            TokenizerError: text, and there is no tokenizer.
-        """
-        piece = read_prompt(tokens)
-        if piece.salt is not None:
-            raise ConfigError(f"cache_salt {brief(piece.salt)} beside what continues a branch, which has its own salt")
-        if piece.text is None:
-            return piece.token_ids
-        return self.need_tokenizer("text").encode(piece.text, add_special_tokens=False)
-
-    def decode(self, token_ids: Iterable[int]) -> str:
-        """Text of token ids, special tokens left out; "" without a tokenizer."""
-        return "" if self.tokenizer is None else self.tokenizer.decode(read_token_ids(token_ids))
-
-    def _encode(self, prompt: Any, salt: Salt | None) -> tuple[str | None, list[int], Salt | None]:
-        """(text or None, token ids, salt) of one prompt."""
-        if isinstance(prompt, Conversation):
-            tokenizer = self.need_tokenizer("chat()")
-            options = prompt.add_generation_prompt, prompt.tools, prompt.chat_template_kwargs
-            return None, tokenizer.encode_chat(prompt.checked_messages(), *options), salt
-        text, token_ids, own_salt = read_prompt(prompt)
-        if own_salt is not None and salt is not None and salt_key(own_salt) != salt_key(salt):
-            raise ConfigError(f"a prompt's cache_salt {brief(own_salt)} is not the salt of the call; leave one out")
-        if text is not None:
-            token_ids = self.need_tokenizer("text").encode(text)
-        return text, token_ids, salt if own_salt is None else own_salt
 
     # Looking
 
