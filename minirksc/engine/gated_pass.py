@@ -5,7 +5,7 @@ each run is a sequence of its own with the same blocks, whose keys end where the
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -40,14 +40,6 @@ class _Loan:
     shifts: Tensor  # [tokens] int64
 
 
-@dataclass(slots=True)
-class _Watch:
-    """A gate and the requests at it that it has not yet decided about, by their names."""
-
-    gate: LayerGate
-    parts: dict[int, _Part] = field(default_factory=dict)
-
-
 class GatedPass:
     """One step's way through the layers: every row goes through all of them, unless a gate decides otherwise.
 
@@ -78,31 +70,32 @@ class GatedPass:
         seats = [item.request.seat for item in items]
         asks = any(seat is not None and seat.gate.layers for seat in seats)
         self._parts = _parts(items) if asks else {}
-        watches: dict[int, _Watch] = {}
+        undecided: dict[int, tuple[LayerGate, dict[int, _Part]]] = {}
         for part, seat in zip(self._parts.values(), seats, strict=False):
             if seat is not None:
-                watches.setdefault(id(seat.gate), _Watch(seat.gate)).parts[seat.row] = part
-        self._watches = list(watches.values())
+                _, of_gate = undecided.setdefault(id(seat.gate), (seat.gate, {}))
+                of_gate[seat.row] = part
+        # Each gate with the requests that it has not yet decided about, by the rows' names.
+        self._undecided = list(undecided.values())
 
     @property
     def control(self) -> LayerControl | None:
         """What is to be asked between layers; None: nothing, since no request sits at a gate that is asked."""
-        return self if self._watches else None
+        return self if self._undecided else None
 
     def after_layer(self, layer: int, stream: ResidualStream) -> Narrowed | None:
         """Asks the gates of this layer; see `models.decoder.LayerControl`."""
-        asked = [watch for watch in self._watches if watch.parts and layer in watch.gate.layers]
+        asked = [(gate, parts) for gate, parts in self._undecided if parts and layer in gate.layers]
         places = {row: place for place, row in enumerate(self._rows())} if asked else {}
         has_changed = False
-        for watch in asked:
-            decisions = watch.gate.after_layer(layer, self._gate_rows(watch, stream, places))
-            for row, decision in decisions.items():
-                if row not in watch.parts or not isinstance(decision, (Leave, Borrow)):
+        for gate, parts in asked:
+            for row, decision in gate.after_layer(layer, self._gate_rows(parts, stream, places)).items():
+                if row not in parts or not isinstance(decision, (Leave, Borrow)):
                     raise ConfigError(
                         f"a gate decided {brief(decision)} for row {brief(row)} after layer {layer}; it gives "
-                        f"LEAVE or Borrow(...), for rows that it was shown; leave out those that go on"
+                        "LEAVE or Borrow(...), for rows that it was shown; leave out those that go on"
                     )
-                self._apply(layer, watch.parts.pop(row), decision)
+                self._apply(layer, parts.pop(row), decision)
                 has_changed = True
         self._lend(layer + 1)
         return self._narrow(places) if has_changed else None
@@ -111,14 +104,14 @@ class GatedPass:
         """Rows that are still computed, in the order of the stream."""
         return [row for part in self._parts.values() for row in part.rows]
 
-    def _gate_rows(self, watch: _Watch, stream: ResidualStream, places: dict[int, int]) -> GateRows:
-        parts = list(watch.parts.values())
+    def _gate_rows(self, of_gate: dict[int, _Part], stream: ResidualStream, places: dict[int, int]) -> GateRows:
+        parts = list(of_gate.values())
 
         def read(rows: list[int]) -> Tensor:
             return stream.at(torch.tensor([places[row] for row in rows], device=self._batch.token_ids.device))
 
         return GateRows(
-            rows=list(watch.parts),
+            rows=list(of_gate),
             ends=[part.item.completes for part in parts],
             positions=[range(part.item.first, part.item.first + part.item.num_tokens) for part in parts],
             last=lambda: read([part.rows[-1] for part in parts]),
