@@ -27,7 +27,7 @@ from minirksc.engine.prompts import Conversation, Params, Prompt, conversation_l
 from minirksc.engine.request import Salt
 from minirksc.engine.session import Eviction, Session, Tokenizer, raise_named
 from minirksc.engine.stats import Stats
-from minirksc.engine.threads import plan_threads
+from minirksc.engine.threads import choose_threads
 from minirksc.options import EngineConfig, SamplingParams
 
 
@@ -60,13 +60,13 @@ class LLM:
     def __init__(self, model: str | Path = "smollm2-135m", *, use_tqdm: bool = False, **options: Any) -> None:
         config = EngineConfig.from_dict({"model": str(model), **options})
         self._threads_before = torch.get_num_threads()
-        plan = plan_threads(config.threads, self._threads_before, read_cpus(), os.environ)
-        for warning in plan.warnings:
+        choice = choose_threads(config.threads, self._threads_before, read_cpus(), os.environ)
+        for warning in choice.warnings:
             warnings.warn(warning, stacklevel=2)
-        self._has_set_threads = config.threads is not None or plan.threads != self._threads_before
+        self._has_set_threads = config.threads is not None or choice.threads != self._threads_before
         try:
             if self._has_set_threads:
-                torch.set_num_threads(plan.threads)
+                torch.set_num_threads(choice.threads)
             loaded = load(config, use_tqdm)
         except BaseException:
             self._restore_threads()

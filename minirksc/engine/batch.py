@@ -122,10 +122,9 @@ def build_batch(
 
 def _first_logits_position(item: ScheduledRequest) -> int:
     """First position of the item whose logits are wanted; its end when none is."""
-    end = item.first + item.num_tokens
-    start = end
+    firsts = [item.first + item.num_tokens]
     if item.request.logits_start is not None:
-        start = max(item.first, item.request.logits_start)
-    if item.completes and item.request.checker is not None:
-        start = min(start, end - 1)
-    return min(start, end)
+        firsts.append(max(item.first, item.request.logits_start))
+    if item.completes and item.request.checker is not None:  # the next token is drawn from the last one's logits
+        firsts.append(item.first + item.num_tokens - 1)
+    return min(firsts)

@@ -154,6 +154,7 @@ class Job:
                 call=call,
             )
             self.requests.append(request)
+            self._readers.append(ChunkReader(request, index))
 
     def new_chunks(self) -> list[StreamChunk]:
         """What is new of all samples since the last time, the ends included; [] when nothing is.
@@ -161,7 +162,6 @@ class Job:
         Raises:
             MinirkscError: a sample has failed, and all that came before has been read.
         """
-        self._readers = self._readers or [ChunkReader(request, i) for i, request in enumerate(self.requests)]
         return [chunk for reader in self._readers if (chunk := reader.read()) is not None]
 
     def _store_prompt_logprobs(self, first: int, logits: Tensor) -> None:

@@ -1,7 +1,7 @@
 """What an engine has done and what it runs on, as plain data."""
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -78,17 +78,12 @@ def work_done(counters: Counters, scheduler: Scheduler, blocks: BlockManager, si
         blocks: its own.
         size: of one block.
     """
-    windows, decode_s = blocks.windows, counters.decode_s
+    windows, done = blocks.windows, asdict(counters)
+    num_timed = done.pop("num_tokens_in_decode_s")
     return {
-        "num_steps": counters.num_steps,
-        "num_prefilled_tokens": counters.num_prefilled_tokens,
-        "num_decoded_tokens": counters.num_decoded_tokens,
+        **done,
+        "decode_tokens_per_s": num_timed / counters.decode_s if counters.decode_s else 0.0,
         "num_cached_tokens": scheduler.num_cached_tokens,
-        "num_layer_rows": counters.num_layer_rows,
-        "num_saved_layer_rows": counters.num_saved_layer_rows,
-        "prefill_s": counters.prefill_s,
-        "decode_s": decode_s,
-        "decode_tokens_per_s": counters.num_tokens_in_decode_s / decode_s if decode_s else 0.0,
         "num_evicted_blocks": blocks.num_evicted_blocks,
         "num_recomputed_tokens": blocks.num_recomputed_tokens,
         "num_blocks_pinned": blocks.num_pinned,

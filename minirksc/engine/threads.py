@@ -18,11 +18,11 @@ BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 
 
 @dataclass(frozen=True)
-class ThreadPlan:
-    """What to do.
+class ThreadChoice:
+    """How many threads to set, and what to say.
 
     Attributes:
-        threads: to set.
+        threads: number of threads.
         warnings: what the caller should know, each with its remedy.
     """
 
@@ -30,14 +30,14 @@ class ThreadPlan:
     warnings: tuple[str, ...] = ()
 
 
-def plan_threads(asked: int | None, current: int, cpus: Cpus, environ: Mapping[str, str]) -> ThreadPlan:
+def choose_threads(asked: int | None, current: int, cpus: Cpus, environ: Mapping[str, str]) -> ThreadChoice:
     """Decides how many threads to compute with.
 
     Args:
         asked: the option; None: choose.
         current: what torch is set to.
-        cpus: of the process.
-        environ: variables that OpenMP has read.
+        cpus: CPUs of the process.
+        environ: environment variables that OpenMP has read.
     """
     allowed = cpus.allowed
     if cpus.cores and any((environ.get(name) or "false").lower() != "false" for name in BINDING):
@@ -67,7 +67,7 @@ def plan_threads(asked: int | None, current: int, cpus: Cpus, environ: Mapping[s
         if limit < wanted:
             warnings.append(f"{setting} {effect}, and there are {wanted} to use; unset it, or use threads={limit}")
             threads = threads if asked is not None else min(threads, limit)
-    return ThreadPlan(threads, tuple(warnings))
+    return ThreadChoice(threads, tuple(warnings))
 
 
 def _at_most(number: int, quota: float | None) -> int:
