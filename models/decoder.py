@@ -1,7 +1,7 @@
 """The decoder: embedding, layers, final norm and head, for every family that an `ArchSpec` describes.
 
 Explicit from end to end: whatever a forward pass needs is an argument. Knows nothing about requests,
-scheduling or who owns the cache.
+scheduling or the owner of the cache.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -49,8 +49,8 @@ class MassSample:
     """What KV blocks receive of the attention in a few layers.
 
     Attributes:
-        layers: where it is measured.
-        masses: one of each, `[sequences, blocks]` float32, mean over heads; a row sums to 1.
+        layers: layers in which it is measured.
+        masses: result of each, `[sequences, blocks]` float32, mean over heads; a row sums to 1.
     """
 
     layers: Collection[int]
@@ -100,8 +100,8 @@ class Decoder:
         backend: the form of every op.
 
     Attributes:
-        device: where the weights are.
-        dtype: of activations, and of the KV cache unless it is kept in another.
+        device: device of the weights.
+        dtype: dtype of activations, and of the KV cache unless it is kept in another.
     """
 
     def __init__(self, spec: ArchSpec, weights: Iterator[tuple[str, Tensor]], backend: Backend) -> None:
@@ -146,7 +146,7 @@ class Decoder:
 
     @property
     def weight_bytes(self) -> int:
-        """Of the matrices that every pass reads, as they are packed; norms and the embedding's rows are few."""
+        """Bytes of the matrices that every pass reads, as they are packed; norms and the embedding's rows are few."""
         linears = [self.head, *(linear for layer in self.layers for linear in layer.linears)]
         if self.layer_inputs is not None:
             linears.append(self.layer_inputs.project)
@@ -170,7 +170,7 @@ class Decoder:
             positions: `[tokens]` int64.
             sequence_lens: `[tokens]` int64, known length of each token's sequence.
             attention: where queries and keys are, for layers of each window.
-            cache: of each layer, written at the batch's slots.
+            cache: cache of each layer, written at the batch's slots.
             logits_rows: `[rows]` int64, tokens whose logits are wanted; None: all.
             control: what may take rows out between layers; their logits are not computed.
             mass: gains the attention mass of KV blocks; only where every sequence has one token.
@@ -247,7 +247,7 @@ class Decoder:
         """The logit lens: reads hidden states of any layer as if they were the last one's.
 
         Args:
-            token_ids: whose logits; None: all of the vocabulary.
+            token_ids: tokens whose logits are read; None: all of the vocabulary.
 
         Returns:
             From the residual stream `[rows, hidden]` to logits `[rows, tokens]` float32: final norm, then these rows
@@ -273,10 +273,10 @@ class Decoder:
         """Copies KV within one layer's cache, keys turned on to their new positions.
 
         Args:
-            index: of the layer. Where it reads another layer's cache, there is nothing to copy.
-            layer_cache: of the layer.
-            sources: `[tokens]` int64 slots.
-            destinations: `[tokens]` int64 slots, none of which is a source.
+            index: number of the layer. Where it reads another layer's cache, there is nothing to copy.
+            layer_cache: cache of the layer.
+            sources: slots `[tokens]` int64.
+            destinations: slots `[tokens]` int64, none of which is a source.
             shifts: `[tokens]` int64, new position minus old.
         """
         layer = self.spec.layers[index]

@@ -18,7 +18,7 @@ class ResidualStream:
     Args:
         hidden: `[tokens, hidden]`, where it begins; overwritten.
         backend: the form of every op.
-        eps: of all norms.
+        eps: epsilon of all norms.
     """
 
     def __init__(self, hidden: Tensor, backend: Backend, eps: float) -> None:
@@ -42,7 +42,7 @@ class ResidualStream:
         return self._backend.add_rms_norm(self._hidden, update, self._update_norm, weight, self._eps)
 
     def total(self) -> Tensor:
-        """The sum itself, `[tokens, hidden]`; whoever writes into it changes the stream."""
+        """The sum itself, `[tokens, hidden]`; what is written into it changes the stream."""
         if self._update is not None:
             update, self._update = self._update, None
             if self._update_norm is not None:

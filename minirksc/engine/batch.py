@@ -31,7 +31,7 @@ class ForwardBatch:
         sequence_lens: `[tokens]` int64, known length of each token's sequence, tokens of later steps included.
         attention: where queries and keys are, by the window of the layers.
         logits_rows: `[rows]` int64, tokens whose logits are computed; None: all of them.
-        wanted: whose logits these are, in order.
+        wanted: requests whose logits these are, in order, and which of the rows.
         copies: blocks to copy before anything is written.
     """
 
@@ -55,10 +55,10 @@ def build_batch(
 
     Args:
         items: what the scheduler chose.
-        blocks: whose tables the sequences are in.
-        windows: those of the model's layers.
-        device: of the tensors.
-        key_chunk: see `AttentionBatch`.
+        blocks: block manager that has the tables of their sequences.
+        windows: windows of the model's layers.
+        device: device of the tensors.
+        key_chunk: keys that one program reads at most, see `AttentionBatch`.
     """
     token_ids: list[int] = []
     positions: list[int] = []

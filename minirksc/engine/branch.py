@@ -59,9 +59,8 @@ class Branch:
             raise ConfigError(f"fork({brief(n)}): n must be a whole number, at least 1")
         engine = self._home.engine
         with engine.call() as call:
-            made = []
-            for index in range(self._num_forks, self._num_forks + n):
-                made.append(Branch(self._home, engine.fork_sequence(self.sequence, index, call), self))
+            indices = range(self._num_forks, self._num_forks + n)
+            made = [Branch(self._home, engine.fork_sequence(self.sequence, index, call), self) for index in indices]
             self._num_forks += n
             call.sequences.clear()  # they are the branches'
         return made

@@ -13,10 +13,10 @@ class BranchOutput:
     """What a branch has generated, one entry a token, and how it reads.
 
     Attributes:
-        token_ids, logprobs, signals: of each token that was not taken out again.
-        text: what `LLM.generate` shows of it.
+        token_ids, logprobs, signals: one entry for each token that was not taken out again.
+        text: text that `LLM.generate` shows of it.
         num_provisional: characters at its end that stand for half a character, which the next token may complete.
-        detokenizer: as the last token left it.
+        detokenizer: state of the detokenizer after the last token.
     """
 
     token_ids: list[int] = field(default_factory=list)

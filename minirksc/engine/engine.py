@@ -1,12 +1,12 @@
 """The engine: three calls, `add_request`, `abort` and `step`, and everything between them.
 
 One step: the scheduler chooses, the batch is built, the runner computes logits, the sampler draws, requests
-are updated and finished ones released. Nothing waits inside and nothing is global: whoever owns an engine
+are updated and finished ones released. Nothing waits inside and nothing is global: the owner of an engine
 loops over `step` from one thread, and two engines in one process know nothing of each other.
 
-A call may be left at any line, and what it was doing half done: see `minirksc.engine.calls`. Tokens are the truth;
-tables, counts and the prefix index can be made again, and so can all KV. So whoever changes the books marks them. Where
-that mark is found left behind by the next one who enters, all blocks are freed and every live request is computed anew.
+A call may break off at any line, in the midst of what it does: see `minirksc.engine.calls`. Tokens are the truth;
+tables, counts and the prefix index can be made again, and so can all KV. So what changes these books marks them. Where
+the next call finds such a mark of one that broke off, all blocks are freed and every live request is computed anew.
 """
 
 import itertools
@@ -49,7 +49,7 @@ class Engine(Sequences):
         config: options, with max_model_len resolved.
         block_bytes: size of one block.
         eos_token_ids: tokens that end a generation.
-        tokenizer: for text and stop strings; None: token ids only.
+        tokenizer: what makes text, for results and stop strings; None: token ids only.
         sampling_defaults: the checkpoint's values for what sampling parameters leave open.
     """
 
@@ -112,20 +112,20 @@ class Engine(Sequences):
         """Queues a generation on a sequence.
 
         Args:
-            sequence: from `new_sequence` or `fork_sequence`, and not in another unfinished request.
+            sequence: what `new_sequence` or `fork_sequence` made; no other unfinished request may be on it.
             params: sampling parameters, for one sample; what they leave open comes from the checkpoint.
-            seed: of the random numbers; params.seed wins; None: `next_seed`.
+            seed: key of the random numbers; params.seed wins; None: `next_seed`.
             prefill_only: compute the KV of what is there and sample nothing.
-            logits_start: see `Request`.
-            on_logits: see `Request`.
-            seat: see `Request`.
-            earlier_output_ids: see `Request`.
-            detokenizer: see `Request`.
-            call: with whose end it is aborted; None: it stays until it has ended.
+            logits_start: position from which on logits go to on_logits; None: no logits wanted.
+            on_logits: callback for them, see `LogitsCallback`.
+            seat: place at a layer gate; None: it goes through all layers.
+            earlier_output_ids: tokens that were generated on the sequence before, for presence and frequency penalties.
+            detokenizer: state in which the generation before left its text; None: the text begins here.
+            call: the call at whose end it is aborted; None: it stays until it has ended.
 
         Raises:
             ConfigError: the parameters ask for what a request does not do, or name ids outside the vocabulary.
-            BranchError: see `check_idle`.
+            BranchError: the sequence cannot be used, see `check_idle`.
             PromptError: prompt and max_tokens do not fit into max_model_len.
             CacheFullError: the cache can never hold prompt and max_tokens.
             EngineBusyError, EngineForkedError.
@@ -169,7 +169,7 @@ class Engine(Sequences):
 
         Args:
             request: one that has finished stays as it is.
-            reason: its finish_reason.
+            reason: finish_reason that it gets.
         """
         with self._enter():
             self._abort(request, reason)
@@ -189,9 +189,9 @@ class Engine(Sequences):
         """Computes one batch: schedules it, runs it, delivers what it gave, and accounts for it.
 
         Returns:
-            The requests that gained tokens or finished; none when a chunk of a prompt was computed or nothing was left
-            to do. One may gain several tokens in a step, and they may come of an earlier one (see `Delivery`): who
-            wants to know what is new looks at the requests, and counts no steps.
+            The requests that gained tokens or finished; none when a chunk of a prompt was computed or there was
+            nothing to do. One may gain several tokens in a step, and they may come of an earlier one (see `Delivery`):
+            to know what is new, look at the requests, and count no steps.
 
         Raises:
             EngineBusyError, EngineForkedError.
@@ -320,8 +320,8 @@ class Engine(Sequences):
                 f"a sequence of {num_prompt} tokens leaves no room for a new one in max_model_len {self.max_model_len}"
             )
         room = min(room, self.scheduler.room_after(num_prompt))
-        if (params.max_tokens or 1) > room:
-            num_new = params.max_tokens or 1
+        num_new = params.max_tokens or 1
+        if num_new > room:
             what = f"a prompt of {num_prompt} tokens with max_tokens {num_new}"
             raise self.scheduler.cache_full(what, num_prompt + num_new - 1)
         if params.max_tokens is None:
@@ -335,7 +335,7 @@ class Engine(Sequences):
         skip = params.skip_special_tokens
         return Detokenizer(self.tokenizer, skip) if before is None else before.copy(skip)
 
-    # After what was left half way, see `Interruptible`
+    # After calls that broke off, see `Interruptible`
 
     def _preempt(self) -> None:
         # A table may point at a copy that was never made: what ran is computed again.

@@ -51,9 +51,9 @@ class GatedPass:
 
     Attributes:
         wanted: rows of the logits that the pass gives, of the requests that went through all layers.
-        departed: requests that left as a whole -> layers that they went through.
+        departed: requests that departed as a whole -> layers that they went through.
         borrowed: requests that use borrowed KV -> position of the first such token.
-        num_departed_rows: rows that left.
+        num_departed_rows: rows that departed.
         num_saved_layer_rows: these rows times the layers that they were spared.
     """
 

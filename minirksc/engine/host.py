@@ -32,7 +32,7 @@ class Cpus:
 
     Attributes:
         allowed: numbers of those that the calling thread may run on.
-        cores: for each CPU of the machine, all that are on its core; one that is missing has a core for itself.
+        cores: CPU of the machine -> all that are on its core; one that is missing has a core for itself.
         quota: seconds of CPU time that a cgroup gives in a second; None: no limit.
     """
 
@@ -45,7 +45,7 @@ def read_cpus(root: Path = ROOT) -> Cpus:
     """The CPUs of this process.
 
     Args:
-        root: where proc/ and sys/ are.
+        root: folder in which proc/ and sys/ are.
     """
     if hasattr(os, "sched_getaffinity"):
         allowed = frozenset(os.sched_getaffinity(0))

@@ -46,10 +46,10 @@ MAX_DEFAULT_SEQUENCES = 32
 """The default cache holds at most so many sequences of full length; more is asked for by kv_cache_bytes."""
 
 SILENT_S = 1.0
-"""A progress bar is for those who wait longer."""
+"""A progress bar is shown after so long."""
 
 TRIM_BYTES = 64 << 20
-"""Weights that are read before what they left is given back: packed ones do not fit into the holes of the others."""
+"""After so many bytes of weights freed memory is given back: packed ones do not fit into the holes of the others."""
 
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -60,7 +60,7 @@ class Loaded:
 
     Attributes:
         engine: the engine.
-        config: its options, with max_model_len resolved.
+        config: options, with max_model_len resolved.
         model_path: folder of the checkpoint.
         load_s: time that `load` took.
         pack_s: part of it in which the model was made of the tensors that were read: above all, matrices put into the
@@ -131,7 +131,7 @@ def _read_checkpoint(config: EngineConfig) -> _Checkpoint:
     check_config(path)
     raw = load_config(path)
     spec = spec_from_config(raw, config.ignore_config_keys)
-    # Without one token ids still work, and whoever gives text is told; a damaged one is an error.
+    # Without one token ids still work, and text is refused by name; a damaged one is an error.
     has_tokenizer = any((path / name).is_file() for name in TOKENIZER_FILES)
     tokenizer = Tokenizer.from_folder(path) if has_tokenizer else None
     if tokenizer is not None:
@@ -214,7 +214,7 @@ class _Reading:
 
     Args:
         weights: tensors of `iter_weights`.
-        device: where they go.
+        device: device that they go to.
 
     Attributes:
         read_s: time spent on reading so far.

@@ -16,10 +16,10 @@ class Runner:
 
     Args:
         model: the decoder.
-        num_blocks: of the KV cache.
-        num_window_blocks: of the layers whose window has a pool apart; 0: there are none.
+        num_blocks: blocks of the KV cache.
+        num_window_blocks: blocks of the layers whose window has a pool apart; 0: there are none.
         block_size: tokens a block.
-        kv_dtype: of the KV cache: the model's or int8.
+        kv_dtype: dtype of the KV cache: the model's or int8.
 
     Attributes:
         recorded: serves decode steps where it can; None: every step runs as it is.
@@ -42,8 +42,8 @@ class Runner:
 
         Args:
             batch: the step.
-            control: what may take rows out between layers; their logits are left out.
-            mass: see `Decoder.forward`.
+            control: what may take rows out between layers; their logits are not computed.
+            mass: what gains the attention mass of KV blocks, see `Decoder.forward`.
         """
         if batch.copies:
             self.cache.copy(batch.copies)

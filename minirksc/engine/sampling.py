@@ -70,7 +70,7 @@ class Sampled(NamedTuple):
         token_id: -1 when it failed.
         logprob: under the model's distribution.
         top_logprobs: the chosen token and the top k, likeliest first; None unless asked for.
-        top1_probability: of the likeliest token.
+        top1_probability: probability of the likeliest token.
         self_certainty: divergence of the uniform distribution from the model's, nats; see `minirksc.engine.signals`.
         failure: what is wrong with the row's logits; None when nothing is.
     """
@@ -86,11 +86,11 @@ class Sampled(NamedTuple):
 class Delivery(NamedTuple):
     """What a step gives a request.
 
-    Whoever reads it assumes neither that it is one token nor that this step computed it: a step that accepts drafts has
+    It need be neither one token nor what this step computed: a step that accepts drafts has
     several, and on a device that runs ahead they come a step later.
 
     Attributes:
-        request: whose tokens these are; it may have ended since they were drawn, and then they are dropped.
+        request: request that gains the tokens; it may have ended since they were drawn, and then they are dropped.
         tokens: one or more, in the order of their positions; after one that ends the request the rest are dropped.
     """
 

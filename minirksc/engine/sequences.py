@@ -1,7 +1,7 @@
 """Token sequences on one engine: how they are made, forked, cut, pinned and released.
 
 Nothing is computed here: a sequence gains KV by a request (`minirksc.engine.engine`). Its blocks are the block
-manager's, and who may use it is checked here.
+manager's, and that it may be used is checked here.
 """
 
 import itertools
@@ -39,7 +39,7 @@ class Sequences(Interruptible):
 
     @property
     def blocks(self) -> BlockManager:
-        """The block manager, put in order if an interrupted call has left it otherwise."""
+        """The block manager, put in order first if a call has broken off."""
         self._mend()
         return self._blocks
 
@@ -54,10 +54,10 @@ class Sequences(Interruptible):
         """A root sequence; nothing is computed or reserved yet.
 
         Args:
-            token_ids: the prompt.
+            token_ids: tokens of the prompt.
             share: False keeps its blocks out of all sharing but that of its own forks.
-            salt: it shares blocks with sequences of the same salt alone; None: with those that have none.
-            seed: of the samples of a branch on it.
+            salt: name that sequences must have in common to share blocks; None: they have none in common.
+            seed: key of the samples of a branch on it.
 
         Raises:
             PromptError: it is empty, longer than max_model_len, or has a token id outside the vocabulary.
@@ -110,10 +110,10 @@ class Sequences(Interruptible):
         """A child that shares every block of its parent; nothing is copied.
 
         Args:
-            parent: stays as it is.
-            index: of the fork; the last part of the child's path.
-            call: with whose end it is released, unless it is taken out of it.
-            kept: its blocks stay when a request on it ends, until `release`.
+            parent: sequence that is forked; it stays as it is.
+            index: number of the fork; the last part of the child's path.
+            call: the call at whose end the child is released, unless it is taken out of it.
+            kept: whether the child's blocks stay when a request on it ends, until `release`.
 
         Raises:
             BranchError: the parent was released, or is another engine's.
@@ -143,7 +143,7 @@ class Sequences(Interruptible):
         """Forgets the KV of an idle sequence from num_tokens on, before its tokens there are replaced.
 
         Raises:
-            BranchError: see `check_idle`.
+            BranchError: the sequence cannot be changed, see `check_idle`.
             EngineBusyError, EngineForkedError.
         """
         self._enter()
@@ -151,7 +151,7 @@ class Sequences(Interruptible):
         seq_id = sequence.seq_id
         if seq_id in self._blocks and self._blocks.num_tokens(seq_id) > num_tokens:
             with self._changes:
-                # The last token that stays is computed once more, for its logits.
+                # The last remaining token is computed once more, for its logits.
                 if self._blocks.can_rewind(seq_id, num_tokens - 1):
                     self._blocks.rewind(seq_id, num_tokens - 1)
                 else:  # what its window would see is gone

@@ -1,4 +1,4 @@
-"""A session: what somebody does on one engine. Requests run to their end; branches are made, extended and scored.
+"""A session: work on one engine. Requests run to their end; branches are made, extended and scored.
 
 Everything here is a loop over `Engine.step`. It knows neither how a model was loaded nor what the branches are for:
 `minirksc.llm` is above it, and the solver.
@@ -46,10 +46,10 @@ class Session(OpenEngine):
         """A prompt with its requests, or with the error that kept it from starting.
 
         Args:
-            call: that the requests belong to.
-            prompt: in any form that `LLM.generate` takes, or a `Conversation`.
-            params: of its samples, in any form of one.
-            salt: as of `LLM.generate`.
+            call: the call to which the requests belong.
+            prompt: prompt in any form that `LLM.generate` takes, or a `Conversation`.
+            params: sampling parameters of its samples, in any form of these.
+            salt: salt of the call, which counts where the prompt has none.
         """
         job = Job(None, [], SamplingParams())
         try:
@@ -73,8 +73,8 @@ class Session(OpenEngine):
         """Runs requests until all have finished.
 
         Args:
-            requests: of one call.
-            what: they are for, in the message of an error.
+            requests: requests of one call.
+            what: name of what each is for, in the message of an error.
 
         Raises:
             MinirkscError: the first error among them.
@@ -231,7 +231,7 @@ class Session(OpenEngine):
         """Reads hidden states of any layer as logits; see `Decoder.lens`. Kept, since making it copies the head.
 
         Args:
-            token_ids: whose logits; None: all of the vocabulary.
+            token_ids: tokens whose logits are read; None: all of the vocabulary.
 
         Raises:
             PromptError: a token id is none.
@@ -246,10 +246,10 @@ def raise_named(error: Exception | None, what: str, index: int, count: int) -> N
     """Raises an error, if there is one; of several things, it says which one it is about.
 
     Args:
-        error: of one of them.
-        what: they are.
-        index: of the one.
-        count: of all.
+        error: error of one of them.
+        what: name of what they are.
+        index: place of the one.
+        count: number of all.
     """
     if error is not None:
         raise error if count == 1 else named(error, f"{what} {index}")

@@ -17,17 +17,17 @@ Stats = dict[str, Any]
 
 @dataclass(slots=True)
 class Counters:
-    """Of an engine since its start.
+    """What an engine has done since its start.
 
     Attributes:
-        num_steps: that computed something.
-        num_prefilled_tokens: computed, but for those that were sampled by the request that computes them.
-        num_decoded_tokens: sampled.
+        num_steps: steps that computed something.
+        num_prefilled_tokens: tokens that were computed, but for those that their own request has sampled.
+        num_decoded_tokens: tokens that were sampled.
         num_layer_rows: tokens times the layers that computed them.
-        num_saved_layer_rows: the same of what gates made unnecessary.
-        prefill_s: of steps that computed some prompt.
-        decode_s: of all others.
-        num_tokens_in_decode_s: sampled in these.
+        num_saved_layer_rows: the same, for what gates made unnecessary.
+        prefill_s: time of steps that computed some prompt.
+        decode_s: time of all others.
+        num_tokens_in_decode_s: tokens that were sampled in these.
     """
 
     num_steps: int = 0
@@ -67,16 +67,16 @@ def work_done(counters: Counters, scheduler: Scheduler, blocks: BlockManager, si
     """Counters since start and the state of the cache.
 
     num_layer_rows are tokens times the layers that computed them, num_saved_layer_rows those that gates made
-    unnecessary; tokens that left between layers are not in num_prefilled_tokens.
+    unnecessary; tokens that departed between layers are not in num_prefilled_tokens.
 
     Where layers with a window have a pool apart, `num_window_blocks_*` count its blocks, and `kv_bytes_used_window`
     is what they hold; all other layers are in `num_blocks_*` and `kv_bytes_used_full`.
 
     Args:
-        counters: of the engine.
-        scheduler: its own.
-        blocks: its own.
-        size: of one block.
+        counters: counters of the engine.
+        scheduler: scheduler of the engine.
+        blocks: block manager of the engine.
+        size: bytes of one block.
     """
     windows, done = blocks.windows, asdict(counters)
     num_timed = done.pop("num_tokens_in_decode_s")
@@ -107,9 +107,9 @@ def runs_on(runner: Runner, quantize: str, ignored_config_keys: SequenceOf[str])
     """What computes, in which precision, and what was chosen for it.
 
     Args:
-        runner: of the engine.
-        quantize: as of `EngineConfig`.
-        ignored_config_keys: as of `EngineConfig`.
+        runner: runner of the engine.
+        quantize: option of `EngineConfig`.
+        ignored_config_keys: fields of config.json that the options say to ignore.
     """
     model, spec = runner.model, runner.model.spec
     head_dims = {layer.head_dim for layer in spec.layers}

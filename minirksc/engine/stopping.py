@@ -33,16 +33,16 @@ class StopChecker:
     """Follows one generation token by token.
 
     Args:
-        params: with max_tokens set.
-        eos_token_ids: end it, unless params.ignore_eos.
-        detokenizer: None: token ids only, text stays empty.
+        params: sampling parameters, with max_tokens set.
+        eos_token_ids: tokens that end it, unless params.ignore_eos.
+        detokenizer: what makes text of tokens; None: token ids only, text stays empty.
 
     Attributes:
         finish_reason: "stop" or "length" once it has ended.
         stop_reason: the stop string or the stop token id that ended it; None for EOS and length.
         text: final text so far; whole once it has ended.
         pieces: the same, as it was given out.
-        detokenizer: as the last token left it.
+        detokenizer: the same, in its state after the last token.
         num_provisional: characters at the end of the text that stand for half a character: another generation that
             goes on from here may complete it.
     """

@@ -2,7 +2,7 @@
 
 By default one a physical core, of the CPUs that the process may run on: a second one on the same core has no
 multiplier of its own and waits for the same memory, and one without a CPU makes all others wait at every barrier.
-Whoever wants fewer has told torch already (OMP_NUM_THREADS, MKL_NUM_THREADS, torch.set_num_threads) and is obeyed.
+Where fewer are wanted torch has been told (OMP_NUM_THREADS, MKL_NUM_THREADS, torch.set_num_threads), and that counts.
 Pure functions: facts and the environment are arguments, and nothing is set here.
 """
 
@@ -34,8 +34,8 @@ def choose_threads(asked: int | None, current: int, cpus: Cpus, environ: Mapping
     """Decides how many threads to compute with.
 
     Args:
-        asked: the option; None: choose.
-        current: what torch is set to.
+        asked: number that the option gives; None: choose.
+        current: number that torch is set to.
         cpus: CPUs of the process.
         environ: environment variables that OpenMP has read.
     """
@@ -56,7 +56,7 @@ def choose_threads(asked: int | None, current: int, cpus: Cpus, environ: Mapping
     else:
         threads = min(num_cores, current)
         if told is not None and current >= num_cores < told <= num_cpus:
-            threads = told  # somebody wants two a core; torch may not say so, as MKL counts cores
+            threads = told  # two a core are wanted; torch may not say so, as MKL counts cores
         if told is not None and told > num_cpus:
             warnings.append(
                 f"OMP_NUM_THREADS={told} is more than the {_count(num_cpus)} that this process may use, so threads is "
