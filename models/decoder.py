@@ -4,9 +4,8 @@ Explicit from end to end: whatever a forward pass needs is an argument. Knows no
 scheduling or the owner of the cache.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,46 +14,11 @@ from minirksc.kernels.attention.batch import AttentionBatch
 from minirksc.kernels.backend import Backend
 from minirksc.kernels.kv.layer_cache import LayerCache
 from minirksc.kernels.weights.linear import Linear, PlainWeight
+from minirksc.models.hooks import LayerControl, MassSample
 from minirksc.models.layer_inputs import LayerInputs
 from minirksc.models.layers import DecoderLayer, ResidualStream, norm_weight
 from minirksc.models.rope import Rotary
 from minirksc.models.spec import ArchSpec, RopeSpec
-
-
-@dataclass(frozen=True, slots=True)
-class Narrowed:
-    """What remains of a batch.
-
-    Attributes:
-        rows: `[rows]` int64, places in the stream that go on; may be none.
-        attention: where their queries and keys are, by the window of the layers.
-        logits_rows: `[logits]` int64, places among `rows` whose logits are wanted.
-    """
-
-    rows: Tensor
-    attention: Mapping[int | None, AttentionBatch]
-    logits_rows: Tensor
-
-
-class LayerControl(Protocol):
-    """What may make the batch smaller between layers."""
-
-    def after_layer(self, layer: int, stream: ResidualStream) -> Narrowed | None:
-        """Called after each layer with the stream as it left it; None: nothing changes."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class MassSample:
-    """What KV blocks receive of the attention in a few layers.
-
-    Attributes:
-        layers: layers in which it is measured.
-        masses: result of each, `[sequences, blocks]` float32, mean over heads; a row sums to 1.
-    """
-
-    layers: Collection[int]
-    masses: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(slots=True)

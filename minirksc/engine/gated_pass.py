@@ -18,7 +18,7 @@ from minirksc.engine.runner import Runner
 from minirksc.engine.scheduler import ScheduledRequest
 from minirksc.errors import ConfigError, brief
 from minirksc.kernels.attention.batch import AttentionBatch
-from minirksc.models.decoder import LayerControl, Narrowed
+from minirksc.models.hooks import LayerControl, Narrowed
 from minirksc.models.layers import ResidualStream
 
 
@@ -84,7 +84,7 @@ class GatedPass:
         return self if self._undecided else None
 
     def after_layer(self, layer: int, stream: ResidualStream) -> Narrowed | None:
-        """Asks the gates of this layer; see `models.decoder.LayerControl`."""
+        """Asks the gates of this layer; see `models.hooks.LayerControl`."""
         asked = [(gate, parts) for gate, parts in self._undecided if parts and layer in gate.layers]
         places = {row: place for place, row in enumerate(self._rows())} if asked else {}
         has_changed = False

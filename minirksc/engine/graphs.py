@@ -18,7 +18,8 @@ from minirksc.kernels.attention.paged_attention import work_shape
 from minirksc.kernels.attention.work_list import Shape, StaticWorkList, WorkList, make_work_list
 from minirksc.kernels.kv.layer_cache import LayerCache
 from minirksc.kernels.native.tape import NotRecordableError
-from minirksc.models.decoder import Decoder, MassSample
+from minirksc.models.decoder import Decoder
+from minirksc.models.hooks import MassSample
 
 MAX_GRAPH_BATCH = 128
 """Rows of the largest graph: beyond, a step computes for longer than its launches take."""

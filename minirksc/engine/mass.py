@@ -7,7 +7,7 @@ import torch
 from minirksc.cache.eviction import BY_IMPORTANCE
 from minirksc.cache.rsbcm import BlockManager
 from minirksc.engine.scheduler import ScheduledRequest
-from minirksc.models.decoder import MassSample
+from minirksc.models.hooks import MassSample
 from minirksc.models.spec import ArchSpec
 
 MASS_INTERVAL = 16

@@ -20,7 +20,8 @@ from minirksc.engine.batch import ForwardBatch
 from minirksc.kernels.attention.batch import AttentionBatch
 from minirksc.kernels.kv.layer_cache import LayerCache
 from minirksc.kernels.native.tape import NotRecordableError
-from minirksc.models.decoder import Decoder, MassSample
+from minirksc.models.decoder import Decoder
+from minirksc.models.hooks import MassSample
 
 MAX_RECORDINGS = 128
 """Each keeps its launches and its temporaries; sizes beyond so many are too rare to be worth it."""

@@ -8,7 +8,8 @@ from torch import Tensor
 from minirksc.engine.batch import ForwardBatch
 from minirksc.engine.kv_tensors import KvCache
 from minirksc.engine.recorded import Recordings
-from minirksc.models.decoder import Decoder, LayerControl, MassSample
+from minirksc.models.decoder import Decoder
+from minirksc.models.hooks import LayerControl, MassSample
 
 
 class Runner:

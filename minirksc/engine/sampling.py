@@ -100,15 +100,17 @@ class Delivery(NamedTuple):
 
 def uniform(seed: int, path: tuple[int, ...], position: int) -> float:
     """The random number of that key, uniform in [0, 1) with 53 bits."""
-    key = ":".join(map(str, (seed, position, *path))).encode()
-    digest = hashlib.blake2b(key, digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
+    return (_hash(":".join(map(str, (seed, position, *path)))) >> 11) / (1 << 53)
 
 
 def derived_seed(seed: int, number: int) -> int:
     """The seed of one of many that were not given any: far from all others, since samples of a prompt count up."""
-    digest = hashlib.blake2b(f"seed {seed} {number}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+    return _hash(f"seed {seed} {number}")
+
+
+def _hash(key: str) -> int:
+    """64 bits of a key."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
 
 
 def sample(

@@ -4,7 +4,6 @@ What a step begins with (embedded tokens, cosines and sines, slots, the plan of 
 and copied to where the recording reads it; see `kernels/native/tape.py`. Of a small model a fifth of a step is saved.
 """
 
-from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -17,7 +16,8 @@ from minirksc.kernels.attention.block_mass_native import block_mass
 from minirksc.kernels.attention.paged_attention_native import DECODE, WHOLE, NativePlan, TableWithSums, plan_all
 from minirksc.kernels.kv.layer_cache import LayerCache
 from minirksc.kernels.native.tape import NativeRecorder
-from minirksc.models.decoder import Decoder, LayerFeed, MassSample
+from minirksc.models.decoder import Decoder, LayerFeed
+from minirksc.models.hooks import MassSample
 
 MAX_ROWS = 32
 """Beyond, a step computes for much longer than Python takes, and its temporaries would be large."""
@@ -48,39 +48,31 @@ class _LayerPlan:
 
 
 class _Tables:
-    """The tables of all layers of one window; those of one head_dim are one tensor, and filled at once.
+    """The tables of all layers of one window and head_dim: one tensor, filled at once.
 
     Args:
-        num_heads: heads of the model.
-        head_dims: layer -> its head_dim.
+        layers: indices of the layers.
+        size: (heads, head_dim).
         plan: plan of the step that is recorded.
+
+    Attributes:
+        plan_of: layer -> the plan that it is recorded with.
     """
 
-    def __init__(self, num_heads: int, head_dims: dict[int, int], plan: NativePlan) -> None:
-        self._num_heads, self._head_dims = num_heads, head_dims
-        self._tables = {
-            size: plan.table(num_heads, size).repeat(count, 1) for size, count in Counter(head_dims.values()).items()
-        }
-        rows = {size: iter(tables) for size, tables in self._tables.items()}
-        self._of_layer = {layer: next(rows[size]) for layer, size in head_dims.items()}
+    def __init__(self, layers: Sequence[int], size: tuple[int, int], plan: NativePlan) -> None:
+        self._size = size
+        self._tables = plan.table(*size).repeat(len(layers), 1)  # [layers, numbers]
+        self._of_layer = dict(zip(layers, self._tables, strict=True))
         self._sizes: set[tuple[int, int]] = set()
+        self.plan_of = {layer: _LayerPlan(table, self._sizes) for layer, table in self._of_layer.items()}
         self._kept: list[Any] = [plan]  # what the tables point at
-
-    def plan_of(self, layer: int) -> _LayerPlan:
-        """The plan that a layer is recorded with."""
-        return _LayerPlan(self._of_layer[layer], self._sizes)
 
     def follow(self, plan: NativePlan, measured: Collection[int]) -> dict[int, TableWithSums]:
         """Does what this plan says from now on; `measured` layers leave what they find in these tables."""
         for sizes in self._sizes:
             plan.check(*sizes)
-        for size, tables in self._tables.items():
-            tables.copy_(plan.table(self._num_heads, size))
-        found = {
-            layer: plan.table_with_sums(self._num_heads, self._head_dims[layer])
-            for layer in measured
-            if layer in self._head_dims
-        }
+        self._tables.copy_(plan.table(*self._size))
+        found = {layer: plan.table_with_sums(*self._size) for layer in measured if layer in self._of_layer}
         for layer, table in found.items():
             self._of_layer[layer].copy_(table.table)
         self._kept = [plan, found]
@@ -96,14 +88,17 @@ class _Tape:
         spec = model.spec
         self._feed = model.feed(batch.token_ids, batch.positions, batch.sequence_lens).clone()
         self._slots = {window: one.slots.clone() for window, one in batch.attention.items()}
-        self._tables: dict[int | None, _Tables] = {}
-        for window, one in batch.attention.items():
-            head_dims = {index: layer.head_dim for index, layer in enumerate(spec.layers) if layer.window == window}
-            self._tables[window] = _Tables(spec.num_heads, head_dims, _plan(one))
+        alike: dict[tuple[int | None, int], list[int]] = {}  # layers by window and head_dim
+        for index, layer in enumerate(spec.layers):
+            alike.setdefault((layer.window, layer.head_dim), []).append(index)
+        self._tables = {
+            (window, head_dim): _Tables(layers, (spec.num_heads, head_dim), _plan(batch.attention[window]))
+            for (window, head_dim), layers in alike.items()
+        }
         attention = []  # of each layer
         for index, layer in enumerate(spec.layers):
-            plan = self._tables[layer.window].plan_of(index)
-            plans = dict.fromkeys((key for key, _ in (DECODE, WHOLE)), plan)
+            plan = self._tables[layer.window, layer.head_dim].plan_of[index]
+            plans = {key: plan for key, _ in (DECODE, WHOLE)}
             block_size = batch.attention[layer.window].block_size
             attention.append(attention_of_buffers(self._slots[layer.window], block_size, layer.window, plans))
         self._replay, self.logits = recorder.record(
@@ -113,12 +108,13 @@ class _Tape:
     def run(self, feed: LayerFeed, batch: ForwardBatch, mass: MassSample | None) -> None:
         """Fills `logits`, `[rows, vocab]` float32, and what is asked for of the attention."""
         self._feed.copy_(feed)
+        for window, slots in self._slots.items():
+            slots.copy_(batch.attention[window].slots)
         measured = () if mass is None else mass.layers
         found: dict[int, tuple[AttentionBatch, TableWithSums]] = {}
-        for window, one in batch.attention.items():
-            self._slots[window].copy_(one.slots)
-            tables = self._tables[window].follow(_plan(one), measured)
-            found |= {layer: (one, table) for layer, table in tables.items()}
+        for (window, _), tables in self._tables.items():
+            one = batch.attention[window]
+            found |= {layer: (one, table) for layer, table in tables.follow(_plan(one), measured).items()}
         self._replay()
         if mass is not None:
             mass.masses.extend(block_mass(*found[layer]) for layer in measured)
