@@ -111,12 +111,13 @@ class Session(OpenEngine):
         seats: SequenceOf[Seat | None] | None,
         salt: Salt | None,
     ) -> list[Branch]:
-        if seats is not None and len(seats) != len(prompts):
+        seats = [None] * len(prompts) if seats is None else seats
+        if len(seats) != len(prompts):
             raise ConfigError(f"{len(seats)} seats for {len(prompts)} prompts; give one each, None for none")
         SamplingParams(seed=seed)  # checks its range
         made: list[Branch] = []
         with self.engine.call() as call:
-            for index, prompt in enumerate(prompts):
+            for index, (prompt, seat) in enumerate(zip(prompts, seats, strict=True)):
                 try:
                     _, token_ids, own_salt = self.encode(prompt, salt)
                     own_seed = self.engine.next_seed() if seed is None else seed
@@ -124,7 +125,6 @@ class Session(OpenEngine):
                     sequence.kept = True
                     call.sequences.append(sequence)
                     made.append(Branch(self, sequence))
-                    seat = None if seats is None else seats[index]
                     self.engine.add_request(sequence, SamplingParams(), prefill_only=True, seat=seat, call=call)
                 except MinirkscError as error:
                     raise_named(error, "prompt", index, len(prompts))
@@ -157,7 +157,6 @@ class Session(OpenEngine):
             if one.include_stop_str_in_output and not keep_stop:
                 raise ConfigError("keep_stop=False takes out what include_stop_str_in_output shows; leave one out")
         with self.engine.call() as call:
-            progress: list[BranchProgress] = []
             for index, (branch, one) in enumerate(zip(owned, each, strict=True)):
                 try:
                     branch.add_request(one, call)
