@@ -13,6 +13,7 @@ from torch import Tensor
 from minirksc.cache.rsbcm import BlockManager
 from minirksc.engine.batch import ForwardBatch, LogitsRows
 from minirksc.engine.gates import Borrow, GateRows, LayerGate, Leave
+from minirksc.engine.loans import Loans
 from minirksc.engine.request import Request
 from minirksc.engine.runner import Runner
 from minirksc.engine.scheduler import ScheduledRequest
@@ -29,15 +30,6 @@ class _Part:
     item: ScheduledRequest
     begin: int
     rows: list[int]
-
-
-@dataclass(slots=True)
-class _Loan:
-    """Tokens that use another sequence's KV: slots `[tokens]` int64 by window, and by how much they were moved."""
-
-    sources: dict[int | None, Tensor]
-    destinations: dict[int | None, Tensor]
-    shifts: Tensor  # [tokens] int64
 
 
 class GatedPass:
@@ -65,8 +57,9 @@ class GatedPass:
         self.borrowed: dict[Request, int] = {}
         self.num_departed_rows = 0
         self.num_saved_layer_rows = 0
-        self._batch, self._blocks, self._runner = batch, blocks, runner
-        self._loans: list[_Loan] = []
+        self._batch = batch
+        self._num_layers = runner.model.spec.num_layers
+        self._loans = Loans(batch, blocks, runner)
         seats = [item.request.seat for item in items]
         asks = any(seat is not None and seat.gate.layers for seat in seats)
         self._parts = _parts(items) if asks else {}
@@ -97,7 +90,8 @@ class GatedPass:
                     )
                 self._apply(layer, parts.pop(row), decision)
                 has_changed = True
-        self._lend(layer + 1)
+        if layer + 1 < self._num_layers:
+            self._loans.copy(layer + 1)
         return self._narrow(places) if has_changed else None
 
     def _rows(self) -> list[int]:
@@ -125,35 +119,15 @@ class GatedPass:
             assert part.rows[-1] not in gone, "the last token must stay"
             request.seat = None  # decided: what it generates goes through all layers
             self.borrowed[request] = part.item.first + min(decision.offsets)
-            self._loans.append(self._loan(part, decision))
+            self._loans.add(decision, part.begin, part.item.first)
         else:
             gone = set(part.rows)
             self.departed[request] = layer + 1
         part.rows = [row for row in part.rows if row not in gone]
-        num_saved = len(gone) * (self._runner.model.spec.num_layers - layer - 1)
+        num_saved = len(gone) * (self._num_layers - layer - 1)
         request.num_saved_layer_rows += num_saved
         self.num_saved_layer_rows += num_saved
         self.num_departed_rows += len(gone)
-
-    def _loan(self, part: _Part, borrow: Borrow) -> _Loan:
-        device = self._batch.token_ids.device
-        rows = torch.tensor([part.begin + offset for offset in borrow.offsets], device=device)
-        sources: dict[int | None, Tensor] = {}
-        destinations: dict[int | None, Tensor] = {}
-        for window, attention in self._batch.attention.items():
-            table_of = self._blocks.block_table if window is None else self._blocks.window_table
-            size, table = attention.block_size, table_of(borrow.seq_id)
-            slots = [table[p // size] * size + p % size for p in borrow.positions]
-            sources[window] = torch.tensor(slots, device=device)
-            destinations[window] = attention.slots[rows]
-        shifts = [part.item.first + o - p for o, p in zip(borrow.offsets, borrow.positions, strict=True)]
-        return _Loan(sources, destinations, torch.tensor(shifts, device=device))
-
-    def _lend(self, layer: int) -> None:
-        """Copies borrowed KV to where the tokens of the borrowers are in this layer, if there is such a layer."""
-        for loan in self._loans if layer < self._runner.model.spec.num_layers else ():
-            window = self._runner.model.spec.layers[layer].window
-            self._runner.copy_kv(layer, loan.sources[window], loan.destinations[window], loan.shifts)
 
     def _narrow(self, before: dict[int, int]) -> Narrowed:
         """The batch without what has departed; `before` is where each row was in the stream."""
