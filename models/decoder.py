@@ -37,6 +37,11 @@ class LayerFeed:
     growth: Tensor | None
     inputs: Tensor | None
 
+    def tensors(self) -> list[Tensor]:
+        """All that it is made of, in the same order for every pass of a model."""
+        tables = [tensor for pair in self.tables.values() for tensor in pair]
+        return [self.hidden, *tables, *(one for one in (self.growth, self.inputs) if one is not None)]
+
     def clone(self) -> "LayerFeed":
         """A copy that shares nothing."""
         tables = {rope: (cos.clone(), sin.clone()) for rope, (cos, sin) in self.tables.items()}
@@ -45,13 +50,8 @@ class LayerFeed:
 
     def copy_(self, other: "LayerFeed") -> None:
         """Takes the numbers of another of the same shape."""
-        self.hidden.copy_(other.hidden)
-        for rope, tables in self.tables.items():
-            for own, given in zip(tables, other.tables[rope], strict=True):
-                own.copy_(given)
-        for mine, its in ((self.growth, other.growth), (self.inputs, other.inputs)):
-            if mine is not None and its is not None:
-                mine.copy_(its)
+        for own, given in zip(self.tensors(), other.tensors(), strict=True):
+            own.copy_(given)
 
 
 class Decoder:

@@ -30,8 +30,7 @@ class ResidualStream:
 
     def add(self, update: Tensor, norm: Tensor | None = None) -> None:
         """Adds `[tokens, hidden]`; with the weight of a norm, its normed copy."""
-        if self._update is not None:
-            self.total()
+        self.total()
         self._update, self._update_norm = update, norm
 
     def normed(self, weight: Tensor | None) -> Tensor:
@@ -45,20 +44,18 @@ class ResidualStream:
         """The sum itself, `[tokens, hidden]`; what is written into it changes the stream."""
         if self._update is not None:
             update, self._update = self._update, None
-            if self._update_norm is not None:
-                update = self._backend.rms_norm(update, self._update_norm, self._eps)
-            self._hidden.add_(update)
+            self._hidden.add_(self._as_added(update))
         return self._hidden
 
     def at(self, rows: Tensor) -> Tensor:
         """A copy of the sum at the tokens `[rows]` int64; the stream stays as it is."""
         hidden = self._hidden[rows]
-        if self._update is None:
-            return hidden
-        update = self._update[rows]
-        if self._update_norm is not None:
-            update = self._backend.rms_norm(update, self._update_norm, self._eps)
-        return hidden.add_(update)
+        return hidden if self._update is None else hidden.add_(self._as_added(self._update[rows]))
+
+    def _as_added(self, update: Tensor) -> Tensor:
+        """`[tokens, hidden]`, under its norm if it has one."""
+        norm = self._update_norm
+        return update if norm is None else self._backend.rms_norm(update, norm, self._eps)
 
     def keep(self, rows: Tensor) -> None:
         """Goes on with the tokens `[rows]` int64 alone."""

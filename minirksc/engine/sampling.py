@@ -129,7 +129,7 @@ def sample(
     """
     sure = confidence(logits)
     token_ids = sure.argmax
-    changed = [i for i, row in enumerate(rows) if not _is_plain_greedy(row)]
+    changed = [i for i, row in enumerate(rows) if row.params.temperature != 0 or _changes_logits(row)]
     if len(changed) == len(rows) and not any(map(_changes_logits, rows)):
         token_ids = _choose(logits, rows, draw)
     elif changed:
@@ -189,10 +189,6 @@ def _ranked(token_id: int, logprob: float, ids: list[int], values: list[float], 
     top = dict(zip(ids[:k], values[:k], strict=True))
     top.setdefault(token_id, logprob)
     return top
-
-
-def _is_plain_greedy(row: SamplingRow) -> bool:
-    return row.params.temperature == 0 and not _changes_logits(row)
 
 
 def _changes_logits(row: SamplingRow) -> bool:
