@@ -133,7 +133,7 @@ class Decoder:
             token_ids: `[tokens]` int64.
             positions: `[tokens]` int64.
             sequence_lens: `[tokens]` int64, known length of each token's sequence.
-            attention: where queries and keys are, for layers of each window.
+            attention: places of queries and keys, for layers of each window.
             cache: cache of each layer, written at the batch's slots.
             logits_rows: `[rows]` int64, tokens whose logits are wanted; None: all.
             control: what may take rows out between layers; their logits are not computed.

@@ -16,7 +16,7 @@ class Narrowed:
 
     Attributes:
         rows: `[rows]` int64, places in the stream that go on; may be none.
-        attention: where their queries and keys are, by the window of the layers.
+        attention: places of their queries and keys, by the window of the layers.
         logits_rows: `[logits]` int64, places among `rows` whose logits are wanted.
     """
 
@@ -29,7 +29,7 @@ class LayerControl(Protocol):
     """What may make the batch smaller between layers."""
 
     def after_layer(self, layer: int, stream: ResidualStream) -> Narrowed | None:
-        """Called after each layer with the stream as it left it; None: nothing changes."""
+        """Called after each layer with the stream behind it; None: nothing changes."""
         ...
 
 

@@ -123,7 +123,7 @@ class DecoderLayer:
             rope_tables: (cos, sin) of `kernels.rope.rope_tables`; None for a layer without positions.
             query_growth: `[tokens, 1, 1]`, multiplied to queries; None for none.
             layer_cache: written at the batch's slots, unless another layer does.
-            attention: where queries and keys are.
+            attention: places of queries and keys.
             shared_kv: new keys and values of the layer whose cache this one reads; None: it has its own.
             layer_input: `[tokens, layer_input_size]`, see `LayerInputs`; None for none.
             masses: gains what each KV block received of the attention, `[sequences, blocks]` float32; None: not asked.

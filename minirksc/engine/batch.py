@@ -29,7 +29,7 @@ class ForwardBatch:
         token_ids: `[tokens]` int64.
         positions: `[tokens]` int64, place of each token in its sequence.
         sequence_lens: `[tokens]` int64, known length of each token's sequence, tokens of later steps included.
-        attention: where queries and keys are, by the window of the layers.
+        attention: places of queries and keys, by the window of the layers.
         logits_rows: `[rows]` int64, tokens whose logits are computed; None: all of them.
         wanted: requests whose logits these are, in order, and which of the rows.
         copies: blocks to copy before anything is written.

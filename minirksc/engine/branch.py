@@ -232,17 +232,17 @@ class Branch:
         checker, tokens = request.checker, request.output_token_ids
         if self.pruned or checker is None or checker.finish_reason != "stop" or request.num_taken_out:
             return
-        num_kept, rest = len(tokens) - 1, ""
+        num_remaining, rest = len(tokens) - 1, ""
         if isinstance(checker.stop_reason, str):
             source = self._home.engine.text_source(request.params, request.detokenizer)
             assert source is not None  # there was text to find it in
-            num_kept, num_chars = num_within(tokens, request.text, source)
+            num_remaining, num_chars = num_within(tokens, request.text, source)
             rest = request.text[num_chars:]
         token_ids = self._home.encode_fragment(rest) if rest else []
-        begin = request.num_prompt_tokens + num_kept
+        begin = request.num_prompt_tokens + num_remaining
         self._home.engine.cut_kv(self.sequence, begin)
         # In one statement: an interruption comes before or after.
-        self.sequence.token_ids[begin:], request.num_taken_out = token_ids, len(tokens) - num_kept
+        self.sequence.token_ids[begin:], request.num_taken_out = token_ids, len(tokens) - num_remaining
 
 
 def branch_list(branches: Any, home: OpenEngine) -> list[Branch]:

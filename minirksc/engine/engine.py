@@ -120,7 +120,7 @@ class Engine(Sequences):
             on_logits: callback for them, see `LogitsCallback`.
             seat: place at a layer gate; None: it goes through all layers.
             earlier_output_ids: tokens that were generated on the sequence before, for presence and frequency penalties.
-            detokenizer: state in which the generation before left its text; None: the text begins here.
+            detokenizer: detokenizer after the generation before on the sequence; None: the text begins here.
             call: the call at whose end it is aborted; None: it stays until it has ended.
 
         Raises:
@@ -245,7 +245,7 @@ class Engine(Sequences):
         self, items: list[ScheduledRequest], gated: GatedPass, drawn: list[tuple[Request, Sampled]]
     ) -> list[Request]:
         """Enters into the books which KV there is now and what each request gained; returns what gained or ended."""
-        # KV of a request whose logits are not finite must not reach the prefix cache, nor what a gate left half made.
+        # KV of a request whose logits are not finite must not reach the prefix cache, nor what a gate has cut short.
         unusable = {request for request, one in drawn if one.failure is not None} | gated.departed.keys()
         stored = [item for item in items if item.request not in unusable]
         for request, position in gated.borrowed.items():

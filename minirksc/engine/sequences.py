@@ -55,7 +55,7 @@ class Sequences(Interruptible):
 
         Args:
             token_ids: tokens of the prompt.
-            share: False keeps its blocks out of all sharing but that of its own forks.
+            share: whether its blocks are shared; False: with its own forks alone.
             salt: name that sequences must have in common to share blocks; None: they have none in common.
             seed: key of the samples of a branch on it.
 

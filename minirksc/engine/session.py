@@ -227,7 +227,7 @@ class Session(OpenEngine):
         return self.engine.blocks.evictions
 
     def lens(self, token_ids: Iterable[int] | None = None) -> Callable[[Tensor], Tensor]:
-        """Reads hidden states of any layer as logits; see `Decoder.lens`. Kept, since making it copies the head.
+        """Reads hidden states of any layer as logits; see `Decoder.lens`. Made once, since that copies the head.
 
         Args:
             token_ids: tokens whose logits are read; None: all of the vocabulary.

@@ -65,7 +65,7 @@ class _Tables:
         self._of_layer = dict(zip(layers, self._tables, strict=True))
         self._sizes: set[tuple[int, int]] = set()
         self.plan_of = {layer: _LayerPlan(table, self._sizes) for layer, table in self._of_layer.items()}
-        self._kept: list[Any] = [plan]  # what the tables point at
+        self._pointed_at: list[Any] = [plan]  # what the tables point at
 
     def follow(self, plan: NativePlan, measured: Collection[int]) -> dict[int, TableWithSums]:
         """Does what this plan says from now on; `measured` layers leave what they find in these tables."""
@@ -75,7 +75,7 @@ class _Tables:
         found = {layer: plan.table_with_sums(*self._size) for layer in measured if layer in self._of_layer}
         for layer, table in found.items():
             self._of_layer[layer].copy_(table.table)
-        self._kept = [plan, found]
+        self._pointed_at = [plan, found]
         return found
 
 
