@@ -18,7 +18,7 @@ class ResidualStream:
     Args:
         hidden: `[tokens, hidden]`, where it begins; overwritten.
         backend: the form of every op.
-        eps: of all norms.
+        eps: epsilon of all norms.
     """
 
     def __init__(self, hidden: Tensor, backend: Backend, eps: float) -> None:
@@ -30,8 +30,7 @@ class ResidualStream:
 
     def add(self, update: Tensor, norm: Tensor | None = None) -> None:
         """Adds `[tokens, hidden]`; with the weight of a norm, its normed copy."""
-        if self._update is not None:
-            self.total()
+        self.total()
         self._update, self._update_norm = update, norm
 
     def normed(self, weight: Tensor | None) -> Tensor:
@@ -42,23 +41,21 @@ class ResidualStream:
         return self._backend.add_rms_norm(self._hidden, update, self._update_norm, weight, self._eps)
 
     def total(self) -> Tensor:
-        """The sum itself, `[tokens, hidden]`; whoever writes into it changes the stream."""
+        """The sum itself, `[tokens, hidden]`; what is written into it changes the stream."""
         if self._update is not None:
             update, self._update = self._update, None
-            if self._update_norm is not None:
-                update = self._backend.rms_norm(update, self._update_norm, self._eps)
-            self._hidden.add_(update)
+            self._hidden.add_(self._as_added(update))
         return self._hidden
 
     def at(self, rows: Tensor) -> Tensor:
         """A copy of the sum at the tokens `[rows]` int64; the stream stays as it is."""
         hidden = self._hidden[rows]
-        if self._update is None:
-            return hidden
-        update = self._update[rows]
-        if self._update_norm is not None:
-            update = self._backend.rms_norm(update, self._update_norm, self._eps)
-        return hidden.add_(update)
+        return hidden if self._update is None else hidden.add_(self._as_added(self._update[rows]))
+
+    def _as_added(self, update: Tensor) -> Tensor:
+        """`[tokens, hidden]`, under its norm if it has one."""
+        norm = self._update_norm
+        return update if norm is None else self._backend.rms_norm(update, norm, self._eps)
 
     def keep(self, rows: Tensor) -> None:
         """Goes on with the tokens `[rows]` int64 alone."""
@@ -126,7 +123,7 @@ class DecoderLayer:
             rope_tables: (cos, sin) of `kernels.rope.rope_tables`; None for a layer without positions.
             query_growth: `[tokens, 1, 1]`, multiplied to queries; None for none.
             layer_cache: written at the batch's slots, unless another layer does.
-            attention: where queries and keys are.
+            attention: places of queries and keys.
             shared_kv: new keys and values of the layer whose cache this one reads; None: it has its own.
             layer_input: `[tokens, layer_input_size]`, see `LayerInputs`; None for none.
             masses: gains what each KV block received of the attention, `[sequences, blocks]` float32; None: not asked.

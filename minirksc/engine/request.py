@@ -89,7 +89,7 @@ class Request:
         checker: decides when it ends and what text is final; None: it only computes the prompt's KV.
         logits_start: logits of positions from here on go to on_logits; None: no logits wanted.
         on_logits: see `LogitsCallback`; after a preemption in the midst of them positions may come twice.
-        seat: its place at a depth gate; None: it goes through all layers.
+        seat: its place at a layer gate; None: it goes through all layers.
         earlier_output_ids: what was generated on the sequence before, for presence and frequency penalties.
         detokenizer: as the generation before on the sequence left it; None: the text begins here.
         num_taken_out: of its output, tokens at the end that were taken out of the sequence again.

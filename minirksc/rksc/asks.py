@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minirksc.engine.gates import LEAVE, Borrow, GateRows, Verdicts
+from minirksc.engine.gates import LEAVE, Borrow, Decisions, GateRows
 from minirksc.errors import ConfigError
 from minirksc.models.spec import ArchSpec
 from minirksc.rksc.similarity import MEASURES, PrefixStates, SimilarityMeasure, common_runs
@@ -140,7 +140,7 @@ class Probe:
             return "less alike than the threshold"
         return "too little can be borrowed: the runs of equal tokens are too short, or their KV is gone"
 
-    def after_layer(self, layer: int, rows: GateRows) -> Verdicts:
+    def after_layer(self, layer: int, rows: GateRows) -> Decisions:
         """Decides about the phrasings that have come to their end here; the others go on."""
         decisions: dict[int, Any] = {}
         for index, row in enumerate(rows.rows):

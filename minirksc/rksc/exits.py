@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from minirksc.engine.gates import LEAVE, GateRows, Verdicts
+from minirksc.engine.gates import LEAVE, Decisions, GateRows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,7 +137,7 @@ class LayerExit(MarginExit):
         super().__init__(MarginRule(**thresholds), num_layers)
         self._lens = lens
 
-    def after_layer(self, layer: int, rows: GateRows) -> Verdicts:
+    def after_layer(self, layer: int, rows: GateRows) -> Decisions:
         """Lets rows leave whose last token is among these."""
         read = self._lens(rows.last()).tolist()  # [rows][2]
         margins = {row: yes - no for row, is_end, (yes, no) in zip(rows.rows, rows.ends, read, strict=True) if is_end}
@@ -192,7 +192,7 @@ class EntropyExit(_Exits):
         self._choices = choices
         self._before: dict[int, float] = {}
 
-    def after_layer(self, layer: int, rows: GateRows) -> Verdicts:
+    def after_layer(self, layer: int, rows: GateRows) -> Decisions:
         """Lets rows leave whose last token is among these."""
         rule = self._rule
         logprobs = self._lens(rows.last()).log_softmax(-1)  # [rows, vocab]

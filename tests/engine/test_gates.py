@@ -181,6 +181,20 @@ def test_choices_of_several_tokens_have_no_gate(llm, kids):
         llm.score(kids, QUESTION, [[1, 2], [3]], gate=LeaveAt({}))
 
 
+@pytest.mark.parametrize("decisions", [{1: None}, {1: "leave"}, {9: LEAVE}])
+def test_a_decision_that_is_none_or_about_another_row_is_refused_by_name(llm, kids, decisions):
+    class Wrong(LeaveAt):
+        def after_layer(self, layer, rows):
+            return decisions
+
+    (row, decision), *_ = decisions.items()
+    with pytest.raises(
+        ConfigError, match=f"a gate decided .*{'Leave' if row == 9 else decision}.* for row {row} after"
+    ):
+        llm.score(kids, QUESTION, CHOICES, gate=Wrong({}))
+    assert torch.equal(llm.score(kids, QUESTION, CHOICES), llm.score(kids, QUESTION, CHOICES))
+
+
 def test_one_question_a_branch(llm, kids):
     questions = [[11], [12, 13], [14], [15, 16, 17]]
     together = llm.score(kids, questions, CHOICES)
