@@ -28,7 +28,6 @@ from minirksc.kernels.kv.kv_copy import copy_blocks_triton, copy_rotated_triton
 from minirksc.kernels.kv.kv_store import kv_store_triton
 from minirksc.kernels.kv.layer_cache import LayerCache
 from minirksc.kernels.rms_norm import add_rms_norm_triton, rms_norm_triton
-from minirksc.kernels.similarity import similarity_triton
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HEADS = {32: (4, 2), 64: (9, 3), 80: (32, 32), 96: (32, 32), 128: (32, 8), 256: (16, 8), 512: (8, 1)}
@@ -146,18 +145,11 @@ def activation_cases() -> Iterator[Case]:
 
 
 def row_cases() -> Iterator[Case]:
-    """Whole rows: confidence of logits, similarity of hidden states."""
+    """Whole rows: confidence of logits."""
     for vocab, (label, dtype) in product((49152, 151936, 262144), DTYPES.items()):
         logits = _meta(TOKENS, vocab, dtype=dtype)
         subset = vocab == 151936 and label == "fp32"
         yield Case(f"confidence {vocab} {label}", lambda x=logits: confidence_triton(x), subset)
-    for size, (label, dtype) in product((576, 2048, 4096, 5376), DTYPES.items()):
-        hidden, weights = _meta(TOKENS, 32, size, dtype=dtype), _meta(32, dtype=torch.float32)
-        yield Case(
-            f"similarity {size} {label}",
-            lambda x=hidden, w=weights: similarity_triton(x, x[0], w),
-            subset=size == 4096 and label == "bf16",
-        )
 
 
 def store_cases() -> Iterator[Case]:

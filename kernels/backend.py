@@ -47,7 +47,6 @@ from minirksc.kernels.rms_norm import (
     rms_norm_triton,
 )
 from minirksc.kernels.rope import RopeTables
-from minirksc.kernels.similarity import similarity_reference, similarity_torch, similarity_triton
 from minirksc.kernels.weights.linear import NativePacker, Pack, PlainWeight, pack_torch
 
 
@@ -99,7 +98,6 @@ class Backend:
     ]
     confidence: Callable[[Tensor], Confidence]
     draw: Callable[[Tensor, Sequence[Draw]], Tensor]
-    similarity: Callable[[Tensor, Tensor, Tensor], Tensor]
 
     def check_block_size(self, block_size: int) -> None:
         """Refuses what the kernels cannot have.
@@ -133,7 +131,6 @@ BACKENDS = {
             paged_attention_mass=paged_attention_mass_triton,
             confidence=confidence_triton,
             draw=draw_torch,
-            similarity=similarity_triton,
         ),
         Backend(
             name="torch",
@@ -153,7 +150,6 @@ BACKENDS = {
             paged_attention_mass=paged_attention_mass_torch,
             confidence=confidence_torch,
             draw=draw_torch,
-            similarity=similarity_torch,
         ),
         Backend(
             name="native",
@@ -173,7 +169,6 @@ BACKENDS = {
             paged_attention_mass=paged_attention_mass_native,
             confidence=confidence_native,
             draw=draw_native,
-            similarity=similarity_torch,
         ),
         Backend(
             name="reference",
@@ -193,7 +188,6 @@ BACKENDS = {
             paged_attention_mass=paged_attention_mass_reference,
             confidence=confidence_reference,
             draw=draw_torch,
-            similarity=similarity_reference,
         ),
     )
 }

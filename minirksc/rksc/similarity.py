@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from minirksc.errors import ConfigError
-from minirksc.kernels.similarity import layer_weights, similarity_torch
 
 
 @dataclass(frozen=True)
@@ -74,12 +73,16 @@ class Sigma:
         return range(depth)
 
     def similarity(self, root: PrefixStates, branch: PrefixStates) -> float:
-        """The weighted sum of cosines; see `kernels.similarity`."""
+        """The sum over layers l of w_l times the cosine, where w is the softmax of alpha l / number of layers."""
         ours, theirs = (
             torch.stack([p.hidden[i][-1] for i in sorted(p.hidden)]) for p in (root, branch)
         )  # [layers, hidden]
-        weights = layer_weights(len(ours), self.alpha, ours.device)
-        return min(1.0, float(similarity_torch(theirs[None], ours, weights))) if _finite(ours, theirs) else math.nan
+        if not _finite(ours, theirs):
+            return math.nan
+        depths = torch.arange(len(ours), device=ours.device) / len(ours)
+        norms = torch.linalg.vector_norm(theirs, dim=-1) * torch.linalg.vector_norm(ours, dim=-1)  # [layers]
+        cosines = torch.where(norms == 0, 0.0, torch.linalg.vecdot(theirs, ours) / norms)
+        return min(1.0, float(cosines @ torch.softmax(self.alpha * depths, 0)))
 
 
 class _AtDeepest:

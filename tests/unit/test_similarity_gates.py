@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minirksc.errors import ConfigError
-from minirksc.kernels.similarity import layer_weights, similarity_reference
 from minirksc.rksc.similarity import GATES, Alignment, Nearest, Pooled, PrefixStates, Sigma, Whitened
 
 DEPTH = 3
@@ -70,8 +69,10 @@ def test_a_state_that_moves_makes_it_smaller(gate):
 def test_sigma_is_the_published_formula():
     root, branch = states([1, 2, 3]), states([1, 2, 9])
     ours, theirs = (torch.stack([p.hidden[i][-1] for i in range(DEPTH)]) for p in (root, branch))
-    expected = similarity_reference(theirs[None], ours, layer_weights(DEPTH, 1.5))
-    assert Sigma().similarity(root, branch) == pytest.approx(float(expected), abs=1e-6)
+    cosines = torch.nn.functional.cosine_similarity(theirs.double(), ours.double(), dim=-1)  # [layers]
+    weights = torch.exp(1.5 * torch.arange(DEPTH).double() / DEPTH)
+    expected = float((cosines * weights).sum() / weights.sum())
+    assert Sigma().similarity(root, branch) == pytest.approx(expected, abs=1e-6)
 
 
 def test_sigma_sees_the_last_token_alone():
