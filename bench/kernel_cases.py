@@ -27,6 +27,7 @@ from minirksc.kernels.gated_act import ACTIVATIONS, gated_act_triton
 from minirksc.kernels.kv.kv_copy import copy_blocks_triton, copy_rotated_triton
 from minirksc.kernels.kv.kv_store import kv_store_triton
 from minirksc.kernels.kv.layer_cache import LayerCache
+from minirksc.kernels.kv.placement import HeadNorms, Placement
 from minirksc.kernels.rms_norm import add_rms_norm_triton, rms_norm_triton
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -278,18 +279,14 @@ def _store(
     rotary_dim = head_dim if rotary_dim is None else rotary_dim
     table = _meta(TOKENS, 1, rotary_dim, dtype=dtype)
     weight = _meta(head_dim, dtype=dtype) if norm else None
-    kv_store_triton(
-        _meta(TOKENS, num_heads + 2 * num_kv_heads * cached, head_dim, dtype=dtype),
-        num_heads,
-        weight,
-        weight,
-        False,
-        1e-6,
-        (table, table) if rotary_dim else None,
-        None if rotary_dim else _meta(TOKENS, 1, 1, dtype=torch.float32),
-        _layer_cache(head_dim, 16, torch.int8 if int8 else dtype) if cached else None,
-        _meta(TOKENS, dtype=torch.int64),
+    placement = Placement(
+        rope=(table, table) if rotary_dim else None,
+        query_growth=None if rotary_dim else _meta(TOKENS, 1, 1, dtype=torch.float32),
+        cache=_layer_cache(head_dim, 16, torch.int8 if int8 else dtype) if cached else None,
+        slots=_meta(TOKENS, dtype=torch.int64),
     )
+    qkv = _meta(TOKENS, num_heads + 2 * num_kv_heads * cached, head_dim, dtype=dtype)
+    kv_store_triton(qkv, HeadNorms(num_heads, weight, weight, False, 1e-6), placement)
 
 
 def _layer_cache(head_dim: int, block_size: int, dtype: torch.dtype) -> LayerCache:

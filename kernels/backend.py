@@ -30,6 +30,7 @@ from minirksc.kernels.kv.kv_copy import (
 )
 from minirksc.kernels.kv.kv_store import kv_store_reference, kv_store_torch, kv_store_triton
 from minirksc.kernels.kv.layer_cache import LayerCache, plain_block_shape
+from minirksc.kernels.kv.placement import HeadNorms, Placement
 from minirksc.kernels.native.ops import (
     add_rms_norm_native,
     confidence_native,
@@ -75,21 +76,7 @@ class Backend:
     rms_norm: Callable[[Tensor, Tensor | None, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, float], Tensor]
     gated_act: Callable[[Tensor, str], Tensor]
-    kv_store: Callable[
-        [
-            Tensor,
-            int,
-            Tensor | None,
-            Tensor | None,
-            bool,
-            float,
-            RopeTables | None,
-            Tensor | None,
-            LayerCache | None,
-            Tensor,
-        ],
-        None,
-    ]
+    kv_store: Callable[[Tensor, HeadNorms, Placement], None]
     copy_blocks: Callable[[Tensor, Sequence[tuple[int, int]]], None]
     copy_rotated: Callable[[LayerCache, Tensor, Tensor, RopeTables | None], None]
     paged_attention: Callable[[Tensor, Tensor, LayerCache, AttentionBatch, float, float | None], Tensor]

@@ -7,34 +7,25 @@ from minirksc.errors import ConfigError
 from minirksc.kernels.attention.launch_table import max_head_dim, max_short_rows, product_dtype
 from minirksc.kernels.jit import DTYPES
 from minirksc.kernels.kv.layer_cache import LayerCache
+from minirksc.kernels.kv.placement import HeadNorms, Placement
 
 MAX_HEAD_DIM = 1024
 MAX_BLOCK_SIZE = 256
 
 
-def check_kv_store(
-    qkv: Tensor,
-    num_heads: int,
-    norms: dict[str, Tensor | None],
-    rope: tuple[Tensor, Tensor] | None,
-    query_growth: Tensor | None,
-    cache: LayerCache | None,
-    slots: Tensor,
-) -> None:
+def check_kv_store(qkv: Tensor, norms: HeadNorms, placement: Placement) -> None:
     """Refuses what `kv_store_triton` cannot serve.
 
     Args:
-        qkv: these, and all others, as in `kv_store_reference`.
-        num_heads: of q.
-        norms: weights by name, of q and of k.
-        rope: tables.
-        query_growth: factors of q.
-        cache: of the layer.
-        slots: in the cache.
+        qkv: Heads, as in `kv_store_reference`.
+        norms: Norms of the layer's heads.
+        placement: Positions of the tokens, and the place of their keys and values.
 
     Raises:
         ConfigError: a dtype, a shape or a stride is wrong.
     """
+    num_heads = norms.num_heads
+    rope, query_growth, cache, slots = placement
     if qkv.dtype not in DTYPES:
         raise ConfigError(f"qkv is {qkv.dtype}; the kernel takes float32, float16 and bfloat16")
     if qkv.dim() != 3 or not 0 < num_heads <= qkv.shape[1] or (qkv.shape[1] - num_heads) % 2:
@@ -45,7 +36,7 @@ def check_kv_store(
         raise ConfigError(f"head_dim is {head_dim}; the kernel takes even ones up to {MAX_HEAD_DIM}")
     if qkv.stride(2) != 1:
         raise ConfigError(f"heads of qkv have stride {qkv.stride(2)}; they must be contiguous, of stride 1")
-    for name, weight in norms.items():
+    for name, weight in (("q_norm", norms.q_norm), ("k_norm", norms.k_norm)):
         if weight is None:
             continue
         if weight.shape != (head_dim,) or not weight.is_contiguous() or weight.dtype not in (qkv.dtype, torch.float32):

@@ -20,9 +20,9 @@ from minirksc.errors import ConfigError
 from minirksc.kernels.confidence import Confidence
 from minirksc.kernels.gated_act import ACTIVATIONS
 from minirksc.kernels.kv.kv_store import kv_store_torch
-from minirksc.kernels.kv.layer_cache import TILE, LayerCache
+from minirksc.kernels.kv.layer_cache import TILE
+from minirksc.kernels.kv.placement import HeadNorms, Placement
 from minirksc.kernels.native.check import DTYPES, is_plain, is_rows, is_some, refused
-from minirksc.kernels.rope import RopeTables
 
 INSTRUCTIONS = ("AVX2", "AVX512")
 
@@ -155,25 +155,16 @@ def gated_act_native(gate_up: Tensor, activation: str) -> Tensor:
     return out
 
 
-def kv_store_native(
-    qkv: Tensor,
-    num_heads: int,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    v_norm: bool,
-    eps: float,
-    rope: RopeTables | None,
-    query_growth: Tensor | None,
-    cache: LayerCache | None,
-    slots: Tensor,
-) -> None:
+def kv_store_native(qkv: Tensor, norms: HeadNorms, placement: Placement) -> None:
     """Arguments as in `kv_store_reference`. Every token has a slot: -1 is not among them.
 
     Raises:
         ConfigError: a tensor that it would misread, or a slot that the cache has not; nothing is written then.
     """
+    num_heads, q_norm, k_norm, v_norm, eps = norms
+    rope, query_growth, cache, slots = placement
     if cache is not None and cache.scales is not None:
-        kv_store_torch(qkv, num_heads, q_norm, k_norm, v_norm, eps, rope, query_growth, cache, slots)
+        kv_store_torch(qkv, norms, placement)
         return
     check_heads("qkv", qkv)
     num_tokens, num_all_heads, head_dim = qkv.shape
