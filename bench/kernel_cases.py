@@ -8,6 +8,7 @@ compiled is what the engine launches: same constants, same warps, same divisibil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 from unittest import mock
@@ -20,8 +21,8 @@ from triton.runtime.jit import KernelInterface, create_function_from_signature
 
 from minirksc.kernels.attention import launch_table
 from minirksc.kernels.attention.batch import AttentionBatch
-from minirksc.kernels.attention.block_mass import block_mass_triton
-from minirksc.kernels.attention.paged_attention import attend
+from minirksc.kernels.attention.block_mass import attend_with_mass
+from minirksc.kernels.attention.paged_attention import paged_attention_triton
 from minirksc.kernels.confidence import confidence_triton
 from minirksc.kernels.gated_act import ACTIVATIONS, gated_act_triton
 from minirksc.kernels.kv.kv_copy import copy_blocks_triton, copy_rotated_triton
@@ -267,9 +268,8 @@ def _attend(
     )
     qkv = _meta(num_tokens, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
     layer = _layer_cache(head_dim, block_size, kv_dtype)
-    attended = attend(qkv[:, :num_heads], layer, batch, head_dim**-0.5, softcap, with_mass=with_mass)
-    if with_mass:
-        block_mass_triton(attended, batch)
+    attend = attend_with_mass if with_mass else partial(paged_attention_triton, kv=qkv)
+    attend(q=qkv[:, :num_heads], layer_cache=layer, batch=batch, scale=head_dim**-0.5, softcap=softcap)
 
 
 def _store(

@@ -22,15 +22,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minirksc.kernels.attention import launch_table
 from minirksc.kernels.attention.batch import KEY_CHUNK, AttentionBatch
-from minirksc.kernels.attention.launch_table import (
-    AttentionTile,
-    attention_tile,
-    max_short_rows,
-    num_programs,
-    product_dtype,
-)
+from minirksc.kernels.attention.launch_table import AttentionTile, attention_tile, max_short_rows, product_dtype
 from minirksc.kernels.attention.prefix_attention import Segment, in_view, is_worth_sharing, own_ranges, shared_segments
+from minirksc.kernels.kv.kv_check import check_attention
+from minirksc.kernels.kv.layer_cache import LayerCache
 
 
 class Shape(NamedTuple):
@@ -42,6 +39,18 @@ class Shape(NamedTuple):
     dtype: torch.dtype
     kv_dtype: torch.dtype
     architecture: str
+
+
+def work_shape(num_heads: int, layer_cache: LayerCache, dtype: torch.dtype) -> Shape:
+    """What the work list for a layer depends on.
+
+    Args:
+        num_heads: Number of query heads.
+        layer_cache: Cache of the layer.
+        dtype: Type of the queries.
+    """
+    kv = layer_cache.kv
+    return Shape(num_heads, kv.shape[3], kv.shape[4], dtype, kv.dtype, launch_table.architecture(kv.device))
 
 
 class Item(NamedTuple):
@@ -91,6 +100,11 @@ class WorkList:
     table: Tensor
     num_parts: int
     _partials: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+
+    def launches(self) -> list[tuple[AttentionTile, Tensor]]:
+        """How which items are computed; a launch each."""
+        parts = (self.tile, self.items[: self.num_short]), (self.prefill_tile, self.items[self.num_short :])
+        return [(tile, items) for tile, items in parts if tile is not None]
 
     def partials(self, num_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
         """(out `[num_parts, num_heads, head_dim]`, base-2 lse `[num_parts, num_heads]`), float32, for all layers."""
@@ -177,6 +191,22 @@ def adaptive_chunk(context_lens: Sequence[int], num_kv_heads: int, num_programs:
     return max(1, round(wanted / KEY_CHUNK)) * KEY_CHUNK
 
 
+def find_work(q: Tensor, layer_cache: LayerCache, batch: AttentionBatch) -> WorkList:
+    """The batch's work list for such queries and such a cache, made by the first layer that asks.
+
+    Args:
+        q: `[tokens, num_heads, head_dim]`.
+        layer_cache: Cache of the layer.
+        batch: Places of queries and keys.
+
+    Raises:
+        ConfigError: a dtype, shape or layout that the kernel cannot serve.
+    """
+    check_attention(q, layer_cache, batch.block_size)
+    shape = work_shape(q.shape[1], layer_cache, q.dtype)
+    return batch.plan(shape, lambda batch: make_work_list(batch, shape))
+
+
 def make_work_list(batch: AttentionBatch, shape: Shape, device: torch.device | None = None) -> WorkList:
     """Cuts a batch into items.
 
@@ -202,7 +232,7 @@ class _Builder:
         self.parts = [(0, 1)] * cu[-1]
         self.num_parts = 0
         self.chunk = batch.key_chunk or adaptive_chunk(
-            batch.context_lens, shape.num_kv_heads, num_programs(batch.device)
+            batch.context_lens, shape.num_kv_heads, launch_table.num_programs(batch.device)
         )
 
     def build(self, device: torch.device) -> WorkList:

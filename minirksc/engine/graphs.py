@@ -19,8 +19,7 @@ from torch import Tensor
 
 from minirksc.engine.batch import ForwardBatch
 from minirksc.kernels.attention.batch import KEY_CHUNK, AttentionBatch
-from minirksc.kernels.attention.paged_attention import work_shape
-from minirksc.kernels.attention.work_list import Shape, StaticWorkList, WorkList, make_work_list
+from minirksc.kernels.attention.work_list import Shape, StaticWorkList, WorkList, make_work_list, work_shape
 from minirksc.kernels.kv.layer_cache import LayerCache
 from minirksc.models.decoder import Decoder, MassSample
 
