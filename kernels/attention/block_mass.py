@@ -16,7 +16,7 @@ from minirksc.errors import ConfigError
 from minirksc.kernels.attention.batch import AttentionBatch
 from minirksc.kernels.attention.paged_attention import attend, paged_attention_reference, weights_and_values
 from minirksc.kernels.attention.work_list import find_work
-from minirksc.kernels.jit import tl, triton
+from minirksc.kernels.jit import launch_options, tl, triton
 from minirksc.kernels.kv.layer_cache import LayerCache
 
 
@@ -151,7 +151,6 @@ def attend_with_mass(
         GRANULE=granule,
         PER_BLOCK=per_block,
         BLOCKS=blocks,
-        enable_fp_fusion=True,
-        num_warps=4,
+        **launch_options(4, num_stages=None),
     )
     return out, mass

@@ -140,14 +140,12 @@ def _padded(head_dim: int) -> int:
     return max(64, 1 << (head_dim - 1).bit_length())
 
 
-def compile_options(architecture: str, registers: int) -> dict[str, int | bool]:
-    """Options of the compiler.
+def compile_options(architecture: str, registers: int) -> dict[str, int]:
+    """What bounds the registers of a thread.
 
-    Without a number of registers NVIDIA's assembler picks one, and spills some bytes to fit one more program on a
-    multiprocessor. Fusion of multiplication and addition is a default that changes with Triton 3.10.
+    Without a number NVIDIA's assembler picks one, and spills some bytes to fit one more program on a multiprocessor.
     """
-    options: dict[str, int | bool] = {"enable_fp_fusion": True}
-    return options if architecture.startswith("gfx") else {**options, "maxnreg": registers}
+    return {} if architecture.startswith("gfx") else {"maxnreg": registers}
 
 
 def dot_precision(architecture: str) -> str:

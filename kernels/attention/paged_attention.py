@@ -31,7 +31,7 @@ from minirksc.kernels.attention.batch import AttentionBatch
 from minirksc.kernels.attention.key_tile import attend_to_tile, table_entries
 from minirksc.kernels.attention.prefix_attention import merge_partials_triton
 from minirksc.kernels.attention.work_list import WorkList, find_work
-from minirksc.kernels.jit import tl, triton
+from minirksc.kernels.jit import launch_options, tl, triton
 from minirksc.kernels.kv.layer_cache import LayerCache
 
 LOG2_E = math.log2(math.e)
@@ -262,8 +262,7 @@ def attend(
             TILE=tile.tile,
             STAGES=tile.stages,
             PRECISION=launch_table.dot_precision(architecture),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **launch_options(tile.warps, tile.stages),
             **launch_table.compile_options(architecture, tile.registers),
         )
     if work.num_parts:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minirksc.kernels.jit import tl, triton
+from minirksc.kernels.jit import launch_options, tl, triton
 
 MIN_SHARED_BLOCKS = 4
 """Shorter shared runs cost more in the extra pass and merge than reading them again."""
@@ -232,6 +232,5 @@ def merge_partials_triton(part_out: Tensor, part_lse: Tensor, parts: Tensor, out
         HEAD_DIM=head_dim,
         HEAD_PAD=head_pad,
         PARTS=max(2, min(16, 4096 // head_pad)),
-        enable_fp_fusion=True,
-        num_warps=4,
+        **launch_options(4, num_stages=None),
     )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minirksc.errors import ConfigError
-from minirksc.kernels.jit import tl, triton
+from minirksc.kernels.jit import launch_options, tl, triton
 from minirksc.kernels.kv.int8 import abs_max_bits, int8_numbers, int8_scales, round_to_int8
 from minirksc.kernels.kv.kv_check import check_cache, check_rope
 from minirksc.kernels.kv.kv_store import heads_of_program
@@ -100,9 +100,7 @@ def copy_blocks_triton(cache: Tensor, copies: Sequence[tuple[int, int]]) -> None
         cache.stride(0),
         BLOCK_NUMBERS=block_numbers,
         PART=part,
-        enable_fp_fusion=True,
-        num_warps=num_warps,
-        num_stages=1,
+        **launch_options(num_warps),
     )
 
 
@@ -249,7 +247,5 @@ def copy_rotated_triton(cache: LayerCache, sources: Tensor, destinations: Tensor
         HALF_PAD=triton.next_power_of_2(half),
         REST_PAD=triton.next_power_of_2(rest) if rest else 0,
         GROUPS=groups,
-        enable_fp_fusion=True,
-        num_warps=1,
-        num_stages=1,
+        **launch_options(1),
     )

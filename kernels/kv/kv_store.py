@@ -15,7 +15,7 @@ left of a head, as tiles of their own. Limits: `kernels/kv/kv_check.py`.
 import torch
 from torch import Tensor
 
-from minirksc.kernels.jit import tl, triton
+from minirksc.kernels.jit import launch_options, tl, triton
 from minirksc.kernels.kv.int8 import abs_max_bits, int8_numbers, int8_scales, round_to_int8
 from minirksc.kernels.kv.kv_check import check_kv_store
 from minirksc.kernels.kv.layer_cache import multiply_out
@@ -305,7 +305,5 @@ def kv_store_triton(qkv: Tensor, norms: HeadNorms, placement: Placement) -> None
         REST_PAD=triton.next_power_of_2(rest) if rest else 0,
         Q_GROUPS=q_groups,
         KV_GROUPS=kv_groups,
-        enable_fp_fusion=True,
-        num_warps=1,
-        num_stages=1,
+        **launch_options(1),
     )
