@@ -78,9 +78,7 @@ def draw_native(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     numbers = torch.tensor([[d.temperature, d.top_p, d.min_p, d.uniform] for d in draws], dtype=torch.float64)
     top_k = torch.tensor([d.top_k for d in draws], dtype=torch.int64)
     token_ids = torch.empty(rows, dtype=torch.int64)
-    native.draw(
-        logits.data_ptr(), numbers.data_ptr(), top_k.data_ptr(), token_ids.data_ptr(), rows, vocab, logits.stride(0)
-    )
+    native.draw(logits, numbers, top_k, token_ids, rows, vocab, logits.stride(0))
     return token_ids
 
 

@@ -30,7 +30,7 @@ from minirksc.kernels.attention.paged_attention_torch import (
 from minirksc.kernels.attention.reads import DecodeReads, PrefillReads, Run, find_reads
 from minirksc.kernels.kv.layer_cache import TILE, LayerCache, plain_block_shape
 from minirksc.kernels.native.check import is_rows, refused
-from minirksc.kernels.native.ops import check_heads, has_bf16_products, is_bfloat16, native, pointer, slots_of
+from minirksc.kernels.native.ops import check_heads, has_bf16_products, is_bfloat16, native, slots_of
 
 PIECE_KEYS = 256
 QUERIES = 32
@@ -107,8 +107,9 @@ class NativePlan:
 
     def _numbers(self, outs: Tensor, sums: Tensor, tile_sums: Tensor | None) -> Tensor:
         tensors = (self.rows, self.pieces, self.runs, self.part_begins, self.parts)
-        results = [pointer(tensor) or 0 for tensor in (outs, sums, tile_sums)]
-        return torch.tensor([*(t.data_ptr() for t in tensors), len(self.rows), len(self.pieces), *results])
+        inputs = [tensor.data_ptr() for tensor in tensors]
+        results = [0 if tensor is None else tensor.data_ptr() for tensor in (outs, sums, tile_sums)]
+        return torch.tensor([*inputs, len(self.rows), len(self.pieces), *results])
 
 
 class TableWithSums(NamedTuple):
@@ -204,9 +205,8 @@ def _attend(
     call: Any, q: Tensor, kv: Tensor, out: Tensor, table: Tensor, number: int, scale: float, softcap: float | None
 ) -> None:
     """Both compiled forms; `number` is what only one has, a window or whether it is bfloat16."""
-    pointers = q.data_ptr(), kv.data_ptr(), out.data_ptr(), table.data_ptr()
     num_heads, head_dim = q.shape[1:]
-    call(*pointers, q.stride(0), num_heads, kv.shape[3], head_dim, number, scale, softcap or 0.0)
+    call(q, kv, out, table, q.stride(0), num_heads, kv.shape[3], head_dim, number, scale, softcap or 0.0)
 
 
 def block_shape_native(

@@ -100,19 +100,8 @@ def _norm(
     is_float32 = _is_float32(update_norm, weight, x.shape[1], x.dtype)
     if x.numel() == 0:
         return
-    native.add_rms_norm(
-        x.data_ptr(),
-        pointer(update),
-        pointer(update_norm),
-        pointer(weight),
-        out.data_ptr(),
-        *x.shape,
-        x.stride(0),
-        0 if update is None else update.stride(0),
-        is_bfloat16[x.dtype],
-        is_float32,
-        eps,
-    )
+    strides = x.stride(0), 0 if update is None else update.stride(0)
+    native.add_rms_norm(x, update, update_norm, weight, out, *x.shape, *strides, is_bfloat16[x.dtype], is_float32, eps)
 
 
 def _is_float32(weight: Tensor | None, other: Tensor | None, size: int, dtype: torch.dtype) -> bool:
@@ -143,15 +132,8 @@ def gated_act_native(gate_up: Tensor, activation: str) -> Tensor:
     out = gate_up.new_empty(num_tokens, width // 2)
     if out.numel() == 0:
         return out
-    native.gated_act(
-        gate_up.data_ptr(),
-        out.data_ptr(),
-        num_tokens,
-        width // 2,
-        gate_up.stride(0),
-        ACTIVATIONS.index(activation),
-        is_bfloat16[gate_up.dtype],
-    )
+    kind = ACTIVATIONS.index(activation), is_bfloat16[gate_up.dtype]
+    native.gated_act(gate_up, out, num_tokens, width // 2, gate_up.stride(0), *kind)
     return out
 
 
@@ -189,28 +171,10 @@ def kv_store_native(qkv: Tensor, norms: HeadNorms, placement: Placement) -> None
             raise refused("slots", slots, f"[{num_tokens}] integers of the CPU, contiguous")
     if qkv.numel() == 0:
         return
-    bad: int = native.kv_store(
-        qkv.data_ptr(),
-        pointer(q_norm),
-        pointer(k_norm),
-        pointer(cos),
-        pointer(sin),
-        pointer(query_growth),
-        None if cache is None else cache.kv.data_ptr(),
-        None if cache is None else slots.data_ptr(),
-        num_slots,
-        num_tokens,
-        qkv.stride(0),
-        num_heads,
-        num_kv_heads,
-        head_dim,
-        0 if cos is None else cos.shape[-1],
-        v_norm,
-        cache is not None and cache.is_tiled,
-        is_bfloat16[qkv.dtype],
-        is_float32,
-        eps,
-    )
+    stored = (None, None) if cache is None else (cache.kv, slots)
+    sizes = num_tokens, qkv.stride(0), num_heads, num_kv_heads, head_dim, 0 if cos is None else cos.shape[-1]
+    kinds = v_norm, cache is not None and cache.is_tiled, is_bfloat16[qkv.dtype], is_float32
+    bad: int = native.kv_store(qkv, q_norm, k_norm, cos, sin, query_growth, *stored, num_slots, *sizes, *kinds, eps)
     if bad >= 0:
         raise ConfigError(f"slot {int(slots[bad])} of token {bad} is none of the cache, which has 0 to {num_slots - 1}")
 
@@ -266,10 +230,5 @@ def confidence_native(logits: Tensor) -> Confidence:
         logits = logits.contiguous()
     argmax = torch.empty(rows, dtype=torch.int64)
     results = torch.empty(4, rows)
-    native.confidence(logits.data_ptr(), argmax.data_ptr(), results.data_ptr(), rows, vocab, logits.stride(0))
+    native.confidence(logits, argmax, results, rows, vocab, logits.stride(0))
     return Confidence(argmax, *results)
-
-
-def pointer(tensor: Tensor | None) -> int | None:
-    """Of its first number."""
-    return None if tensor is None else tensor.data_ptr()
