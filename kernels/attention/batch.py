@@ -52,6 +52,10 @@ class AttentionBatch:
         plan: Plan = self._plans[key]
         return plan
 
+    def num_queries(self, sequence: int) -> int:
+        """Number of new tokens of a sequence."""
+        return self.cu_seqlens_q[sequence + 1] - self.cu_seqlens_q[sequence]
+
     def first_visible(self, position: int) -> int:
         """Position of the first key that the query at a position sees."""
         return 0 if self.window is None else max(0, position - self.window + 1)

@@ -18,7 +18,6 @@ from torch.nn.utils.rnn import pad_sequence
 from minirksc.kernels.attention.batch import AttentionBatch
 from minirksc.kernels.attention.block_mass import check_decode
 from minirksc.kernels.attention.paged_attention_torch import Attend, Keys, OwnKeys, Slots, decode, make_plan
-from minirksc.kernels.attention.prefix_attention import own_ranges
 from minirksc.kernels.kv.layer_cache import LayerCache
 
 PIECE = 1024
@@ -106,11 +105,8 @@ class _Weigh:
 def _own_columns(batch: AttentionBatch) -> list[Tensor]:
     """For each part of the plan, the block of each key that its places read alone: `[places, longest]` int64."""
     plan = batch.plan("torch", make_plan)
-    order = range(plan.num_decode) if plan.rows is None else plan.rows.tolist()
-    segments = [segment for segment, _ in plan.shared]
-    columns = []
-    for place, i in enumerate(order):
-        context_len = batch.context_lens[i]
-        ranges = own_ranges(place, batch.first_visible(context_len - 1), context_len, segments, batch.block_size)
-        columns.append(torch.cat([torch.arange(*keys, device=batch.device) for keys in ranges]) // batch.block_size)
+    columns = [
+        torch.cat([torch.arange(*keys, device=batch.device) for keys in ranges]) // batch.block_size
+        for ranges in plan.own_ranges
+    ]
     return [pad_sequence(columns[own.begin : own.end], batch_first=True) for own in plan.own]

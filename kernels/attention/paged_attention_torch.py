@@ -70,16 +70,25 @@ class AttentionPlan:
     """What the torch form does in each layer; made once a step.
 
     Sequences with one query token stand in an order, that of their places, in which sharers are neighbours.
+
+    Attributes:
+        prefills: Sequences with several query tokens.
+        num_decode: Number of places.
+        rows: `[num_decode]` int64, batch row of each place; None: place i is row i, and there are no prefills.
+        shared: Segments, and where their keys are.
+        own: Keys of all places, in their order.
+        own_ranges: Positions [begin, end) of these, of each place.
+        gathered: `[slots, 2, num_kv_heads, head_dim]`, the cache's dtype, a buffer for all layers; None: not yet made.
+        masks: Masks of the prefills' tiles.
     """
 
     prefills: list[Prefill]
     num_decode: int
-    rows: (
-        Tensor | None
-    )  # [num_decode] int64: batch row of each place; None: place i is row i, and there are no prefills
+    rows: Tensor | None
     shared: list[tuple[Segment, Keys]]
-    own: list[OwnKeys]  # in the order of places, of which they are all
-    gathered: Tensor | None = None  # [slots, 2, num_kv_heads, head_dim], the cache's dtype: a buffer for all layers
+    own: list[OwnKeys]
+    own_ranges: list[list[tuple[int, int]]]
+    gathered: Tensor | None = None
     masks: Masks = field(default_factory=dict)
 
 
@@ -320,6 +329,7 @@ def make_plan(batch: AttentionBatch) -> AttentionPlan:
             _own_keys(decode.own, begin, end, device)
             for begin, end in _groups([_num_keys(runs) for runs in decode.own])
         ],
+        own_ranges=decode.own_ranges,
     )
 
 

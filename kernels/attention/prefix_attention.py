@@ -8,12 +8,13 @@ Source: Juravsky et al. 2024, arXiv 2402.05099 (Hydragen); Ye et al. 2024 (casca
 https://flashinfer.ai/2024/02/02/cascade-inference.html.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from minirksc.kernels.attention.batch import AttentionBatch
 from minirksc.kernels.jit import launch_options, tl, triton
 
 MIN_SHARED_BLOCKS = 4
@@ -76,13 +77,12 @@ def shared_segments(
                     stop += 1
             if stop - start > 1:
                 # In sorted order the first and the last row have the shortest common prefix of all.
-                depth = common_prefix_len(table, tables[order[stop - 1]])
-                shared_from = column
-                if depth - column >= MIN_SHARED_BLOCKS:
-                    segments.append(Segment(start, stop, column, depth))
-                    shared_from = depth
-                if shared_from == depth:
-                    descend(start, stop, depth)
+                common = common_prefix_len(table, tables[order[stop - 1]])
+                is_long = common - column >= MIN_SHARED_BLOCKS
+                if is_long:
+                    segments.append(Segment(start, stop, column, common))
+                if is_long or common == column:
+                    descend(start, stop, common)
             start = stop
 
     descend(0, len(order), 0)
@@ -103,7 +103,7 @@ def in_view(segments: list[Segment], first_keys: Sequence[int], block_size: int)
 def own_ranges(
     place: int, first_key: int, context_len: int, segments: Sequence[Segment], block_size: int
 ) -> list[tuple[int, int]]:
-    """Positions [begin, end) that a place reads alone: what it sees and no segment of its covers."""
+    """Positions [begin, end) that a place reads alone: what it sees and none of its segments covers."""
     ranges = []
     begin = first_key
     for segment in segments:
@@ -112,6 +112,50 @@ def own_ranges(
                 ranges.append((begin, segment.block_begin * block_size))
             begin = segment.block_end * block_size
     return [*ranges, (begin, context_len)]
+
+
+class SharedReads(NamedTuple):
+    """What sequences with few new tokens read, together and alone.
+
+    Attributes:
+        order: Indices of the sequences in the batch, those that share side by side; a place is an index into this.
+        segments: Runs of blocks that neighbouring places read together.
+        own: Positions [begin, end) that each place reads alone; never nothing.
+    """
+
+    order: list[int]
+    segments: list[Segment]
+    own: list[list[tuple[int, int]]]
+
+
+def find_shared(
+    batch: AttentionBatch,
+    sequences: Sequence[int],
+    is_worth: Callable[[Segment, Sequence[int]], bool] = lambda segment, order: True,
+) -> SharedReads:
+    """Finds what sequences of a batch share, so that it is read once.
+
+    The block that holds the first of its new tokens stays a sequence's own, so that each has keys of its own.
+
+    Args:
+        batch: Places of queries and keys.
+        sequences: Indices of the sequences.
+        is_worth: Whether a segment, of places in this order, is to be read once.
+    """
+    size = batch.block_size
+    firsts = {i: batch.context_lens[i] - batch.num_queries(i) for i in sequences}  # positions of the first queries
+    places, segments = shared_segments(
+        [batch.block_tables[i] for i in sequences], [firsts[i] // size for i in sequences]
+    )
+    order = [sequences[place] for place in places]
+    # A segment is read unmasked: by those that see all of it, the last of their queries included.
+    last_first_keys = [batch.first_visible(batch.context_lens[i] - 1) for i in order]
+    segments = [segment for segment in in_view(segments, last_first_keys, size) if is_worth(segment, order)]
+    own = [
+        own_ranges(place, batch.first_visible(firsts[i]), batch.context_lens[i], segments, size)
+        for place, i in enumerate(order)
+    ]
+    return SharedReads(order, segments, own)
 
 
 def is_worth_sharing(group: int, *, num_sequences: int, num_queries: int, num_keys: int, kv_itemsize: int) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor
 from minirksc.kernels.attention import launch_table
 from minirksc.kernels.attention.batch import KEY_CHUNK, AttentionBatch
 from minirksc.kernels.attention.launch_table import AttentionTile, attention_tile, max_short_rows, product_dtype
-from minirksc.kernels.attention.prefix_attention import Segment, in_view, is_worth_sharing, own_ranges, shared_segments
+from minirksc.kernels.attention.prefix_attention import Segment, find_shared, is_worth_sharing
 from minirksc.kernels.kv.kv_check import check_attention
 from minirksc.kernels.kv.layer_cache import LayerCache
 
@@ -262,32 +262,9 @@ class _Builder:
 
     def _add_short(self, sequences: list[int], most: int) -> AttentionTile:
         """Items of sequences with at most `most` new tokens: shared prefixes, then what each reads alone."""
-        batch = self.batch
-        firsts = {i: batch.context_lens[i] - self.num_queries[i] for i in sequences}  # positions of the first queries
-        order, segments = shared_segments(
-            [batch.block_tables[i] for i in sequences], [firsts[i] // batch.block_size for i in sequences]
-        )
-        sequences = [sequences[place] for place in order]
-        first_keys = [batch.first_visible(firsts[i]) for i in sequences]
-        # A segment is read unmasked: by those who see all of it, the last of their queries included.
-        last_first_keys = [batch.first_visible(batch.context_lens[i] - 1) for i in sequences]
-        segments = [
-            segment
-            for segment in in_view(segments, last_first_keys, batch.block_size)
-            if is_worth_sharing(
-                self.group,
-                num_sequences=segment.row_end - segment.row_begin,
-                num_queries=sum(self.num_queries[i] for i in sequences[segment.row_begin : segment.row_end]),
-                num_keys=(segment.block_end - segment.block_begin) * batch.block_size,
-                kv_itemsize=self.shape.kv_dtype.itemsize,
-            )
-        ]
+        sequences, segments, own = find_shared(self.batch, sequences, self._is_worth)
         places = [self._place(i) for i in sequences]
         places.append(len(self.tokens))
-        own = [
-            own_ranges(place, first_keys[place], batch.context_lens[i], segments, batch.block_size)
-            for place, i in enumerate(sequences)
-        ]
         most_queries = max(self.num_queries[i] for i in sequences)
         most_sharing = max((places[s.row_end] - places[s.row_begin] for s in segments), default=0)
         tile = self._tile(self.group * min(max(most_queries, most_sharing), most))
@@ -300,11 +277,20 @@ class _Builder:
             for part, (begin, end) in enumerate(ranges, start=num_parts[place]):
                 self._add(places[place], self.num_queries[i], i, begin, end, -1 if total == 1 else part, tile)
             if total > 1:
-                row = batch.cu_seqlens_q[i]
+                row = self.batch.cu_seqlens_q[i]
                 for token in range(row, row + self.num_queries[i]):
                     self.parts[token] = (self.num_parts, total)
                     self.num_parts += total
         return tile
+
+    def _is_worth(self, segment: Segment, order: Sequence[int]) -> bool:
+        return is_worth_sharing(
+            self.group,
+            num_sequences=segment.row_end - segment.row_begin,
+            num_queries=sum(self.num_queries[i] for i in order[segment.row_begin : segment.row_end]),
+            num_keys=(segment.block_end - segment.block_begin) * self.batch.block_size,
+            kv_itemsize=self.shape.kv_dtype.itemsize,
+        )
 
     def _add_segment(
         self, segment: Segment, sequences: list[int], places: list[int], num_parts: list[int], tile: AttentionTile
