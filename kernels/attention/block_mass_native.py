@@ -18,7 +18,7 @@ from minirksc.kernels.attention.paged_attention_native import (
     PIECE_TILES,
     WHOLE,
     TableWithSums,
-    attend_tiled,
+    attend_rows,
     check_layout,
 )
 from minirksc.kernels.kv.layer_cache import TILE, LayerCache
@@ -38,7 +38,7 @@ def paged_attention_mass_native(
     plan.check(len(q), check_layout(q, layer_cache, batch.block_size, softcap))
     out = q.new_empty(q.shape)
     table = plan.table_with_sums(*q.shape[1:])
-    attend_tiled(q, layer_cache.kv, out, table.table, batch.window, scale, softcap)
+    attend_rows(q, layer_cache, out, table.table, batch.window, scale, softcap)
     return out, block_mass(batch, table)
 
 

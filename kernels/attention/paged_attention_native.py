@@ -11,7 +11,7 @@ all that they see (`attention_bf16.cpp`). Otherwise prompts go through `paged_at
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ class NativePlan:
     num_tokens: int
     slots: tuple[int, int]
     masks: Masks = field(default_factory=dict)
-    _tables: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    _tables: dict[tuple[int, int], "TableWithSums"] = field(default_factory=dict)
 
     @property
     def has_rows(self) -> bool:
@@ -91,35 +91,34 @@ class NativePlan:
             )
 
     def table(self, num_heads: int, head_dim: int) -> Tensor:
-        """What a layer of these sizes hands over: the numbers of `AttentionPlan` in `kernels/native/ops.h`, int64."""
+        """What layers of these sizes hand over: the numbers of `AttentionPlan` in `kernels/native/ops.h`, int64."""
         key = num_heads, head_dim
         if key not in self._tables:
-            outs, sums = torch.empty(self.num_results, *key), torch.empty(self.num_results, num_heads, 2)
-            self._tables[key] = self._numbers(outs, sums, None), outs, sums
-        return self._tables[key][0]
+            self._tables[key] = self._table(num_heads, head_dim, torch.empty(0))
+        return self._tables[key].table
 
     def table_with_sums(self, num_heads: int, head_dim: int) -> "TableWithSums":
-        """The same for one call on a cache of tiles that leaves more behind."""
+        """The same for one call on a cache of tiles, which leaves the sums of each."""
+        return self._table(num_heads, head_dim, torch.zeros(self.num_results, num_heads, PIECE_TILES, 2))
+
+    def _table(self, num_heads: int, head_dim: int, tile_sums: Tensor) -> "TableWithSums":
         outs = torch.empty(self.num_results, num_heads, head_dim)
         sums = torch.empty(self.num_results, num_heads, 2)
-        tile_sums = torch.zeros(self.num_results, num_heads, PIECE_TILES, 2)
-        return TableWithSums(self._numbers(outs, sums, tile_sums), outs, sums, tile_sums)
-
-    def _numbers(self, outs: Tensor, sums: Tensor, tile_sums: Tensor | None) -> Tensor:
-        tensors = (self.rows, self.pieces, self.runs, self.part_begins, self.parts)
-        inputs = [tensor.data_ptr() for tensor in tensors]
-        results = [0 if tensor is None else tensor.data_ptr() for tensor in (outs, sums, tile_sums)]
-        return torch.tensor([*inputs, len(self.rows), len(self.pieces), *results])
+        inputs = [one.data_ptr() for one in (self.rows, self.pieces, self.runs, self.part_begins, self.parts)]
+        results = [one.data_ptr() for one in (outs, sums, tile_sums)]  # of an empty one 0
+        numbers = torch.tensor([*inputs, len(self.rows), len(self.pieces), *results])
+        return TableWithSums(numbers, outs, sums, tile_sums)
 
 
 class TableWithSums(NamedTuple):
-    """A table of a plan, and what it points at; all float32.
+    """A table of a plan, and the float32 memory that it points at.
 
     Attributes:
-        table: as of `NativePlan.table`.
+        table: Numbers of `AttentionPlan`, see `NativePlan.table`.
         outs: `[rows, num_heads, head_dim]`.
         sums: `[rows, num_heads, 2]`, largest score and sum of exp(score - largest).
-        tile_sums: `[rows, num_heads, PIECE_TILES, 2]`, of each tile the sum of exp(score - another) and that other.
+        tile_sums: `[rows, num_heads, PIECE_TILES, 2]`, of each tile the sum of exp(score - another) and that other;
+            empty where they are not wanted.
     """
 
     table: Tensor
@@ -149,11 +148,7 @@ def paged_attention_native(
         cache = Slots.of(layer_cache, q.dtype)
         attend_prefills(out, q, kv, cache, plan.prefills, plan.masks, batch.window, Attend(scale, softcap))
     if plan.has_rows:
-        given = q, layer_cache.kv, out, plan.table(num_heads, head_dim)
-        if layer_cache.is_tiled:
-            attend_tiled(*given, batch.window, scale, softcap)
-        else:
-            _attend(native.decode_attention, *given, is_bfloat16[q.dtype], scale, softcap)
+        attend_rows(q, layer_cache, out, plan.table(num_heads, head_dim), batch.window, scale, softcap)
     return out
 
 
@@ -184,29 +179,26 @@ def check_layout(q: Tensor, cache: LayerCache, block_size: int, softcap: float |
     return num_slots
 
 
-def attend_tiled(
-    q: Tensor, kv: Tensor, out: Tensor, table: Tensor, window: int | None, scale: float, softcap: float | None
+def attend_rows(
+    q: Tensor, cache: LayerCache, out: Tensor, table: Tensor, window: int | None, scale: float, softcap: float | None
 ) -> None:
-    """Fills `out` from a cache of tiles.
+    """Fills in the rows of a plan.
 
     Args:
         q: `[tokens, num_heads, head_dim]`.
-        kv: of the `LayerCache`.
-        out: like q.
-        table: of the plan.
-        window: of the layer.
-        scale: of the scores.
-        softcap: of them.
+        cache: Cache of the layer.
+        out: `[tokens, num_heads, head_dim]`, dtype of q.
+        table: Table of the plan, see `NativePlan.table`.
+        window: Window of the layer.
+        scale: Factor of the scores.
+        softcap: Bound of the scores.
     """
-    _attend(native.attention_bf16, q, kv, out, table, window or 0, scale, softcap)
-
-
-def _attend(
-    call: Any, q: Tensor, kv: Tensor, out: Tensor, table: Tensor, number: int, scale: float, softcap: float | None
-) -> None:
-    """Both compiled forms; `number` is what only one has, a window or whether it is bfloat16."""
-    num_heads, head_dim = q.shape[1:]
-    call(q, kv, out, table, q.stride(0), num_heads, kv.shape[3], head_dim, number, scale, softcap or 0.0)
+    # The plan of decode rows has seen to the window.
+    call, number = native.decode_attention, int(is_bfloat16[q.dtype])
+    if cache.is_tiled:
+        call, number = native.attention_bf16, window or 0
+    sizes = q.stride(0), q.shape[1], cache.kv.shape[3], q.shape[2]
+    call(q, cache.kv, out, table, *sizes, number, scale, softcap or 0.0)
 
 
 def block_shape_native(
