@@ -224,12 +224,10 @@ class _Builder:
     def __init__(self, batch: AttentionBatch, shape: Shape) -> None:
         self.batch, self.shape = batch, shape
         self.group = shape.num_heads // shape.num_kv_heads
-        cu = batch.cu_seqlens_q
-        self.num_queries = [end - begin for begin, end in pairwise(cu)]
         self.items: list[Item] = []
         self.tokens: list[int] = []
         self.positions: list[int] = []
-        self.parts = [(0, 1)] * cu[-1]
+        self.parts = [(0, 1)] * batch.cu_seqlens_q[-1]
         self.num_parts = 0
         self.chunk = batch.key_chunk or adaptive_chunk(
             batch.context_lens, shape.num_kv_heads, launch_table.num_programs(batch.device)
@@ -239,9 +237,9 @@ class _Builder:
         most = max(
             1, max_short_rows(self.shape.head_dim, product_dtype(self.shape.dtype, self.shape.kv_dtype)) // self.group
         )
-        sequences = [i for i, n in enumerate(self.num_queries) if n > 0]
-        short = [i for i in sequences if self.num_queries[i] <= most]
-        long = [i for i in sequences if self.num_queries[i] > most]
+        sequences = [i for i in range(len(self.batch.context_lens)) if self.batch.num_queries(i) > 0]
+        short = [i for i in sequences if self.batch.num_queries(i) <= most]
+        long = [i for i in sequences if self.batch.num_queries(i) > most]
         tile = self._add_short(short, most) if short else None
         num_short = len(self.items)
         prefill_tile = self._add_long(long) if long else None
@@ -253,7 +251,7 @@ class _Builder:
 
     def _place(self, sequence: int) -> int:
         """Gives the sequence's tokens the next places; the first of them."""
-        begin, n = self.batch.cu_seqlens_q[sequence], self.num_queries[sequence]
+        begin, n = self.batch.cu_seqlens_q[sequence], self.batch.num_queries(sequence)
         first = len(self.tokens)
         self.tokens += range(begin, begin + n)
         context_len = self.batch.context_lens[sequence]
@@ -265,7 +263,7 @@ class _Builder:
         sequences, segments, own = find_shared(self.batch, sequences, self._is_worth)
         places = [self._place(i) for i in sequences]
         places.append(len(self.tokens))
-        most_queries = max(self.num_queries[i] for i in sequences)
+        most_queries = max(self.batch.num_queries(i) for i in sequences)
         most_sharing = max((places[s.row_end] - places[s.row_begin] for s in segments), default=0)
         tile = self._tile(self.group * min(max(most_queries, most_sharing), most))
         num_parts = [0] * len(sequences)
@@ -275,10 +273,10 @@ class _Builder:
             ranges = [piece for begin, end in own[place] for piece in self._pieces(begin, end)]
             total = num_parts[place] + len(ranges)
             for part, (begin, end) in enumerate(ranges, start=num_parts[place]):
-                self._add(places[place], self.num_queries[i], i, begin, end, -1 if total == 1 else part, tile)
+                self._add(places[place], self.batch.num_queries(i), i, begin, end, -1 if total == 1 else part, tile)
             if total > 1:
                 row = self.batch.cu_seqlens_q[i]
-                for token in range(row, row + self.num_queries[i]):
+                for token in range(row, row + self.batch.num_queries(i)):
                     self.parts[token] = (self.num_parts, total)
                     self.num_parts += total
         return tile
@@ -287,7 +285,7 @@ class _Builder:
         return is_worth_sharing(
             self.group,
             num_sequences=segment.row_end - segment.row_begin,
-            num_queries=sum(self.num_queries[i] for i in order[segment.row_begin : segment.row_end]),
+            num_queries=sum(self.batch.num_queries(i) for i in order[segment.row_begin : segment.row_end]),
             num_keys=(segment.block_end - segment.block_begin) * self.batch.block_size,
             kv_itemsize=self.shape.kv_dtype.itemsize,
         )
@@ -312,7 +310,7 @@ class _Builder:
         tile = self._tile(None)
         step = max(1, tile.rows // self.group)
         for i in sequences:
-            place, n = self._place(i), self.num_queries[i]
+            place, n = self._place(i), self.batch.num_queries(i)
             first = self.batch.context_lens[i] - n
             for begin in reversed(range(0, n, step)):
                 end = min(begin + step, n)
