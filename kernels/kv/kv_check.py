@@ -58,9 +58,23 @@ def check_kv_store(qkv: Tensor, norms: HeadNorms, placement: Placement) -> None:
         if cache.kv.shape[3:] != (num_kv_heads, head_dim) or cache.kv.dtype not in (qkv.dtype, torch.int8):
             given = f"the cache holds {list(cache.kv.shape[3:])} {cache.kv.dtype} a token"
             raise ConfigError(f"{given}; it must be [{num_kv_heads}, {head_dim}] {qkv.dtype}, as qkv, or int8")
-        if slots.shape != (tokens,) or slots.dtype not in (torch.int64, torch.int32) or not slots.is_contiguous():
-            given = f"slots are {list(slots.shape)} {slots.dtype}"
-            raise ConfigError(f"{given}; they must be [{tokens}], contiguous, int64 or int32")
+        check_slots("slots", slots, tokens)
+
+
+def check_slots(name: str, slots: Tensor, tokens: int) -> None:
+    """Refuses slots that a kernel cannot read.
+
+    Args:
+        name: Name of the argument.
+        slots: Slots of the tokens.
+        tokens: How many there must be.
+
+    Raises:
+        ConfigError: a dtype, a shape or a stride is wrong.
+    """
+    if slots.shape != (tokens,) or slots.dtype not in (torch.int64, torch.int32) or not slots.is_contiguous():
+        given = f"{name} are {list(slots.shape)} {slots.dtype}"
+        raise ConfigError(f"{given}; they must be [{tokens}], one a token, contiguous, int64 or int32")
 
 
 def check_rope(rope: tuple[Tensor, Tensor], tokens: int, head_dim: int) -> None:

@@ -18,8 +18,8 @@ from torch import Tensor
 from minirksc.errors import ConfigError
 from minirksc.kernels.jit import launch_options, tl, triton
 from minirksc.kernels.kv.int8 import abs_max_bits, int8_numbers, int8_scales, round_to_int8
-from minirksc.kernels.kv.kv_check import check_cache, check_rope
-from minirksc.kernels.kv.kv_store import heads_of_program
+from minirksc.kernels.kv.kv_check import check_cache, check_rope, check_slots
+from minirksc.kernels.kv.kv_store import head_parts, heads_of_program
 from minirksc.kernels.kv.layer_cache import LayerCache, multiply_out, read_slots, write_slots
 from minirksc.kernels.rope import RopeTables, rope_reference, rope_torch, rotated
 
@@ -219,17 +219,12 @@ def copy_rotated_triton(cache: LayerCache, sources: Tensor, destinations: Tensor
     check_cache(cache)
     cos, sin = (None, None) if rope is None else rope
     tokens, (_, num_kv_heads, head_dim) = len(sources if cos is None else cos), kv.shape[2:]
-    for name, slots in (("sources", sources), ("destinations", destinations)):
-        is_int = slots.dtype in (torch.int64, torch.int32)
-        if slots.shape != (tokens,) or not is_int or not slots.is_contiguous():
-            given = f"{name} are {list(slots.shape)} {slots.dtype}"
-            raise ConfigError(f"{given}; they must be [{tokens}], one a token, contiguous, int64 or int32")
+    check_slots("sources", sources, tokens)
+    check_slots("destinations", destinations, tokens)
     if rope is not None:
         check_rope(rope, tokens, head_dim)
     if tokens == 0:
         return
-    half = (head_dim if cos is None else cos.shape[2]) // 2
-    rest = head_dim - 2 * half
     heads = heads_of_program(head_dim, num_kv_heads)
     groups = triton.cdiv(num_kv_heads, heads)
     _copy_rotated_kernel[(tokens, 2 * groups)](
@@ -241,11 +236,8 @@ def copy_rotated_triton(cache: LayerCache, sources: Tensor, destinations: Tensor
         sin,
         0 if cos is None else cos.stride(0),
         NUM_KV_HEADS=num_kv_heads,
-        HEAD_DIM=head_dim,
-        HALF=half,
         HEADS=heads,
-        HALF_PAD=triton.next_power_of_2(half),
-        REST_PAD=triton.next_power_of_2(rest) if rest else 0,
+        **head_parts(head_dim, rope),
         GROUPS=groups,
         **launch_options(1),
     )

@@ -21,7 +21,7 @@ from minirksc.kernels.kv.kv_check import check_kv_store
 from minirksc.kernels.kv.layer_cache import multiply_out
 from minirksc.kernels.kv.placement import HeadNorms, Placement
 from minirksc.kernels.rms_norm import rms_norm_reference, rms_norm_torch
-from minirksc.kernels.rope import rope_reference, rope_torch, rotated
+from minirksc.kernels.rope import RopeTables, rope_reference, rope_torch, rotated
 
 
 def kv_store_reference(qkv: Tensor, norms: HeadNorms, placement: Placement) -> None:
@@ -249,12 +249,25 @@ def _kv_store_kernel(
     # fmt: on
 
 
+def head_parts(head_dim: int, rope: RopeTables | None) -> dict[str, int]:
+    """How a kernel takes a head apart: two halves that are rotated into each other, and the rest.
+
+    Args:
+        head_dim: Size of a head.
+        rope: Tables, as wide as both halves; None: these are all of it.
+    """
+    half = (head_dim if rope is None else rope[0].shape[2]) // 2
+    rest = head_dim - 2 * half
+    padded = triton.next_power_of_2
+    return {"HEAD_DIM": head_dim, "HALF": half, "HALF_PAD": padded(half), "REST_PAD": padded(rest) if rest else 0}
+
+
 def heads_of_program(head_dim: int, num_heads: int) -> int:
     """How many heads a program takes, a power of two: 512 numbers for its one warp, 16 a thread.
 
     Args:
-        head_dim: numbers of a head.
-        num_heads: that there are.
+        head_dim: Size of a head.
+        num_heads: Number of heads.
     """
     padded = triton.next_power_of_2
     heads: int = min(max(1, 512 // padded(head_dim)), padded(num_heads))
@@ -272,8 +285,6 @@ def kv_store_triton(qkv: Tensor, norms: HeadNorms, placement: Placement) -> None
     rope, query_growth, cache, slots = placement
     tokens, _, head_dim = qkv.shape
     num_kv_heads = (qkv.shape[1] - num_heads) // 2
-    half = (head_dim if rope is None else rope[0].shape[2]) // 2
-    rest = head_dim - 2 * half
     heads = heads_of_program(head_dim, max(num_heads, num_kv_heads))
     is_q_changed = q_norm is not None or rope is not None or query_growth is not None
     q_groups = triton.cdiv(num_heads, heads) if is_q_changed else 0
@@ -298,11 +309,8 @@ def kv_store_triton(qkv: Tensor, norms: HeadNorms, placement: Placement) -> None
         V_NORM=v_norm,
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
-        HEAD_DIM=head_dim,
-        HALF=half,
         HEADS=heads,
-        HALF_PAD=triton.next_power_of_2(half),
-        REST_PAD=triton.next_power_of_2(rest) if rest else 0,
+        **head_parts(head_dim, rope),
         Q_GROUPS=q_groups,
         KV_GROUPS=kv_groups,
         **launch_options(1),
