@@ -23,7 +23,7 @@ def gated_act_reference(gate_up: Tensor, activation: str) -> Tensor:
 
     Args:
         gate_up: `[tokens, 2 * intermediate]`, gate first.
-        activation: one of `ACTIVATIONS`.
+        activation: Name in `ACTIVATIONS`.
 
     Returns:
         `[tokens, intermediate]`, dtype of gate_up.

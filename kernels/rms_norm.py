@@ -24,7 +24,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     Args:
         x: `[..., size]`, any float dtype.
         weight: `[size]`, dtype of x or float32; None for none.
-        eps: added to the mean square.
+        eps: Number added to the mean square.
 
     Returns:
         `[..., size]`, dtype of x.
@@ -56,7 +56,7 @@ def add_rms_norm_reference(
         update: `[tokens, size]`, dtype of hidden.
         update_norm: `[size]`, the weight of a norm of the update before the addition; None for no such norm.
         weight: `[size]`, the weight of the norm of the sum; None for a norm without a weight.
-        eps: added to both mean squares.
+        eps: Number added to both mean squares.
 
     Returns:
         `[tokens, size]`, the normed sum, dtype of hidden.

@@ -50,7 +50,7 @@ class _Cells:
         rows: `[rows]` int64, batch row of each row of the partial results.
         cells: `[rows, PIECE_TILES]` int64, of each tile its block's place in the flattened mass; one past the end where
             a piece has fewer tiles.
-        width: blocks of the longest sequence.
+        width: Number of blocks of the longest sequence.
     """
 
     rows: Tensor
@@ -85,13 +85,13 @@ def _block_ids(runs: Sequence[Sequence[int]], block_size: int) -> list[int]:
 
 
 def block_mass(batch: AttentionBatch, table: TableWithSums) -> Tensor:
-    """`[sequences, blocks]` float32 as of `block_mass_reference`, of what a call has left.
+    """`[sequences, blocks]` float32 as of `block_mass_reference`, of the sums that a call has found.
 
     In numpy, since torch would wake its threads for so little, and they wait for more in the way of ours.
 
     Args:
-        batch: decode rows.
-        table: of its plan.
+        batch: Batch of decode rows.
+        table: Table of its plan, as the call has filled it in.
     """
     found = batch.plan("native mass", _find_cells)
     rows, num_rows = found.rows.numpy(), len(batch.kv_tables)

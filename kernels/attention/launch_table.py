@@ -22,11 +22,11 @@ class AttentionTile(NamedTuple):
     """A launch of the attention kernel.
 
     Attributes:
-        rows: queries times heads of a group in one program.
-        tile: keys an iteration.
-        stages: of the software pipeline; keys and values have stages - 1 buffers.
-        warps: of a program.
-        registers: a thread may have on NVIDIA; 168 leaves room for three programs of 4 warps on a multiprocessor.
+        rows: Number of queries times heads of a group in one program.
+        tile: Number of keys an iteration.
+        stages: Stages of the software pipeline; keys and values have stages - 1 buffers.
+        warps: Number of warps of a program.
+        registers: Registers that a thread may have on NVIDIA; of 168, three programs of 4 warps fit a multiprocessor.
     """
 
     rows: int
@@ -115,13 +115,14 @@ def attention_tile(
     """The launch for a shape.
 
     Args:
-        architecture: one of `ARCHITECTURES`.
-        head_dim: at most `max_head_dim`.
-        block_size: tokens a block, a power of two. The entries of today suit all of them: a tile lies in a block, or
-            is gathered from several.
-        rows: queries times heads of a group that the largest item has, at most `max_short_rows`; None: of prompts.
-        dtype: of queries.
-        kv_dtype: of the cache.
+        architecture: Name of `ARCHITECTURES`.
+        head_dim: Size of a head, at most `max_head_dim`.
+        block_size: Number of tokens a block, a power of two. The entries of today suit all of them: a tile lies in a
+            block, or is gathered from several.
+        rows: Number of queries times heads of a group that the largest item has, at most `max_short_rows`; None: it is
+            one of a prompt.
+        dtype: Type of the queries.
+        kv_dtype: Type of the cache.
     """
     if product_dtype(dtype, kv_dtype) == torch.float32:
         return FLOAT32_TABLE[_padded(head_dim)]

@@ -46,7 +46,7 @@ class NativePlan:
     """What each layer does; made once a step. Tensors are int64.
 
     Attributes:
-        prefills: prompts that torch attends to.
+        prefills: Prompts that torch attends to.
         rows: `[places]`, batch row of each place.
         pieces: `[pieces, 7]`: places [begin, end), runs [begin, end), first row of the partial results, or -1 - that
             row where the piece is all that its place sees, position of the first key, position of the first query or
@@ -54,10 +54,10 @@ class NativePlan:
         runs: `[runs, 2]`: first slot and number of keys.
         part_begins: `[places + 1]`, where each place's entries of `parts` begin.
         parts: `[parts]`, rows of the partial results that are added up.
-        num_results: rows of the partial results, those that need no adding up included.
-        num_tokens: rows of the batch.
-        slots: [begin, end) of those that are read.
-        masks: of the prefills' tiles.
+        num_results: Number of rows of the partial results, those that need no adding up included.
+        num_tokens: Number of rows of the batch.
+        slots: Range [begin, end) of the slots that are read.
+        masks: Masks of the prefills' tiles.
     """
 
     prefills: list[Prefill]
@@ -157,9 +157,9 @@ def check_layout(q: Tensor, cache: LayerCache, block_size: int, softcap: float |
 
     Args:
         q: `[tokens, num_heads, head_dim]`.
-        cache: of the layer.
-        block_size: of the batch.
-        softcap: of the scores.
+        cache: Cache of the layer.
+        block_size: Number of tokens a block, as the batch has it.
+        softcap: Bound of the scores; None for none.
 
     Raises:
         ConfigError: queries that the compiled forms would misread, or a cache that does not go with them.
@@ -255,7 +255,7 @@ def _plan(batch: AttentionBatch, decode: DecodeReads, tiles: Sequence[_Tile], pr
     rows = list(decode.rows)
     parts: list[list[int]] = [[] for _ in rows]
     num_results = 0
-    # The longest first: whoever computes a short one last keeps the others waiting less.
+    # The longest first: a thread that computes a short one last lets the others wait less.
     for tile in sorted(tiles, key=lambda tile: tile.first_key - tile.first_query):
         place = len(rows)
         rows += range(tile.begin, tile.end)

@@ -6,7 +6,7 @@ Partial results over disjoint keys are merged by it:
 - what short decode rows do not share is gathered into a small reused buffer, so that many make one call;
 - a prefill attends to its past as to a shared prefix, and to its own new keys causally;
 - a prefill that the window or a soft cap touches goes in tiles of queries, each over the keys it can see.
-Slots that no sequence owns, or that have left the window, are never read, whatever they hold.
+Slots that no sequence owns, or that are behind the window, are never read, whatever they hold.
 """
 
 from collections.abc import Sequence
@@ -41,8 +41,8 @@ class Prefill:
     """New tokens of one sequence.
 
     Attributes:
-        reads: which keys.
-        past: where those before the new ones are.
+        reads: Positions of its queries and keys.
+        past: Places of the keys before the new ones.
     """
 
     reads: PrefillReads
@@ -54,8 +54,8 @@ class OwnKeys:
     """What decode rows at places [begin, end) read alone.
 
     Attributes:
-        begin, end: the places.
-        keys: of a single place, where they are; of several, `[places * longest]` int64 slots that are gathered.
+        begin, end: First place, and the one behind the last.
+        keys: Keys of a single place, where they are; of several, `[places * longest]` int64 slots that are gathered.
         mask: `[places, 1, 1, longest]` float32, 0 or -inf; None: nothing to mask.
     """
 
@@ -151,8 +151,8 @@ class Attend:
         Args:
             q: `[batch, queries, num_heads, head_dim]`.
             kv: `[batch, keys, 2, num_kv_heads, head_dim]`.
-            causal: query i sees keys 0..i; not with a soft cap.
-            mask: added to the scores, broadcast to `[batch, num_heads, queries, keys]`.
+            causal: Whether query i sees keys 0..i alone; not with a soft cap.
+            mask: Numbers added to the scores, broadcast to `[batch, num_heads, queries, keys]`; None for none.
 
         Returns:
             (out `[batch, queries, num_heads, head_dim]`, lse `[batch, queries, num_heads]` float32).
@@ -272,9 +272,9 @@ def decode(q: Tensor, cache: Slots, plan: AttentionPlan, attend: Attend) -> tupl
 
     Args:
         q: `[num_decode, num_heads, head_dim]`.
-        cache: keys and values.
-        plan: of the batch.
-        attend: how.
+        cache: Keys and values of the layer.
+        plan: Plan of the batch.
+        attend: Attention with the layer's scale and soft cap.
 
     Returns:
         (out `[num_decode, num_heads, head_dim]`, lse `[num_decode, num_heads]` float32).

@@ -53,9 +53,9 @@ def shared_segments(
     """Orders rows so that sharers are neighbours, and lists what they share.
 
     Args:
-        block_tables: one a row.
-        num_full_blocks: per row, how many leading blocks may be shared (those that only hold keys which
-            every query of the row may see).
+        block_tables: Block ids of each row.
+        num_full_blocks: Number of leading blocks of each row that may be shared: those that only hold keys which every
+            query of the row may see.
 
     Returns:
         (order, segments): order[i] is the row at place i; segments speak of places, outer ones come before those
@@ -90,7 +90,7 @@ def shared_segments(
 
 
 def in_view(segments: list[Segment], first_keys: Sequence[int], block_size: int) -> list[Segment]:
-    """Segments without the blocks that are not wholly visible to each of their places, if enough is left of them."""
+    """Segments without the blocks that are not wholly visible to each of their places, if enough of them remains."""
     clipped = []
     for segment in segments:
         first_key = max(first_keys[segment.row_begin : segment.row_end])
@@ -166,11 +166,11 @@ def is_worth_sharing(group: int, *, num_sequences: int, num_queries: int, num_ke
     shared runs are items among the others.
 
     Args:
-        group: query heads a KV head.
-        num_sequences: readers.
-        num_queries: of all readers.
-        num_keys: tokens of the run.
-        kv_itemsize: bytes of a cached number.
+        group: Number of query heads a KV head.
+        num_sequences: Number of readers.
+        num_queries: Number of queries of all readers.
+        num_keys: Number of tokens of the run.
+        kv_itemsize: Bytes of a cached number.
     """
     saved = (num_sequences - 1) * num_keys * 2 * kv_itemsize
     cost = num_queries * group * 2 * 4
@@ -181,8 +181,8 @@ def merge_partials_reference(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> 
     """The specification: attention over the union of disjoint key sets.
 
     Args:
-        outs: each `[rows, heads, head_dim]`, softmax-normalised over its own keys.
-        lses: each `[rows, heads]`, natural log-sum-exp of its own scores; -inf where it saw no key.
+        outs: Results `[rows, heads, head_dim]`, each softmax-normalised over its own keys.
+        lses: Log-sum-exp (natural) `[rows, heads]` of the scores of each; -inf where it saw no key.
 
     Returns:
         (out `[rows, heads, head_dim]`, lse `[rows, heads]`), float32.
@@ -203,8 +203,8 @@ def merge_into(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> No
     Args:
         out: `[rows, heads, head_dim]`, overwritten.
         lse: `[rows, heads]` float32, overwritten.
-        other: like out.
-        other_lse: like lse.
+        other: `[rows, heads, head_dim]`.
+        other_lse: `[rows, heads]` float32.
     """
     weight = torch.sigmoid(other_lse - lse).unsqueeze(-1)  # [rows, heads, 1]
     out.lerp_(other, weight.to(out.dtype))

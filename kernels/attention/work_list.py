@@ -57,8 +57,8 @@ class Item(NamedTuple):
     """Queries at places [place_begin, place_begin + num_places) against positions [kv_begin, kv_end) of a table row.
 
     Attributes:
-        full_begin, full_end: whole tiles of keys that all these queries see, between those that need a mask.
-        part: which of a token's partials this is; -1: it is the whole result.
+        full_begin, full_end: Range of the whole tiles of keys that all these queries see, between those masked.
+        part: Number of this among a token's partials; -1: it is the whole result.
     """
 
     place_begin: int
@@ -79,15 +79,15 @@ class WorkList:
     """Items as tensors, int32 on the device of the cache.
 
     Attributes:
-        tile: how items of few queries are computed; None: there are none.
-        prefill_tile: the same for tiles of long prompts.
+        tile: Launch of the items of few queries; None: there are none.
+        prefill_tile: Launch of the items of long prompts; None: there are none.
         items: `[items, ITEM_FIELDS]`, those of few queries first.
-        num_short: how many those are.
+        num_short: Number of items of few queries.
         tokens: `[tokens]`, batch row of each place.
         positions: `[tokens]`, position in its sequence of the token at each place.
         parts: `[tokens, 2]`, first partial of each token and how many it has; one: it is written directly.
         table: `[sequences, blocks]`, -1 where a sequence has none.
-        num_parts: partials in all.
+        num_parts: Number of partials in all.
     """
 
     tile: AttentionTile | None
@@ -128,10 +128,10 @@ class StaticWorkList:
     """Buffers that a work list of decode rows is copied into, so that recorded launches find it.
 
     Args:
-        num_rows: tokens of the largest batch.
-        max_items: room for items.
-        max_blocks: of a sequence.
-        device: of the buffers.
+        num_rows: Number of tokens of the largest batch.
+        max_items: Number of items that there is room for.
+        max_blocks: Largest number of blocks of a sequence.
+        device: Device of the buffers.
     """
 
     def __init__(self, num_rows: int, max_items: int, max_blocks: int, device: torch.device) -> None:
@@ -180,9 +180,9 @@ def adaptive_chunk(context_lens: Sequence[int], num_kv_heads: int, num_programs:
     """Keys an item reads so that about `num_programs` programs have work: fewer partials than a fixed chunk makes.
 
     Args:
-        context_lens: keys of each sequence.
-        num_kv_heads: programs an item.
-        num_programs: that the processor runs at once, for example 4 a multiprocessor.
+        context_lens: Number of keys of each sequence.
+        num_kv_heads: Number of programs an item.
+        num_programs: Number of programs that the processor runs at once, for example 4 a multiprocessor.
 
     Returns:
         A multiple of `KEY_CHUNK`.
@@ -211,9 +211,9 @@ def make_work_list(batch: AttentionBatch, shape: Shape, device: torch.device | N
     """Cuts a batch into items.
 
     Args:
-        batch: where queries and keys are.
-        shape: heads, dtypes and the architecture, which decide the tiles.
-        device: of the tensors; None: the batch's.
+        batch: Places of queries and keys.
+        shape: Heads, dtypes and the architecture, which decide the tiles.
+        device: Device of the tensors; None: the batch's.
     """
     return _Builder(batch, shape).build(device or batch.device)
 

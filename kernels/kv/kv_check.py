@@ -67,7 +67,7 @@ def check_slots(name: str, slots: Tensor, tokens: int) -> None:
     Args:
         name: Name of the argument.
         slots: Slots of the tokens.
-        tokens: How many there must be.
+        tokens: Number of tokens.
 
     Raises:
         ConfigError: a dtype, a shape or a stride is wrong.
@@ -81,9 +81,9 @@ def check_rope(rope: tuple[Tensor, Tensor], tokens: int, head_dim: int) -> None:
     """Refuses tables that a kernel cannot read.
 
     Args:
-        rope: (cos, sin) as of `rope_tables`.
-        tokens: how many there must be.
-        head_dim: the largest rotary_dim.
+        rope: Tables (cos, sin) as of `rope_tables`.
+        tokens: Number of tokens that there must be.
+        head_dim: Largest rotary_dim.
 
     Raises:
         ConfigError: a dtype, a shape or a stride is wrong.
@@ -105,7 +105,7 @@ def check_cache(cache: LayerCache) -> None:
     """Refuses a cache that a kernel cannot read.
 
     Args:
-        cache: of one layer.
+        cache: Cache of one layer.
 
     Raises:
         ConfigError: a dtype, a shape or a stride is wrong.
@@ -132,8 +132,8 @@ def check_attention(q: Tensor, cache: LayerCache, block_size: int) -> None:
 
     Args:
         q: `[tokens, num_heads, head_dim]`.
-        cache: of the layer.
-        block_size: tokens a block.
+        cache: Cache of the layer.
+        block_size: Number of tokens a block.
 
     Raises:
         ConfigError: a dtype, a shape or a stride is wrong.
