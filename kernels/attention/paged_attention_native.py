@@ -20,7 +20,6 @@ from minirksc.errors import ConfigError
 from minirksc.kernels.attention.batch import AttentionBatch
 from minirksc.kernels.attention.paged_attention_torch import (
     Attend,
-    Masks,
     Prefill,
     Slots,
     attend_prefills,
@@ -57,7 +56,6 @@ class NativePlan:
         num_results: Number of rows of the partial results, those that need no adding up included.
         num_tokens: Number of rows of the batch.
         slots: Range [begin, end) of the slots that are read.
-        masks: Masks of the prefills' tiles.
     """
 
     prefills: list[Prefill]
@@ -69,7 +67,6 @@ class NativePlan:
     num_results: int
     num_tokens: int
     slots: tuple[int, int]
-    masks: Masks = field(default_factory=dict)
     _tables: dict[tuple[int, int], "TableWithSums"] = field(default_factory=dict)
 
     @property
@@ -146,7 +143,7 @@ def paged_attention_native(
         if not is_rows(kv, q.dtype, len(q), 2, layer_cache.kv.shape[3], head_dim):
             raise refused("kv", kv, f"[{len(q)}, 2, {layer_cache.kv.shape[3]}, {head_dim}] {q.dtype} of the CPU")
         cache = Slots.of(layer_cache, q.dtype)
-        attend_prefills(out, q, kv, cache, plan.prefills, plan.masks, batch.window, Attend(scale, softcap))
+        attend_prefills(out, q, kv, cache, batch, plan.prefills, Attend(scale, softcap))
     if plan.has_rows:
         attend_rows(q, layer_cache, out, plan.table(num_heads, head_dim), batch.window, scale, softcap)
     return out
