@@ -111,7 +111,7 @@ def _truncate(scores: Tensor, draws: Sequence[Draw], top_p: Tensor) -> tuple[Ten
         top_p: `[rows, 1]` float64.
 
     Returns:
-        (scores, token ids), each `[rows, candidates]`, likeliest first; -inf for what is left out.
+        (scores, token ids), each `[rows, candidates]`, likeliest first; -inf for what drops out.
     """
     vocab_size = scores.shape[-1]
     top_k = [draw.top_k if 0 < draw.top_k < vocab_size else vocab_size for draw in draws]

@@ -193,9 +193,24 @@ def _check(x: Tensor, weights: dict[str, Tensor | None]) -> None:
     if not 0 < size <= MAX_SIZE:
         raise ConfigError(f"rows have {size} numbers; the kernel takes 1 to {MAX_SIZE}")
     for name, weight in weights.items():
-        if weight is None:
-            continue
-        if weight.shape != (size,) or not weight.is_contiguous():
-            raise ConfigError(f"{name} has shape {list(weight.shape)}; it must be [{size}] and contiguous")
-        if weight.dtype not in (x.dtype, torch.float32):
-            raise ConfigError(f"{name} is {weight.dtype}; it must be {x.dtype}, as the rows, or float32")
+        check_norm_weight(name, weight, size, x.dtype)
+
+
+def check_norm_weight(name: str, weight: Tensor | None, size: int, dtype: torch.dtype) -> None:
+    """Refuses the weight of a norm that a kernel cannot read.
+
+    Args:
+        name: Name of the argument.
+        weight: Weight; None for none.
+        size: Number of elements that it must have.
+        dtype: Type of what is normed.
+
+    Raises:
+        ConfigError: a dtype, a shape or a stride is wrong.
+    """
+    if weight is None or (
+        weight.shape == (size,) and weight.is_contiguous() and weight.dtype in (dtype, torch.float32)
+    ):
+        return
+    given = f"{name} is {list(weight.shape)} {weight.dtype}"
+    raise ConfigError(f"{given}; it must be [{size}], contiguous, {dtype} or float32")

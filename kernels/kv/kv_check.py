@@ -8,6 +8,7 @@ from minirksc.kernels.attention.launch_table import max_head_dim, max_short_rows
 from minirksc.kernels.jit import DTYPES
 from minirksc.kernels.kv.layer_cache import LayerCache
 from minirksc.kernels.kv.placement import HeadNorms, Placement
+from minirksc.kernels.rms_norm import check_norm_weight
 
 MAX_HEAD_DIM = 1024
 MAX_BLOCK_SIZE = 256
@@ -36,12 +37,8 @@ def check_kv_store(qkv: Tensor, norms: HeadNorms, placement: Placement) -> None:
         raise ConfigError(f"head_dim is {head_dim}; the kernel takes even ones up to {MAX_HEAD_DIM}")
     if qkv.stride(2) != 1:
         raise ConfigError(f"heads of qkv have stride {qkv.stride(2)}; they must be contiguous, of stride 1")
-    for name, weight in (("q_norm", norms.q_norm), ("k_norm", norms.k_norm)):
-        if weight is None:
-            continue
-        if weight.shape != (head_dim,) or not weight.is_contiguous() or weight.dtype not in (qkv.dtype, torch.float32):
-            given = f"{name} is {list(weight.shape)} {weight.dtype}"
-            raise ConfigError(f"{given}; it must be [{head_dim}], contiguous, {qkv.dtype} or float32")
+    check_norm_weight("q_norm", norms.q_norm, head_dim, qkv.dtype)
+    check_norm_weight("k_norm", norms.k_norm, head_dim, qkv.dtype)
     if rope is not None:
         check_rope(rope, tokens, head_dim)
     if query_growth is not None and (

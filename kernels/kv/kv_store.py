@@ -8,8 +8,8 @@ What is written back into `qkv` is what the cache holds, for int8 (`kernels/kv/i
 token's own step sees the keys and values that all later steps see.
 
 The kernel does all of this in one launch, since in a decode step a launch costs more than its work. One program takes
-some heads of q, of k or of v of one token, and holds the two halves that are rotated into each other, and what is
-left of a head, as tiles of their own. Limits: `kernels/kv/kv_check.py`.
+some heads of q, of k or of v of one token, and holds the two halves that are rotated into each other, and the rest
+of a head, as tiles of their own. Limits: `kernels/kv/kv_check.py`.
 """
 
 import torch
