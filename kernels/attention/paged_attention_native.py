@@ -9,7 +9,7 @@ all that they see (`attention_bf16.cpp`). Otherwise prompts go through `paged_at
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import NamedTuple
 
@@ -226,27 +226,22 @@ WHOLE = "native, whole", plan_all
 """Arguments of `AttentionBatch.plan`."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Tile:
-    """Consecutive queries of a prompt, batch rows [begin, end), and all keys that they see."""
-
-    begin: int
-    end: int
-    first_query: int
-    first_key: int
-    runs: list[Run]
-
-
-def _tiles(reads: PrefillReads, batch: AttentionBatch) -> Iterator[_Tile]:
+def _tiles(reads: PrefillReads, batch: AttentionBatch) -> Iterator[PrefillReads]:
+    """The same as prompts of at most `QUERIES` tokens."""
     for begin in range(0, reads.num_queries, QUERIES):
-        end = min(begin + QUERIES, reads.num_queries)
         first_query = reads.first_query + begin
-        first_key = batch.first_visible(first_query)
-        runs = reads.runs(first_key, reads.first_query + end)
-        yield _Tile(reads.begin + begin, reads.begin + end, first_query, first_key, runs)
+        yield replace(
+            reads,
+            begin=reads.begin + begin,
+            num_queries=min(QUERIES, reads.num_queries - begin),
+            first_query=first_query,
+            first_key=batch.first_visible(first_query),
+        )
 
 
-def _plan(batch: AttentionBatch, decode: DecodeReads, tiles: Sequence[_Tile], prefills: list[Prefill]) -> NativePlan:
+def _plan(
+    batch: AttentionBatch, decode: DecodeReads, tiles: Sequence[PrefillReads], prefills: list[Prefill]
+) -> NativePlan:
     pieces: list[tuple[int, ...]] = []
     runs: list[Run] = []
     rows = list(decode.rows)
@@ -254,11 +249,10 @@ def _plan(batch: AttentionBatch, decode: DecodeReads, tiles: Sequence[_Tile], pr
     num_results = 0
     # The longest first: a thread that computes a short one last lets the others wait less.
     for tile in sorted(tiles, key=lambda tile: tile.first_key - tile.first_query):
-        place = len(rows)
-        rows += range(tile.begin, tile.end)
-        run_end = len(runs) + len(tile.runs)
-        pieces.append((place, len(rows), len(runs), run_end, -1, tile.first_key, tile.first_query))
-        runs += tile.runs
+        place, run = len(rows), len(runs)
+        rows += range(tile.begin, tile.begin + tile.num_queries)
+        runs += tile.runs(tile.first_key, tile.first_query + tile.num_queries)
+        pieces.append((place, len(rows), run, len(runs), -1, tile.first_key, tile.first_query))
     cut = list(_pieces(decode))
     num_pieces = [0] * len(decode.rows)
     for begin, end, _ in cut:
