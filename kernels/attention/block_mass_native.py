@@ -48,8 +48,8 @@ class _Cells:
 
     Attributes:
         rows: `[rows]` int64, batch row of each row of the partial results.
-        cells: `[rows, PIECE_TILES]` int64, of each tile its block's place in the flattened mass; one past the end where
-            a piece has fewer tiles.
+        cells: `[rows, PIECE_TILES]` int64, place of each tile's block in the flattened mass; one past the end where a
+            piece has fewer tiles.
         width: Number of blocks of the longest sequence.
     """
 
@@ -76,7 +76,7 @@ def _find_cells(batch: AttentionBatch) -> _Cells:
 
 
 def _block_ids(runs: Sequence[Sequence[int]], block_size: int) -> list[int]:
-    """Of each tile that the runs (first slot, keys) have keys in."""
+    """The block of each tile in which the runs (first slot, keys) have keys."""
     return [
         tile * TILE // block_size
         for first, length in runs

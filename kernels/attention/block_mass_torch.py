@@ -59,7 +59,7 @@ class _Weigh:
     softcap: float | None
 
     def __call__(self, begin: int, end: int, keys: Keys) -> Tensor:
-        """Of places [begin, end), all of which see all of the keys: `[places, keys]` float32."""
+        """Weights of places [begin, end), all of which see all of the keys: `[places, keys]` float32."""
         num_kv_heads = self.cache.kv.shape[2]
         grouped = self.q[begin:end].unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
         lse = self.lse[begin:end].t().reshape(num_kv_heads, -1, 1)  # [num_kv_heads, group * places, 1]
@@ -70,7 +70,7 @@ class _Weigh:
         return torch.cat(weights, 1)
 
     def own(self, own: OwnKeys) -> Tensor:
-        """Of some places, each over the keys that it reads alone: `[places, longest]` float32, 0 for padding."""
+        """Weights of some places over the keys that each reads alone: `[places, longest]` float32, 0 for padding."""
         if own.end - own.begin == 1:
             return self(own.begin, own.end, own.keys)
         assert isinstance(own.keys, Tensor)

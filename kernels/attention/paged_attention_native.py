@@ -201,7 +201,7 @@ def attend_rows(
 def block_shape_native(
     num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
 ) -> tuple[int, ...]:
-    """Of a block in tiles, where `attention_bf16.cpp` can serve; arguments as of `plain_block_shape`."""
+    """Shape of a block in tiles, where `attention_bf16.cpp` can serve; arguments as of `plain_block_shape`."""
     fits = head_dim % 32 == 0 and num_heads // num_kv_heads <= MAX_GROUP and block_size % TILE == 0
     if dtype == torch.bfloat16 and has_bf16_products and fits:
         return block_size // TILE, 2, num_kv_heads, TILE, head_dim
@@ -227,7 +227,7 @@ WHOLE = "native, whole", plan_all
 
 
 def _tiles(reads: PrefillReads, batch: AttentionBatch) -> Iterator[PrefillReads]:
-    """The same as prompts of at most `QUERIES` tokens."""
+    """A prompt as several of at most `QUERIES` tokens."""
     for begin in range(0, reads.num_queries, QUERIES):
         first_query = reads.first_query + begin
         yield replace(
@@ -299,7 +299,7 @@ def _pieces(decode: DecodeReads) -> Iterator[tuple[int, int, list[Run]]]:
 
 
 def _cut(runs: Sequence[Run]) -> Iterator[list[Run]]:
-    """The same keys in parts of at most `PIECE_KEYS`."""
+    """The runs in parts of at most `PIECE_KEYS` keys."""
     piece: list[Run] = []
     room = PIECE_KEYS
     for begin, length in runs:

@@ -114,7 +114,7 @@ class Slots:
 
     @staticmethod
     def of(cache: LayerCache, dtype: torch.dtype) -> "Slots":
-        """Those of a layer."""
+        """The slots of a layer's cache."""
         return Slots(cache.kv.flatten(0, 1), None if cache.scales is None else cache.scales.flatten(0, 1), dtype)
 
     def keys(self) -> "Slots":
@@ -315,7 +315,7 @@ def make_plan(batch: AttentionBatch) -> AttentionPlan:
 
 
 def find_prefills(prefills: Sequence[PrefillReads], device: torch.device) -> list[Prefill]:
-    """The same with their keys as they are attended to."""
+    """The prompts of a batch with the keys before them as they are attended to."""
     return [Prefill(reads, _keys(reads.runs(reads.first_key, reads.first_query), device)) for reads in prefills]
 
 
@@ -339,7 +339,7 @@ def _groups(lens: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _own_keys(own: list[list[Run]], begin: int, end: int, device: torch.device) -> OwnKeys:
-    """Of places [begin, end), padded to the longest.
+    """The keys that places [begin, end) read alone, padded to the longest.
 
     Padding repeats a slot that the place owns: it holds finite numbers, so that a weight of zero hides it.
     """

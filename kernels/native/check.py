@@ -30,7 +30,7 @@ def is_plain(tensor: object, dtype: torch.dtype, *shape: int) -> bool:
 
 
 def is_rows(tensor: object, dtype: torch.dtype, *shape: int) -> bool:
-    """The same, in any layout."""
+    """Whether it is of the CPU, of this dtype and shape, in any layout; arguments as of `is_plain`."""
     return isinstance(tensor, Tensor) and tensor.is_cpu and tensor.dtype is dtype and tensor.shape == shape
 
 

@@ -151,7 +151,7 @@ class Linear:
 
     @property
     def num_bytes(self) -> int:
-        """Of the weight, as it is read in each pass."""
+        """Bytes of the weight, as it is read in each pass."""
         return self._weight.num_bytes
 
     def embedder(self) -> Callable[[Tensor], Tensor] | None:
