@@ -8,6 +8,7 @@ from torch import Tensor
 from minirksc.kernels.attention.batch import AttentionBatch
 from minirksc.kernels.backend import Backend
 from minirksc.kernels.kv.layer_cache import LayerCache
+from minirksc.kernels.kv.placement import HeadNorms, Placement
 from minirksc.kernels.weights.linear import Linear, Pack
 from minirksc.models.spec import ArchSpec, LayerSpec
 
@@ -88,7 +89,7 @@ class DecoderLayer:
         self.backend = backend
         self.attn_norm = norm("attn_norm")
         self.qkv = linear("qkv")
-        self.q_norm, self.k_norm = norm("q_norm"), norm("k_norm")
+        self.head_norms = HeadNorms(spec.num_heads, norm("q_norm"), norm("k_norm"), spec.v_norm, spec.norm_eps)
         self.o = linear("o")
         self.attn_post_norm = norm("attn_post_norm")
         self.mlp_norm = norm("mlp_norm")
@@ -133,9 +134,8 @@ class DecoderLayer:
         """
         spec, ops, num_heads = self.spec, self.backend, self.spec.num_heads
         qkv = self._qkv(stream.normed(self.attn_norm))
-        norms = (self.q_norm, self.k_norm, spec.v_norm, spec.norm_eps)
         own_cache = layer_cache if shared_kv is None else None
-        ops.kv_store(qkv, num_heads, *norms, rope_tables, query_growth, own_cache, attention.slots)
+        ops.kv_store(qkv, self.head_norms, Placement(rope_tables, query_growth, own_cache, attention.slots))
         q, kv = qkv[:, :num_heads], self._new_kv(qkv) if shared_kv is None else shared_kv
         given = q, kv, layer_cache, attention, spec.query_scale, spec.attn_softcap
         if masses is None:

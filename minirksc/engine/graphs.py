@@ -14,8 +14,7 @@ from torch import Tensor
 from minirksc.engine.batch import ForwardBatch
 from minirksc.engine.recorded import NotServedError, Recorder, Recordings, attention_of_buffers
 from minirksc.kernels.attention.batch import KEY_CHUNK
-from minirksc.kernels.attention.paged_attention import work_shape
-from minirksc.kernels.attention.work_list import Shape, StaticWorkList, WorkList, make_work_list
+from minirksc.kernels.attention.work_list import Shape, StaticWorkList, WorkList, make_work_list, work_shape
 from minirksc.kernels.kv.layer_cache import LayerCache
 from minirksc.kernels.native.tape import NotRecordableError
 from minirksc.models.decoder import Decoder
