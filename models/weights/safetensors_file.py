@@ -254,8 +254,12 @@ def read_into(entry: TensorEntry, out: Tensor) -> None:
         return
     rows = torch.empty(entry.shape, dtype=out.dtype)
     _read(entry, rows)
-    pairs = rows.view(heads, -1, 2, *entry.shape[1:])  # [heads, head_dim / 2, 2, ...]
-    out.view(heads, 2, -1, *entry.shape[1:]).copy_(pairs.transpose(1, 2))
+    out.view(heads, 2, -1, *entry.shape[1:]).copy_(halves_apart(rows, heads))
+
+
+def halves_apart(rows: Tensor, num_heads: int) -> Tensor:
+    """Rows of each head from (x0, y0, x1, y1, ...) to (x0, x1, ..., y0, y1, ...): `[heads, 2, head_dim / 2, ...]`."""
+    return rows.view(num_heads, -1, 2, *rows.shape[1:]).transpose(1, 2)
 
 
 def _read(entry: TensorEntry, out: Tensor) -> None:
