@@ -28,7 +28,8 @@ WEIGHTS = re.compile(r"(?!\.|adapter_|optimizer)[^/]+\.safetensors(\.index\.json
 
 REFUSALS = {
     "GatedRepoError": (
-        "{repository} asks for consent to its licence: give it on its page on the hub and type: hf auth login; {instead}"
+        "{repository} asks for consent to its licence: give it on its page on the hub and type: hf auth login; "
+        "{instead}"
     ),
     "RevisionNotFoundError": "{repository} has no revision {revision!r} on the hub; leave it out for the newest",
     "RepositoryNotFoundError": (

@@ -1,34 +1,33 @@
 """Safetensors files of a checkpoint folder: which there are, what is in them, and reading one tensor.
 
 Layouts: model.safetensors; an index with shards, or shards without one; Mistral's consolidated.safetensors, read
-only where there is none of the others. Links are followed, as the hub's cache is made of them. A header is checked
-whole before a byte of data is read; nothing is mapped, so that peak memory is what the caller allocates.
-
-Format: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSON header, the data).
+only where there is none of the others. Links are followed, as the hub's cache is made of them. The safetensors library
+checks each header whole before a byte of data is read: its byte ranges fill the file, without overlap and without a
+gap. Data is read in order and never mapped, so that peak memory is what the caller allocates.
 """
 
 import json
 import math
 import os
-import stat
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minirksc.errors import CheckpointError
-from minirksc.json_file import read_json_object
+from minirksc.json_file import open_regular, read_json_object
 from minirksc.models.config.consolidated import hf_name, read_params
 from minirksc.models.config.quantised import quantisation_of, refusal, shown
 from minirksc.models.weights.entry import Scale, TensorEntry
 
 MAX_HEADER_BYTES = 16 << 20
-"""Of all headers of a folder, and of an index: over 100 000 tensors, read in seconds and less than 1 GB of memory."""
+"""Bytes of all headers of a folder, and of an index: over 100 000 tensors, read in seconds and under 1 GB of memory."""
 
 LFS_BEGIN = b"version "
-"""Of the pointer that Git LFS leaves in place of a file."""
+"""Beginning of the pointer that Git LFS leaves in place of a file."""
 
 MAX_DIMENSIONS = 16
 DTYPES = {
@@ -38,23 +37,21 @@ DTYPES = {
     "BF16": torch.bfloat16,
 }
 FP8_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu}
-"""Of FP8 weights, and of what may scale them."""
+"""Dtypes of FP8 weights, and of what may scale them."""
+
+OTHER_DTYPES = ("I64", "I32", "I16", "I8", "U8", "BOOL", "U16", "U32", "U64", "F8_E5M2")
+"""Dtypes that tensors may have which are skipped, or tell of a quantised checkpoint."""
 
 PIECE_NUMBERS = 1 << 18
-"""That are converted at a time: what lies between the two dtypes stays in the processor's cache."""
-
-ITEM_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-    "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-}  # fmt: skip
+"""Numbers that are converted at a time: what lies between the two dtypes stays in the processor's cache."""
 
 
 def read_entries(folder: Path, is_fp8: bool = False) -> dict[str, TensorEntry]:
     """All tensors of a checkpoint folder by their Hugging Face names, from the headers of its safetensors files.
 
     Args:
-        folder: of the checkpoint.
-        is_fp8: config.json says so; tensors that tell of FP8 are refused without.
+        folder: folder of the checkpoint.
+        is_fp8: whether config.json says so; tensors that tell of FP8 are refused without.
 
     Raises:
         CheckpointError: no safetensors, a missing shard, a damaged header, or a tensor in two files.
@@ -149,59 +146,42 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
 
 
 def _read_header(file: Path, room: int) -> tuple[dict[str, TensorEntry], int]:
-    """Parses and checks one file's header: its byte ranges fill the file, without overlap and without a gap.
+    """Reads one file's header.
 
     Args:
-        file: to read.
+        file: file to read.
         room: bytes that the header may have.
 
     Returns:
         (the tensors, bytes of the header).
     """
     try:
-        status = file.stat()
-        size = status.st_size
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-            raise CheckpointError(f"{file} is not a regular file")
-        with file.open("rb") as stream:
-            begin = stream.read(8)
+        with open_regular(file) as stream:
+            if stream is None:
+                raise CheckpointError(f"{file} is not a regular file")
+            begin, size = stream.read(8), os.fstat(stream.fileno()).st_size
             if begin == LFS_BEGIN:
                 raise CheckpointError(
                     f"{file} is a pointer of Git LFS, not the file itself; in its folder, type: git lfs pull"
                 )
             length = int.from_bytes(begin, "little")
-            if size < 8 or not 2 <= length <= size - 8:
-                raise CheckpointError(
-                    f"{file} is not a safetensors file or is truncated: its header claims {length} bytes, "
-                    f"the file has {size}"
-                )
-            if length > room:
+            if room < length <= size:  # a length beyond the end is told below: the file is none, or damaged
                 left = f", what the files before it leave of {MAX_HEADER_BYTES}" if room < MAX_HEADER_BYTES else ""
                 raise CheckpointError(
                     f"{file} has a header of {length} bytes, more than {room}{left}; no supported model needs as much. "
                     "Save it again without metadata"
                 )
-            raw = stream.read(length)
+            with safe_open(file, framework="numpy"):  # maps the file, checks the header, and touches no data
+                header = json.loads(stream.read(length), object_pairs_hook=_unique_names)
     except OSError as error:  # for example a link whose target is gone
         raise CheckpointError(f"{file} cannot be read: {error}") from error
-    try:
-        header = json.loads(raw.decode(), object_pairs_hook=_unique_names)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: the header is not valid JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{file}: the header is not a JSON object")
-    start = 8 + length
-    entries = {name: _entry(file, name, value, start, size) for name, value in header.items() if name != "__metadata__"}
-    end = start
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if entry.begin < end:
-            raise CheckpointError(f"{file}: tensor {shown(name)} overlaps the data of another one")
-        if entry.begin > end:
-            raise CheckpointError(f"{file}: {entry.begin - end} bytes before tensor {shown(name)} belong to no tensor")
-        end = entry.end
-    if end != size:
-        raise CheckpointError(f"{file}: the last {size - end} bytes belong to no tensor")
-    return entries, length
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} is truncated, damaged or not a safetensors file: {shown(str(error))}; it has {size} bytes and "
+            f"gives {length} of them to its header. Fetch or save it again"
+        ) from error
+    header.pop("__metadata__", None)
+    return {name: _entry(file, name, value, 8 + length) for name, value in header.items()}, length
 
 
 def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -213,28 +193,13 @@ def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return named
 
 
-def _entry(file: Path, name: str, value: Any, start: int, size: int) -> TensorEntry:
-    try:
-        dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        numbers = (*shape, begin, end)
-        if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**63 for n in numbers):
-            raise ValueError("its numbers must be integers from 0 to 2**63 - 1")
-        if dtype not in ITEM_BYTES:
-            raise ValueError(f"dtype {dtype!r:.80} is unknown")
-        if len(shape) > MAX_DIMENSIONS:
-            raise ValueError(f"{len(shape)} dimensions, more than {MAX_DIMENSIONS}")
-        num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: the entry of tensor {shown(name)} is malformed: {error!r:.300}") from error
-    if end - begin != num_bytes:
-        raise CheckpointError(
-            f"{file}: tensor {shown(name)} of {dtype} {list(shape)} needs {num_bytes} bytes, its offsets give "
-            f"{end - begin}"
-        )
-    if start + end > size:
-        raise CheckpointError(
-            f"{file} is truncated: tensor {shown(name)} ends at byte {start + end}, the file has {size}"
-        )
+def _entry(file: Path, name: str, value: Any, start: int) -> TensorEntry:
+    """What a header that has been checked says of one tensor; `start` is the first byte of data in the file."""
+    dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+    if dtype not in DTYPES and dtype not in FP8_DTYPES and dtype not in OTHER_DTYPES:
+        raise CheckpointError(f"{file}: tensor {shown(name)}: dtype {dtype!r:.80} is unknown; save it in another one")
+    if len(shape) > MAX_DIMENSIONS:
+        raise CheckpointError(f"{file}: tensor {shown(name)} has {len(shape)} dimensions, more than {MAX_DIMENSIONS}")
     return TensorEntry(file, name, dtype, shape, start + begin, start + end)
 
 
@@ -242,8 +207,8 @@ def read_into(entry: TensorEntry, out: Tensor) -> None:
     """Reads one tensor into place: FP8 weights times their scales, halves of each head apart.
 
     Args:
-        entry: the tensor.
-        out: contiguous, of its shape, and of any floating-point dtype.
+        entry: place of the tensor.
+        out: tensor to fill: contiguous, of the entry's shape, and of any floating-point dtype.
 
     Raises:
         CheckpointError: the file has changed since its header was read, or an FP8 weight or scale is no number.
@@ -291,7 +256,7 @@ def _read(entry: TensorEntry, out: Tensor) -> None:
 
 
 def _scales(scale: Scale) -> Tensor:
-    """`[row blocks, column blocks]` float32."""
+    """The scales of a weight, checked: `[row blocks, column blocks]` float32."""
     entry = scale.entry
     scales = torch.empty(entry.shape, dtype=torch.float32)
     _read(entry, scales)
@@ -307,9 +272,9 @@ def widened(values: Tensor, scales: Tensor, extent: tuple[int, int], first_row: 
 
     Args:
         values: `[rows, columns]` e4m3, some rows of a weight.
-        scales: `[row blocks, column blocks]` float32, of the whole weight.
+        scales: `[row blocks, column blocks]` float32, scales of the whole weight.
         extent: rows and columns that share one.
-        first_row: which row of the weight the first of them is.
+        first_row: index in the weight of the first of these rows.
 
     Returns:
         `[rows, columns]` float32.
