@@ -138,6 +138,14 @@ class Fields:
             raise CheckpointError(f"{self.where}: {name} {value!r:.80} must be an integer from {minimum} to {limit}")
         return value
 
+    def count(self, name: str) -> int:
+        """How many or how large something is that need not be there: an integer, null and absent are 0.
+
+        Raises:
+            CheckpointError: it is something else.
+        """
+        return 0 if self.get(name) is None else self.size(name, minimum=0)
+
     def number(self, name: str, default: float | None = None) -> float:
         """A positive, finite number.
 

@@ -26,6 +26,9 @@ SUFFIXES = {
 }
 """Ends of tensor names, the most telling first."""
 
+ELSEWHERE = {"quantization": "MLX", "compression_config": "compressed-tensors"}
+"""Fields of config.json in which tools say so that do not write quantization_config."""
+
 ENDINGS = (".qweight", ".g_idx", *SUFFIXES)
 INTEGERS = ("U32", "I32", "U8", "I8")
 
@@ -56,6 +59,9 @@ def fp8_of(config: Mapping[str, Any]) -> Fp8 | None:
     """
     given = config.get("quantization_config")
     if given is None:
+        for name, tool in ELSEWHERE.items():
+            if config.get(name) is not None:
+                raise refusal("the checkpoint", f"{tool}: {name} {config[name]!r:.80}")
         return None
     fp8 = read_fp8(given)
     if fp8 is None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from minirksc.models.explain.explain import Difference, departures, differences, family_of, flatten
-from minirksc.models.families import FAMILIES, REFUSED, WRAPPERS, spec_from_config
+from minirksc.models.families import FAMILIES, REASONS, WRAPPERS, spec_from_config
 from minirksc.models.spec import ArchSpec
 
 SAMPLE_SIZES = {
@@ -68,10 +68,7 @@ def type_rows() -> list[TypeRow]:
 
 def refused_types() -> dict[str, list[str]]:
     """Reason -> types that are refused for it."""
-    groups: dict[str, list[str]] = {}
-    for model_type, reason in REFUSED.items():
-        groups.setdefault(reason, []).append(model_type)
-    return groups
+    return {reason: types.split() for reason, types in REASONS.items()}
 
 
 def type_spec(model_type: str, like: ArchSpec | None = None) -> ArchSpec:
