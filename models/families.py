@@ -12,7 +12,8 @@ from typing import Any
 
 from minirksc.errors import CheckpointError, ConfigError, UnsupportedModelError
 from minirksc.models import gemma
-from minirksc.models.config.fields import Fields, load_config, positive
+from minirksc.models.config.consolidated import load_config
+from minirksc.models.config.fields import Fields, positive
 from minirksc.models.config.quantised import fp8_of
 from minirksc.models.plain import (
     default_rope,
