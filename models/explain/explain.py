@@ -4,6 +4,7 @@ Everything follows from the `ArchSpec` and, where there are weights, from the he
 loaded. `page.py` makes text of it.
 """
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
@@ -275,7 +276,7 @@ def parameter_counts(spec: ArchSpec, has_own_head: bool = False) -> dict[str, in
     for rule in weight_rules(spec, has_own_head):
         name = rule.parameter
         key = name.split(".")[2] if name.startswith("layers.") else name
-        counts[PARTS.get(key, "norms")] += torch.Size(rule.shape).numel()
+        counts[PARTS.get(key, "norms")] += math.prod(rule.shape)
     order = dict.fromkeys([*PARTS.values(), "norms"])
     return {part: counts[part] for part in order if counts[part]}
 
