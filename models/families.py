@@ -39,8 +39,8 @@ def spec_from_config(config: Config, ignored: Collection[str] = ()) -> ArchSpec:
     """The architecture that a config.json describes.
 
     Args:
-        config: its content.
-        ignored: fields that change nothing, as the caller knows, though nothing here reads them.
+        config: content of the file.
+        ignored: names of fields that change nothing, as the caller knows, though nothing here reads them.
 
     Raises:
         UnsupportedModelError: its family, or something that it asks for, is not implemented.
@@ -266,4 +266,4 @@ REASONS = {
     "an encoder and a decoder": "t5 mt5 bart mbart pegasus marian t5gemma whisper",
 }
 REFUSED = {model_type: reason for reason, types in REASONS.items() for model_type in types.split()}
-"""Types that people bring, and which of their properties is not implemented."""
+"""Types that are brought, and which of their properties is not implemented."""

@@ -168,7 +168,7 @@ def _tensors(arch: Architecture, config: Mapping[str, Any]) -> Iterator[tuple[st
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.name.upper()], config["num_hidden_layers"])
     for rule in weight_rules(spec_from_config(config)):
         for hf_name, shape in rule.sources:
-            yield names.get_name(hf_name, try_suffixes=(".weight", ".bias")), hf_name, shape
+            yield names.get_name(hf_name, try_suffixes=(".weight", ".bias")) or hf_name, hf_name, shape
 
 
 def _gemma3(fields: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:

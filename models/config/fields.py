@@ -1,4 +1,4 @@
-"""Reading config.json field by field: each value checked where it is read, and what nobody read is known.
+"""Reading config.json field by field: each value checked where it is read, and what nothing read is known.
 
 A field that is absent takes the family's default; null counts as a value where null means something, and as absent
 where it does not.

@@ -54,10 +54,10 @@ def read_rope(
     """The rotation of a layer.
 
     Args:
-        fields: of config.json; `rope_theta` and, if the family has one, `rope_parameters` have defaults.
-        head_dim: of the layer.
+        fields: fields of config.json; `rope_theta` and, if the family has one, `rope_parameters` have defaults.
+        head_dim: width of the layer's heads.
         layer_type: entry of a `rope_parameters` that has one a layer type.
-        is_partial: the family honours `partial_rotary_factor`.
+        is_partial: whether the family honours `partial_rotary_factor`.
         others: names inside rope_parameters that the family reads itself.
 
     Raises:

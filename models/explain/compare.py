@@ -34,13 +34,13 @@ class TypeRow:
     """A supported model_type.
 
     Attributes:
-        model_type: config.json's name for it.
-        models: which ones say so.
-        words: what its family function says of it.
-        text_type: of the text model, where the type is a multimodal one; None for others.
-        changes: how it departs from the plainest Llama by its defaults.
-        tested: how, in a word or two.
-        real_weights: model whose own weights were compared; None for none.
+        model_type: name of the type in config.json.
+        models: models that say so.
+        words: sentence that its family function says of it.
+        text_type: type of the text model, where the type is a multimodal one; None for others.
+        changes: fields in which it departs from the plainest Llama by its defaults.
+        tested: kinds of tests that it has, in a word or two.
+        real_weights: model with weights of its own that were compared; None for none.
     """
 
     model_type: str
@@ -75,8 +75,8 @@ def type_spec(model_type: str, like: ArchSpec | None = None) -> ArchSpec:
     """A type by its defaults.
 
     Args:
-        model_type: config.json's name for it.
-        like: the model whose sizes it gets; None for sample sizes.
+        model_type: name of the type in config.json.
+        like: model that has the sizes; None for sample sizes.
 
     Raises:
         UnsupportedModelError: the type is not implemented.

@@ -26,8 +26,11 @@ from minirksc.models.weights.entry import Scale, TensorEntry
 MAX_HEADER_BYTES = 16 << 20
 """Bytes of all headers of a folder, and of an index: over 100 000 tensors, read in seconds and under 1 GB of memory."""
 
-LFS_BEGIN = b"version "
-"""Beginning of the pointer that Git LFS leaves in place of a file."""
+CONSOLIDATED = "consolidated"
+"""How the names of files in Mistral's own layout begin."""
+
+BESIDE = (CONSOLIDATED, ".", "optimizer")
+"""How names begin of files beside the weights: of that layout, of a system (`._model.safetensors`), of a training."""
 
 MAX_DIMENSIONS = 16
 DTYPES = {
@@ -72,7 +75,7 @@ def read_entries(folder: Path, is_fp8: bool = False) -> dict[str, TensorEntry]:
         method, name = quantised
         unsaid = "; config.json has no quantization_config that says how" if method == "fp8" else ""
         raise refusal(str(entries[name].file), f"{method}: tensor {shown(name)} of {entries[name].dtype}{unsaid}")
-    return _from_consolidated(entries, folder) if _is_consolidated(files[0]) else entries
+    return _from_consolidated(entries, folder) if files[0].name.startswith(CONSOLIDATED) else entries
 
 
 def _from_consolidated(entries: dict[str, TensorEntry], folder: Path) -> dict[str, TensorEntry]:
@@ -94,33 +97,19 @@ def _from_consolidated(entries: dict[str, TensorEntry], folder: Path) -> dict[st
 def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder")
-    others = sorted(file for file in folder.glob("*.safetensors") if not _is_foreign(file))
-    for prefix, unindexed in (("model", others), ("consolidated", sorted(folder.glob("consolidated*.safetensors")))):
+    all_files = sorted(folder.glob("*.safetensors"))
+    others = [file for file in all_files if not file.name.startswith(BESIDE)]
+    own = [file for file in all_files if file.name.startswith(CONSOLIDATED)]
+    for prefix, unindexed in (("model", others), (CONSOLIDATED, own)):
         single, index = folder / f"{prefix}.safetensors", folder / f"{prefix}.safetensors.index.json"
         if single.is_file():
             return [single]
-        if index.is_symlink() and not index.exists():
-            raise CheckpointError(f"{index} is a link to a file that does not exist, or to itself")
-        if index.exists():
+        if os.path.lexists(index):
+            _check_link(index)
             return _indexed_files(folder, index)
         if unindexed:
             return unindexed
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
-    if pickles:
-        raise CheckpointError(
-            f"{folder} has only pickle files ({', '.join(pickles[:3])}), which can run any code when they are "
-            "loaded; they are never read. Convert the checkpoint to safetensors"
-        )
     raise CheckpointError(f"{folder} has no .safetensors file")
-
-
-def _is_consolidated(file: Path) -> bool:
-    return file.name.startswith("consolidated")
-
-
-def _is_foreign(file: Path) -> bool:
-    """Files beside the weights: of Mistral's own layout, of a system (`._model.safetensors`), of a training run."""
-    return _is_consolidated(file) or file.name.startswith((".", "optimizer"))
 
 
 def _indexed_files(folder: Path, index: Path) -> list[Path]:
@@ -134,15 +123,17 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
         if not name or Path(name).name != name or "\\" in name:
             raise CheckpointError(f"{index} names {name!r:.200}, which is not a file of its own folder")
         file = folder / name
-        if os.path.islink(file) and not os.path.exists(file):
-            raise CheckpointError(
-                f"{file}, which {index.name} names, is a link to a file that does not exist, or to itself"
-            )
+        _check_link(file)
         if not os.path.isfile(file):
             what = "is not a regular file" if os.path.exists(file) else f"is not in {folder}; fetch it again"
             raise CheckpointError(f"{index.name} names the shard {shown(name)}, which {what}")
         files.append(file)
     return files
+
+
+def _check_link(file: Path) -> None:
+    if os.path.islink(file) and not os.path.exists(file):
+        raise CheckpointError(f"{file} is a link to a file that does not exist, or to itself; fetch it again")
 
 
 def _read_header(file: Path, room: int) -> tuple[dict[str, TensorEntry], int]:
@@ -160,10 +151,6 @@ def _read_header(file: Path, room: int) -> tuple[dict[str, TensorEntry], int]:
             if stream is None:
                 raise CheckpointError(f"{file} is not a regular file")
             begin, size = stream.read(8), os.fstat(stream.fileno()).st_size
-            if begin == LFS_BEGIN:
-                raise CheckpointError(
-                    f"{file} is a pointer of Git LFS, not the file itself; in its folder, type: git lfs pull"
-                )
             length = int.from_bytes(begin, "little")
             if room < length <= size:  # a length beyond the end is told below: the file is none, or damaged
                 left = f", what the files before it leave of {MAX_HEADER_BYTES}" if room < MAX_HEADER_BYTES else ""
