@@ -6,7 +6,7 @@ stores norm weights plus one. What cannot be translated exactly is refused by na
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +68,13 @@ class GgufModel:
         num_weights = sum(int(np.prod(shape)) for shape in self._shapes.values())
         return num_weights * ITEM_BYTES[dtype] + 3 * int(self._reader.data_offset)
 
-    def write(self, folder: Path, dtype: str, on_tensor: Callable[[int, int], None] = lambda done, total: None) -> None:
+    def write(self, folder: Path, dtype: str, progress: bool = False) -> None:
         """Writes the checkpoint into an existing, empty folder.
 
         Args:
             folder: folder that the files go to.
             dtype: dtype of the weights, "bfloat16" or "float32".
-            on_tensor: function that is called with (tensors done, tensors in all) after each.
+            progress: whether to show a bar on stderr, if that is a terminal.
 
         Raises:
             CheckpointError: a tensor is damaged or of a kind that cannot be dequantised.
@@ -83,6 +83,7 @@ class GgufModel:
         import gguf
         import torch
         from safetensors.torch import save_file
+        from tqdm import tqdm
 
         from minirksc.models.families import spec_from_config
         from minirksc.models.weights.safetensors_file import halves_apart
@@ -90,7 +91,7 @@ class GgufModel:
         names, spec = hf_names(self._arch, self._config), spec_from_config(self._config)
         weights = {}
         tensors = [tensor for tensor in self._reader.tensors if tensor.name in self._shapes]
-        for done, tensor in enumerate(tensors):
+        for tensor in tqdm(tensors, desc="converting", unit="tensor", disable=None if progress else True):
             try:
                 data = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
             except (NotImplementedError, ValueError) as error:
@@ -101,7 +102,6 @@ class GgufModel:
             if name.endswith("norm.weight"):
                 data = data - spec.norm_offset
             weights[name] = data.reshape(shape).to(getattr(torch, dtype)).contiguous()
-            on_tensor(done + 1, len(tensors))
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         self._tokenizer.save(str(folder / "tokenizer.json"))
         for name, content in self._json_files(dtype):

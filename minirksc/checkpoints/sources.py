@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,8 +127,7 @@ def import_gguf(
         raise CheckpointError(f"{destination} exists already; choose another folder or remove it")
     model = GgufModel(source)
     with _temp_folder(destination, model.num_bytes(dtype)) as temp:
-        with _bar(progress) as on_tensor:
-            model.write(temp, dtype, on_tensor)
+        model.write(temp, dtype, progress)
         _publish(temp, destination)
     return destination
 
@@ -289,20 +288,6 @@ def _not_a_folder(model: str, folder: Path) -> str:
         f"there is no folder {model!r:.300}{meant}. Give a folder with config.json and *.safetensors, such as "
         f"--model ./my-model, one of these names: {', '.join(ALIASES)}, or an id of the Hugging Face hub: OWNER/NAME"
     )
-
-
-@contextmanager
-def _bar(wanted: bool) -> Iterator[Callable[[int, int], None]]:
-    """Gives a function that takes (tensors done, tensors in all)."""
-    from tqdm import tqdm
-
-    with tqdm(desc="converting", unit="tensor", disable=None if wanted else True) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show
 
 
 def _temp_prefix() -> str:
