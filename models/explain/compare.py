@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from minirksc.models.explain.explain import Difference, departures, differences, family_of, flatten
+from minirksc.models.explain.explain import Difference, departures, differences, family_of, flatten, sizes_of
 from minirksc.models.families import FAMILIES, REASONS, WRAPPERS, spec_from_config
 from minirksc.models.spec import ArchSpec
 
@@ -57,9 +57,8 @@ def type_rows() -> list[TypeRow]:
     rows = []
     for model_type in FAMILIES:
         changes, real = departures(type_spec(model_type)), REAL_WEIGHTS.get(model_type)
-        rows.append(
-            TypeRow(model_type, *family_of(model_type), None, changes, "random, real" if real else "random", real)
-        )
+        tested = "random, real" if real else "random"
+        rows.append(TypeRow(model_type, *family_of(model_type), None, changes, tested, real))
     for model_type, text_type in WRAPPERS.items():
         tested = "random" if model_type in TESTED_WRAPPERS else "text alone"
         rows.append(TypeRow(model_type, "multimodal ones", family_of(model_type)[1], text_type, (), tested, None))
@@ -84,14 +83,9 @@ def type_spec(model_type: str, like: ArchSpec | None = None) -> ArchSpec:
     """
     sizes = SAMPLE_SIZES
     if like is not None:
-        first = like.layers[0]
         sizes = {
-            "vocab_size": like.vocab_size,
-            "hidden_size": like.hidden_size,
-            "intermediate_size": first.intermediate_size,
-            "num_hidden_layers": like.num_layers,
-            "num_attention_heads": like.num_heads,
-            "num_key_value_heads": first.num_kv_heads,
+            **sizes_of(like),
+            "num_key_value_heads": like.layers[0].num_kv_heads,
             "max_position_embeddings": like.max_position_embeddings,
             "rms_norm_eps": like.norm_eps,
         }

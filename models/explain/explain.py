@@ -179,17 +179,20 @@ def departures(spec: ArchSpec) -> tuple[Difference, ...]:
 def plainest_llama(spec: ArchSpec) -> ArchSpec:
     """Llama 1 with the sizes of a spec: as many KV heads as query heads, and a head of its own."""
     per_head = spec.hidden_size / spec.num_heads
-    sizes = {
-        "model_type": "llama",
+    # Where the width does not divide there is no plain value.
+    head_dim = int(per_head) if per_head % 2 == 0 else spec.layers[0].head_dim
+    return spec_from_config({"model_type": "llama", **sizes_of(spec), "head_dim": head_dim})
+
+
+def sizes_of(spec: ArchSpec) -> dict[str, int]:
+    """The sizes that every config.json has."""
+    return {
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.hidden_size,
         "intermediate_size": spec.layers[0].intermediate_size,
         "num_hidden_layers": spec.num_layers,
         "num_attention_heads": spec.num_heads,
-        # Where the width does not divide there is no plain value.
-        "head_dim": int(per_head) if per_head % 2 == 0 else spec.layers[0].head_dim,
     }
-    return spec_from_config(sizes)
 
 
 def flatten(spec: ArchSpec) -> dict[str, Values]:
