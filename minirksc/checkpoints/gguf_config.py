@@ -24,13 +24,12 @@ SIZES = {
     "intermediate_size": "feed_forward_length",
     "num_hidden_layers": "block_count",
     "num_attention_heads": "attention.head_count",
-    "max_position_embeddings": "context_length",
 }
 """Fields of config.json that every file has, and what GGUF calls them."""
 
 KNOWN_FIELDS = (
     *SIZES.values(),
-    *("attention.head_count_kv", "attention.key_length", "attention.value_length", "vocab_size"),
+    *("attention.head_count_kv", "attention.key_length", "attention.value_length", "vocab_size", "context_length"),
     *("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.dimension_count", "tensor_data_layout"),
     *("rope.scaling.type", "rope.scaling.factor", "rope.scale_linear"),
     *("rope.scaling.original_context_length", "rope.scaling.finetuned"),  # linear scaling needs neither
@@ -133,6 +132,7 @@ def make_config(
         "num_key_value_heads": fields.integer("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "vocab_size": (shapes.get("token_embd.weight") or (1,))[0],  # that it is missing is told with all others
+        "max_position_embeddings": fields.integer("context_length"),
         "rope_theta": fields.decimal("rope.freq_base", 10000.0),
         "rms_norm_eps": fields.decimal("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in shapes,
