@@ -1,10 +1,13 @@
-"""Which cached block goes first. A policy is one function: the lowest priority is evicted first.
+"""Which cached block goes first, and what is remembered of those that went.
 
-Only leaves of the cached tree are ever asked about, so a block outlives everything that builds on it. A priority may
-use nothing that changes while a block is cached, but for `num_awaited`: whoever changes that offers the block anew.
+A policy is one function: the block of lowest priority is evicted first. Only leaves of the cached tree are ever asked
+about, so a block outlives everything that builds on it. A priority may use nothing that changes while a block is
+cached, but for `num_awaited`: with each change of that the block is offered anew.
 """
 
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 Priority = tuple[float, ...]
@@ -27,7 +30,7 @@ MAX_IMPORTANCE = 4.0
 
 
 class Evictable(Protocol):
-    """What a policy may look at; see `prefix_index.Block`."""
+    """What a policy may look at; see `index.Block`."""
 
     digest: bytes | None
     depth: int
@@ -65,7 +68,7 @@ def cost(block: Evictable) -> Priority:
 
     P(reuse) comes first of all from the branches that are alive, have lost their tables and will need the block again,
     and a little from how often it was used. The cost of a block at the beginning of a sequence is 1. The age is the
-    highest priority that had been evicted when the block was cached: what nobody comes for is overtaken, however dear.
+    highest priority that had been evicted when the block was cached: what nothing comes for is overtaken, however dear.
 
     Source: GreedyDual-Size with Frequency, Cherkasova 1998: the age. There a count of uses stands for P(reuse).
     """
@@ -78,3 +81,75 @@ def cost(block: Evictable) -> Priority:
 POLICIES: dict[str, Policy] = {"rksc": rksc, "lru": lru, "lfu": lfu, "cost": cost}
 BY_IMPORTANCE = ("rksc", "cost")
 """Policies that need attention to be measured."""
+
+MAX_EVICTIONS = 4096
+"""Evictions that are remembered: some MB at most, more than any cache of which a reader wants to see each block.
+
+A block that is computed again after so many others went counts as new.
+"""
+
+
+@dataclass(slots=True)
+class Eviction:
+    """One cached block that had to make room.
+
+    Attributes:
+        block_id: its number, now another block's.
+        num_tokens: length of its sequence up to its end; its own tokens are the last block_size of them.
+        depth: place in the reasoning tree, as in `index.Block`.
+        importance: attention mass, as in `index.Block`.
+        num_uses: times that a table took it.
+        num_awaited: live sequences that were known to need it again.
+        priority: what the policy made of it, the lowest of all candidates.
+        policy: name of the policy.
+        at: clock of the pool, which counts the times that any table took a block.
+        needed_again: True once its tokens have been computed again.
+    """
+
+    block_id: int
+    num_tokens: int
+    depth: int
+    importance: float
+    num_uses: int
+    num_awaited: int
+    priority: Priority
+    policy: str
+    at: int
+    needed_again: bool = False
+
+
+class EvictionLog:
+    """The last evictions, and what was lost by them."""
+
+    def __init__(self) -> None:
+        self.num_evicted = 0
+        self.num_needed_again = 0
+        self._entries: deque[tuple[bytes, Eviction]] = deque()
+        self._lost: dict[bytes, Eviction] = {}  # not computed again so far
+
+    @property
+    def entries(self) -> list[Eviction]:
+        """The last `MAX_EVICTIONS`, oldest first."""
+        return [eviction for _, eviction in self._entries]
+
+    def add(self, digest: bytes, eviction: Eviction) -> None:
+        """A block went."""
+        self.num_evicted += 1
+        self._entries.append((digest, eviction))
+        self._lost[digest] = eviction
+        if len(self._entries) > MAX_EVICTIONS:
+            oldest, forgotten = self._entries.popleft()
+            if self._lost.get(oldest) is forgotten:
+                del self._lost[oldest]
+
+    def computed(self, digest: bytes) -> Eviction | None:
+        """A block has been computed; returns the eviction that made this necessary, if one did."""
+        eviction = self._lost.pop(digest, None)
+        if eviction is not None:
+            eviction.needed_again = True
+            self.num_needed_again += 1
+        return eviction
+
+    def forget_lost(self) -> None:
+        """What is computed again from here on would have been lost in any case."""
+        self._lost.clear()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from minirksc.cache.hybrid import WindowCopy
 from minirksc.cache.rsbcm import BlockBytes, BlockCopy
 from minirksc.kernels.backend import Backend
 from minirksc.kernels.huge_pages import empty
@@ -96,9 +97,7 @@ class KvCache:
 
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         """Copies blocks in every layer; all sources are read before any destination is written."""
-        full = [(copy.source, copy.destination) for copy in copies]
-        # A block that no window reaches has no room in the pool apart.
-        window = [(c.window_source, c.window_destination) for c in copies if c.window_destination >= 0]
         for (has_pool_apart, *_), tensors in self._tensors.items():
+            own = [copy for copy in copies if isinstance(copy, WindowCopy) == has_pool_apart]
             for tensor in filter(torch.is_tensor, tensors):
-                self._copy_blocks(tensor, window if has_pool_apart else full)
+                self._copy_blocks(tensor, own)

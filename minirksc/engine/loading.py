@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from minirksc.cache.hybrid import HybridManager, WindowPool, min_blocks
 from minirksc.cache.rsbcm import BlockBytes, BlockManager
-from minirksc.cache.windows import WindowPool, min_blocks
 from minirksc.checkpoints.folder import check_config
 from minirksc.checkpoints.sources import resolve_model
 from minirksc.engine import host
@@ -141,11 +141,14 @@ def load(config: EngineConfig, use_tqdm: bool = False) -> Loaded:
     elif backend.recording == "tape" and not config.enforce_eager:
         runner.recorded = DecodeTapes(model, layers)
     sampling_defaults = _sampling_defaults(generation)
+    if window is None:
+        blocks = BlockManager(num_blocks, config.block_size, config.eviction)
+    else:
+        windows = WindowPool(num_window_blocks, window, config.block_size)
+        blocks = HybridManager(num_blocks, config.block_size, windows, config.eviction)
     engine = Engine(
         runner,
-        BlockManager(
-            num_blocks, config.block_size, config.eviction, WindowPool(num_window_blocks, window, config.block_size)
-        ),
+        blocks,
         config,
         size,
         max_model_len,

@@ -80,7 +80,7 @@ def work_done(counters: Counters, scheduler: Scheduler, blocks: BlockManager, si
         blocks: its own.
         size: of one block.
     """
-    windows, decode_s = blocks.windows, counters.decode_s
+    windows, decode_s = blocks.window_counts, counters.decode_s
     return {
         "num_steps": counters.num_steps,
         "num_prefilled_tokens": counters.num_prefilled_tokens,
@@ -100,13 +100,13 @@ def work_done(counters: Counters, scheduler: Scheduler, blocks: BlockManager, si
         "num_blocks_cached": blocks.num_cached,
         "num_blocks_free": blocks.num_free,
         "block_size": blocks.block_size,
-        "num_window_blocks_total": windows.num_blocks,
-        "num_window_blocks_used": windows.num_used,
-        "num_window_blocks_cached": windows.num_cached,
-        "num_window_blocks_free": windows.num_free,
-        "kv_cache_bytes": blocks.num_blocks * size.full + windows.num_blocks * size.window,
+        "num_window_blocks_total": windows.total,
+        "num_window_blocks_used": windows.used,
+        "num_window_blocks_cached": windows.cached,
+        "num_window_blocks_free": windows.free,
+        "kv_cache_bytes": blocks.num_blocks * size.full + windows.total * size.window,
         "kv_bytes_used_full": blocks.num_used * size.full,
-        "kv_bytes_used_window": windows.num_used * size.window,
+        "kv_bytes_used_window": windows.used * size.window,
     }
 
 
