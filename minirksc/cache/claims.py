@@ -11,55 +11,40 @@ outlives its block. Where a block was evicted and is computed again for somebody
 it. Every indexed block is told its counts.
 """
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, UserDict
+from collections.abc import Sequence
 from typing import Literal
 
 from minirksc.cache.index import Block, PrefixIndex
 from minirksc.cache.pool import BlockPool
 
 
-class Claims:
-    """Digests by the sequences that claim them, for one reason.
+class Claims(UserDict[int, list[bytes]]):
+    """Sequence -> digests of the blocks that it claims, in order of position, for one reason.
+
+    A dict that counts: with each change of it the blocks learn how often they are claimed now.
 
     Args:
-        count: Attribute of a block that counts these claims.
-        index: Where the block of a digest is found.
-        pool: What is told of each change: it decides which blocks may go.
+        count: attribute of a block that counts these claims.
+        index: where the block of a digest is found.
+        pool: what is told of each change: it decides which blocks may go.
     """
 
     def __init__(self, count: Literal["num_awaited", "num_pins"], index: PrefixIndex, pool: BlockPool) -> None:
+        super().__init__()
         self._count = count
         self._index = index
         self._pool = pool
-        self._digests: dict[int, list[bytes]] = {}
         self._counts: Counter[bytes] = Counter()
 
-    def __contains__(self, seq_id: int) -> bool:
-        return seq_id in self._digests
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._digests)
-
-    def __len__(self) -> int:
-        return len(self._digests)
-
-    def of(self, seq_id: int) -> list[bytes]:
-        """What a sequence claims, in order of position."""
-        return self._digests.get(seq_id, [])
-
-    def claim(self, seq_id: int, digests: Sequence[bytes]) -> None:
-        """From now on the sequence claims these, in place of what it claimed."""
-        before = self.of(seq_id)
-        self._digests[seq_id] = list(digests)
+    def __setitem__(self, seq_id: int, digests: list[bytes]) -> None:
+        before = self.data.get(seq_id, [])
+        self.data[seq_id] = digests
         self._add(digests, 1)
         self._add(before, -1)
 
-    def drop(self, seq_id: int) -> list[bytes]:
-        """The sequence claims nothing any more; returns what it claimed."""
-        digests = self._digests.pop(seq_id, [])
-        self._add(digests, -1)
-        return digests
+    def __delitem__(self, seq_id: int) -> None:
+        self._add(self.data.pop(seq_id), -1)
 
     def mark(self, block: Block) -> None:
         """Tells an indexed block how many sequences claim it."""

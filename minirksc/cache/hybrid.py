@@ -18,7 +18,8 @@ from collections.abc import Sequence
 
 from minirksc.cache.eviction import Policy
 from minirksc.cache.index import Block, closest
-from minirksc.cache.rsbcm import BlockCopy, BlockCounts, BlockManager, Table
+from minirksc.cache.rsbcm import BlockCopy, BlockManager
+from minirksc.cache.tables import BlockCounts, Table
 from minirksc.errors import ConfigError
 
 
@@ -177,16 +178,6 @@ class HybridManager(BlockManager):
 
     # Sequences
 
-    def add(
-        self, seq_id: int, token_ids: Sequence[int], *, salt: bytes = b"", depth: int = 0, use_cache: bool = True
-    ) -> list[BlockCopy]:
-        """Opens a table and adopts the longest cached prefix that has the window before its end."""
-        self._release_pinned(seq_id)  # the table's window takes the place of the pin's
-        self._begins[seq_id] = 0
-        copies = super().add(seq_id, token_ids, salt=salt, depth=depth, use_cache=use_cache)
-        self._slide(seq_id)
-        return copies
-
     def fork(self, parent_id: int, child_id: int, depth: int | None = None) -> None:
         """Opens a table that shares every block of another and sees what that sees."""
         super().fork(parent_id, child_id, depth)
@@ -200,39 +191,35 @@ class HybridManager(BlockManager):
         table = self._tables.get(seq_id)
         if table is None:
             return super().free(seq_id, returns)
-        begin, claimed = self._begins.pop(seq_id), self._pinned.of(seq_id)
+        begin, claimed = self._begins.pop(seq_id), self._pinned.get(seq_id, [])
         for block_id in table.block_ids[begin:]:
             self.windows.release(self._pool[block_id])
         super().free(seq_id, returns)
         if seq_id in self._pinned:
-            digests = self._pinned.of(seq_id)
+            digests = self._pinned.get(seq_id, [])
             # A block more than the table had in view, if the last full one ends before the tokens do.
             begin = min(begin, self.windows.first_needed(len(digests) * self.block_size))
             self._view_pinned(seq_id, begin if digests != claimed else self._pin_begins.get(seq_id, 0))
 
     def unpin(self, seq_id: int) -> None:
         """Its blocks may be evicted again, and lose their rooms."""
-        self._release_pinned(seq_id)
+        if seq_id not in self:
+            self._release_pinned(seq_id)
         self._pin_begins.pop(seq_id, None)
         super().unpin(seq_id)
 
-    def commit(self, seq_id: int, token_ids: Sequence[int]) -> None:
-        """The KV of these tokens has been written: full blocks are indexed, and the window moves on."""
-        super().commit(seq_id, token_ids)
-        self._slide(seq_id)
-
     # Inside
 
-    def _slide(self, seq_id: int) -> None:
+    def _slide(self, table: Table) -> None:
         """Gives up what has left the table's window."""
-        begin = self.windows.first_kept(self.num_tokens(seq_id))
-        for block_id in self.block_table(seq_id)[self._begins[seq_id] : begin]:
+        before, begin = self._begins[table.seq_id], self.windows.first_kept(len(table.token_ids))
+        for block_id in table.block_ids[before:begin]:
             self.windows.release(self._pool[block_id])
-        self._begins[seq_id] = max(self._begins[seq_id], begin)
+        self._begins[table.seq_id] = max(before, begin)
 
     def _pinned_blocks(self, seq_id: int) -> list[Block]:
         """What a pinned sequence claims; all of it is in the index."""
-        blocks = map(self._index.get, self._pinned.of(seq_id))
+        blocks = map(self._index.get, self._pinned.get(seq_id, []))
         return [block for block in blocks if block is not None]
 
     def _view_pinned(self, seq_id: int, begin: int) -> None:
@@ -244,10 +231,9 @@ class HybridManager(BlockManager):
             self.windows.view(block.block_id)
 
     def _release_pinned(self, seq_id: int) -> None:
-        """A pinned sequence without a table holds no rooms any more."""
-        if seq_id not in self:
-            for block in self._pinned_blocks(seq_id)[self._pin_begins.get(seq_id, 0) :]:
-                self.windows.release(block)
+        """A pinned sequence that had no table holds no rooms any more."""
+        for block in self._pinned_blocks(seq_id)[self._pin_begins.get(seq_id, 0) :]:
+            self.windows.release(block)
 
     def _find(self, token_ids: Sequence[int], salt: bytes) -> tuple[list[Block], Block | None, int]:
         usable = token_ids[:-1]
@@ -268,6 +254,7 @@ class HybridManager(BlockManager):
         return chain[:num_usable]
 
     def _adopt(self, table: Table, chain: list[Block]) -> None:
+        self._release_pinned(table.seq_id)  # the table's window takes the place of the pin's
         super()._adopt(table, chain)
         begin = self._begins[table.seq_id] = self.windows.first_needed(len(chain) * self.block_size)
         for block in chain[begin:]:

@@ -33,19 +33,17 @@ Source of the name and of the default priority: RKSC, arXiv 2606.09937, section 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import takewhile
 from typing import NamedTuple
 
-from minirksc.cache.claims import Claims, longer
-from minirksc.cache.eviction import Eviction, EvictionLog, Policy
-from minirksc.cache.index import Block, PrefixIndex, block_digest, closest
-from minirksc.cache.pool import BlockPool
-from minirksc.errors import CacheFullError, ConfigError
+from minirksc.cache.claims import longer
+from minirksc.cache.index import Block, block_digest, closest
+from minirksc.cache.tables import BlockTables, Table
+from minirksc.errors import CacheFullError
 
 IMPORTANCE_RATE = 0.2
 """Weight of one measurement in the moving average: it is over about the last five readers."""
-NO_LIMIT = 1 << 62
 
 
 class BlockCopy(NamedTuple):
@@ -66,170 +64,16 @@ class BlockBytes(NamedTuple):
     window: int
 
 
-class BlockCounts(NamedTuple):
-    """How many blocks of a pool there are in all, are held by tables, merely cached, and free."""
+class BlockManager(BlockTables):
+    """One cache of blocks: what its tables hold, share, copy and give back.
 
-    total: int
-    used: int
-    cached: int
-    free: int
-
-
-@dataclass(slots=True)
-class Table:
-    """One sequence's block table.
-
-    Attributes:
-        seq_id: key of the sequence.
-        salt: root of its digests.
-        depth: place of its node in the reasoning tree.
-        block_ids: its blocks in order of position; may reach beyond the tokens.
-        token_ids: tokens whose KV has been written.
-        digests: keys of its full blocks, indexed or not.
-        exact_len: tokens whose KV is the model's own; blocks beyond are approximate and never indexed.
-        awaited: what it claimed before it came back: the full blocks that it had.
+    Each sequence is added (or forked), reserves room, commits what was written, and is freed in the end.
     """
-
-    seq_id: int
-    salt: bytes
-    depth: int
-    block_ids: list[int] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    digests: list[bytes] = field(default_factory=list)
-    exact_len: int = NO_LIMIT
-    awaited: list[bytes] = field(default_factory=list)
-
-
-class BlockManager:
-    """A pool of blocks, the tables over it, and the prefix index.
-
-    Args:
-        num_blocks: size of the pool.
-        block_size: tokens a block.
-        policy: eviction policy, a key of `eviction.POLICIES` or a function like those.
-
-    Attributes:
-        max_chunk_tokens: tokens of one sequence that a single step can always write, if it has the cache to itself.
-
-    Raises:
-        ConfigError: a size is below 1, or the policy is unknown.
-    """
-
-    def __init__(self, num_blocks: int, block_size: int, policy: str | Policy = "rksc") -> None:
-        if num_blocks < 1 or block_size < 1:
-            raise ConfigError(
-                f"a pool of {num_blocks} blocks of {block_size} tokens is smaller than one block; raise kv_cache_bytes"
-            )
-        self.num_blocks = num_blocks
-        self.block_size = block_size
-        self.max_chunk_tokens = NO_LIMIT
-        self._policy = policy
-        self._log = EvictionLog()
-        self._open()
-
-    def _open(self) -> None:
-        """All blocks are free, and there is no table."""
-        self._index = PrefixIndex(self.block_size)
-        self._pool = BlockPool(self.num_blocks, self._policy, self._index, self._log)
-        self._tables: dict[int, Table] = {}
-        self._awaited = Claims("num_awaited", self._index, self._pool)
-        self._pinned = Claims("num_pins", self._index, self._pool)
-
-    # What there is
-
-    @property
-    def num_free(self) -> int:
-        """Blocks that hold nothing."""
-        return self._pool.num_free
-
-    @property
-    def num_cached(self) -> int:
-        """Blocks that no table references, kept for the next prompt that begins with them; pinned ones included."""
-        return self._pool.num_cached
-
-    @property
-    def num_pinned(self) -> int:
-        """Cached blocks that are pinned: they are not evicted."""
-        return self._pool.num_pinned
-
-    @property
-    def num_used(self) -> int:
-        """Blocks that some table references."""
-        return self.num_blocks - self.num_free - self.num_cached
-
-    @property
-    def window_counts(self) -> BlockCounts:
-        """Blocks of layers whose window has a pool apart; none here."""
-        return BlockCounts(0, 0, 0, 0)
-
-    @property
-    def num_evicted_blocks(self) -> int:
-        """Cached blocks that had to make room."""
-        return self._log.num_evicted
-
-    @property
-    def num_recomputed_tokens(self) -> int:
-        """Tokens of full blocks that were computed again because their block had been evicted."""
-        return self._log.num_needed_again * self.block_size
-
-    @property
-    def evictions(self) -> list[Eviction]:
-        """The last evictions, oldest first; see `eviction.MAX_EVICTIONS`."""
-        return self._log.entries
-
-    @property
-    def pin_advice(self) -> str:
-        """For messages about a full cache: how much of it is pinned and how to change that; "" if nothing is."""
-        if not self.num_pinned:
-            return ""
-        return f"; {self.num_pinned} blocks of {len(self._pinned)} pinned sequences stay in it: unpin() some"
-
-    def __contains__(self, seq_id: int) -> bool:
-        return seq_id in self._tables
-
-    def block_table(self, seq_id: int) -> list[int]:
-        """Block ids in order of position; the manager's own list, read-only."""
-        return self._tables[seq_id].block_ids
-
-    def window_table(self, seq_id: int) -> list[int]:
-        """The same for layers with a window; where these have a pool apart, -1 for a block that has no room in it."""
-        return self.block_table(seq_id)
-
-    def salt(self, seq_id: int) -> bytes:
-        """What the sequence's blocks were made with."""
-        return self._tables[seq_id].salt
-
-    def num_tokens(self, seq_id: int) -> int:
-        """Tokens of the sequence whose KV has been written."""
-        return len(self._tables[seq_id].token_ids)
-
-    def holds(self, seq_id: int, positions: Sequence[int]) -> bool:
-        """Whether KV of these positions has been written and is still in all layers."""
-        if seq_id not in self._tables or max(positions, default=-1) >= self.num_tokens(seq_id):
-            return False
-        table = self.window_table(seq_id)
-        return all(table[position // self.block_size] >= 0 for position in positions)
-
-    def num_shared_tokens(self, seq_id: int) -> int:
-        """Tokens whose block another table holds too."""
-        table, size = self._tables[seq_id], self.block_size
-        num_tokens = len(table.token_ids)
-        return sum(
-            min(size, num_tokens - place * size)
-            for place, block_id in enumerate(table.block_ids[: -(-num_tokens // size)])
-            if self._pool[block_id].num_references > 1
-        )
 
     # Sequences
 
     def add(
-        self,
-        seq_id: int,
-        token_ids: Sequence[int],
-        *,
-        salt: bytes = b"",
-        depth: int = 0,
-        use_cache: bool = True,
+        self, seq_id: int, token_ids: Sequence[int], *, salt: bytes = b"", depth: int = 0, use_cache: bool = True
     ) -> list[BlockCopy]:
         """Opens a table and adopts the longest cached prefix of token_ids.
 
@@ -247,13 +91,13 @@ class BlockManager:
             The copy of that block, if there is one. `num_tokens` then tells how much was adopted.
         """
         assert seq_id not in self._tables
-        table = Table(seq_id, salt, depth, awaited=self._awaited.drop(seq_id))
+        table = Table(seq_id, salt, depth, awaited=self._awaited.pop(seq_id, []))
         self._tables[seq_id] = table
-        if not use_cache:
-            return []
-        chain, partial, num_equal = self._find(token_ids, salt)
+        chain, partial, num_equal = self._find(token_ids if use_cache else [], salt)
         self._adopt(table, chain)
-        return [] if partial is None else self._adopt_copy(table, partial, num_equal)
+        copies = [] if partial is None else self._adopt_copy(table, partial, num_equal)
+        self._slide(table)
+        return copies
 
     def match(self, token_ids: Sequence[int], salt: bytes = b"") -> int:
         """How many tokens `add` would adopt, if it finds room for a partial block."""
@@ -268,7 +112,7 @@ class BlockManager:
         assert child_id not in self._tables
         if parent_id not in self._tables:
             if parent_id in self._awaited:
-                self._awaited.claim(child_id, self._awaited.of(parent_id))
+                self._awaited[child_id] = self._awaited[parent_id]
             return
         parent = self._tables[parent_id]
         child = replace(
@@ -295,7 +139,7 @@ class BlockManager:
         table = self._tables.pop(seq_id, None)
         if table is None:
             if not returns:
-                self._awaited.drop(seq_id)
+                self._awaited.pop(seq_id, None)
             return
         self._claim(table, returns)
         # From the end, so that a cached leaf is older than its parent.
@@ -307,11 +151,11 @@ class BlockManager:
 
         Twice is fine. What is pinned cannot be used for anything else: where too much is, `reserve` says so.
         """
-        self._pinned.claim(seq_id, self._pinned.of(seq_id))
+        self._pinned.setdefault(seq_id, [])
 
     def unpin(self, seq_id: int) -> None:
         """Its blocks may be evicted again; one that is not pinned is left alone."""
-        self._pinned.drop(seq_id)
+        self._pinned.pop(seq_id, None)
 
     def observe(self, seq_id: int, mass: Sequence[float]) -> None:
         """Takes in how much attention the blocks of a sequence received in one decode step.
@@ -373,6 +217,7 @@ class BlockManager:
         assert len(table.token_ids) <= len(table.block_ids) * self.block_size
         while (len(table.digests) + 1) * self.block_size <= len(table.token_ids):
             self._index_next(table)
+        self._slide(table)
 
     def keep_out_of_index(self, seq_id: int, num_tokens: int) -> None:
         """From position num_tokens on the table's KV is approximate: no other prompt may find it; forks share it."""
@@ -439,11 +284,11 @@ class BlockManager:
     def _claim(self, table: Table, returns: bool) -> None:
         """Says what is to stay of a table that is about to be closed."""
         if returns:
-            self._awaited.claim(table.seq_id, longer(table.awaited, table.digests))
+            self._awaited[table.seq_id] = longer(table.awaited, table.digests)
         if table.seq_id in self._pinned:
             indexed = takewhile(bool, (self._pool[block_id].digest for block_id in table.block_ids))
             digests = [digest for digest in indexed if digest is not None]
-            self._pinned.claim(table.seq_id, longer(self._pinned.of(table.seq_id), digests))
+            self._pinned[table.seq_id] = longer(self._pinned[table.seq_id], digests)
 
     def _own_next(self, table: Table) -> list[BlockCopy]:
         """Makes the block of the next position, if the table lists one already, its own."""
@@ -512,6 +357,9 @@ class BlockManager:
         table.block_ids[place] = equal.block_id
 
     # Inside: what a hybrid does besides
+
+    def _slide(self, table: Table) -> None:
+        """Gives up what has left the table's window; there is none."""
 
     def _has_room(self, num_blocks: int) -> bool:
         """True when `_append_block` will succeed so many times."""

@@ -44,7 +44,7 @@ def check_table(manager, table):
 def check_claims(manager, blocks):
     """Counts are those of the sequences that claim, and every indexed block knows its own."""
     for claims, count in ((manager._awaited, "num_awaited"), (manager._pinned, "num_pins")):
-        expected = Counter(digest for seq_id in claims for digest in claims.of(seq_id))
+        expected = Counter(digest for digests in claims.values() for digest in digests)
         assert dict(claims._counts) == dict(expected), f"{count}: wrong counts"
         for block in blocks:
             number = 0 if block.digest is None else expected[block.digest]
@@ -52,7 +52,7 @@ def check_claims(manager, blocks):
     for seq_id in manager._awaited:
         assert seq_id not in manager, f"sequence {seq_id} has a table and is awaited"
     for seq_id in manager._pinned:
-        for digest in manager._pinned.of(seq_id):
+        for digest in manager._pinned[seq_id]:
             assert manager._index.get(digest) is not None, f"sequence {seq_id} pins a block that is not indexed"
 
 
@@ -139,4 +139,4 @@ def check_windows(manager, blocks):
 
 def pinned_in_view(manager, seq_id):
     """Digests of the blocks whose rooms a pinned sequence holds while it has no table."""
-    return [] if seq_id in manager else manager._pinned.of(seq_id)[manager._pin_begins.get(seq_id, 0) :]
+    return [] if seq_id in manager else manager._pinned[seq_id][manager._pin_begins.get(seq_id, 0) :]
