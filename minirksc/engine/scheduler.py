@@ -45,39 +45,38 @@ class Schedule:
     ended: list[Request] = field(default_factory=list)
 
 
+@dataclass(eq=False)
 class Scheduler:
     """Queues of requests over one `BlockManager`.
 
-    Args:
-        blocks: the block manager.
+    Attributes:
+        blocks: block manager whose tables the requests' sequences are in.
         max_batch_tokens: tokens a step.
         max_batch_requests: requests that run at once.
-        block_bytes: of one block's KV, for messages.
+        block_bytes: bytes of one block's KV, for messages.
         prefix_caching: False: no request adopts cached blocks.
-        switch_len: a longer sequence has other KV at all its positions (see `ArchSpec.switch_len`); None: none has.
+        switch_len: length beyond which a sequence has other KV at all its positions (see `ArchSpec.switch_len`);
+            None: there is no such length.
+        requests: all that have not finished, by seq_id, in order of arrival.
+        waiting: requests that are to be admitted, the next one first.
+        running: requests that have blocks and are computed, in order of admission.
+        idle: kept sequences that hold blocks; least recently used first.
+        num_preemptions: times that blocks of a live sequence were taken back.
+        num_cached_tokens: prompt tokens that were found. A request counts once: not what it finds after a preemption.
     """
 
-    def __init__(
-        self,
-        blocks: BlockManager,
-        max_batch_tokens: int,
-        max_batch_requests: int,
-        block_bytes: BlockBytes,
-        prefix_caching: bool = True,
-        switch_len: int | None = None,
-    ) -> None:
-        self.blocks = blocks
-        self.max_batch_tokens = max_batch_tokens
-        self.max_batch_requests = max_batch_requests
-        self.block_bytes = block_bytes
-        self.prefix_caching = prefix_caching
-        self.switch_len = switch_len
-        self.requests: dict[int, Request] = {}  # that have not finished, by seq_id, in order of arrival
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
-        self.idle: dict[int, Sequence] = {}  # kept sequences that hold blocks; least recently used first
-        self.num_preemptions = 0
-        self.num_cached_tokens = 0  # a request counts once, what it finds again after a preemption does not
+    blocks: BlockManager
+    max_batch_tokens: int
+    max_batch_requests: int
+    block_bytes: BlockBytes
+    prefix_caching: bool = True
+    switch_len: int | None = None
+    requests: dict[int, Request] = field(default_factory=dict, init=False)
+    waiting: deque[Request] = field(default_factory=deque, init=False)
+    running: list[Request] = field(default_factory=list, init=False)
+    idle: dict[int, Sequence] = field(default_factory=dict, init=False)
+    num_preemptions: int = field(default=0, init=False)
+    num_cached_tokens: int = field(default=0, init=False)
 
     @property
     def has_work(self) -> bool:
@@ -183,12 +182,11 @@ class Scheduler:
         if num_tokens == 0:
             return None
         while not self._make_room(seq_id, first + num_tokens):
-            victim = self.running[-1]
             if len(self.running) == 1:
                 self._end_for_room(request, step)
-                return None
-            self._preempt(victim)
-            if victim is request:
+            else:
+                self._preempt(self.running[-1])
+            if request.state is not RequestState.RUNNING:
                 return None
         copies = self.blocks.reserve(seq_id, first + num_tokens)
         is_decode = num_tokens == 1 and first >= request.num_prompt_tokens
@@ -213,27 +211,24 @@ class Scheduler:
     def _begin(self, request: Request, budget: int) -> ScheduledRequest | None:
         """The first tokens of a waiting request; None, nothing changed: no room now."""
         sequence, blocks = request.sequence, self.blocks
-        seq_id, total = sequence.seq_id, len(sequence.token_ids)
+        seq_id, tokens = sequence.seq_id, sequence.token_ids
         if self._is_outdated(sequence):
             blocks.free(seq_id)
         is_new = seq_id not in blocks
         copies: list[BlockCopy] = []
         if is_new:
             copies = blocks.add(
-                seq_id,
-                sequence.token_ids,
-                salt=self._salt(sequence),
-                depth=sequence.depth,
-                use_cache=self._uses_cache(request),
+                seq_id, tokens, salt=self._salt(sequence), depth=sequence.depth, use_cache=self._uses_cache(request)
             )
         else:
             # Logits come only from computing: where they are wanted of a token whose KV is there, do it again.
-            start = total - 1 if request.logits_start is None else min(total - 1, request.logits_start)
+            last = len(tokens) - 1
+            start = last if request.logits_start is None else min(last, request.logits_start)
             if blocks.num_tokens(seq_id) > start:
                 blocks.rewind(seq_id, start)
         first, num_tokens = blocks.num_tokens(seq_id), self._num_next(request, budget)
         # Room for the whole prompt is asked for at once: a chunk that starts and cannot end helps nobody.
-        if num_tokens == 0 or not self._make_room(seq_id, first + num_tokens, total):
+        if num_tokens == 0 or not self._make_room(seq_id, first + num_tokens, len(tokens)):
             if is_new:
                 blocks.free(seq_id, returns=True)
             return None
