@@ -1,14 +1,16 @@
 """Which cached block goes first, and what is remembered of those that went.
 
 A policy is one function: the block of lowest priority is evicted first. Only leaves of the cached tree are ever asked
-about, so a block outlives everything that builds on it. A priority may use nothing that changes while a block is
-cached, but for `num_awaited`: with each change of that the block is offered anew.
+about, so a block outlives everything that builds on it. A priority may use depth, importance, last_use, num_uses,
+num_tokens_before, cached_at and digest, none of which changes while a block is cached, and num_awaited: where that
+changes, the block is offered anew.
 """
 
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+
+from minirksc.cache.index import Block
 
 Priority = tuple[float, ...]
 
@@ -29,23 +31,10 @@ MAX_IMPORTANCE = 4.0
 """More is not believed: the first block is a sink of attention in every sequence, whether it is needed or not."""
 
 
-class Evictable(Protocol):
-    """What a policy may look at; see `index.Block`."""
-
-    digest: bytes | None
-    depth: int
-    importance: float
-    last_use: int
-    num_uses: int
-    num_tokens_before: int
-    num_awaited: int
-    cached_at: float
+Policy = Callable[[Block], Priority]
 
 
-Policy = Callable[[Evictable], Priority]
-
-
-def rksc(block: Evictable) -> Priority:
+def rksc(block: Block) -> Priority:
     """Importance / (depth + 1): shallow blocks serve more branches. Ties go to the least recently used.
 
     Source: RKSC, arXiv 2606.09937 (RSBCM), with the block's importance in place of its branch's score.
@@ -53,17 +42,17 @@ def rksc(block: Evictable) -> Priority:
     return (block.importance / (block.depth + 1), block.last_use)
 
 
-def lru(block: Evictable) -> Priority:
+def lru(block: Block) -> Priority:
     """Least recently used first."""
     return (block.last_use,)
 
 
-def lfu(block: Evictable) -> Priority:
+def lfu(block: Block) -> Priority:
     """Least often used first, then least recently."""
     return (block.num_uses, block.last_use)
 
 
-def cost(block: Evictable) -> Priority:
+def cost(block: Block) -> Priority:
     """Age + P(reuse) * cost of computing it again * (1 + importance / 4): what its loss would cost.
 
     P(reuse) comes first of all from the branches that are alive, have lost their tables and will need the block again,

@@ -16,19 +16,19 @@ class Block:
     """What is known of one block.
 
     Attributes:
-        block_id: Its number.
-        num_references: Tables that hold it.
-        digest: Key in the prefix index; None when it is not indexed.
-        parent: Indexed block before it; None for the first of a sequence.
-        children: Indexed blocks right after it, by digest.
-        token_ids, salt: What an indexed block was made of.
-        num_tokens_before: Tokens of an indexed block's history, its own excluded.
-        depth: Place in the reasoning tree of the shallowest table that took it.
-        importance: Attention mass that it receives, as a multiple of what the average block of its sequence does.
-        last_use, num_uses: Clock and count of the times that a table took it.
-        num_awaited: Live sequences without a table that will need it again.
-        num_pins: Pinned sequences that held it when their table was last closed.
-        cached_at: Age of the pool when the last table gave it up.
+        block_id: its number.
+        num_references: tables that hold it.
+        digest: key in the prefix index; None when it is not indexed.
+        parent: indexed block before it; None for the first of a sequence.
+        children: indexed blocks right after it, by digest.
+        token_ids, salt: what an indexed block was made of.
+        num_tokens_before: tokens of an indexed block's history, its own excluded.
+        depth: place in the reasoning tree of the shallowest table that took it.
+        importance: attention mass that it receives, as a multiple of what the average block of its sequence does.
+        last_use, num_uses: clock and count of the times that a table took it.
+        num_awaited: live sequences without a table that will need it again.
+        num_pins: pinned sequences that held it when their table was last closed.
+        cached_at: age of the pool when the last table gave it up.
     """
 
     block_id: int
@@ -52,7 +52,7 @@ class PrefixIndex:
     """Full blocks by their history.
 
     Args:
-        block_size: Tokens a block.
+        block_size: tokens a block.
     """
 
     def __init__(self, block_size: int) -> None:
@@ -116,8 +116,8 @@ def closest(blocks: Iterable[Block], token_ids: Sequence[int]) -> tuple[Block | 
     """The block that begins with most of these tokens, and with how many; (None, 0) where none begins with the first.
 
     Args:
-        blocks: Candidates; of equally good ones the first is taken.
-        token_ids: What the block after a chain should hold, at most block_size of them.
+        blocks: candidates; of equally good ones the first is taken.
+        token_ids: what the block after a chain should hold, at most block_size of them.
     """
     best, num_best = None, 0
     for block in blocks:

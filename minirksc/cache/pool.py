@@ -20,13 +20,13 @@ class BlockPool:
     """A fixed number of blocks.
 
     Args:
-        num_blocks: Size of the pool.
-        policy: Eviction policy, a key of `eviction.POLICIES` or a function like those.
-        index: Where blocks may be indexed.
-        log: Where evictions are noted.
+        num_blocks: size of the pool.
+        policy: eviction policy, a key of `eviction.POLICIES` or a function like those.
+        index: where blocks may be indexed.
+        log: where evictions are noted.
 
     Raises:
-        ConfigError: The policy is unknown.
+        ConfigError: the policy is unknown.
     """
 
     def __init__(self, num_blocks: int, policy: str | Policy, index: PrefixIndex, log: EvictionLog) -> None:
@@ -75,8 +75,8 @@ class BlockPool:
         """Hands out a block that holds nothing, referenced once; the caller knows that there is room.
 
         Args:
-            wanted: Block id that is best, if it is free.
-            depth: Place in the reasoning tree of the table that takes it.
+            wanted: block id that is best, if it is free.
+            depth: place in the reasoning tree of the table that takes it.
         """
         if not self._free:
             self._evict(logged=True)

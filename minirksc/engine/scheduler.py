@@ -220,12 +220,9 @@ class Scheduler:
             copies = blocks.add(
                 seq_id, tokens, salt=self._salt(sequence), depth=sequence.depth, use_cache=self._uses_cache(request)
             )
-        else:
+        elif blocks.num_tokens(seq_id) > request.first_wanted:
             # Logits come only from computing: where they are wanted of a token whose KV is there, do it again.
-            last = len(tokens) - 1
-            start = last if request.logits_start is None else min(last, request.logits_start)
-            if blocks.num_tokens(seq_id) > start:
-                blocks.rewind(seq_id, start)
+            blocks.rewind(seq_id, request.first_wanted)
         first, num_tokens = blocks.num_tokens(seq_id), self._num_next(request, budget)
         # Room for the whole prompt is asked for at once: a chunk that starts and cannot end helps nobody.
         if num_tokens == 0 or not self._make_room(seq_id, first + num_tokens, len(tokens)):
