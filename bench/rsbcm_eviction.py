@@ -181,7 +181,7 @@ def timed_arms(shapes: Sequence[Shape], options: argparse.Namespace) -> list[Arm
     loaded, config, tokenizer = llm.engine, llm.config, llm.tokenizer
     if tokenizer is None:
         sys.exit(f"{options.model} has no tokenizer, and the prompts of part times are text")
-    if loaded.blocks.windows.num_blocks:
+    if loaded.blocks.window_counts.total:
         sys.exit(f"{options.model} has layers with a window; part times is for models without")
     prefix = few_shot_ids(tokenizer, EXAMPLES, options.prefix_tokens)
     arms: list[Arm] = []

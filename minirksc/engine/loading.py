@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from minirksc.cache.hybrid import HybridManager, WindowPool, min_blocks
 from minirksc.cache.rsbcm import BlockBytes, BlockManager
-from minirksc.cache.windows import WindowPool, min_blocks
 from minirksc.checkpoints.folder import check_config
 from minirksc.checkpoints.sources import resolve_model
 from minirksc.engine import host
@@ -193,8 +193,10 @@ def _make_cache(config: EngineConfig, target: _Target, model: Decoder) -> tuple[
             "lower kv_cache_bytes (--kv-cache-bytes)"
         ) from error
     runner.recorded = None if config.enforce_eager else _recordings(config, target, runner)
+    if window is None:
+        return runner, BlockManager(num_blocks, config.block_size, config.eviction), size
     windows = WindowPool(num_window_blocks, window, config.block_size)
-    return runner, BlockManager(num_blocks, config.block_size, config.eviction, windows), size
+    return runner, HybridManager(num_blocks, config.block_size, windows, config.eviction), size
 
 
 def _recordings(config: EngineConfig, target: _Target, runner: Runner) -> Recordings[Any] | None:

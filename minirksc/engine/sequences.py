@@ -132,11 +132,8 @@ class Sequences(Interruptible):
         with self._changes:
             if call is not None:
                 call.sequences.append(child)
-            if parent.seq_id in self._blocks:
-                self._blocks.fork(parent.seq_id, child.seq_id, child.depth)
-                self.scheduler.keep(child)
-            else:
-                self._blocks.await_fork(parent.seq_id, child.seq_id)
+            self._blocks.fork(parent.seq_id, child.seq_id, child.depth)
+            self.scheduler.keep(child)
         return child
 
     def cut_kv(self, sequence: Sequence, num_tokens: int) -> None:

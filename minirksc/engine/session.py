@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from minirksc.cache.eviction_log import Eviction as Eviction
+from minirksc.cache.eviction import Eviction as Eviction
 from minirksc.engine.branch import Branch, BranchProgress, branch_list
 from minirksc.engine.calls import Call
 from minirksc.engine.engine import Engine

@@ -78,7 +78,7 @@ def work_done(counters: Counters, scheduler: Scheduler, blocks: BlockManager, si
         blocks: block manager of the engine.
         size: bytes of one block.
     """
-    windows, done = blocks.windows, asdict(counters)
+    windows, done = blocks.window_counts, asdict(counters)
     num_timed = done.pop("num_tokens_in_decode_s")
     return {
         **done,
@@ -93,13 +93,13 @@ def work_done(counters: Counters, scheduler: Scheduler, blocks: BlockManager, si
         "num_blocks_cached": blocks.num_cached,
         "num_blocks_free": blocks.num_free,
         "block_size": blocks.block_size,
-        "num_window_blocks_total": windows.num_blocks,
-        "num_window_blocks_used": windows.num_used,
-        "num_window_blocks_cached": windows.num_cached,
-        "num_window_blocks_free": windows.num_free,
-        "kv_cache_bytes": blocks.num_blocks * size.full + windows.num_blocks * size.window,
+        "num_window_blocks_total": windows.total,
+        "num_window_blocks_used": windows.used,
+        "num_window_blocks_cached": windows.cached,
+        "num_window_blocks_free": windows.free,
+        "kv_cache_bytes": blocks.num_blocks * size.full + windows.total * size.window,
         "kv_bytes_used_full": blocks.num_used * size.full,
-        "kv_bytes_used_window": windows.num_used * size.window,
+        "kv_bytes_used_window": windows.used * size.window,
     }
 
 

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from integrity import check_integrity
 
 from minirksc import LLM, Solver, SolverConfig
 from minirksc.engine.gates import Seat
@@ -26,7 +27,7 @@ def llm(tiny_llama):
     with LLM(tiny_llama(layers=LAYERS, tokenizer=True), block_size=8, kv_cache_bytes="4MiB") as llm:
         yield llm
         assert llm.stats()["num_blocks_used"] == 0
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
 
 
 def solve(llm, wordings=WORDINGS, **options):

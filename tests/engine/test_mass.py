@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from integrity import check_integrity
 
 from minirksc import LLM, SamplingParams
 from minirksc.engine.mass import MASS_INTERVAL, measured_layers
@@ -18,7 +19,7 @@ def run(model, prompts, **options):
         observe = llm.engine.blocks.observe
         llm.engine.blocks.observe = lambda seq_id, mass: (seen.append((seq_id, mass)), observe(seq_id, mass))
         tokens = [out.outputs[0].token_ids for out in llm.generate(prompts, PARAMS)]
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
         importances = [block.importance for block in llm.engine.blocks._pool._blocks if block.digest]
     return tokens, seen, importances
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from integrity import check_integrity
 
 from minirksc import LLM, SamplingParams, Solver, SolverConfig
 from minirksc.errors import ConfigError, EngineClosedError, MinirkscError, PromptError
@@ -23,7 +24,7 @@ def llm(model):
     with LLM(model, block_size=8, kv_cache_bytes="2MiB") as llm:
         yield llm
         assert llm.stats()["num_blocks_used"] == 0
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
 
 
 def solve(llm, problem=PROBLEM, phrasings=None, on_event=None, salt=None, **options):

@@ -4,6 +4,7 @@ import random
 import sys
 
 import pytest
+from integrity import check_integrity
 
 from minirksc import LLM, SamplingParams, Solver, SolverConfig
 
@@ -79,6 +80,6 @@ def test_nothing_is_left_of_a_solve_that_is_left_at_any_line(llm, kind):
         )
         assert isinstance(caught, BaseException) or number > caught
         assert llm.stats()["num_blocks_used"] == 0, number  # while the error and all its frames live
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
     llm.reset_prefix_cache()
     assert solve(llm, kind) == expected
