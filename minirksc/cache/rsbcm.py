@@ -347,7 +347,7 @@ class BlockManager(BlockTables):
         if (equal := self._index.get(digest)) is None:
             self._index.insert(block, parent, digest, token_ids, table.salt)
             self._awaited.mark(block)
-        elif equal.parent is parent and block.num_references == 1:
+        elif block.num_references == 1:
             self._replace(table, place, equal)
 
     def _replace(self, table: Table, place: int, equal: Block) -> None:

@@ -17,6 +17,7 @@ def check_integrity(manager):
         if block.digest is not None:
             check_indexed(manager, block)
     assert len(manager._index) == sum(block.digest is not None for block in blocks), "stale index entry"
+    assert all(manager._index._first.values()), "the index keeps a salt that no block has"
     check_log(manager)
     if hasattr(manager, "windows"):
         check_windows(manager, blocks)

@@ -259,6 +259,17 @@ def test_a_sequence_that_is_pinned_while_it_runs_keeps_what_it_computes_later():
     check_integrity(blocks)
 
 
+def test_a_pinned_sequence_that_is_taken_back_early_keeps_all_that_it_had():
+    blocks = BlockManager(6, 2)
+    filled(blocks, 0, [1, 2, 3, 4, 5, 6])
+    blocks.pin(0)
+    blocks.free(0, returns=True)
+    blocks.add(0, [1, 2, 3, 4, 9])
+    blocks.free(0)
+    assert blocks.num_pinned == 3
+    check_integrity(blocks)
+
+
 def test_nobody_writes_into_a_pinned_block():
     blocks = BlockManager(4, 2)
     filled(blocks, 0, [1, 2])

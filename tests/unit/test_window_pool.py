@@ -354,3 +354,12 @@ def test_rewinding_by_one_finds_the_window_of_the_last_token():
             write(blocks, 1, [99])
             blocks.free(1)
             write(blocks, 0, [num_tokens])
+
+
+def test_what_has_left_the_window_cannot_be_rewound_to_and_clearing_frees_every_room():
+    blocks = manager(4, num_blocks=20)
+    compute(blocks, 0, list(range(40)))
+    assert blocks.can_rewind(0, 39) and not blocks.can_rewind(0, 20)
+    blocks.clear()
+    check_integrity(blocks)
+    assert blocks.windows.num_free == blocks.windows.num_blocks and 0 not in blocks
