@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 from minirksc.calibrate.binomial import problems_needed, smallest_budget
 from minirksc.calibrate.calibration import KINDS, Calibration, calibrate
 from minirksc.calibrate.collect import BRANCHES_AT_ONCE, Collector
-from minirksc.calibrate.evidence import Failed
+from minirksc.calibrate.evidence import Evidence, Failed
 from minirksc.calibrate.replay import Replay
 from minirksc.calibrate.trials import Trials
 from minirksc.cli.command import UsageError, run_command
 from minirksc.cli.evidence_file import EvidenceFile
-from minirksc.cli.files import GrowingFile, check_utf8, read_file
+from minirksc.cli.files import check_utf8, read_file
 from minirksc.cli.generate import (
     DEFAULT_MODEL,
     DEFAULT_TOKENS_PER_STEP,
@@ -40,6 +39,7 @@ from minirksc.cli.generate import (
     open_llm,
 )
 from minirksc.cli.output import check_writable, print_json, print_page
+from minirksc.cli.resumable import GrowingFile
 from minirksc.cli.strict_json import strict_json
 from minirksc.cli.terminal import is_terminal, note
 from minirksc.engine.signals import SIGNALS
@@ -175,10 +175,7 @@ class Job:
         with GrowingFile(self.evidence_path, "evidence") as stream, make_llm(**self.engine_options) as llm:
             settings = settings_of(self.config, llm)
             model = fingerprint(llm.model_path)
-            file = EvidenceFile(stream, self._header(settings, model))
-            with self._explain_end(file):
-                self._collect(llm, file)
-        found = [file.found[index] for index in range(len(self.todo))]
+            found = self._collect(llm, stream, EvidenceFile(stream, self._header(settings, model)))
         failed = [one for one in found if isinstance(one, Failed)]
         if failed:
             note(f"{len(failed)} of {len(found)} problems failed and do not count; the first: {failed[0].error}")
@@ -189,24 +186,24 @@ class Job:
         trials = Trials(replays)
         return self._finish(trials, self._calibrate(trials), settings, model)
 
-    def _collect(self, llm: "LLM", file: EvidenceFile) -> None:
-        from tqdm import tqdm
-
+    def _collect(self, llm: "LLM", stream: GrowingFile, file: EvidenceFile) -> list[Evidence | Failed]:
+        """Solves the problems that the file does not have yet; returns what all of them gave."""
         from minirksc.engine.sampling import derived_seed
 
         collector = Collector(llm, self.config)
-        missing = [index for index in range(len(self.todo)) if index not in file.found]
-        size = max(1, BRANCHES_AT_ONCE // self.config.branches)
-        done = len(self.todo) - len(missing)
-        disable = not is_terminal(sys.stderr)
-        with tqdm(total=len(self.todo), initial=done, unit="problem", disable=disable) as bar:
-            for begin in range(0, len(missing), size):
-                some = missing[begin : begin + size]
-                seeds = [derived_seed(self.seed, index) for index in some]
-                for index, one in zip(some, collector.collect([self.todo[i] for i in some], seeds), strict=True):
-                    file.add(index, one)
-                file.flush()
-                bar.update(len(some))
+
+        def add_results(indices: Sequence[int]) -> Iterator[None]:
+            seeds = [derived_seed(self.seed, index) for index in indices]
+            found = collector.collect([self.todo[index] for index in indices], seeds)
+            for index, one in zip(indices, found, strict=True):
+                file.add(index, one)
+                yield
+
+        num_problems = len(self.todo)
+        missing = [index for index in range(num_problems) if index not in file.found]
+        chunk = max(1, BRANCHES_AT_ONCE // self.config.branches)
+        stream.fill(missing, num_problems, add_results, chunk=chunk, unit="problem", state="problems are in")
+        return [file.found[index] for index in range(num_problems)]
 
     def _calibrate(self, trials: Trials) -> Calibration:
         from tqdm import tqdm
@@ -289,16 +286,6 @@ class Job:
                 f"{count} problems{what} are too few: a budget of {self.budget:g} at confidence {self.confidence:g} "
                 f"needs {needed}, if no decision changes{remedy}"
             )
-
-    @contextmanager
-    def _explain_end(self, file: EvidenceFile) -> Iterator[None]:
-        """Says what an interrupted or failed run leaves behind."""
-        try:
-            yield
-        except BaseException:
-            num_done = sum(index < len(self.todo) for index in file.found)
-            note(f"{num_done} of {len(self.todo)} problems are in {file.path}; the same command goes on from there")
-            raise
 
     def _given(self, names: Sequence[str] | Options) -> dict[str, Any]:
         return {name: value for name in names if (value := getattr(self._options, name)) is not None}

@@ -4,14 +4,17 @@ Each key of an object is there once, numbers are finite, and nothing is nested s
 would give up.
 """
 
+import argparse
 import json
 import math
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-MAX_DEPTH = 100
-"""Of lists and objects within each other; Python's own recursion ends at 1000."""
+from minirksc.cli.command import UsageError, check_text
+
+MAX_NESTING = 100
+"""Levels of lists and objects within each other; Python's own recursion ends at 1000."""
 
 
 def strict_json(raw: bytes) -> Any:
@@ -26,11 +29,27 @@ def strict_json(raw: bytes) -> Any:
         )
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    level, depth = [content], 0
+    level, nesting = [content], 0
     while level := [item for part in level for item in _items(part) if isinstance(item, dict | list)]:
-        depth += 1
-        if depth >= MAX_DEPTH:
-            raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
+        nesting += 1
+        if nesting >= MAX_NESTING:
+            raise ValueError(f"it is nested more than {MAX_NESTING} levels deep")
+    return content
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The object that a text is in JSON; the type of an option for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    try:
+        check_text("its text", text)
+        content = strict_json(text.encode())
+    except (ValueError, UsageError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object, such as {{"enable_thinking": false}}')
     return content
 
 
