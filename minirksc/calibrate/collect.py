@@ -23,14 +23,14 @@ BRANCHES_AT_ONCE = 24
 
 
 class Recorder(LayerExit):
-    """A layer exit that lets nobody leave, and notes the margin of every row after every layer but the last."""
+    """A layer exit that lets no row leave, and notes the margin of every row after every layer but the last."""
 
     def __init__(self, make_lens: "MakeLens", choices: tuple[int, int], num_layers: int) -> None:
         super().__init__(make_lens(choices), num_layers, margin=math.inf, patience=1, start=0)
         self.noted: dict[int, list[float]] = {}
 
     def leaving(self, layer: int, margins: Mapping[int, float]) -> list[int]:
-        """Notes the margins, and names nobody."""
+        """Notes the margins, and names no row."""
         for row, margin in margins.items():
             self.noted.setdefault(row, []).append(margin)
         return []
@@ -63,11 +63,11 @@ class Collector(Solver):
     """Solves problems without gates, and notes what gates would look at.
 
     Args:
-        llm: as of `Solver`; with a tokenizer.
-        config: depth 1; what it says about gates is not used.
+        llm: Model, or session, as of `Solver`; with a tokenizer.
+        config: Options of solving, depth 1; what they say about gates is not used.
 
     Raises:
-        ConfigError: depth is more than 1, sharing is semantic, or nobody is asked.
+        ConfigError: Depth is more than 1, sharing is semantic, or no branch is asked about.
     """
 
     def __init__(self, llm: "HasSession | Session", config: SolverConfig) -> None:
@@ -83,8 +83,8 @@ class Collector(Solver):
         """Evidence of problems that are decoded together; one that fails does not harm the others.
 
         Args:
-            problems: text and, where it is known, the right answer.
-            seeds: of each: with one seed all problems would share their luck.
+            problems: Pairs of a text and, where it is known, the right answer.
+            seeds: Seed of each: with one seed all problems would share their luck.
         """
         try:
             return list(self._collect(problems, seeds))

@@ -1,6 +1,6 @@
 """What the gates look at, written down for one problem.
 
-Evidence comes from a solve without gates: every branch decoded to its end, everybody asked, the margin of YES over NO
+Evidence comes from a solve without gates: every branch decoded to its end and asked about, the margin of YES over NO
 noted after every layer. From it any thresholds can be tried without the model, see `minirksc.calibrate.replay`.
 """
 
@@ -17,14 +17,15 @@ class BranchEvidence:
     """One branch of a solve without gates.
 
     Attributes:
-        token_ids: generated.
-        text: of all of them.
-        ends: after each token, how many characters of `text` are final.
-        num_hidden: characters at the end of `text` that are a stop string.
+        token_ids: Tokens generated.
+        text: Text of all of them.
+        ends: Number of characters of `text` that are final after each token.
+        num_hidden: Number of characters at the end of `text` that are a stop string.
         finish_reason: "stop" or "length".
-        signals: how sure the model was of each token.
-        probability: p(YES) after all layers.
-        margins: YES - NO in logits after each layer but the last; [] where the choices have several tokens each.
+        signals: Signals of how sure the model was of each token.
+        probability: Probability of YES after all layers.
+        margins: Logit of YES minus that of NO after each layer but the last; [] where the choices have several tokens
+            each.
     """
 
     token_ids: list[int]
@@ -48,10 +49,10 @@ class Evidence:
     """One problem.
 
     Attributes:
-        branches: that did not fail, in order.
-        num_layers: of the model.
-        num_question_tokens: that were computed to ask about one branch, on average.
-        reference: the right answer as text; None: unknown.
+        branches: Branches that did not fail, in order.
+        num_layers: Number of the model's layers.
+        num_question_tokens: Tokens that were computed to ask about one branch, on average.
+        reference: Right answer as text; None: unknown.
     """
 
     branches: list[BranchEvidence]
@@ -118,7 +119,7 @@ class Failed:
     """A problem that could not be solved.
 
     Attributes:
-        error: why.
+        error: Reason, in words.
     """
 
     error: str

@@ -30,13 +30,13 @@ Solve: TypeAlias = Callable[["LLM", Any, str | None, int], Any]
 """Solver of one problem: model, problem, salt and seed in, its `SolveResult` out."""
 
 CHUNK = 32
-"""Prompts that are batched together; what an interruption can lose."""
+"""Number of prompts that are batched together: what an interruption can lose."""
 
 MAX_INPUT_BYTES = 1 << 30
 KINDS = ("prompt", "messages", "prompt_token_ids")
 SALTS = ("salt", "cache_salt")
 BEGIN = b'{"line": '
-"""Of every result."""
+"""Beginning of every result."""
 
 
 @dataclass(frozen=True)

@@ -80,12 +80,12 @@ STEP_SAMPLING = tuple(name for name in SAMPLING if name not in ("max_tokens", "n
 
 @dataclass(frozen=True)
 class Problems:
-    """Of a JSONL file.
+    """What a JSONL file of problems holds.
 
     Attributes:
-        items: text and, where it is given, the right answer.
-        sha256: of the whole file.
-        name: of the file.
+        items: Pairs of a text and, where it is given, the right answer.
+        sha256: Digest of the whole file.
+        name: Name of the file.
     """
 
     items: list[tuple[str, str | None]]
@@ -127,9 +127,9 @@ def main(
     """Runs a command line; returns the exit code.
 
     Args:
-        arguments: None for the process's own.
-        make_llm: called with the engine's options; None for `LLM`.
-        prog: how it was called, for messages.
+        arguments: Words of the command line; None for the process's own.
+        make_llm: Function of the engine's options; None for `LLM`.
+        prog: Name by which it was called, for messages.
     """
     return run_command(lambda: partial(Job(build_parser(prog).parse(arguments)).run, make_llm or open_llm))
 
@@ -138,10 +138,10 @@ class Job:
     """A checked command line.
 
     Args:
-        options: of `build_parser`.
+        options: Options as `build_parser` gives them.
 
     Raises:
-        UsageError, ConfigError: options contradict each other, are out of range, or name files that cannot be used.
+        UsageError, ConfigError: Options contradict each other, are out of range, or name files that cannot be used.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -295,7 +295,7 @@ def read_problems(path: Path) -> Problems:
     """Problems of a JSONL file.
 
     Raises:
-        ConfigError: it cannot be read, is empty, or a line is no problem.
+        ConfigError: It cannot be read, is empty, or a line is no problem.
     """
     raw = read_file(path, MAX_DATA_BYTES, "--data")
     check_utf8(raw, f"--data {path}")

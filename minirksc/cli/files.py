@@ -19,13 +19,13 @@ def read_file(path: Path, max_bytes: int, what: str, error: type[MinirkscError] 
     """The bytes of a file.
 
     Args:
-        path: of the file.
-        max_bytes: size above which it is not even read.
-        what: it is, for messages.
-        error: what to raise.
+        path: Path of the file.
+        max_bytes: Size above which it is not even read.
+        what: Name of what it is, for messages.
+        error: Class of what to raise.
 
     Raises:
-        error: it is no regular file, too large, or cannot be read.
+        error: It is no regular file, too large, or cannot be read.
     """
     try:
         with open_regular(path) as stream:
@@ -43,7 +43,7 @@ def check_utf8(raw: bytes, what: str) -> None:
     """Refuses text in UTF-16 or UTF-32, such as PowerShell writes; other bytes may be anything.
 
     Raises:
-        ConfigError: it is such text.
+        ConfigError: It is such text.
     """
     encoding = json.detect_encoding(raw)
     # A line of garbage at the beginning makes no other encoding: the other lines would not be seen in it.
@@ -55,11 +55,11 @@ def read_lines(path: Path, what: str) -> list[str]:
     """The non-empty lines of a text file.
 
     Args:
-        path: of the file.
-        what: it is, for messages.
+        path: Path of the file.
+        what: Name of what it is, for messages.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: It cannot be read.
     """
     raw = read_file(path, MAX_TEXT_BYTES, what)
     return [line for line in _text(raw, f"{what} {path}").split("\n") if line.strip()]
@@ -69,7 +69,7 @@ def read_stdin() -> str:
     """Standard input, as UTF-8 whatever the locale says, without its last line break.
 
     Raises:
-        ConfigError: it is closed, cannot be read, is too long, or not UTF-8.
+        ConfigError: It is closed, cannot be read, is too long, or not UTF-8.
     """
     if sys.stdin is None:
         raise ConfigError("standard input is closed; give a PROMPT")
@@ -94,7 +94,7 @@ def write_file(path: Path, text: str) -> None:
     """Writes a text file; if that fails halfway, there is none.
 
     Raises:
-        MinirkscError: it cannot be written.
+        MinirkscError: It cannot be written.
     """
     try:
         with path.open("w", encoding="utf-8") as stream:

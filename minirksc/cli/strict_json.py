@@ -21,7 +21,7 @@ def strict_json(raw: bytes) -> Any:
     """What a text in UTF-8 is in JSON.
 
     Raises:
-        ValueError: it is not JSON, or not strictly.
+        ValueError: It is not JSON, or not strictly.
     """
     try:
         content = json.loads(
@@ -41,7 +41,7 @@ def json_object(text: str) -> dict[str, Any]:
     """The object that a text is in JSON; the type of an option for argparse.
 
     Raises:
-        argparse.ArgumentTypeError: it is none.
+        argparse.ArgumentTypeError: It is none.
     """
     try:
         check_text("its text", text)
