@@ -13,7 +13,7 @@ FOLDERS = {"minirksc": "minirksc.", "kernels": "minirksc.kernels.", "models": "m
 
 # What every module may import, and for each room the others that it may import from. Inside a room all is free. The
 # package's own file, `__main__` files and those that stand for one may import all, and nothing imports them.
-COMMON = {"errors", "version", "json_file", "options", "token_ids"}
+COMMON = {"errors", "version", "json_file", "options", "option_fields", "option_values", "token_ids", "vllm_names"}
 ROOMS = {
     "cache": set(),
     "kernels": set(),
@@ -72,7 +72,13 @@ PROCESS_STATE = {
     "random.seed": set(),
     "numpy.random.seed": set(),
     # The command lines; and what OpenMP was told, which `threads` warns about.
-    "os.environ": {"minirksc.cli.command", "minirksc.cli.generate", "minirksc.checkpoints.sources", "minirksc.llm"},
+    "os.environ": {
+        "minirksc.cli.command",
+        "minirksc.cli.parser",
+        "minirksc.cli.generate",
+        "minirksc.checkpoints.sources",
+        "minirksc.llm",
+    },
     "os.getenv": set(),
     "os.putenv": set(),
     "os.chdir": set(),

@@ -18,7 +18,7 @@ BAD_SAMPLING = [
     ({"seed": -1}, "seed"), ({"logprobs": -1}, "logprobs"), ({"prompt_logprobs": 10**4}, "prompt_logprobs"),
     ({"logit_bias": {-1: 1.0}}, "logit_bias"), ({"logit_bias": {1: math.inf}}, "logit_bias"),
     ({"n": 2, "temperature": 0}, "equal samples"), ({"n": None}, "n None"), ({"min_tokens": None}, "min_tokens None"),
-    ({"presence_penalty": None}, "presence_penalty None"), ({"stop": None}, "stop None"), ({"stop": 5}, "a list"),
+    ({"presence_penalty": None}, "presence_penalty None"), ({"stop": 5}, "a list"),
     ({"stop": ["a"] * 65}, "more than 64"), ({"stop": "a" * 257}, "257 characters"), ({"stop_token_ids": 5}, "a list"),
     ({"stop_token_ids": [None]}, "stop_token_ids: token id None"), ({"logit_bias": [1]}, "map token ids"),
     ({"logit_bias": {1: None}}, "logit_bias.1. None"), ({"logit_bias": {1: 1e300}}, r"at most 1e\+30"),
