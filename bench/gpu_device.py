@@ -1,9 +1,8 @@
 """The GPU under test: what it is, what it could do at most, and a clock on it."""
 
-import random
 import re
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -90,31 +89,6 @@ def cuda_clock(device: torch.device) -> Clock:
         return float(begin.elapsed_time(end)) * 1000
 
     return clock
-
-
-def interleave(
-    calls: Mapping[str, Callable[[], object]], clock: Clock, repeats: int, warmup: int, seed: int = 0
-) -> dict[str, list[float]]:
-    """Times all calls `repeats` times, in another order in each repetition.
-
-    Args:
-        calls: by name.
-        clock: runs one and gives microseconds.
-        repeats: measured runs of each.
-        warmup: runs of each before those.
-        seed: of the orders.
-
-    Returns:
-        Microseconds by name, in the order of the repetitions.
-    """
-    order = random.Random(seed)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(warmup + repeats):
-        for name in order.sample(list(calls), len(calls)):
-            us = clock(calls[name])
-            if round_ >= warmup:
-                times[name].append(us)
-    return times
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:

@@ -17,42 +17,18 @@ KV, append", RKSC as published to "prefix KV", since each differs from that one 
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.harness import environment
-from bench.intervals import Interval, bootstrap, clopper_pearson
-from bench.measured import (
-    Row,
-    keep_only,
-    load,
-    load_gates,
-    make_parser,
-    parse_with_quick,
-    positive,
-    run_or_exit,
-    seeded,
-    solve,
-    some_of,
-    take_turns,
-)
+from bench import harness
+from bench.harness import Row, groups_of, names, positive, ratios, values
+from bench.intervals import bootstrap, clopper_pearson
+from bench.measured import load, load_gates, solving
 from bench.problem_sets import STOP, ProblemSet, read_problem_set
-from bench.report import (
-    Page,
-    names,
-    new_stem,
-    plain_options,
-    put_legend,
-    ratios,
-    share,
-    spread,
-    values,
-    write_jsonl,
-    write_page,
-)
+from bench.report import Page, share, spread, write_run
 from minirksc import LLM, SolverConfig
 from minirksc.rksc.cgee import Gates
 from minirksc.rksc.solver_config import DEFAULT_SAMPLING
@@ -130,20 +106,9 @@ def measure_set(llm: LLM, problems: ProblemSet, tokens: int, options: argparse.N
         answer_parser=problems.kind,
     )
     configs = make_arms(base, load_gates(options.gates, llm, replace(base, verify="auto")))
-    arms: dict[str, Callable[[int], Row]] = {}
-    for name in keep_only(configs, options.only):
-
-        def one(index: int, config: SolverConfig = configs[name]) -> Row:
-            row = solve(llm, seeded(config, index), prompts[index])
-            return {
-                **row,
-                "reference": problems.references[index],
-                "right": row["parsed"] == problems.references[index],
-            }
-
-        arms[name] = one
+    arms = solving(llm, configs, prompts, options.only, problems)
     common = {"data": problems.name, "dtype": llm.stats()["dtype"], "tokens": tokens, "num_layers": llm.spec.num_layers}
-    turns = take_turns(arms, range(len(prompts)), options.warmup)
+    turns = harness.take_turns(arms, range(len(prompts)), options.warmup)
     return [{**common, **row} for turn in turns for row in turn]
 
 
@@ -194,14 +159,6 @@ def pooled_table(page: Page, rows: Sequence[Row], sets: Sequence[Sequence[Row]])
     page.table(["condition", f"x {NO_KV}: mean of data sets (least .. most)", "right", "errors [95%]"], table)
 
 
-def groups_of(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
-    """Rows by some of their values."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return groups
-
-
 def make_page(rows: Sequence[Row], options: argparse.Namespace) -> Page:
     """The page."""
     page = Page("The paper's conditions on this engine")
@@ -229,34 +186,6 @@ def make_page(rows: Sequence[Row], options: argparse.Namespace) -> Page:
     return page
 
 
-def draw(figure: Any, rows: Sequence[Row]) -> bool:
-    """Times as fast as no KV, by data set and condition."""
-    groups = {
-        f"{key[0]}\n{key[1]} tokens, {key[2]}": own for key, own in groups_of(rows, "data", "tokens", "dtype").items()
-    }
-    arms = [arm for arm in names(rows) if arm != NO_KV and any(ratios(own, arm, NO_KV) for own in groups.values())]
-    if not arms:
-        return False
-    figure.set_size_inches(3 + 2 * len(groups), 4)
-    axes = figure.add_subplot()
-    for rank, arm in enumerate(arms):
-        found = [_ratio(own, arm) for own in groups.values()]
-        places = [place + (rank - (len(arms) - 1) / 2) * 0.8 / len(arms) for place in range(len(groups))]
-        sides = [[one.estimate - one.low for one in found], [one.high - one.estimate for one in found]]
-        axes.bar(places, [one.estimate for one in found], 0.8 / len(arms), yerr=sides, capsize=2, label=arm)
-    axes.set_xticks(range(len(groups)), list(groups), fontsize=8)
-    axes.set_ylabel("times as fast as no KV (median, 95%)")
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-    put_legend(figure)
-    return True
-
-
-def _ratio(rows: Sequence[Row], arm: str) -> Interval:
-    found = ratios(rows, arm, NO_KV)
-    return bootstrap(found, median) if found else Interval(0.0, 0.0, 0.0)
-
-
 def _problem(row: Row) -> tuple[Any, ...]:
     return row["data"], row["tokens"], row["dtype"], row["repeat"]
 
@@ -271,20 +200,18 @@ def _show_errors(counted: tuple[int, int, int] | None) -> str:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = make_parser("bench.paper_tables", __doc__)
+    common = "model dtypes threads kv-cache-bytes branches prefix-tokens gates warmup only quick output"
+    parser = harness.make_parser("bench.paper_tables", __doc__, common)
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="JSONL with question and answer")
-    parser.add_argument("--problems", type=positive, default=50, help="of each file (%(default)s)")
-    parser.add_argument("--tokens", type=some_of(positive), default=[8], help="of a branch, with commas (8)")
-    parser.add_argument("--prefix-tokens", type=positive, default=1024, help="of each prompt (%(default)s)")
-    parser.add_argument(
-        "--hints", choices=("approach", "none"), default="none", help="how branches begin (%(default)s)"
-    )
-    parser.add_argument("--warmup", type=int, default=1, help="runs of each condition before (%(default)s)")
-    return parse_with_quick(parser, arguments, problems=4)
+    parser.add_argument("--problems", type=positive, default=50, help="problems of each file (%(default)s)")
+    parser.add_argument("--tokens", type=harness.some_of(positive), default=[8], help="of a branch, with commas (8)")
+    hints_help = "how branches begin (%(default)s)"
+    parser.add_argument("--hints", choices=("approach", "none"), default="none", help=hints_help)
+    return harness.parse_with_quick(parser, arguments, problems=4)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measures, and writes JSONL, picture and page."""
+    """Measures, and writes JSONL and page."""
     rows: list[Row] = []
     for dtype in options.dtypes:
         with load(options, dtype) as llm:
@@ -292,18 +219,13 @@ def run(options: argparse.Namespace) -> None:
                 problems = read_problem_set(file, options.problems, NUM_SHOTS)
                 for tokens in options.tokens:
                     rows += measure_set(llm, problems, tokens, options)
-    stem = new_stem(options.output, "paper-tables")
-    common = {"bench": "paper_tables", "options": plain_options(options), "environment": environment(options.threads)}
-    write_jsonl(stem.with_suffix(".jsonl"), rows, common)
-    files = write_page(stem, make_page(rows, options), options.threads, lambda figure: draw(figure, rows))
-    for path in (stem.with_suffix(".jsonl"), *files):
-        print(f"results: {path}")
+    write_run("paper-tables", options, rows, make_page(rows, options))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the benchmark."""
     options = parse(arguments)
-    run_or_exit(lambda: run(options))
+    harness.run_or_exit(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class Peer(Protocol):
         """Branches and their verification, from a cold cache.
 
         Args:
-            work: fields of `bench.solve.Work`.
+            work: Token ids, and how many to decode: see `bench.peer_plan.make_work`.
             setting: sharing and style of the verification, such as "exact append".
         """
         ...
@@ -93,7 +93,7 @@ def solve_in_phases(engine: BranchingEngine, work: dict[str, Any], setting: str)
 
 
 def decode(peer: Peer, prompts: Sequence[list[int]], num_tokens: int) -> Measured:
-    """The rule of bench.decode: the seconds of `num_tokens` + 1 tokens less those of one."""
+    """One rule for all engines: the seconds of `num_tokens` + 1 tokens less those of one, both from cold caches."""
     begin = time.perf_counter()
     peer.generate(prompts, 1)
     first_s = time.perf_counter() - begin
