@@ -4,6 +4,7 @@ Everything here loads a model, or hands on to a `Session`. Nothing is approximat
 kv_cache_dtype="int8" asks for it.
 """
 
+import functools
 import os
 import warnings
 import weakref
@@ -11,24 +12,44 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minirksc.engine.branch import Branch, BranchProgress
 from minirksc.engine.engine import Engine
-from minirksc.engine.gates import DepthGate, Seat
 from minirksc.engine.host import read_cpus, resident_bytes
 from minirksc.engine.loading import load
 from minirksc.engine.outputs import Job, RequestOutput, StreamChunk
-from minirksc.engine.prompts import Conversation, Params, Prompt, conversation_list, one_or_many, params_list
+from minirksc.engine.prompts import (
+    Conversation,
+    Params,
+    Prompt,
+    conversation_list,
+    either_params,
+    one_or_many,
+    params_list,
+)
 from minirksc.engine.request import Salt
-from minirksc.engine.session import Eviction, Session, Tokenizer, raise_named
+from minirksc.engine.session import Session, raise_named
 from minirksc.engine.stats import Stats
 from minirksc.engine.threads import plan_threads
 from minirksc.options import EngineConfig, SamplingParams
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _by_session(method: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate["LLM", P], R]:
+    """A method of an LLM that its session does; signature and documentation are those of the session's."""
+
+    @functools.wraps(method)
+    def call(llm: "LLM", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        result: R = getattr(llm.session(), method.__name__)(*args, **kwargs)
+        return result
+
+    return call
 
 
 class LLM:
@@ -125,6 +146,7 @@ class LLM:
         use_tqdm: bool = False,
         return_errors: bool = False,
         *,
+        sampling_params: Params | Iterable[Params] = None,
         salt: Salt | None = None,
     ) -> list[RequestOutput]:
         """Completes prompts, all of them batched together.
@@ -134,6 +156,7 @@ class LLM:
             params: for all, or one a prompt, each `SamplingParams` or a dict of its fields; None: its defaults.
             use_tqdm: progress bar on stderr.
             return_errors: put a prompt's error into its result instead of raising it, whatever is wrong with it.
+            sampling_params: another name of `params`, that of vLLM.
             salt: cached blocks are shared with calls of the same salt alone; None: with those that have none. A prompt
                 may bring its own as {"prompt": "...", "cache_salt": "..."}.
 
@@ -145,6 +168,7 @@ class LLM:
             ConfigError, PromptError, CacheFullError, NumericalError, TokenizerError: unless return_errors.
         """
         items, _ = one_or_many(prompts)
+        params = either_params(params, sampling_params)
         jobs: list[Job] = []
         with self.engine.call() as call:
             for index, (prompt, one) in enumerate(zip(items, params_list(params, len(items)), strict=True)):
@@ -160,7 +184,7 @@ class LLM:
         return results
 
     def stream(
-        self, prompt: Prompt, params: Params = None, *, salt: Salt | None = None
+        self, prompt: Prompt, params: Params = None, *, sampling_params: Params = None, salt: Salt | None = None
     ) -> Generator[StreamChunk, None, RequestOutput]:
         """Completes one prompt and yields text as it becomes final; the result is the return value.
 
@@ -170,6 +194,7 @@ class LLM:
         Raises:
             ConfigError, PromptError, CacheFullError, NumericalError, TokenizerError.
         """
+        params = either_params(params, sampling_params)
         made: list[weakref.ref[Generator[StreamChunk, None, RequestOutput]]] = []
 
         def is_alive() -> bool:
@@ -203,6 +228,7 @@ class LLM:
         add_generation_prompt: bool = True,
         tools: SequenceOf[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        sampling_params: Params | Iterable[Params] = None,
         salt: Salt | None = None,
     ) -> list[RequestOutput]:
         """Answers conversations through the checkpoint's own chat template.
@@ -215,6 +241,7 @@ class LLM:
             add_generation_prompt: end each conversation with the beginning of the assistant's turn.
             tools: functions that the model may call, each described by a JSON schema.
             chat_template_kwargs: other variables that the template knows, such as {"enable_thinking": False}.
+            sampling_params: as in `generate`.
             salt: as in `generate`.
 
         Raises:
@@ -225,6 +252,7 @@ class LLM:
             Conversation(conversation, add_generation_prompt, tools, chat_template_kwargs)
             for conversation in conversation_list(conversations)
         ]
+        params = either_params(params, sampling_params)
         return self.generate(prompts, params, use_tqdm, return_errors, salt=salt)  # type: ignore[arg-type]
 
     def logits(self, token_ids: Iterable[int], *, salt: Salt | None = None) -> Tensor:
@@ -257,102 +285,10 @@ class LLM:
 
     # Branches
 
-    def branch(
-        self, prompt: Prompt, *, share: bool = True, seed: int | None = None, salt: Salt | None = None
-    ) -> Branch:
-        """A root branch, its prompt computed once.
-
-        Args:
-            prompt: in any form that `generate` takes.
-            share: False keeps its blocks out of all sharing but that of its own forks.
-            seed: of its samples and its forks'; None: the next of this LLM's.
-            salt: as in `generate`, for all that is done with it and its forks.
-
-        Raises:
-            ConfigError, PromptError, CacheFullError, TokenizerError.
-        """
-        return self._session.branch(prompt, share=share, seed=seed, salt=salt)
-
-    def branches(
-        self,
-        prompts: Iterable[Prompt],
-        *,
-        share: bool = True,
-        seed: int | None = None,
-        seats: SequenceOf[Seat | None] | None = None,
-        salt: Salt | None = None,
-    ) -> list[Branch]:
-        """Root branches, their prompts computed together.
-
-        Args:
-            prompts: as in `generate`.
-            share: as in `branch`.
-            seed: as in `branch`, the same for all; None: the next of this LLM's, one a branch.
-            seats: at depth gates, one a prompt, None for none. A branch whose prompt left has `exit_layer` and no KV:
-                prune it, or have its prompt computed by whatever is done with it next.
-            salt: as in `branch`.
-
-        Raises:
-            ConfigError, PromptError, CacheFullError, TokenizerError: none of them is made.
-        """
-        return self._session.branches(prompts, share=share, seed=seed, seats=seats, salt=salt)
-
-    def extend(
-        self,
-        branches: Iterable[Branch],
-        params: Params | Iterable[Params] = None,
-        on_step: Callable[[SequenceOf[BranchProgress]], Mapping[int, str] | None] | None = None,
-        *,
-        keep_stop: bool = True,
-    ) -> None:
-        """Decodes branches together, each until its own stop; results are in the branches.
-
-        The random numbers of a branch depend on its seed, its path and the position alone: neither on its
-        siblings nor on what was pruned.
-
-        Args:
-            branches: distinct branches of this LLM.
-            params: for all, or one a branch; without n and the logprobs options.
-            on_step: called after each step with the progress of every branch; names branches that stop here and why:
-                index -> finish_reason.
-            keep_stop: what ended a branch, a stop string or an end token, stays in its tokens, though not in its text.
-                False takes it out, so that it goes on as if that had never been generated: tokens are dropped from
-                the first one on that holds any of it. Where that one also spells text before it, this is tokenised
-                anew and appended; it stays in `Branch.text`, and is not in `Branch.output_token_ids`.
-
-        Raises:
-            BranchError: one is pruned, foreign, in another call or given twice.
-            ConfigError, PromptError, CacheFullError: a branch cannot be decoded as asked; none has changed.
-            CacheFullError, NumericalError: after the other branches have ended.
-        """
-        self._session.extend(branches, params, on_step, keep_stop=keep_stop)
-
-    def score(
-        self,
-        branches: Iterable[Branch],
-        question: Prompt | Iterable[Prompt],
-        choices: Iterable[Prompt],
-        gate: DepthGate | None = None,
-    ) -> Tensor:
-        """How probable each choice is as the continuation of `question` after each branch.
-
-        One batched pass; the branches stay as they were. Choices of one token each are read off one row of logits;
-        of longer ones the whole sequence is scored.
-
-        Args:
-            branches: of this LLM; cached blocks are shared as the salt of each allows.
-            question: text or token ids, appended to each branch for this pass only; or a list of one for each branch.
-            choices: at least two, text or token ids.
-            gate: at which all sit, each by its index. Whoever left has NaN for a result: the gate knows what it saw.
-
-        Returns:
-            `[branches, choices]` float32; each row sums to 1.
-
-        Raises:
-            BranchError, PromptError, CacheFullError, NumericalError.
-            ConfigError: too few choices, not one question a branch, or a gate with choices of several tokens.
-        """
-        return self._session.score(branches, question, choices, gate)
+    branch = _by_session(Session.branch)
+    branches = _by_session(Session.branches)
+    extend = _by_session(Session.extend)
+    score = _by_session(Session.score)
 
     # Housekeeping
 
@@ -368,30 +304,12 @@ class LLM:
             "peak_resident_bytes": peak,
         }
 
-    def evictions(self) -> list[Eviction]:
-        """What had to make room in the prefix cache lately, oldest first: why, and whether it was needed again."""
-        return self._session.evictions()
-
-    def lens(self, token_ids: Iterable[int] | None = None) -> Callable[[Tensor], Tensor]:
-        """Reads hidden states of any layer as logits; see `Session.lens`."""
-        return self._session.lens(token_ids)
+    evictions = _by_session(Session.evictions)
+    lens = _by_session(Session.lens)
+    need_tokenizer = _by_session(Session.need_tokenizer)
+    encode_fragment = _by_session(Session.encode_fragment)
+    decode = _by_session(Session.decode)
 
     def reset_prefix_cache(self) -> None:
         """Forgets every cached block that no sequence uses."""
         self.engine.reset_prefix_cache()
-
-    def need_tokenizer(self, what: str) -> Tokenizer:
-        """The tokenizer.
-
-        Raises:
-            TokenizerError: there is none, so `what` cannot be used.
-        """
-        return self._session.need_tokenizer(what)
-
-    def encode_fragment(self, tokens: Prompt) -> list[int]:
-        """Token ids of what continues something; see `Session.encode_fragment`."""
-        return self._session.encode_fragment(tokens)
-
-    def decode(self, token_ids: Iterable[int]) -> str:
-        """Text of token ids, special tokens left out; "" without a tokenizer."""
-        return self._session.decode(token_ids)

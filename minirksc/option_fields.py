@@ -1,16 +1,18 @@
 """How an option is declared, once, and what follows from that: its check, its name in an error, its explanation.
 
-A class of options is a frozen dataclass made from `Options`; its fields are made by `option`, and `finished` stands
-above it. Parsers of command lines are derived from the same declarations in `minirksc.cli.parser`. Which options there
-are is not known here.
+A class of options is a frozen dataclass made from `Options`, with `finished` above it. A field gives an option its
+name, type and default, `option` its range, and the docstring its text: an entry under "Attributes:", which comes last,
+and whose "(default: ...)" says what a default stands for. Parsers of command lines are derived from the same in
+`minirksc.cli.parser`. Which options there are is not known here.
 """
 
 import difflib
 import functools
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Self, TypeVar, get_args, get_origin
 
@@ -40,11 +42,9 @@ MESSAGES = {
 
 @dataclass(frozen=True)
 class Option:
-    """What is declared of an option. Name, kinds and default are those of its field, known once its class is finished.
+    """What is declared of an option; what stands elsewhere than in the call of `option` is added by `finished`.
 
     Attributes:
-        help: What it is or does, as a sentence without a full stop.
-        unset: What the default stands for, where it does not say so itself.
         low: Least number that is allowed.
         high: Largest number that is allowed.
         above: True where `low` itself is not allowed.
@@ -55,10 +55,10 @@ class Option:
         name: Name of the field.
         kinds: Types of its values; NoneType is one of them where None is a value.
         default: Value where none is given, or `REQUIRED`.
+        text: What it is or does.
+        unset: What the default stands for, where it does not say so itself.
     """
 
-    help: str
-    unset: str = ""
     low: float | None = None
     high: float | None = None
     above: bool = False
@@ -69,6 +69,8 @@ class Option:
     name: str = ""
     kinds: tuple[Any, ...] = ()
     default: Any = None
+    text: str = ""
+    unset: str = ""
 
     @property
     def is_list(self) -> bool:
@@ -90,19 +92,18 @@ class Option:
         default = default or self.unset or ("" if is_silent else shown)
         if default:
             notes.append(f"default: {default}")
-        return self.help + (f" ({'; '.join(notes)})" if notes else "")
+        return self.text + (f" ({'; '.join(notes)})" if notes else "")
 
 
-def option(default: T, help: str, *, hash: bool | None = None, **details: Any) -> T:
-    """A field of a class of options.
+def option(default: T, *, hash: bool | None = None, **details: Any) -> T:
+    """A field of a class of options that has more than a default.
 
     Args:
         default: Value where none is given; `REQUIRED`: one must be.
-        help: Text of `Option`.
         hash: False leaves it out of the hash, as of `dataclasses.field`.
-        details: Whatever else `Option` has.
+        details: Attributes of `Option`.
     """
-    made: Any = field(default=default, hash=hash, metadata={"option": Option(help, **details)})
+    made: Any = field(default=default, hash=hash, metadata={"option": Option(**details)})
     return made  # type: ignore[no-any-return]
 
 
@@ -214,6 +215,9 @@ class Options:
 
 C = TypeVar("C", bound=Options)
 
+_ENTRY = re.compile(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
+"""An option in a docstring."""
+
 
 def finished(cls: type[C]) -> type[C]:
     """Decorator above `dataclass`: names are checked by the constructor too, and `help` explains each option."""
@@ -224,18 +228,28 @@ def finished(cls: type[C]) -> type[C]:
         make(self, **cls._by_own_names(values))
 
     cls.__init__ = init  # type: ignore[method-assign]
-    cls.declared = {
-        one.name: replace(one.metadata["option"], name=one.name, kinds=_kinds(one.type), default=one.default)
-        for one in fields(cls)  # type: ignore[arg-type]
-    }
+    about, title, entries = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")
+    texts = {name: " ".join(text.split()) for name, text in _ENTRY.findall(entries)}
+    cls.declared = {one.name: _declared(one, texts.get(one.name, "")) for one in fields(cls)}  # type: ignore[arg-type]
     rows = [f"{name}: {one.explained(show_choices=True)}" for name, one in cls.declared.items()]
     rows = [textwrap.fill(row, 112, initial_indent=" " * 4, subsequent_indent=" " * 8) for row in rows]
-    cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "Attributes:", *rows])
+    cls.__doc__ = about + title + "\n".join(rows)
     return cls
 
 
-def _kinds(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+def _declared(one: Field[Any], entry: str) -> Option:
+    """The whole of an option.
+
+    Args:
+        one: Its field.
+        entry: Its entry in the docstring; empty where docstrings are left out of the program.
+    """
+    text, _, unset = entry.removesuffix(".").removesuffix(")").partition(" (default: ")
+    if not unset:
+        text = entry.removesuffix(".")
+    kinds = get_args(one.type) if isinstance(one.type, UnionType) else (one.type,)
+    begun: Option = one.metadata.get("option", Option())
+    return replace(begun, name=one.name, kinds=kinds, default=one.default, text=text, unset=unset)
 
 
 def check_number(name: str, value: Any, kind: type, bounds: Option, messages: Mapping[str, str] = MESSAGES) -> None:

@@ -34,7 +34,7 @@ def read_device(name: str, value: Any) -> Any:
 def read_bytes(name: str, value: Any) -> int:
     """Bytes, from a number or a size as text."""
     number: int = parse_bytes(value) if isinstance(value, str) else value
-    check_number(name, number, int, Option("", low=1))
+    check_number(name, number, int, Option(low=1))
     return number
 
 
@@ -69,15 +69,15 @@ def read_ids(name: str, value: Any) -> tuple[int, ...]:
 
 
 def read_biases(name: str, value: Any) -> dict[int, float]:
-    """Biases of token ids, which may be text, as in JSON; a copy, for the caller may change theirs."""
+    """Biases of token ids, from a mapping; a copy, for the caller may change theirs."""
     if not isinstance(value, Mapping):
         raise ConfigError(f"{name} {brief(value)} must map token ids to numbers, as in {{50: -1.5}}")
-    ids = read_ids(name, [int(key) if isinstance(key, str) and key.isdecimal() else key for key in value])
+    ids = read_ids(name, list(value))
     if len(set(ids)) < len(ids):
         raise ConfigError(f"{name} {brief(value)} names a token id twice")
     biases = dict(zip(ids, value.values(), strict=True))
     for token_id, bias in biases.items():
-        check_number(f"{name}[{brief(token_id)}]", bias, float, Option(""))
+        check_number(f"{name}[{brief(token_id)}]", bias, float, Option())
     return biases
 
 

@@ -27,24 +27,16 @@ from minirksc.calibrate.trials import Trials
 from minirksc.cli.command import UsageError, run_command
 from minirksc.cli.evidence_file import EvidenceFile
 from minirksc.cli.files import check_utf8, read_file
-from minirksc.cli.generate import (
-    DEFAULT_MODEL,
-    DEFAULT_TOKENS_PER_STEP,
-    ENGINE,
-    SAMPLING,
-    Options,
-    Parser,
-    add_ignored,
-    ignored,
-    open_llm,
-)
+from minirksc.cli.generate import DEFAULT_TOKENS_PER_STEP, DEFAULTS, ENGINE, SAMPLING, open_llm
 from minirksc.cli.output import check_writable, print_json, print_page
+from minirksc.cli.parser import Parser, add_options, given
 from minirksc.cli.resumable import GrowingFile
 from minirksc.cli.strict_json import strict_json
 from minirksc.cli.terminal import is_terminal, note
 from minirksc.engine.signals import SIGNALS
 from minirksc.errors import ConfigError, MinirkscError
-from minirksc.rksc.answers import SELECT_RULES, check_parser
+from minirksc.options import EngineConfig, SamplingParams
+from minirksc.rksc.answers import check_parser
 from minirksc.rksc.cgee import Gates
 from minirksc.rksc.exits import MarginRule
 from minirksc.rksc.gates_file import GatesFile, fingerprint, settings_of, write_gates
@@ -60,22 +52,15 @@ MAX_BUDGET = 0.5
 RULES = ("select", "answer_parser", "decode_exit")
 """Settings that evidence does not depend on: they can be changed without solving anew."""
 
-SOLVER: Options = {
-    "branches": (int, f"branches a problem (default: {SolverConfig.branches})"),
-    "tokens_per_step": (int, f"most tokens of a branch (default: {DEFAULT_TOKENS_PER_STEP})"),
-    "verify_style": (("append", "standalone"), "how the model is asked (default: append)"),
-    "select": (SELECT_RULES, "which branch is the answer (default: score)"),
-    "answer_parser": (("auto", "number", "choice", "boolean", "text"), "what answers are (default: auto)"),
-    "decode_exit": (("keep_leader", "stop_all", "off"), "what a leading branch stops (default: keep_leader)"),
-}
-CHOICES: Options = {
+SOLVER = ("branches", "tokens_per_step", "verify_style", "select", "answer_parser", "decode_exit")
+CHOICES: dict[str, tuple[Any, str]] = {
     "budget": (float, "most decisions that may change, as a share of problems (default: 0.01)"),
     "confidence": (float, "that the result keeps to the budget (default: 0.95)"),
     "signal": (("auto", *SIGNALS), "what a lead is measured on (default: auto, by part of the data)"),
     "split_seed": (int, "of the random division of the problems (default: 0)"),
     "limit": (int, "use the first N problems only"),
 }
-STEP_SAMPLING = tuple(name for name in SAMPLING if name not in ("max_tokens", "n", "logprobs"))
+STEP_SAMPLING = tuple(name for name in SAMPLING if name not in ("max_tokens", "n", "logprobs", "ignore_eos"))
 
 
 @dataclass(frozen=True)
@@ -100,22 +85,19 @@ def build_parser(prog: str = "python -m minirksc.calibrate") -> Parser:
         usage="%(prog)s --data FILE.jsonl --output gates.json [options]",
         description="Chooses the thresholds of confident early exit so that they change few decisions.",
         epilog=__doc__.partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--version", action="version", version=f"minirksc {__version__}")
-    add("--model", help=f"checkpoint folder or alias (default: {DEFAULT_MODEL})")
+    add_options(parser, EngineConfig, ["model"], DEFAULTS)
     add("--data", metavar="FILE.jsonl", help=f"problems, one a line: {' or '.join(TEXT_FIELDS)}, and perhaps answer")
     add("--output", "-o", metavar="FILE.json", help="what was found; evidence is kept in FILE.json.evidence.jsonl")
     add("--chat", action=argparse.BooleanOptionalAction, help="use the chat template (default: if there is one)")
     add("--json", action="store_true", default=None, help="print the result as one JSON object")
-    for title, table in (("calibration", CHOICES), ("solver", SOLVER), ("engine", ENGINE)):
-        _add_table(parser.add_argument_group(title), table)
-    add_ignored(parser)
+    _add_table(parser.add_argument_group("calibration"), CHOICES)
+    defaults, choices = {**DEFAULTS, "decode_exit": "keep_leader"}, {"decode_exit": ("keep_leader", "stop_all", "off")}
+    add_options(parser.add_argument_group("solver"), SolverConfig, SOLVER, defaults, choices)
+    add_options(parser.add_argument_group("engine"), EngineConfig, ENGINE)
     group = parser.add_argument_group("sampling (default: temperature 0.8, top-p 0.95)")
-    _add_table(group, {name: SAMPLING[name] for name in STEP_SAMPLING})
-    group.add_argument("--stop", action="append", metavar="TEXT", help="end here; may be repeated")
+    add_options(group, SamplingParams, STEP_SAMPLING, {"seed": "a fixed one"})
     return parser
 
 
@@ -159,7 +141,7 @@ class Job:
             raise UsageError(f"--limit {options.limit} must be at least 1")
         self.config = self._solver_config()
         self.seed = self.config.step_sampling.seed or 0  # each problem has one derived from it
-        self.engine_options = self._given(("model", *ENGINE)) | ignored(options)
+        self.engine_options = given(options, ("model", *ENGINE))
         self.output = Path(options.output)
         self.evidence_path = self.output.with_name(self.output.name + ".evidence.jsonl")
         for path in (self.output, self.evidence_path):
@@ -260,9 +242,8 @@ class Job:
         tokens = options.tokens_per_step or DEFAULT_TOKENS_PER_STEP
         if options.answer_parser is not None:
             check_parser(options.answer_parser)
-        given = self._given((*STEP_SAMPLING, "stop"))
-        sampling = replace(DEFAULT_SAMPLING, max_tokens=tokens, **given)
-        values = self._given(SOLVER) | {"tokens_per_step": tokens, "chat": options.chat is not False}
+        sampling = replace(DEFAULT_SAMPLING, max_tokens=tokens, **given(options, STEP_SAMPLING))
+        values = given(options, SOLVER) | {"tokens_per_step": tokens, "chat": options.chat is not False}
         return SolverConfig(sampling=sampling, **{"decode_exit": "keep_leader", **values})
 
     def _header(self, settings: dict[str, Any], model: dict[str, str]) -> dict[str, Any]:
@@ -286,9 +267,6 @@ class Job:
                 f"{count} problems{what} are too few: a budget of {self.budget:g} at confidence {self.confidence:g} "
                 f"needs {needed}, if no decision changes{remedy}"
             )
-
-    def _given(self, names: Sequence[str] | Options) -> dict[str, Any]:
-        return {name: value for name in names if (value := getattr(self._options, name)) is not None}
 
 
 def read_problems(path: Path) -> Problems:
@@ -377,7 +355,7 @@ def _up(rate: float) -> str:
     return f"{rate + 0.00005:.4f}"
 
 
-def _add_table(group: Any, table: Options) -> None:
+def _add_table(group: Any, table: dict[str, tuple[Any, str]]) -> None:
     for name, (kind, text) in table.items():
         flag = "--" + name.replace("_", "-")
         if isinstance(kind, tuple):

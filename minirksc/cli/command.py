@@ -10,11 +10,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from minirksc.cli.interrupts import INTERRUPTED
 from minirksc.cli.terminal import deliver, is_terminal, note, say, shortened
 from minirksc.errors import ConfigError, MinirkscError
+from minirksc.version import __version__
 
 
 class UsageError(Exception):
@@ -22,7 +23,15 @@ class UsageError(Exception):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Reports errors by exception, and delivers --help and --version or says that it cannot."""
+    """Reports errors by exception, and delivers --help and --version or says that it cannot.
+
+    Args:
+        options: Arguments of argparse's own parser.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+        self.add_argument("--version", action="version", version=f"minirksc {__version__}")
 
     def error(self, message: str) -> NoReturn:
         """Raises UsageError, where argparse would end the process."""

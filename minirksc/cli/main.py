@@ -11,7 +11,6 @@ from importlib import import_module
 from typing import NoReturn
 
 from minirksc.cli.interrupts import leave_at_once, run_process
-from minirksc.version import __version__
 
 COMMANDS = {
     "generate": "text from prompts, one or a file of them",
@@ -64,7 +63,6 @@ def _refuse(words: Sequence[str]) -> NoReturn:
         SystemExit: it was answered.
         UsageError: it is no command.
     """
-    import argparse
     import difflib
 
     from minirksc.cli.command import CommandParser, UsageError
@@ -75,10 +73,7 @@ def _refuse(words: Sequence[str]) -> NoReturn:
         usage="%(prog)s COMMAND ...",
         description="An inference engine for language models and multi-branch reasoning.",
         epilog=f"commands (each has a --help of its own, and is also `python -m minirksc.COMMAND`):\n{table}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"minirksc {__version__}")
     _, unknown = parser.parse_known_args(words)
     if not unknown:
         raise UsageError(f"a command is missing; there are {', '.join(COMMANDS)}")

@@ -43,8 +43,6 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
         prog=prog,
         description="Which models run here, what each is made of, and why.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help="checkpoint folder, alias, or model_type")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="what differs between two of these")

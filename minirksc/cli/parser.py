@@ -38,6 +38,11 @@ def given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
+def label(options: argparse.Namespace, name: str, flag: str = "") -> str:
+    """An option as the user gave it: its variable, or its flag, which may have another form."""
+    return variable_of(name) if name in options.variables else flag or flag_of(name)
+
+
 def add_options(
     group: Any,
     config: type[Options],
@@ -62,7 +67,7 @@ def add_options(
             group.add_argument(flag_of(name), action="store_true", **details)
             continue
         if one.is_list:
-            details["action"] = "append"
+            details |= {"action": "append", "help": f"{text}; may be repeated"}
         if one.choices:
             details["choices"] = (choices or {}).get(name, one.choices)
         else:

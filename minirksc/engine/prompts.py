@@ -71,6 +71,17 @@ def conversation_list(conversations: Any) -> list[Any]:
     return [items] if items and all(isinstance(item, Mapping) for item in items) else items
 
 
+def either_params(params: Any, sampling_params: Any) -> Any:
+    """Sampling parameters under our name for them or under vLLM's.
+
+    Raises:
+        ConfigError: under both.
+    """
+    if params is not None and sampling_params is not None:
+        raise ConfigError("params and sampling_params are the same option; give one")
+    return params if sampling_params is None else sampling_params
+
+
 def params_list(params: Any, count: int) -> list[Any]:
     """Sampling parameters of each of `count` prompts; those given one each are not looked at yet.
 

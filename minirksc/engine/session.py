@@ -19,7 +19,7 @@ from minirksc.engine.calls import Call
 from minirksc.engine.engine import Engine
 from minirksc.engine.gates import DepthGate, Seat
 from minirksc.engine.outputs import Job
-from minirksc.engine.prompts import Conversation, Params, Prompt, one_or_many, params_list, read_prompt
+from minirksc.engine.prompts import Conversation, Params, Prompt, either_params, one_or_many, params_list, read_prompt
 from minirksc.engine.request import Request, Salt, salt_key
 from minirksc.engine.scoring import score_requests
 from minirksc.engine.stats import Stats, runs_on
@@ -136,7 +136,17 @@ class Session:
     def branch(
         self, prompt: Prompt, *, share: bool = True, seed: int | None = None, salt: Salt | None = None
     ) -> Branch:
-        """A root branch; see `LLM.branch`."""
+        """A root branch, its prompt computed once.
+
+        Args:
+            prompt: in any form that `LLM.generate` takes.
+            share: False keeps its blocks out of all sharing but that of its own forks.
+            seed: of its samples and its forks'; None: the next of this LLM's.
+            salt: as in `LLM.generate`, for all that is done with it and its forks.
+
+        Raises:
+            ConfigError, PromptError, CacheFullError, TokenizerError.
+        """
         return self._branches([prompt], share, seed, None, salt)[0]
 
     def branches(
@@ -148,7 +158,19 @@ class Session:
         seats: SequenceOf[Seat | None] | None = None,
         salt: Salt | None = None,
     ) -> list[Branch]:
-        """Root branches, their prompts computed together; see `LLM.branches`."""
+        """Root branches, their prompts computed together.
+
+        Args:
+            prompts: as in `LLM.generate`.
+            share: as in `branch`.
+            seed: as in `branch`, the same for all; None: the next of this LLM's, one a branch.
+            seats: at depth gates, one a prompt, None for none. A branch whose prompt left has `exit_layer` and no KV:
+                prune it, or have its prompt computed by whatever is done with it next.
+            salt: as in `branch`.
+
+        Raises:
+            ConfigError, PromptError, CacheFullError, TokenizerError: none of them is made.
+        """
         return self._branches(one_or_many(prompts)[0], share, seed, seats, salt)
 
     def _branches(
@@ -191,12 +213,33 @@ class Session:
         on_step: Callable[[SequenceOf[BranchProgress]], Mapping[int, str] | None] | None = None,
         *,
         keep_stop: bool = True,
+        sampling_params: Params | Iterable[Params] = None,
     ) -> None:
-        """Decodes branches together, each until its own stop; see `LLM.extend`."""
+        """Decodes branches together, each until its own stop; results are in the branches.
+
+        The random numbers of a branch depend on its seed, its path and the position alone: neither on its
+        siblings nor on what was pruned.
+
+        Args:
+            branches: distinct branches of this LLM.
+            params: for all, or one a branch; without n and the logprobs options.
+            on_step: called after each step with the progress of every branch; names branches that stop here and why:
+                index -> finish_reason.
+            keep_stop: what ended a branch, a stop string or an end token, stays in its tokens, though not in its text.
+                False takes it out, so that it goes on as if that had never been generated: tokens are dropped from
+                the first one on that holds any of it. Where that one also spells text before it, this is tokenised
+                anew and appended; it stays in `Branch.text`, and is not in `Branch.output_token_ids`.
+            sampling_params: another name of `params`, that of vLLM.
+
+        Raises:
+            BranchError: one is pruned, foreign, in another call or given twice.
+            ConfigError, PromptError, CacheFullError: a branch cannot be decoded as asked; none has changed.
+            CacheFullError, NumericalError: after the other branches have ended.
+        """
         owned = branch_list(branches, self)
         if len(set(map(id, owned))) < len(owned):
             raise BranchError("a branch is given twice; extend() takes each branch once")
-        each = [SamplingParams.of(one) for one in params_list(params, len(owned))]
+        each = [SamplingParams.of(one) for one in params_list(either_params(params, sampling_params), len(owned))]
         for one in each:
             if one.n != 1:
                 raise ConfigError(f"extend() takes n=1, not {one.n}; fork the branch instead")
@@ -228,7 +271,24 @@ class Session:
         choices: Iterable[Prompt],
         gate: DepthGate | None = None,
     ) -> Tensor:
-        """How probable each choice is as the continuation of `question` after each branch; see `LLM.score`."""
+        """How probable each choice is as the continuation of `question` after each branch.
+
+        One batched pass; the branches stay as they were. Choices of one token each are read off one row of logits;
+        of longer ones the whole sequence is scored.
+
+        Args:
+            branches: of this LLM; cached blocks are shared as the salt of each allows.
+            question: text or token ids, appended to each branch for this pass only; or a list of one for each branch.
+            choices: at least two, text or token ids.
+            gate: at which all sit, each by its index. Whoever left has NaN for a result: the gate knows what it saw.
+
+        Returns:
+            `[branches, choices]` float32; each row sums to 1.
+
+        Raises:
+            BranchError, PromptError, CacheFullError, NumericalError.
+            ConfigError: too few choices, not one question a branch, or a gate with choices of several tokens.
+        """
         owned = branch_list(branches, self)
         choice_ids = self._choices(choices)
         if gate is not None and max(map(len, choice_ids)) > 1:

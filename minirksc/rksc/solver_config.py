@@ -65,82 +65,63 @@ class SolverConfig(Options):
     """How a problem is solved.
 
     Sharing, verification and early exits are explained in `minirksc.rksc.asks`, `minirksc.rksc.verify` and
-    `minirksc.rksc.cgee`, the rules of choice in `answers.choose`, kinds of answers in `answers.parse_answer`. Without a
-    seed a solve takes the LLM's next, so that two solves are independent; one seed is all branches'.
+    `minirksc.rksc.cgee`, the rules of choice in `answers.choose`, kinds of answers in `answers.parse_answer`. gates may
+    also be `Gates`, and answer_parser a function of a text. Without a seed a solve takes the LLM's next, so that two
+    solves are independent; one seed is all branches'.
 
     Raises:
         ConfigError: a value is out of range, or the values contradict each other.
+
+    Attributes:
+        branches: candidates decoded together from one shared prompt.
+        depth: rounds of decoding; before each further one the best branches are forked again.
+        beam: branches that go on into the next round.
+        tokens_per_step: most tokens of a branch in a round.
+        hints: beginnings of the answers, as text or token ids, one a branch; deeper ones get none (default: Approach
+            #1: and so on).
+        sampling: sampling parameters of all branches; tokens_per_step takes the place of max_tokens, and stop strings
+            are looked for within a round (default: temperature 0.8, top_p 0.95).
+        sharing: what branches share; exact: what begins alike is computed once; semantic: besides, wordings that mean
+            the same (an approximation); none: nothing, for comparison.
+        sharing_mode: with semantic sharing: the first wording in place of another, or (aligned) its own tokens on the
+            KV of those that both have.
+        tau: with semantic sharing: similarity from which on a wording is accepted; above 1 none is (default: as tested
+            for the model).
+        uncalibrated: allow semantic sharing on a model for which no threshold was tested.
+        verify: whether the model is asked about the answers; auto: as far as the gates leave a doubt, and what was not
+            asked about has no score; always: about each in full; never: the score is the confidence alone.
+        verify_style: form of the question: behind the branch, or (standalone) a prompt of its own.
+        gates: thresholds of the gates, a file made by minirksc.calibrate (default: gates that change no parsed answer,
+            and others that were not tested on the model).
+        policy: rules of the gates: ours, or every published rule and constant.
+        decode_exit: what stops while decoding once a branch leads decisively: nothing (off), the others (keep_leader)
+            or all, cut off (stop_all); nobody is asked then (default: auto: keep_leader, with policy paper stop_all;
+            off unless verify is auto).
+        select: rule for which branch is the answer.
+        chat: put a problem given as text through the chat template, where there is one.
+        answer_parser: kind of the answers.
     """
 
     messages = _MESSAGES
 
-    branches: int = option(8, "Candidates decoded together from one shared prompt", low=1, high=MAX_BRANCHES)
-    depth: int = option(1, "Rounds of decoding; before each further one the best branches are forked again", low=1)
-    beam: int = option(2, "Branches that go on into the next round", low=1)
-    tokens_per_step: int = option(32, "Most tokens that a branch decodes in a round", low=1)
-    hints: Sequence[Tokens] | None = option(
-        None,
-        "Beginnings of the answers, as text or token ids, one a branch; deeper ones get none",
-        unset="Approach #1: and so on",
-    )
-    sampling: SamplingParams | None = option(
-        None,
-        "Sampling parameters of all branches; tokens_per_step takes the place of max_tokens, and stop strings are "
-        "looked for within a round",
-        unset="temperature 0.8, top_p 0.95",
-        read=_read_sampling,
-    )
-    sharing: str = option(
-        "exact",
-        "What branches share; exact: what begins alike is computed once; semantic: besides, wordings that mean the "
-        "same (an approximation); none: nothing, for comparison",
-        choices=("none", "exact", "semantic"),
-    )
-    sharing_mode: str = option(
-        "substitute",
-        "With semantic sharing: the first wording in place of another, or (aligned) its own tokens on the KV of those "
-        "that both have",
-        choices=("substitute", "aligned"),
-    )
-    tau: float | None = option(
-        None,
-        "With semantic sharing: similarity from which on a wording is accepted; above 1 none is",
-        unset="as tested for the model",
-    )
-    uncalibrated: bool = option(False, "Allow semantic sharing on a model for which no threshold was tested")
-    verify: str = option(
-        "auto",
-        "Whether the model is asked about the answers; auto: as far as the gates leave a doubt, and what was not asked "
-        "about has no score; always: about each in full; never: the score is the confidence alone",
-        choices=("auto", "always", "never"),
-    )
-    verify_style: str = option(
-        "append",
-        "How it is asked: behind the branch, or (standalone) by a prompt of its own",
-        choices=("append", "standalone"),
-    )
-    gates: Gates | str | Path | None = option(
-        None,
-        "Thresholds of the gates, a file of minirksc.calibrate (in Python also Gates)",
-        unset="gates that change no parsed answer, and others that were not tested on the model",
-        read=_read_gates,
-        metavar="FILE.json",
-    )
-    policy: str = option(
-        "rksc", "Rules of the gates: ours, or every published rule and constant", choices=("rksc", "paper")
-    )
-    decode_exit: str = option(
-        "auto",
-        "What stops while decoding once a branch leads decisively: nothing (off), the others (keep_leader) or all, cut "
-        "off (stop_all); nobody is asked then",
-        unset="auto: keep_leader, with policy paper stop_all; off unless verify is auto",
-        choices=("auto", "off", "keep_leader", "stop_all"),
-    )
-    select: str = option("score", "Rule for which branch is the answer", choices=SELECT_RULES)
-    chat: bool = option(True, "Put a problem given as text through the chat template, where there is one")
-    answer_parser: AnswerParser = option(
-        "auto", "Kind of the answers; in Python also a function of a text", choices=ANSWER_KINDS, read=_read_parser
-    )
+    branches: int = option(8, low=1, high=MAX_BRANCHES)
+    depth: int = option(1, low=1)
+    beam: int = option(2, low=1)
+    tokens_per_step: int = option(32, low=1)
+    hints: Sequence[Tokens] | None = None
+    sampling: SamplingParams | None = option(None, read=_read_sampling)
+    sharing: str = option("exact", choices=("none", "exact", "semantic"))
+    sharing_mode: str = option("substitute", choices=("substitute", "aligned"))
+    tau: float | None = None
+    uncalibrated: bool = False
+    verify: str = option("auto", choices=("auto", "always", "never"))
+    verify_style: str = option("append", choices=("append", "standalone"))
+    gates: Gates | str | Path | None = option(None, read=_read_gates, metavar="FILE.json")
+    policy: str = option("rksc", choices=("rksc", "paper"))
+    decode_exit: str = option("auto", choices=("auto", "off", "keep_leader", "stop_all"))
+    select: str = option("score", choices=SELECT_RULES)
+    chat: bool = True
+    answer_parser: AnswerParser = option("auto", choices=ANSWER_KINDS, read=_read_parser)
 
     def __post_init__(self) -> None:
         if self.branches == 1 and self.beam == SolverConfig.beam:
