@@ -64,7 +64,6 @@ class Variant:
         patience: Layers in a row that a layer exit must hold.
         start: First layer that layer exits look at; None: half of all.
         correction: Lines that correct what layer exits read, see `fit_correction`.
-        decode_min_tokens: Tokens that every branch has before a decode exit.
     """
 
     kinds: tuple[str, ...]
@@ -72,7 +71,6 @@ class Variant:
     patience: int = 3
     start: int | None = None
     correction: tuple[tuple[float, float], ...] | None = None
-    decode_min_tokens: int = Gates.decode_min_tokens
 
     def gates(self, levels: dict[str, int]) -> Gates:
         """Gates at points of the grids, 0: off."""
@@ -88,7 +86,6 @@ class Variant:
             skip=leads("skip"),
             layer_exit=layer_exit,
             decode_exit=leads("decode_exit"),
-            decode_min_tokens=self.decode_min_tokens,
             source="calibrated",
         )
 
@@ -101,14 +98,12 @@ class Step:
         gates: Gates of the candidate.
         tally: What they do over the test part.
         bound: Most that their rate of changed decisions is, with the confidence asked for.
-        p_value: Probability of so few changes if the rate is above the budget.
-        passed: Whether that was rejected.
+        passed: Whether a rate above the budget was ruled out.
     """
 
     gates: Gates
     tally: Tally
     bound: float
-    p_value: float
     passed: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -218,8 +213,7 @@ def run_tests(
 def step_of(gates: Gates, result: Tally, budget: float, confidence: float) -> Step:
     """The test of one candidate."""
     counts = (result.num_changed, result.num_problems)
-    p_value = tail(*counts, budget)
-    return Step(gates, result, upper_bound(*counts, confidence), p_value, p_value <= 1 - confidence)
+    return Step(gates, result, upper_bound(*counts, confidence), tail(*counts, budget) <= 1 - confidence)
 
 
 def ordering_size(num_problems: int, budget: float, confidence: float) -> int:

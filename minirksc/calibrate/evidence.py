@@ -5,7 +5,7 @@ noted after every layer. From it any thresholds can be tried without the model, 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -72,7 +72,7 @@ class Evidence:
         """The opposite of `to_dict`.
 
         Raises:
-            KeyError, TypeError, ValueError: the values are no evidence.
+            KeyError, TypeError, ValueError: The values are no evidence.
         """
         branches = []
         for branch in values["branches"]:
@@ -87,31 +87,31 @@ class Evidence:
         """Holds the parts against each other.
 
         Raises:
-            TypeError, ValueError: one is of another kind, or does not fit.
+            TypeError, ValueError: One is of another kind, or does not fit.
         """
-        if not self.branches or self.num_layers < 1 or not 0 <= self.num_question_tokens < math.inf:
-            raise ValueError(f"{len(self.branches)} branches, num_layers {self.num_layers}")
-        if not isinstance(self.reference, str | None):
-            raise TypeError("the reference is no text")
+        has_sizes = bool(self.branches) and self.num_layers >= 1 and 0 <= self.num_question_tokens < math.inf
+        _require(has_sizes, f"{len(self.branches)} branches, num_layers {self.num_layers}")
+        _require(isinstance(self.reference, str | None), "the reference is no text")
         for branch in self.branches:
-            tokens, text = branch.token_ids, branch.text
-            if not isinstance(text, str) or not isinstance(branch.finish_reason, str):
-                raise TypeError("text or finish_reason is no text")
-            numbers: list[Sequence[float]] = [branch.signals.top1, branch.signals.self_certainty, branch.ends]
-            if not all(len(part) == len(tokens) for part in numbers):
-                raise ValueError("not one signal and end a token")
-            if [*branch.ends, len(text)] != sorted([0, *branch.ends, len(text)])[1:]:
-                raise ValueError("ends that are not in the text")
-            whole = [*tokens, *branch.ends, branch.num_hidden, self.num_layers]
-            if not all(type(number) is int for number in whole) or not 0 <= branch.num_hidden <= len(text):
-                raise ValueError("a token, an end or num_hidden is no whole number, or outside the text")
-            finite = [*branch.signals.top1, *branch.signals.self_certainty, 1 - branch.probability, branch.probability]
-            if not all(map(math.isfinite, finite)) or not 0 <= branch.probability <= 1:
-                raise ValueError("a signal or probability is not finite")
-            if not all(isinstance(margin, float | int) for margin in branch.margins):
-                raise TypeError("a margin is no number")
-            if len(branch.margins) not in (0, self.num_layers - 1):
-                raise ValueError(f"{len(branch.margins)} margins of {self.num_layers} layers")
+            tokens, text, ends = branch.token_ids, branch.text, branch.ends
+            _require(isinstance(text, str) and isinstance(branch.finish_reason, str), "no text or finish_reason")
+            signals = [branch.signals.top1, branch.signals.self_certainty]
+            counts = [len(ends), *map(len, signals)]
+            _require(counts == [len(tokens)] * 3, "not one signal and end a token")
+            _require([*ends, len(text)] == sorted([0, *ends, len(text)])[1:], "ends that are not in the text")
+            whole = [*tokens, *ends, branch.num_hidden, self.num_layers]
+            _require(all(type(number) is int for number in whole), "a token, an end or a count is no whole number")
+            _require(0 <= branch.num_hidden <= len(text), "num_hidden is outside the text")
+            _require(all(map(math.isfinite, [*signals[0], *signals[1]])), "a signal is not finite")
+            _require(0 <= branch.probability <= 1, "the probability is none")
+            _require(all(isinstance(margin, float | int) for margin in branch.margins), "a margin is no number")
+            has_all = len(branch.margins) in (0, self.num_layers - 1)
+            _require(has_all, f"{len(branch.margins)} margins of {self.num_layers} layers")
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise ValueError(otherwise)
 
 
 @dataclass(frozen=True)

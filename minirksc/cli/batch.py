@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from minirksc.cli.files import check_utf8, read_file
+from minirksc.cli.files import read_jsonl
 from minirksc.cli.output import generation_as_dict, solve_as_dict, to_json
 from minirksc.cli.resumable import GrowingFile
 from minirksc.cli.strict_json import strict_json
@@ -33,7 +33,6 @@ CHUNK = 32
 """Number of prompts that are batched together: what an interruption can lose."""
 
 MAX_INPUT_BYTES = 1 << 30
-KINDS = ("prompt", "messages", "prompt_token_ids")
 SALTS = ("salt", "cache_salt")
 BEGIN = b'{"line": '
 """Beginning of every result."""
@@ -135,10 +134,8 @@ class Batch:
     """
 
     def __init__(self, source: Path, target: Path) -> None:
-        raw = read_file(source, MAX_INPUT_BYTES, "--input")
-        check_utf8(raw, f"--input {source}")
-        raw_lines = raw.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-        lines = [_line(number, raw.strip()) for number, raw in enumerate(raw_lines, start=1) if raw.strip()]
+        _, raw_lines = read_jsonl(source, MAX_INPUT_BYTES, "--input")
+        lines = [_line(number, raw) for number, raw in raw_lines]
         self._heads = {line.number: line.head for line in lines}
         self._done: set[int] = set()
         self._num_failed = 0
@@ -306,7 +303,9 @@ def _parse(raw: bytes, record: dict[str, Any]) -> Task:
         names = ", ".join(KINDS)
         raise ConfigError(f"the line has the fields {sorted(content)}; it takes one of {names}, and id, params, salt")
     prompt, params, salt = content[given[0]], content.get("params"), content[salts[0]] if salts else None
-    _check_prompt(given[0], prompt)
+    is_right, allowed = KINDS[given[0]]
+    if not is_right(prompt):
+        raise ConfigError(f"{given[0]} must be {allowed}")
     if params is not None and not isinstance(params, dict):
         raise ConfigError(f"params must be an object, not {params!r}")
     if salt is not None and not (isinstance(salt, str) and salt):
@@ -314,18 +313,18 @@ def _parse(raw: bytes, record: dict[str, Any]) -> Task:
     return Task(given[0], prompt, params, salt)
 
 
-def _check_prompt(kind: str, prompt: Any) -> None:
-    allowed, item = {
-        "prompt": ("a text that is not empty", str),
-        "messages": ('a list of at least one {"role": ..., "content": ...}', dict),
-        "prompt_token_ids": ("a list of at least one whole number", int),
-    }[kind]
-    is_right = isinstance(prompt, str) and bool(prompt.strip())
-    if kind != "prompt":
-        is_right = isinstance(prompt, list) and bool(prompt)
-        is_right = is_right and all(isinstance(part, item) and not isinstance(part, bool) for part in prompt)
-    if not is_right:
-        raise ConfigError(f"{kind} must be {allowed}")
+def _is_list_of(value: Any, kind: type) -> bool:
+    """Whether it is a list of at least one value of a type; True and False are no numbers."""
+    is_list = isinstance(value, list) and bool(value)
+    return is_list and all(isinstance(part, kind) and not isinstance(part, bool) for part in value)
+
+
+KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "prompt": (lambda value: isinstance(value, str) and bool(value.strip()), "a text that is not empty"),
+    "messages": (lambda value: _is_list_of(value, dict), 'a list of at least one {"role": ..., "content": ...}'),
+    "prompt_token_ids": (lambda value: _is_list_of(value, int), "a list of at least one whole number"),
+}
+"""Field of a prompt -> what it must be, as a check and in words."""
 
 
 def _override(params: SamplingParams, values: Mapping[str, Any] | None) -> SamplingParams:

@@ -26,7 +26,7 @@ from minirksc.calibrate.replay import Replay
 from minirksc.calibrate.trials import Trials
 from minirksc.cli.command import UsageError, run_command
 from minirksc.cli.evidence_file import EvidenceFile
-from minirksc.cli.files import check_utf8, read_file
+from minirksc.cli.files import read_jsonl
 from minirksc.cli.generate import DEFAULT_TOKENS_PER_STEP, DEFAULTS, ENGINE, SAMPLING, open_llm
 from minirksc.cli.output import check_writable, print_json, print_page
 from minirksc.cli.parser import Parser, add_options, given
@@ -162,10 +162,9 @@ class Job:
         if failed:
             note(f"{len(failed)} of {len(found)} problems failed and do not count; the first: {failed[0].error}")
         self._check_count(len(found) - len(failed), " without an error")
-        rules: dict[str, Any] = {"select": self.config.select, "answer_parser": self.config.answer_parser}
-        mode = self.config.decode_exit_mode
-        replays = [Replay(one, decode_mode=mode, **rules) for one in found if not isinstance(one, Failed)]
-        trials = Trials(replays)
+        select, parser, mode = self.config.select, self.config.answer_parser, self.config.decode_exit_mode
+        solved = [one for one in found if isinstance(one, Evidence)]
+        trials = Trials([Replay(one, select=select, answer_parser=parser, decode_mode=mode) for one in solved])
         return self._finish(trials, self._calibrate(trials), settings, model)
 
     def _collect(self, llm: "LLM", stream: GrowingFile, file: EvidenceFile) -> list[Evidence | Failed]:
@@ -275,12 +274,8 @@ def read_problems(path: Path) -> Problems:
     Raises:
         ConfigError: It cannot be read, is empty, or a line is no problem.
     """
-    raw = read_file(path, MAX_DATA_BYTES, "--data")
-    check_utf8(raw, f"--data {path}")
-    items = []
-    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if line.strip():
-            items.append(_problem(path, number, line))
+    raw, lines = read_jsonl(path, MAX_DATA_BYTES, "--data")
+    items = [_problem(path, number, line) for number, line in lines]
     if not items:
         raise ConfigError(f"--data {path} is empty; give one problem a line")
     return Problems(items, hashlib.sha256(raw).hexdigest(), path.name)
@@ -338,7 +333,7 @@ def _accuracy(replays: Sequence[Replay], gates: Gates) -> dict[str, float] | Non
 
 def _problem(path: Path, number: int, line: bytes) -> tuple[str, str | None]:
     try:
-        values = strict_json(line.strip())
+        values = strict_json(line)
     except ValueError as error:
         raise ConfigError(f"--data {path}: line {number} is not JSON: {error}") from error
     given = [name for name in TEXT_FIELDS if name in values] if isinstance(values, dict) else []

@@ -51,6 +51,23 @@ def check_utf8(raw: bytes, what: str) -> None:
         raise ConfigError(f"{what} is text in {encoding[:6].upper()}; save it as UTF-8")
 
 
+def read_jsonl(path: Path, max_bytes: int, what: str) -> tuple[bytes, list[tuple[int, bytes]]]:
+    """All bytes of a JSONL file, and its lines that are not empty, each with its number from 1.
+
+    Args:
+        path: Path of the file.
+        max_bytes: Size above which it is not even read.
+        what: Name of what it is, for messages.
+
+    Raises:
+        ConfigError: It cannot be read, or is text in UTF-16 or UTF-32.
+    """
+    raw = read_file(path, max_bytes, what)
+    check_utf8(raw, f"{what} {path}")
+    lines = enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1)
+    return raw, [(number, line.strip()) for number, line in lines if line.strip()]
+
+
 def read_lines(path: Path, what: str) -> list[str]:
     """The non-empty lines of a text file.
 

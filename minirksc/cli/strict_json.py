@@ -8,10 +8,10 @@ import argparse
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from minirksc.cli.command import UsageError, check_text
+from minirksc.json_file import is_nested_deeper
 
 MAX_NESTING = 100
 """Levels of lists and objects within each other; Python's own recursion ends at 1000."""
@@ -29,11 +29,8 @@ def strict_json(raw: bytes) -> Any:
         )
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    level, nesting = [content], 0
-    while level := [item for part in level for item in _items(part) if isinstance(item, dict | list)]:
-        nesting += 1
-        if nesting >= MAX_NESTING:
-            raise ValueError(f"it is nested more than {MAX_NESTING} levels deep")
+    if is_nested_deeper(content, MAX_NESTING):
+        raise ValueError(f"it is nested more than {MAX_NESTING} levels deep")
     return content
 
 
@@ -51,10 +48,6 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object, such as {{"enable_thinking": false}}')
     return content
-
-
-def _items(part: Any) -> Iterable[Any]:
-    return part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
