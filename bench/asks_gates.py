@@ -124,12 +124,6 @@ def auroc(alike: Sequence[float], other: Sequence[float]) -> float:
     return below / (2 * len(alike) * len(other))
 
 
-def bound(accepted: int, total: int, level: float = 0.95) -> tuple[float, float]:
-    """Clopper-Pearson interval of a share."""
-    interval = clopper_pearson(accepted, total, level)
-    return interval.low, interval.high
-
-
 def threshold(similarities: Sequence[float], total: int) -> float:
     """The lowest that accepts few enough of adversarial wordings.
 
@@ -141,7 +135,7 @@ def threshold(similarities: Sequence[float], total: int) -> float:
         A similarity to be reached; -inf where nothing needs to be refused, inf where nothing may be accepted.
     """
     allowed = -1
-    while allowed + 1 <= MAX_ACCEPTED * total and bound(allowed + 1, total)[1] <= MAX_BOUND:
+    while allowed + 1 <= MAX_ACCEPTED * total and clopper_pearson(allowed + 1, total).high <= MAX_BOUND:
         allowed += 1
     descending = sorted(similarities, reverse=True)
     if allowed < 0:
@@ -178,6 +172,7 @@ def summarise(rows: Sequence[Row], gate: str, depth: int, has_guard: bool, polic
     wrong, total = sum(accepted[kind] for kind in KINDS), sum(len(test[kind]) for kind in KINDS)
     values = {kind: [value(r) for r in some] for kind, some in test.items()}
     others = [one for kind in KINDS for one in values[kind]]
+    interval = clopper_pearson(wrong, total)
     return {
         "gate": gate,
         "depth": depth,
@@ -185,7 +180,7 @@ def summarise(rows: Sequence[Row], gate: str, depth: int, has_guard: bool, polic
         "policy": policy,
         "threshold": at_least,
         "accepted": {kind: [count, len(test[kind])] for kind, count in accepted.items()},
-        "adversarial": [wrong, total, *bound(wrong, total)],
+        "adversarial": [wrong, total, interval.low, interval.high],
         "auroc": {level: auroc(values[level], others) for level in LEVELS},
         "auroc_minor": {kind: auroc(values["minor"], values[kind]) for kind in KINDS},
     }

@@ -70,20 +70,15 @@ def make_page(distance: Sequence[Row], options: argparse.Namespace) -> Page:
     page = Page("How far the CPU's backends are from float32")
     page.text(f"{options.model}, {distance[-1]['dtype']}, {options.threads} threads.")
     page.text(f"Logits at {distance[0]['num_tokens']} positions against the reference in float32:")
-    page.table(
-        ["backend", "dtype", "largest difference", "root mean square", "same likeliest token", "loss, nats"],
-        [
-            [
-                row["backend"],
-                row["dtype"],
-                f"{row['largest']:.3g}",
-                f"{row['rms']:.3g}",
-                f"{row['same_argmax']:.2%}",
-                f"{row['loss']:.4f}",
-            ]
-            for row in distance
-        ],
-    )
+    columns = {
+        "backend": lambda row: row["backend"],
+        "dtype": lambda row: row["dtype"],
+        "largest difference": lambda row: f"{row['largest']:.3g}",
+        "root mean square": lambda row: f"{row['rms']:.3g}",
+        "same likeliest token": lambda row: f"{row['same_argmax']:.2%}",
+        "loss, nats": lambda row: f"{row['loss']:.4f}",
+    }
+    page.columns(distance, columns)
     page.text(f"The logits themselves have a standard deviation of {distance[0]['spread']:.3g}.")
     return page
 

@@ -24,6 +24,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,12 +121,10 @@ def parse_options() -> argparse.Namespace:
 
 def run(options: argparse.Namespace, device: "Device") -> Iterator[Row]:
     """All kernels that are wanted, part by part."""
-    import torch
-
     from bench import gpu_attention, gpu_device, gpu_rivals, gpu_small
 
     clock = gpu_device.cuda_clock(device)
-    peak = gpu_device.known_peak(torch.cuda.get_device_name(device)) or gpu_device.measured_peak(device, clock)
+    peak = gpu_device.measured_peak(device, clock)
     measure = Measure(device, clock, peak, options.repeats, options.warmup, options.only)
     if "attention" in options.parts:
         found, missing = gpu_rivals.discover(gpu_rivals.RIVALS)
@@ -169,7 +168,7 @@ class Measure:
             return
         inputs = attention.AttentionInputs(case, self.device)
         makers: dict[str, Callable[[], Callable[[], Any]]] = dict(attention.arms_of_ours(inputs))
-        makers |= {found.rival.name: _preparer(found, inputs) for found in rivals}
+        makers |= {found.rival.name: partial(found.prepare, inputs) for found in rivals}
 
         def prepare(arm: str) -> tuple[Callable[[], Any], float]:
             call = makers[arm]()
@@ -253,10 +252,6 @@ class Measure:
             return float("inf")
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self.device)[0]
-
-
-def _preparer(found: "FoundRival", inputs: Any) -> Callable[[], Callable[[], Any]]:
-    return lambda: found.prepare(inputs)
 
 
 def add_times(rows: dict[str, Row], times: Sequence[Row]) -> None:

@@ -6,7 +6,7 @@ batch are made before the clock starts, as ours is. Blocks are shuffled.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import product
 from typing import Any, NamedTuple
@@ -254,15 +254,4 @@ def needed_bytes(case: AttentionCase, num_layouts: int) -> int:
 
 def sizes(case: AttentionCase) -> dict[str, Any]:
     """The case as plain data, for the results."""
-    return {
-        "kind": case.kind,
-        "batch": case.batch,
-        "num_queries": case.num_queries,
-        "context_len": case.context_len,
-        "prefix_len": case.prefix_len,
-        "num_heads": case.num_heads,
-        "num_kv_heads": case.num_kv_heads,
-        "head_dim": case.head_dim,
-        "block_size": case.block_size,
-        "dtype": str(case.dtype).removeprefix("torch."),
-    }
+    return {**asdict(case), "dtype": str(case.dtype).removeprefix("torch.")}

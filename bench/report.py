@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,10 @@ class Page:
         self.lines.append("| --- " * len(headings) + "|")
         self.lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows]
         self.lines.append("")
+
+    def columns(self, rows: Sequence[Row], columns: Mapping[str, Callable[[Row], object]]) -> None:
+        """A table of rows: heading -> what stands below it."""
+        self.table(list(columns), [[cell(row) for cell in columns.values()] for row in rows])
 
     def __str__(self) -> str:
         text = "\n".join([f"# {self.title}", "", *self.lines])

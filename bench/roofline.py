@@ -232,20 +232,15 @@ def make_page(rows: Sequence[Row], options: argparse.Namespace, dtype: str) -> P
         f"machine reads {summarise([one / 1e9 for one in rows[0]['bytes_per_s']])} GB/s and computes "
         f"{summarise([one / 1e9 for one in rows[0]['flops_per_s']])} GFLOP/s in {dtype}."
     )
-    table = []
-    for row in rows:
-        seconds = median(row["seconds"])
-        table.append(
-            [
-                row["phase"],
-                summarise([one * 1e3 for one in row["seconds"]]),
-                summarise([one * 1e3 for one in row["bound_s"]]),
-                summarise([one / bound for one, bound in zip(row["seconds"], row["bound_s"], strict=True)]),
-                f"{row['num_bytes'] / seconds / 1e9:.1f}",
-                f"{row['num_flops'] / seconds / 1e9:.0f}",
-            ]
-        )
-    page.table(["phase", "ms", "bound ms", "times the bound", "GB/s", "GFLOP/s"], table)
+    columns = {
+        "phase": lambda row: row["phase"],
+        "ms": lambda row: summarise([one * 1e3 for one in row["seconds"]]),
+        "bound ms": lambda row: summarise([one * 1e3 for one in row["bound_s"]]),
+        "times the bound": lambda row: summarise([s / b for s, b in zip(row["seconds"], row["bound_s"], strict=True)]),
+        "GB/s": lambda row: f"{row['num_bytes'] / median(row['seconds']) / 1e9:.1f}",
+        "GFLOP/s": lambda row: f"{row['num_flops'] / median(row['seconds']) / 1e9:.0f}",
+    }
+    page.columns(rows, columns)
     names = list(rows[0]["operator_s"])
     table = []
     for row in rows:
