@@ -153,20 +153,23 @@ class Measure:
         self.repeats, self.warmup, self.only = repeats, warmup, only
 
     def attention(self, case: "AttentionCase", rivals: Sequence["FoundRival"]) -> Iterator[Row]:
-        """One case of the attention, all arms."""
+        """One case of the attention, all arms; one that memory does not hold is skipped."""
+        import torch
+
         from bench import gpu_attention as attention
+        from bench.gpu_rivals import describe
 
         versions: dict[str, str | None] = {attention.OURS: None, attention.OURS_INT8: None}
         versions |= {found.rival.name: found.version for found in rivals if case.kind in found.rival.kinds}
         wanted = [arm for arm in versions if self._is_wanted("attention", case.name, arm)]
         if not wanted:
             return
-        needed = attention.needed_bytes(case, num_layouts=0 if all(arm.startswith(OURS) for arm in wanted) else 2)
-        if (free := self._free_bytes()) < needed:
-            reason = f"needs about {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
-            yield {"part": "attention", "case": case.name, "arm": "all", **attention.sizes(case), "skipped": reason}
+        try:
+            inputs = attention.AttentionInputs(case, self.device)
+        except torch.OutOfMemoryError as error:
+            common = {"part": "attention", "case": case.name, "arm": "all", **attention.sizes(case)}
+            yield {**common, "skipped": describe(error)}
             return
-        inputs = attention.AttentionInputs(case, self.device)
         makers: dict[str, Callable[[], Callable[[], Any]]] = dict(attention.arms_of_ours(inputs))
         makers |= {found.rival.name: partial(found.prepare, inputs) for found in rivals}
 
@@ -224,13 +227,13 @@ class Measure:
                 rows[arm]["failed"] = f"wrong result: relative error {error:.2g}, {tolerance:.2g} is tolerated"
         try:
             arms_us = {arm: lambda _, call=call: {"us": self.clock(call)} for arm, call in calls.items()}
-            turns = list(take_turns(arms_us, range(self.repeats), self.warmup, is_quiet=True))
+            times = list(take_turns(arms_us, range(self.repeats), self.warmup, is_quiet=True))
         except Exception as reason:
             for arm in calls:
                 rows[arm]["failed"] = f"while {', '.join(calls)} took turns: {describe(reason)}"
             return list(rows.values())
         clocks = read_smi(self.device) if self.device.type == "cuda" else {}
-        add_times(rows, [row for turn in turns for row in turn])
+        add_times(rows, times)
         return [{**row, "clocks": clocks} for row in rows.values()]
 
     def _shares(self, row: Row, num_bytes: int, flops: int | None) -> Row:
@@ -244,14 +247,6 @@ class Measure:
 
     def _is_wanted(self, part: str, case: str, arm: str) -> bool:
         return re.search(self.only, f"{part}: {case}: {arm}") is not None
-
-    def _free_bytes(self) -> float:
-        import torch
-
-        if self.device.type != "cuda":
-            return float("inf")
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(self.device)[0]
 
 
 def add_times(rows: dict[str, Row], times: Sequence[Row]) -> None:

@@ -245,13 +245,6 @@ def arms_of_ours(inputs: AttentionInputs) -> dict[str, Callable[[], Callable[[],
     return {OURS: inputs.ours, OURS_INT8: inputs.ours_int8}
 
 
-def needed_bytes(case: AttentionCase, num_layouts: int) -> int:
-    """Of memory: the cache, its int8 form, copies of it in other layouts, and the check in float32."""
-    exact = 6 * 4 * case.context_len * case.num_heads * case.head_dim
-    scores = 4 * 4 * case.num_heads * case.num_queries * case.context_len
-    return (1 + num_layouts) * case.kv_bytes() + case.kv_bytes(int8=True) + exact + scores
-
-
 def sizes(case: AttentionCase) -> dict[str, Any]:
     """The case as plain data, for the results."""
     return {**asdict(case), "dtype": str(case.dtype).removeprefix("torch.")}

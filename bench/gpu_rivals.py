@@ -64,11 +64,7 @@ class FoundRival:
     version: str
 
     def prepare(self, inputs: AttentionInputs) -> Call:
-        """The call for a case.
-
-        Raises:
-            Unsupported: it has no kernel for it.
-        """
+        """The call for a case; raises `Unsupported` where it has no kernel for it."""
         return self.rival.prepare(self.module, inputs)
 
 

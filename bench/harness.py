@@ -51,7 +51,7 @@ def summarise(values: Sequence[float]) -> Summary:
 
 def take_turns(
     arms: Mapping[str, Callable[[int], Row]], indices: Iterable[int], warmup: int = 0, is_quiet: bool = False
-) -> Iterator[list[Row]]:
+) -> Iterator[Row]:
     """Runs all arms for each index, in another order each time.
 
     Args:
@@ -61,7 +61,7 @@ def take_turns(
         is_quiet: True does not tell each run, where there are hundreds.
 
     Yields:
-        The rows of one index, in the order of `arms`, with "arm" and "repeat" (the index) in each.
+        A row an index and arm, those of an index in the order of `arms`, with "arm" and "repeat" (the index) in each.
     """
     for number, index in enumerate(indices):
         order = list(arms)
@@ -75,7 +75,7 @@ def take_turns(
             rows[name] = {"arm": name, "repeat": index, **arms[name](index)}
             if not is_quiet:
                 print(f"{index}: {name}: {time.perf_counter() - begin:.2f} s", file=sys.stderr, flush=True)
-        yield [rows[name] for name in arms]
+        yield from (rows[name] for name in arms)
 
 
 def names(rows: Sequence[Row]) -> list[str]:

@@ -19,7 +19,6 @@ COUNTERS = ("num_prefilled_tokens", "num_decoded_tokens", "num_layer_rows", "num
 LONE_GATES = {"skip": "skip", "layer exit": "layer_exit", "decode exit": "decode_exit"}
 """Name of an arm -> the field of `Gates` that it leaves on."""
 
-_OFF: dict[str, Any] = {"skip": (), "layer_exit": None, "decode_exit": ()}
 _NOT_FIRED = ("ask", "goes on")
 
 
@@ -121,8 +120,8 @@ def load_gates(file: Path | None, llm: LLM, config: SolverConfig) -> Gates:
     return replace(content.gates, source="uncalibrated") if different else content.gates
 
 
-def lone_gate(gates: Gates, kept: str) -> Gates | None:
-    """The same thresholds with every gate off but one of `LONE_GATES`; None: that one has no threshold."""
-    if not getattr(gates, kept):
-        return None
-    return replace(gates, exact=False, **{name: off for name, off in _OFF.items() if name != kept})
+def lone_gates(gates: Gates) -> dict[str, Gates]:
+    """The same thresholds with all gates off but one of `LONE_GATES`, by its name; not one without a threshold."""
+    off = replace(gates, exact=False, skip=(), layer_exit=None, decode_exit=())
+    kept = {name: {field: value} for name, field in LONE_GATES.items() if (value := getattr(gates, field))}
+    return {name: replace(off, **value) for name, value in kept.items()}

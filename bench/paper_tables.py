@@ -17,7 +17,7 @@ KV, append", RKSC as published to "prefix KV", since each differs from that one 
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -62,18 +62,13 @@ PAPER_SETUP = (
 
 COMPARABLE = (
     "Comparable: how the conditions are defined, branches, prompt length, decoded tokens, the published rules and "
-    "constants, and what is called an error.",
+    "constants, and what is called an error. All conditions run the same code here.",
     "Not comparable: milliseconds. Models here are smaller and the machine is another one; where prefill costs more "
     "relative to a decode step, as on a CPU, the ratio to no KV is larger for every condition that shares.",
     "Not comparable: accuracy, skips and exits. They depend on model and data; these data sets have the form of the "
     "paper's (numbers, multiple choice), not their content. Prompts are filled with worked examples here.",
-    'Branches begin alike unless --hints approach asks for "Approach #1:" and so on: after such a beginning 8 tokens '
-    "hardly ever reach an answer.",
-    "8 tokens hold an answer only where it is short. Few right answers mean few chances for an error: read the "
-    "interval, and how many answers full verification has right.",
-    "In the published notebook the baselines verify by a path of their own, which also measures; whether the published "
-    "table was made so is not known. Here all conditions run the same code: a ratio between two is due to what they "
-    "are named for.",
+    '8 tokens hold an answer only where it is short, and hardly ever after a beginning such as "Approach #1:" '
+    "(--hints approach). Few right answers mean few chances for an error: read the interval.",
 )
 
 
@@ -108,8 +103,7 @@ def measure_set(llm: LLM, problems: ProblemSet, tokens: int, options: argparse.N
     configs = make_arms(base, load_gates(options.gates, llm, replace(base, verify="auto")))
     arms = solving(llm, configs, prompts, options.only, problems)
     common = {"data": problems.name, "dtype": llm.stats()["dtype"], "tokens": tokens, "num_layers": llm.spec.num_layers}
-    turns = harness.take_turns(arms, range(len(prompts)), options.warmup)
-    return [{**common, **row} for turn in turns for row in turn]
+    return [{**common, **row} for row in harness.take_turns(arms, range(len(prompts)), options.warmup)]
 
 
 def errors(rows: Sequence[Row], arm: str) -> tuple[int, int, int] | None:
@@ -122,30 +116,31 @@ def errors(rows: Sequence[Row], arm: str) -> tuple[int, int, int] | None:
 
 
 def condition_table(page: Page, rows: Sequence[Row]) -> None:
-    """One row a condition."""
-    headings = ["condition", "ms a problem", f"x {NO_KV} [95%]", "right", "errors [95%]", "skipped", "stopped decoding"]
-    headings += ["left early", "layers then", "thresholds"]
-    table = []
-    for arm in names(rows):
-        own = [row for row in rows if row["arm"] == arm]
-        relative = ratios(rows, arm, NO_KV)
-        exits = [layer for row in own for layer in row["exit_layers"]]
-        asked = sum(row["num_asked"] for row in own)
-        table.append(
-            [
-                arm,
-                spread(values(rows, arm, "total_s"), 1000),
-                bootstrap(relative, median).show() if relative else "-",
-                share(sum(row["right"] for row in own), len(own)),
-                _show_errors(errors(rows, arm)),
-                share(sum("skip" in row["fired"] for row in own), len(own)),
-                share(sum("decode_exit" in row["fired"] for row in own), len(own)),
-                share(len(exits), asked),
-                f"{spread(exits)} of {own[0]['num_layers']}" if exits else "-",
-                ", ".join(sorted({row["gates"] for row in own})),
-            ]
-        )
-    page.table(headings, table)
+    """One line a condition."""
+
+    def share_of(gate: str) -> Callable[[list[Row]], str]:
+        return lambda own: share(sum(gate in row["fired"] for row in own), len(own))
+
+    def exits(own: list[Row]) -> list[int]:
+        return [layer for row in own for layer in row["exit_layers"]]
+
+    def relative(own: list[Row]) -> str:
+        found = ratios(rows, own[0]["arm"], NO_KV)
+        return bootstrap(found, median).show() if found else "-"
+
+    columns = {
+        "condition": lambda own: own[0]["arm"],
+        "ms a problem": lambda own: spread([row["total_s"] for row in own], 1000),
+        f"x {NO_KV} [95%]": relative,
+        "right": lambda own: share(sum(row["right"] for row in own), len(own)),
+        "errors [95%]": lambda own: _show_errors(errors(rows, own[0]["arm"])),
+        "skipped": share_of("skip"),
+        "stopped decoding": share_of("decode_exit"),
+        "left early": lambda own: share(len(exits(own)), sum(row["num_asked"] for row in own)),
+        "layers then": lambda own: f"{spread(exits(own))} of {own[0]['num_layers']}" if exits(own) else "-",
+        "thresholds": lambda own: ", ".join(sorted({row["gates"] for row in own})),
+    }
+    page.columns(groups_of(rows, "arm").values(), columns)
 
 
 def pooled_table(page: Page, rows: Sequence[Row], sets: Sequence[Sequence[Row]]) -> None:

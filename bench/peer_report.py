@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from bench.harness import Row, names, ratios, values
+from bench.harness import Row, groups_of, names, ratios, values
 from bench.report import Page, spread
 
 METRICS = {
@@ -108,21 +108,21 @@ def agreement(row: Row) -> list[str]:
 
 def failures(rows: Sequence[Row]) -> list[str]:
     """Arms that gave no result, with the first reason."""
-    reasons: dict[str, str] = {}
-    counts: dict[str, int] = {}
-    for row in rows:
-        if "failed" in row:
-            reasons.setdefault(row["arm"], row["failed"])
-            counts[row["arm"]] = counts.get(row["arm"], 0) + 1
-    return [f"{arm}: no result in {counts[arm]} repetitions: {reason}" for arm, reason in reasons.items()]
+    failed = groups_of([row for row in rows if "failed" in row], "arm")
+    return [f"{arm}: no result in {len(some)} repetitions: {some[0]['failed']}" for (arm,), some in failed.items()]
 
 
 def peers_table(page: Page, facts: Mapping[str, Mapping[str, Any]]) -> None:
     """Versions and settings."""
-    table = []
-    for name, one in facts.items():
-        versions = ", ".join(f"{package} {version}" for package, version in one["versions"].items())
-        settings = ", ".join(f"{key}={value}" for key, value in one["settings"].items())
-        note = f"; {one['note']}" if "note" in one else ""
-        table.append([name, one["dtype"], versions, f"{one['load_s']:.1f}", settings + note])
-    page.table(["engine", "computes in", "versions", "start-up s", "settings"], table)
+
+    def pairs(one: Mapping[str, Any], joint: str) -> str:
+        return ", ".join(f"{key}{joint}{value}" for key, value in one.items())
+
+    columns = {
+        "engine": lambda peer: peer[0],
+        "computes in": lambda peer: peer[1]["dtype"],
+        "versions": lambda peer: pairs(peer[1]["versions"], " "),
+        "start-up s": lambda peer: f"{peer[1]['load_s']:.1f}",
+        "settings": lambda peer: "; ".join([pairs(peer[1]["settings"], "="), *filter(None, [peer[1].get("note")])]),
+    }
+    page.columns(facts.items(), columns)

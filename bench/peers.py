@@ -63,9 +63,8 @@ class Running:
         try:
             measured = self.process.ask(**workload.request, **more)
             if setting != GATED:
-                harness.check_same_work(
-                    arm_name(self.peer, setting), [len(ids) for ids in measured["token_ids"]], *workload.shape
-                )
+                lengths = [len(ids) for ids in measured["token_ids"]]
+                harness.check_same_work(arm_name(self.peer, setting), lengths, *workload.shape)
         except (PeerError, RuntimeError) as error:
             print(f"{arm_name(self.peer, setting)}, {workload.name}: {error}", file=sys.stderr)
             if not self.process.is_alive:
@@ -156,8 +155,8 @@ def measure(
                     calls[name] = lambda _, one=one, workload=workload, setting=setting: one.run(workload, setting)
                     about[name] = {"peer": peer.name, "setting": setting, **one.facts}
             if calls:
-                for turn in harness.take_turns(calls, range(options.repeats), options.warmup):
-                    rows += [{"workload": workload.name, **about[row["arm"]], **row} for row in turn]
+                turns = harness.take_turns(calls, range(options.repeats), options.warmup)
+                rows += [{"workload": workload.name, **about[row["arm"]], **row} for row in turns]
     return rows, {name: one.facts for name, one in running.items()}, missing
 
 

@@ -44,8 +44,8 @@ class Page:
         self.lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows]
         self.lines.append("")
 
-    def columns(self, rows: Sequence[Row], columns: Mapping[str, Callable[[Row], object]]) -> None:
-        """A table of rows: heading -> what stands below it."""
+    def columns(self, rows: Iterable[Any], columns: Mapping[str, Callable[[Any], object]]) -> None:
+        """A table with a line for each row, or group of rows: heading -> what stands below it."""
         self.table(list(columns), [[cell(row) for cell in columns.values()] for row in rows])
 
     def __str__(self) -> str:

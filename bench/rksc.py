@@ -16,13 +16,13 @@ within one step instead, see bench.rksc_micro.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import median
 
 from bench import harness, rksc_micro
-from bench.harness import Row, groups_of, names, positive, ratios, values
-from bench.measured import LONE_GATES, PHASES, load, load_gates, lone_gate, solving
+from bench.harness import Row, groups_of, names, positive, ratios
+from bench.measured import PHASES, load, load_gates, lone_gates, solving
 from bench.prompts import EXAMPLES, few_shot_ids, opening_ids
 from bench.report import Page, share, spread, write_run
 from minirksc import SamplingParams, SolverConfig
@@ -48,11 +48,7 @@ def make_arms(base: SolverConfig, gates: Gates) -> dict[str, SolverConfig]:
         "exact append": plain,
         "+ bound": replace(gated, gates=EXACT_GATES),
     }
-    for name, kept in LONE_GATES.items():
-        alone = lone_gate(gates, kept)
-        if alone is not None:
-            mode = "keep_leader" if kept == "decode_exit" else "off"
-            arms[f"+ {name}"] = replace(gated, gates=alone, decode_exit=mode)
+    arms |= {f"+ {name}": one for name, one in _lone_arms(base, gates).items()}
     arms["rksc"] = replace(gated, gates=gates, decode_exit="keep_leader")
     arms["paper"] = replace(base, verify="auto", policy="paper", verify_style="standalone")
     return arms
@@ -60,16 +56,17 @@ def make_arms(base: SolverConfig, gates: Gates) -> dict[str, SolverConfig]:
 
 def forced_arms(base: SolverConfig) -> dict[str, SolverConfig]:
     """Each gate alone, with thresholds under which it always fires: what it saves where it does."""
-    always = Gates(exact=False, source="uncalibrated")
-    gates = {
-        "skip": replace(always, skip=(Lead(),)),
-        "layer exit": replace(always, layer_exit=MarginRule(margin=0.0, patience=1)),
-        "decode exit": replace(always, decode_exit=(Lead(),)),
+    rule = MarginRule(margin=0.0, patience=1)
+    always = Gates(skip=(Lead(),), layer_exit=rule, decode_exit=(Lead(),), source="uncalibrated")
+    return {f"{name} forced": one for name, one in _lone_arms(base, always).items()}
+
+
+def _lone_arms(base: SolverConfig, gates: Gates) -> dict[str, SolverConfig]:
+    modes = {"decode exit": "keep_leader"}
+    return {
+        name: replace(base, verify="auto", gates=alone, decode_exit=modes.get(name, "off"))
+        for name, alone in lone_gates(gates).items()
     }
-    forced = replace(base, verify="auto", decode_exit="off")
-    arms = {f"{name} forced": replace(forced, gates=one) for name, one in gates.items()}
-    arms["decode exit forced"] = replace(arms["decode exit forced"], decode_exit="keep_leader")
-    return arms
 
 
 def measure_all(options: argparse.Namespace) -> list[Row]:
@@ -91,8 +88,7 @@ def measure_all(options: argparse.Namespace) -> list[Row]:
                 gates = load_gates(options.gates, llm, replace(base, verify="auto"))
                 arms = solving(llm, make_arms(base, gates) | forced_arms(base), prompts, options.only)
                 common = {"dtype": llm.stats()["dtype"], "tokens": tokens}
-                turns = harness.take_turns(arms, range(options.repeats), options.warmup)
-                rows += [{**common, **row} for turn in turns for row in turn]
+                rows += [{**common, **row} for row in harness.take_turns(arms, range(options.repeats), options.warmup)]
     for row in rows:
         if "decode_exit" not in row["fired"]:
             harness.check_same_work(row["arm"], row["num_tokens"], options.branches, row["tokens"])
@@ -101,28 +97,28 @@ def measure_all(options: argparse.Namespace) -> list[Row]:
 
 def cost_table(page: Page, rows: Sequence[Row]) -> None:
     """Seconds, ratios and what was computed."""
-    bases = [name for name in BASELINES if name in names(rows)]
-    headings = ["arm", *(f"{label} s" for label in PHASES.values()), "total s", *(f"x {base}" for base in bases)]
-    headings += ["layer rows, k", "tokens computed", f"answer as {STRONGEST}", "thresholds"]
-    table = []
     expected = {row["repeat"]: row["parsed"] for row in rows if row["arm"] == STRONGEST}
-    for arm in names(rows):
-        own = [row for row in rows if row["arm"] == arm]
-        computed = [row["num_prefilled_tokens"] + row["num_decoded_tokens"] for row in own]
-        same = sum(row["parsed"] == expected.get(row["repeat"]) for row in own)
-        table.append(
-            [
-                arm,
-                *(f"{median(values(rows, arm, phase)):.3f}" for phase in PHASES),
-                spread(values(rows, arm, "total_s")),
-                *("1" if arm == base else spread(ratios(rows, arm, base)) for base in bases),
-                f"{median(values(rows, arm, 'num_layer_rows')) / 1000:.1f}",
-                f"{median(computed):.0f}",
-                share(same, len(own)) if expected else "-",
-                ", ".join(sorted({row["gates"] for row in own})),
-            ]
-        )
-    page.table(headings, table)
+
+    def against(base: str) -> Callable[[list[Row]], str]:
+        return lambda own: "1" if own[0]["arm"] == base else spread(ratios(rows, own[0]["arm"], base))
+
+    def seconds(phase: str) -> Callable[[list[Row]], str]:
+        return lambda own: f"{median(row[phase] for row in own):.3f}"
+
+    def same(own: list[Row]) -> str:
+        return share(sum(row["parsed"] == expected.get(row["repeat"]) for row in own), len(own)) if expected else "-"
+
+    columns = {
+        "arm": lambda own: own[0]["arm"],
+        **{f"{label} s": seconds(phase) for phase, label in PHASES.items()},
+        "total s": lambda own: spread([row["total_s"] for row in own]),
+        **{f"x {base}": against(base) for base in BASELINES if base in names(rows)},
+        "layer rows, k": lambda own: f"{median(row['num_layer_rows'] for row in own) / 1000:.1f}",
+        "tokens": lambda own: f"{median(row['num_prefilled_tokens'] + row['num_decoded_tokens'] for row in own):.0f}",
+        f"answer as {STRONGEST}": same,
+        "thresholds": lambda own: ", ".join(sorted({row["gates"] for row in own})),
+    }
+    page.columns(groups_of(rows, "arm").values(), columns)
 
 
 def make_page(rows: Sequence[Row], options: argparse.Namespace) -> Page:

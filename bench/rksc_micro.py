@@ -125,8 +125,10 @@ def measure_all(options: argparse.Namespace) -> list[Row]:
         with load(options, dtype) as llm, load(options, dtype, eviction="lru") as without_mass:
             arms = make_arms(llm, without_mass, options)
             chosen = {name: arms[name] for name in keep_only(arms, options.only)}
-            turns = take_turns(chosen, range(options.micro_repeats), options.warmup)
-            rows += [{"part": "micro", "dtype": llm.stats()["dtype"], **row} for turn in turns for row in turn]
+            rows += [
+                {"part": "micro", "dtype": llm.stats()["dtype"], **row}
+                for row in take_turns(chosen, range(options.micro_repeats), options.warmup)
+            ]
     return rows
 
 

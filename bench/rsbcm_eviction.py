@@ -182,7 +182,7 @@ def time_all(shapes: Sequence[Shape], options: argparse.Namespace) -> list[Row]:
     arms: dict[str, Callable[[int], Row]] = {}
     for shape in shapes:
         arms |= timed_arms(llm, shape, options)
-    rows = [row for turn in take_turns(arms, range(options.repeats), options.warmup) for row in turn]
+    rows = list(take_turns(arms, range(options.repeats), options.warmup))
     for own in groups_of(rows, "kind").values():
         for row in own:
             lengths = [len(ids) for ids in row["token_ids"]]

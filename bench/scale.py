@@ -137,7 +137,7 @@ def measure_solves(llm: LLM, options: Any) -> list[Row]:
         return lambda _: solve(llm, config, prompt)
 
     arms = {str(branches): arm(branches) for branches in BRANCHES[: 4 if options.quick else None]}
-    return [row for turn in take_turns(arms, range(options.repeats), options.warmup) for row in turn]
+    return list(take_turns(arms, range(options.repeats), options.warmup))
 
 
 def slope(sizes: Sequence[float], seconds: Sequence[float]) -> float:

@@ -13,7 +13,7 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,21 +61,6 @@ CHOICES: dict[str, tuple[Any, str]] = {
     "limit": (int, "use the first N problems only"),
 }
 STEP_SAMPLING = tuple(name for name in SAMPLING if name not in ("max_tokens", "n", "logprobs", "ignore_eos"))
-
-
-@dataclass(frozen=True)
-class Problems:
-    """What a JSONL file of problems holds.
-
-    Attributes:
-        items: Pairs of a text and, where it is given, the right answer.
-        sha256: Digest of the whole file.
-        name: Name of the file.
-    """
-
-    items: list[tuple[str, str | None]]
-    sha256: str
-    name: str
 
 
 def build_parser(prog: str = "python -m minirksc.calibrate") -> Parser:
@@ -146,8 +131,8 @@ class Job:
         self.evidence_path = self.output.with_name(self.output.name + ".evidence.jsonl")
         for path in (self.output, self.evidence_path):
             check_writable(path, "--output")
-        self.problems = read_problems(Path(options.data))
-        self.todo = self.problems.items[: options.limit]
+        problems, self.data = read_problems(Path(options.data))
+        self.todo = problems[: options.limit]
 
     def run(self, make_llm: Callable[..., "LLM"]) -> int:
         """Collects, calibrates, writes; returns the exit code."""
@@ -224,11 +209,8 @@ class Job:
             "accuracy": accuracy,
             "saved_all_problems": whole.saved,
         }
-        data = {"name": self.problems.name, "sha256": self.problems.sha256, "problems": len(self.problems.items)}
-        file = GatesFile(
-            certified.gates, self.budget, self.confidence, counts, data, settings, model, minirksc_version=__version__
-        )
-        write_gates(self.output, file)
+        promise = (self.budget, self.confidence)
+        write_gates(self.output, GatesFile(certified.gates, *promise, counts, self.data, settings, model, __version__))
         note(f"wrote {self.output}")
         if self._options.json:
             print_json({"output": str(self.output), "budget": self.budget, "confidence": self.confidence, **counts})
@@ -251,7 +233,7 @@ class Job:
         return {
             "minirksc_version": __version__,
             "torch_version": torch.__version__,
-            "data": {"sha256": self.problems.sha256},
+            "data": {"sha256": self.data["sha256"]},
             "seed": self.seed,
             "settings": {name: value for name, value in settings.items() if name not in RULES},
             "model": model,
@@ -268,8 +250,8 @@ class Job:
             )
 
 
-def read_problems(path: Path) -> Problems:
-    """Problems of a JSONL file.
+def read_problems(path: Path) -> tuple[list[tuple[str, str | None]], dict[str, Any]]:
+    """Problems of a JSONL file: text and, where it is given, the right answer; and what tells one file from another.
 
     Raises:
         ConfigError: It cannot be read, is empty, or a line is no problem.
@@ -278,7 +260,7 @@ def read_problems(path: Path) -> Problems:
     items = [_problem(path, number, line) for number, line in lines]
     if not items:
         raise ConfigError(f"--data {path} is empty; give one problem a line")
-    return Problems(items, hashlib.sha256(raw).hexdigest(), path.name)
+    return items, {"name": path.name, "sha256": hashlib.sha256(raw).hexdigest(), "problems": len(items)}
 
 
 def print_table(found: Calibration, accuracy: dict[str, float] | None) -> None:

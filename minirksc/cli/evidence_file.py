@@ -17,56 +17,15 @@ SCHEMA_VERSION = 1
 MAX_BYTES = 4 << 30
 
 
-class _Reader:
-    """Takes the lines of a file of evidence.
-
-    Args:
-        path: Path of the file, for messages.
-
-    Attributes:
-        header: What the evidence was made with; empty before the first line.
-        found: Number of a problem -> its evidence, or why there is none.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.header: dict[str, Any] = {}
-        self.found: dict[int, Evidence | Failed] = {}
-
-    def take(self, number: int, line: bytes) -> None:
-        """Reads a line; one that was torn off is passed over.
-
-        Raises:
-            ConfigError: It is no evidence.
-        """
-        if not line.endswith(b"\n"):
-            return
-        try:
-            values = json.loads(line)
-            if number == 1:
-                if values["schema"] != SCHEMA or values["schema_version"] != SCHEMA_VERSION:
-                    raise ValueError(f"schema {values['schema']!r}, version {values['schema_version']!r}")
-                self.header = values
-            elif "error" in values:
-                self.found[_number(values["problem"])] = Failed(str(values["error"]))
-            else:
-                self.found[_number(values["problem"])] = Evidence.from_dict(values["evidence"])
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise ConfigError(
-                f"{self.path}: line {number} is no evidence of this version ({error}); "
-                "remove the file, or choose another"
-            ) from error
-
-
-class EvidenceFile(_Reader):
+class EvidenceFile:
     """Evidence by problem, in a JSONL file that grows.
 
     Args:
-        file: File of this run, new or of an earlier run with the same header.
+        file: File of this run, new or of an earlier run with the same header. A last line that was torn off is dropped.
         header: Plain data: what the evidence is made with.
 
     Attributes:
-        header, found, path: See `_Reader`.
+        found: Number of a problem -> its evidence, or why there is none.
 
     Raises:
         ConfigError: The file cannot be read, or holds something else.
@@ -74,24 +33,22 @@ class EvidenceFile(_Reader):
     """
 
     def __init__(self, file: GrowingFile, header: dict[str, Any]) -> None:
-        super().__init__(file.path)
+        self.found: dict[int, Evidence | Failed] = {}
         self._file = file
-        self._expected = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **header}
-        file.truncate(file.read(self.take))
-        if not self.header:
-            file.add(_line(self._expected))
+        header = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **header}
 
-    def take(self, number: int, line: bytes) -> None:
-        """Reads a line; refuses what another run, or another program, has written.
+        def take(number: int, line: bytes) -> None:
+            if line.endswith(b"\n"):
+                first = _read_line(file.path, number, line, self.found)
+                if first is not None:
+                    _check_header(file.path, first, header)
+            elif number == 1 and not _line(header).startswith(line):
+                raise ConfigError(f"{file.path} exists and is no evidence; choose another --output, or remove it")
 
-        Raises:
-            ConfigError: It is no evidence, or was made with something else.
-        """
-        super().take(number, line)
-        if number == 1 and self.header:
-            _check_header(self.path, self.header, self._expected)
-        elif number == 1 and not _line(self._expected).startswith(line):
-            raise ConfigError(f"{self.path} exists and is no evidence; choose another --output, or remove it")
+        num_whole = file.read(take)
+        file.truncate(num_whole)
+        if not num_whole:
+            file.add(_line(header))
 
     def add(self, index: int, one: Evidence | Failed) -> None:
         """Appends what a problem gave."""
@@ -106,12 +63,32 @@ def read_evidence(path: Path) -> tuple[dict[str, Any], list[Evidence]]:
     Raises:
         ConfigError: It cannot be read, or holds something else.
     """
-    reader = _Reader(path)
-    for number, line in enumerate(read_file(path, MAX_BYTES, "evidence").splitlines(keepends=True), start=1):
-        reader.take(number, line)
-    if not reader.header:
+    header: dict[str, Any] | None = None
+    found: dict[int, Evidence | Failed] = {}
+    raw = read_file(path, MAX_BYTES, "evidence")
+    for number, line in enumerate(raw[: raw.rfind(b"\n") + 1].splitlines(), start=1):
+        header = _read_line(path, number, line, found) or header
+    if header is None:
         raise ConfigError(f"{path} is empty; collect evidence with `python -m minirksc.calibrate`")
-    return reader.header, [one for _, one in sorted(reader.found.items()) if isinstance(one, Evidence)]
+    return header, [one for _, one in sorted(found.items()) if isinstance(one, Evidence)]
+
+
+def _read_line(path: Path, number: int, line: bytes, found: dict[int, Evidence | Failed]) -> dict[str, Any] | None:
+    """Returns what the first line says of all others; puts into `found` what another line says of its problem."""
+    try:
+        values: dict[str, Any] = json.loads(line)
+        if number == 1:
+            if values["schema"] != SCHEMA or values["schema_version"] != SCHEMA_VERSION:
+                raise ValueError(f"schema {values['schema']!r}, version {values['schema_version']!r}")
+            return values
+        is_failed = "error" in values
+        index = _number(values["problem"])
+        found[index] = Failed(str(values["error"])) if is_failed else Evidence.from_dict(values["evidence"])
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ConfigError(
+            f"{path}: line {number} is no evidence of this version ({error}); remove the file, or choose another"
+        ) from error
 
 
 def _number(value: Any) -> int:

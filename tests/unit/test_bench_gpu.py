@@ -235,7 +235,10 @@ def test_only_what_is_asked_for_is_measured():
 
 
 def test_a_case_too_large_for_the_device_is_skipped(monkeypatch):
-    monkeypatch.setattr(gpu.Measure, "_free_bytes", lambda self: 10.0)
+    def too_large(case, device):
+        raise torch.OutOfMemoryError("tried to allocate 200.00 GiB")
+
+    monkeypatch.setattr(gpu_attention, "AttentionInputs", too_large)
     (row,) = measure().attention(CASES["decode"], [])
     assert "GiB" in row["skipped"] and row["kind"] == "decode"
 

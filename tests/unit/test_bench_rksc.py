@@ -144,7 +144,8 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
 def test_arms_take_turns_in_changing_orders_and_warm_up_first():
     calls = []
     arms = {name: lambda index, name=name: calls.append((name, index)) or {"value": index} for name in "abcd"}
-    turns = list(harness.take_turns(arms, range(5, 12), warmup=2))
+    rows = list(harness.take_turns(arms, range(5, 12), warmup=2))
+    turns = [rows[begin : begin + 4] for begin in range(0, len(rows), 4)]
     assert [[row["arm"] for row in turn] for turn in turns] == [list("abcd")] * 7
     assert [turn[0]["repeat"] for turn in turns] == [row["value"] for row, *_ in turns] == list(range(5, 12))
     assert len(calls) == 4 * (7 + 2) and {index for _, index in calls[:8]} == {5}
