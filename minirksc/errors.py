@@ -4,8 +4,9 @@ A message names the offending value, the limit it met and what to do about it. A
 `MinirkscError`, so that a service can catch one type; those that reject an argument are `ValueError`s too.
 """
 
+import difflib
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 _BRIEF = reprlib.Repr()
@@ -33,6 +34,18 @@ def listing(items: Sequence[str], separator: str) -> str:
     shown = [item if len(item) <= MAX_ITEM_CHARS else f"{item[:MAX_ITEM_CHARS]}..." for item in items[:MAX_LISTED]]
     more = [f"and {len(items) - MAX_LISTED} more"] if len(items) > MAX_LISTED else []
     return separator.join([*shown, *more])
+
+
+def did_you_mean(word: str, known: Iterable[str], most: int) -> str:
+    """A question after names that look like a word; "" where none does.
+
+    Args:
+        word: Word that was not understood.
+        known: Names that would have been.
+        most: Number of names to ask about.
+    """
+    close = difflib.get_close_matches(word, list(known), n=most)
+    return f"did you mean {' or '.join(close)}?" if close else ""
 
 
 def named(error: Exception, what: str) -> Exception:

@@ -49,8 +49,8 @@ def read_bytes(path: Path, error: type[MinirkscError] = CheckpointError, max_byt
     """The content of a regular file.
 
     Args:
-        path: of the file.
-        error: what to raise.
+        path: file to read.
+        error: class of what is raised.
         max_bytes: size above which it is not even read.
 
     Raises:

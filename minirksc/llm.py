@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -57,7 +56,7 @@ class LLM:
 
     Args:
         model: a checkpoint folder or an alias such as "smollm2-135m".
-        use_tqdm: progress bar on stderr, if loading takes a while.
+        use_tqdm: whether a progress bar is shown on stderr, if loading takes a while.
         options: fields of `EngineConfig`: dtype, device, kv_cache_bytes, kv_cache_dtype, quantize, block_size,
             max_batch_tokens, max_model_len, threads, backend, eviction, seed and so on.
 
@@ -122,19 +121,14 @@ class LLM:
             self._restore_threads()
 
     def _restore_threads(self) -> None:
-        """They are the process's, not ours."""
+        """Puts back the number of torch's threads, which are the process's."""
         if self._has_set_threads:
             torch.set_num_threads(self._threads_before)
 
     def __enter__(self) -> "LLM":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     # Generation
@@ -153,12 +147,13 @@ class LLM:
 
         Args:
             prompts: one or many, each text, token ids, {"prompt": "..."} or {"prompt_token_ids": [...]}.
-            params: for all, or one a prompt, each `SamplingParams` or a dict of its fields; None: its defaults.
-            use_tqdm: progress bar on stderr.
-            return_errors: put a prompt's error into its result instead of raising it, whatever is wrong with it.
+            params: sampling parameters of all or one a prompt, each `SamplingParams` or a dict of its fields; None: its
+                defaults.
+            use_tqdm: whether a progress bar is shown on stderr.
+            return_errors: whether a prompt's error is put into its result instead of raised, whatever is wrong with it.
             sampling_params: another name of `params`, that of vLLM.
-            salt: cached blocks are shared with calls of the same salt alone; None: with those that have none. A prompt
-                may bring its own as {"prompt": "...", "cache_salt": "..."}.
+            salt: text or bytes that calls have in common whose cached blocks are shared; None: those that have none. A
+                prompt may bring its own as {"prompt": "...", "cache_salt": "..."}.
 
         Returns:
             One result a prompt, in order.
@@ -213,7 +208,7 @@ class LLM:
             if job.error is not None:
                 raise job.error
             for _ in self._session.run(job.requests):
-                # Until nothing is new: whoever takes a chunk may step the engine before he takes the next.
+                # Until nothing is new: between two chunks the engine may have been stepped by another call.
                 while chunks := job.new_chunks():
                     yield from chunks
         return job.result()
@@ -235,14 +230,14 @@ class LLM:
 
         Args:
             conversations: one list of {"role": ..., "content": ...}, a list of such lists, or a single message.
-            params: as in `generate`.
-            use_tqdm: as in `generate`.
-            return_errors: as in `generate`.
-            add_generation_prompt: end each conversation with the beginning of the assistant's turn.
+            params: sampling parameters as in `generate`.
+            use_tqdm: whether a progress bar is shown on stderr.
+            return_errors: whether an error is put into the result, as in `generate`.
+            add_generation_prompt: whether the beginning of the assistant's turn ends each conversation.
             tools: functions that the model may call, each described by a JSON schema.
             chat_template_kwargs: other variables that the template knows, such as {"enable_thinking": False}.
-            sampling_params: as in `generate`.
-            salt: as in `generate`.
+            sampling_params: another name of `params`, that of vLLM.
+            salt: text or bytes that calls have in common whose cached blocks are shared.
 
         Raises:
             ChatTemplateError: there is no template, it fails, or it does not know a variable; unless return_errors.
@@ -252,15 +247,15 @@ class LLM:
             Conversation(conversation, add_generation_prompt, tools, chat_template_kwargs)
             for conversation in conversation_list(conversations)
         ]
-        params = either_params(params, sampling_params)
-        return self.generate(prompts, params, use_tqdm, return_errors, salt=salt)  # type: ignore[arg-type]
+        shared: dict[str, Any] = {"sampling_params": sampling_params, "salt": salt}
+        return self.generate(prompts, params, use_tqdm, return_errors, **shared)  # type: ignore[arg-type]
 
     def logits(self, token_ids: Iterable[int], *, salt: Salt | None = None) -> Tensor:
         """Next-token logits at every position: `[tokens, vocab]` float32 on the CPU.
 
         Args:
-            token_ids: all are computed, whatever is cached of them.
-            salt: whose calls may use what is computed here; None: nobody's.
+            token_ids: tokens to compute, all of them, whatever is cached.
+            salt: salt of the calls that may use what is computed here; None: no other call may.
 
         Raises:
             PromptError, CacheFullError.
@@ -273,12 +268,7 @@ class LLM:
 
         with self.engine.call() as call:
             self.engine.add_request(
-                sequence,
-                SamplingParams(),
-                prefill_only=True,
-                logits_start=0,
-                on_logits=store,
-                call=call,
+                sequence, SamplingParams(), prefill_only=True, logits_start=0, on_logits=store, call=call
             )
             self._session.run_all(call.requests)
         return out

@@ -6,7 +6,6 @@ and whose "(default: ...)" says what a default stands for. Parsers of command li
 `minirksc.cli.parser`. Which options there are is not known here.
 """
 
-import difflib
 import functools
 import inspect
 import re
@@ -16,7 +15,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Self, TypeVar, get_args, get_origin
 
-from minirksc.errors import ConfigError, brief
+from minirksc.errors import ConfigError, brief, did_you_mean
 
 T = TypeVar("T")
 
@@ -208,9 +207,8 @@ class Options:
             if instead in cls.declared:
                 return f"unknown option {name!r}; vLLM calls it {name}, here it is {instead}"
             return f"{name}={brief(value)} is not an option here: {instead}"
-        close = difflib.get_close_matches(str(name), cls.declared, n=2)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(cls.declared)}"
-        return f"unknown option {name!r}; {hint}"
+        meant = did_you_mean(str(name), cls.declared, 2) or f"known: {', '.join(cls.declared)}"
+        return f"unknown option {name!r}; {meant}"
 
 
 C = TypeVar("C", bound=Options)

@@ -34,7 +34,7 @@ def read_token_ids(values: Any, vocab_size: int | None = None) -> list[int]:
 
     Args:
         values: a list, an array or anything else that can be iterated in order.
-        vocab_size: None: whatever is not negative will do.
+        vocab_size: number of ids that there are; None: any that is not negative will do.
 
     Raises:
         PromptError: it is no list, or one of them is no whole number or outside the vocabulary.

@@ -45,7 +45,7 @@ def run_command(read: Callable[[], Callable[[], int]], encoding_errors: str = "r
     """Runs a command; every error becomes one line on stderr and an exit code.
 
     Args:
-        read: checks the command line and returns what does the work. A ConfigError here is wrong usage.
+        read: function that checks the command line and returns what does the work. A ConfigError in it is wrong usage.
         encoding_errors: what becomes of characters that stdout's encoding lacks; text must not die of them.
     """
     _occupy_descriptors()

@@ -83,8 +83,8 @@ def build_parser(prog: str = "python -m minirksc.generate", branches: int | None
     """All options; those that were not given are None.
 
     Args:
-        prog: how it was called.
-        branches: where --branches is not given; None: the solver is off then.
+        prog: name under which it was called.
+        branches: number of branches where --branches is not given; None: the solver is off then.
     """
     parser = Parser(
         prog=prog,
@@ -129,10 +129,10 @@ def main(
     """Runs a command line; returns the exit code.
 
     Args:
-        arguments: None for the process's own.
-        make_llm: called with the engine's options; None for `LLM`.
-        prog: how it was called, for messages.
-        branches: where --branches is not given; None: the solver is off then.
+        arguments: words of the command line; None: the process's own.
+        make_llm: function that opens a model, given the engine's options; None: `LLM`.
+        prog: name under which it was called, for messages.
+        branches: number of branches where --branches is not given; None: the solver is off then.
     """
 
     def read() -> Callable[[], int]:
@@ -147,7 +147,7 @@ class Job:
     """A checked command line.
 
     Args:
-        options: of `build_parser`.
+        options: options that a parser of `build_parser` has read.
 
     Raises:
         UsageError, ConfigError: options contradict each other or are out of range.
@@ -228,8 +228,8 @@ class Job:
         config, salted = self.solver_config, {} if salt is None else {"salt": salt}
         if config is not None and seed is not None:
             config = replace(config, sampling=replace(self.params, seed=seed))
-        with cli_output.Progress(enabled=self.batch is None and is_terminal(sys.stderr)) as progress:
-            result = Solver(llm, config).solve(problem, self.phrasings, on_event=progress.on_event, **salted)
+        with cli_output.progress(enabled=self.batch is None and is_terminal(sys.stderr)) as on_event:
+            result = Solver(llm, config).solve(problem, self.phrasings, on_event=on_event, **salted)
         self.solver_s.update({name: result.stats[name] for name in ("prefill_s", "decode_s", "verify_s")})
         return result
 

@@ -26,7 +26,7 @@ def start(command: str | None = None) -> NoReturn:
     """Runs a command line as this process; Ctrl-C ends it at any moment, also while modules are imported.
 
     Args:
-        command: of which `python -m minirksc.COMMAND` is another form; None: the first argument says.
+        command: name of the command; None: the first argument says it.
     """
     leave_at_once()
     # Imported before the process runs it: from then on Ctrl-C is an exception, which an import would lose.
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `minirksc COMMAND ...`; returns the exit code.
 
     Args:
-        arguments: None for the process's own.
+        arguments: words of the command line; None: the process's own.
     """
     return _chosen(sys.argv[1:] if arguments is None else arguments)()
 
@@ -63,9 +63,8 @@ def _refuse(words: Sequence[str]) -> NoReturn:
         SystemExit: it was answered.
         UsageError: it is no command.
     """
-    import difflib
-
     from minirksc.cli.command import CommandParser, UsageError
+    from minirksc.errors import did_you_mean
 
     table = "\n".join(f"  {name:12} {text}" for name, text in COMMANDS.items())
     parser = CommandParser(
@@ -77,6 +76,5 @@ def _refuse(words: Sequence[str]) -> NoReturn:
     _, unknown = parser.parse_known_args(words)
     if not unknown:
         raise UsageError(f"a command is missing; there are {', '.join(COMMANDS)}")
-    close = difflib.get_close_matches(unknown[0], COMMANDS, n=1)
-    meant = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
+    meant = did_you_mean(unknown[0], COMMANDS, 1) or f"there are {', '.join(COMMANDS)}"
     raise UsageError(f"{unknown[0]!r:.200} is no command; {meant}")

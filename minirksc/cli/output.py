@@ -6,13 +6,13 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, RenderableType
-from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
@@ -103,25 +103,13 @@ def to_json(record: dict[str, Any], ascii_only: bool = False) -> str:
     return text if ascii_only or not any("\ud800" <= c <= "\udfff" for c in text) else to_json(record, ascii_only=True)
 
 
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """A JSON file.
-
-    Raises:
-        MinirkscError: it cannot be written.
-    """
-    write_file(path, to_json(record) + "\n")
-
-
 def write_trace(path: Path, trace: dict[str, Any]) -> None:
     """A trace as JSON, or as a page where the file's name ends in .html.
 
     Raises:
         MinirkscError: it cannot be written.
     """
-    if path.suffix.lower() == ".html":
-        write_file(path, trace_page(trace))
-    else:
-        write_json(path, trace)
+    write_file(path, trace_page(trace) if path.suffix.lower() == ".html" else to_json(trace) + "\n")
 
 
 def print_stream(chunks: "Iterable[StreamChunk]") -> None:
@@ -209,7 +197,7 @@ def print_stats(stats: dict[str, Any], solving: Mapping[str, float] | None = Non
     """Counters, one line a subject.
 
     Args:
-        stats: of the LLM.
+        stats: statistics of the LLM.
         solving: seconds of the solver, all of its problems together; empty or None: it was not used.
     """
     int8 = "" if stats["quantize"] == "none" else f"{stats['quantize']} (approximate) "
@@ -249,32 +237,23 @@ def _mib(num_bytes: int | None) -> str:
     return "unknown" if num_bytes is None else f"{num_bytes / 2**20:.0f} MiB"
 
 
-class Progress:
-    """A line on stderr that says what a solve is doing.
+@contextmanager
+def progress(enabled: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A line on stderr that says what a solve is doing; gives what takes its events.
 
     Args:
         enabled: False shows nothing.
     """
+    if not enabled:
+        yield lambda event: None
+        return
+    with Console(stderr=True).status("computing the prompt ...") as status:
 
-    def __init__(self, enabled: bool) -> None:
-        self._status: Status | None = None
-        if enabled:
-            self._status = Console(stderr=True).status("computing the prompt ...")
-
-    def __enter__(self) -> "Progress":
-        if self._status is not None:
-            self._status.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._status is not None:
-            self._status.stop()
-
-    def on_event(self, event: dict[str, Any]) -> None:
-        """For `Solver.solve`."""
-        if self._status is not None:
+        def show_event(event: dict[str, Any]) -> None:
             done = PHASES.get(str(event["event"]), str(event["event"]))
-            self._status.update(f"{done}: {event['seconds']:.2f} s; going on ...")
+            status.update(f"{done}: {event['seconds']:.2f} s; going on ...")
+
+        yield show_event
 
 
 def _one_line(text: str) -> Text:

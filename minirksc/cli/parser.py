@@ -5,17 +5,21 @@ check of its value alone and a line of help. What was not given is None, so that
 """
 
 import argparse
-import difflib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from minirksc.cli.command import CommandParser, UsageError
-from minirksc.errors import ConfigError
+from minirksc.errors import ConfigError, did_you_mean
 from minirksc.option_fields import Options
+from minirksc.options import EngineConfig
+from minirksc.vllm_names import ENGINE_NAMES, SAMPLING_NAMES
 
 SINGULAR = {"ignore_config_keys": "ignore_config_key"}
 """Options that hold several values, whose flag is given once for each."""
+
+
+VLLM_NAMES = {**SAMPLING_NAMES, **ENGINE_NAMES}
 
 
 def flag_of(name: str) -> str:
@@ -109,8 +113,7 @@ class Parser(CommandParser):
             flag = unknown[0].split("=")[0]
             if not flag.startswith("-"):
                 raise UsageError(f"unexpected argument {flag!r}; put text with spaces into quotes")
-            close = difflib.get_close_matches(flag, ["--no-chat", *map(flag_of, names)], n=2)
-            raise UsageError(f"unknown option {flag!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
+            raise UsageError(f"unknown option {flag!r}{_meant(flag, names)}")
         missing = [name for name in names if getattr(options, name) is None]
         options.variables = [name for name in missing if self._read_variable(options, name)]
         return options
@@ -133,3 +136,19 @@ class Parser(CommandParser):
             return False
         setattr(options, name, value)
         return True
+
+
+def _meant(flag: str, names: Sequence[str]) -> str:
+    """What may have been meant by an unknown flag: an option of vLLM, or one that looks alike.
+
+    Args:
+        flag: unknown flag.
+        names: Names of the options that there are.
+    """
+    theirs = VLLM_NAMES.get(flag.removeprefix("--").replace("-", "_"))
+    if theirs is not None and theirs.instead in names:
+        return f"; vLLM calls it so, here it is {flag_of(theirs.instead)}"
+    if theirs is not None and theirs.instead not in EngineConfig.declared:  # of that there is no flag
+        return f": {theirs.instead}"
+    meant = did_you_mean(flag, ["--no-chat", *map(flag_of, names)], 2)
+    return f"; {meant}" if meant else ""

@@ -21,8 +21,8 @@ def main(
     """Runs a command line; returns the exit code.
 
     Args:
-        arguments: None for the process's own.
-        make_llm: called with the engine's options; None for `LLM`.
-        prog: how it was called, for messages.
+        arguments: words of the command line; None: the process's own.
+        make_llm: function that opens a model, given the engine's options; None: `LLM`.
+        prog: name under which it was called, for messages.
     """
     return generate.main(arguments, make_llm, prog, branches=SolverConfig.branches)

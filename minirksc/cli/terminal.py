@@ -27,8 +27,8 @@ def visible(text: str) -> str:
 
 def shortened(text: str) -> str:
     """At most `MAX_MESSAGE_LEN` characters, and how many more there were."""
-    left = len(text) - MAX_MESSAGE_LEN
-    return text if left <= 0 else f"{text[:MAX_MESSAGE_LEN]} ... ({left} more characters)"
+    more = len(text) - MAX_MESSAGE_LEN
+    return text if more <= 0 else f"{text[:MAX_MESSAGE_LEN]} ... ({more} more characters)"
 
 
 def is_terminal(stream: IO[str] | None) -> bool:
@@ -88,7 +88,7 @@ def say(text: str) -> None:
 
 
 def discard(stream: IO[str] | None) -> None:
-    """What a failed write has left in a stream's buffer must not fail again when the interpreter ends."""
+    """Empties a stream into nothing: what a failed write has put into its buffer must not fail again at the end."""
     if stream is None:
         return
     with contextlib.suppress(OSError, ValueError):

@@ -139,10 +139,10 @@ class Session:
         """A root branch, its prompt computed once.
 
         Args:
-            prompt: in any form that `LLM.generate` takes.
+            prompt: prompt in any form that `LLM.generate` takes.
             share: False keeps its blocks out of all sharing but that of its own forks.
-            seed: of its samples and its forks'; None: the next of this LLM's.
-            salt: as in `LLM.generate`, for all that is done with it and its forks.
+            seed: seed of its samples and its forks'; None: the next of this LLM's.
+            salt: salt, as in `LLM.generate`, of all that is done with it and its forks.
 
         Raises:
             ConfigError, PromptError, CacheFullError, TokenizerError.
@@ -161,12 +161,12 @@ class Session:
         """Root branches, their prompts computed together.
 
         Args:
-            prompts: as in `LLM.generate`.
-            share: as in `branch`.
-            seed: as in `branch`, the same for all; None: the next of this LLM's, one a branch.
-            seats: at depth gates, one a prompt, None for none. A branch whose prompt left has `exit_layer` and no KV:
-                prune it, or have its prompt computed by whatever is done with it next.
-            salt: as in `branch`.
+            prompts: prompts, one or many, in any form that `LLM.generate` takes.
+            share: False keeps their blocks out of all sharing but that of their own forks.
+            seed: seed of all of them; None: the next of this LLM's, one a branch.
+            seats: seats at gates, one a prompt, None for none. A branch whose prompt departed has `exit_layer` and no
+                KV: prune it, or have its prompt computed by whatever is done with it next.
+            salt: salt of all that is done with them and their forks.
 
         Raises:
             ConfigError, PromptError, CacheFullError, TokenizerError: none of them is made.
@@ -222,11 +222,11 @@ class Session:
 
         Args:
             branches: distinct branches of this LLM.
-            params: for all, or one a branch; without n and the logprobs options.
-            on_step: called after each step with the progress of every branch; names branches that stop here and why:
-                index -> finish_reason.
-            keep_stop: what ended a branch, a stop string or an end token, stays in its tokens, though not in its text.
-                False takes it out, so that it goes on as if that had never been generated: tokens are dropped from
+            params: sampling parameters of all, or one a branch; without n and the logprobs options.
+            on_step: function called after each step with the progress of every branch; names branches that stop here
+                and why: index -> finish_reason.
+            keep_stop: whether what ended a branch, a stop string or an end token, stays in its tokens (never in its
+                text). False: it goes on as if that had never been generated: tokens are dropped from
                 the first one on that holds any of it. Where that one also spells text before it, this is tokenised
                 anew and appended; it stays in `Branch.text`, and is not in `Branch.output_token_ids`.
             sampling_params: another name of `params`, that of vLLM.
@@ -277,10 +277,10 @@ class Session:
         of longer ones the whole sequence is scored.
 
         Args:
-            branches: of this LLM; cached blocks are shared as the salt of each allows.
+            branches: branches of this LLM; cached blocks are shared as the salt of each allows.
             question: text or token ids, appended to each branch for this pass only; or a list of one for each branch.
-            choices: at least two, text or token ids.
-            gate: at which all sit, each by its index. Whoever left has NaN for a result: the gate knows what it saw.
+            choices: texts or token ids, at least two.
+            gate: gate at which all sit, each by its index. One that departed has NaN for a result: the gate knows why.
 
         Returns:
             `[branches, choices]` float32; each row sums to 1.

@@ -121,6 +121,8 @@ def test_hints_and_phrasings_come_from_files(run, tmp_path):
     ("arguments", "message"),
     [
         (["x", "--brnches", "2"], "did you mean --branches"), (["x", "--temp", "1"], "unknown option '--temp'"),
+        (["x", "--max-num-seqs", "2"], "vLLM calls it so, here it is --max-batch-requests"),
+        (["x", "--tensor-parallel-size=2"], "one process on one device"), (["x", "--enable-prefix-caching"], "unknown"),
         (["x", "--nochat"], "--no-chat"), (["x", "y"], "into quotes"), (["x", "--stats=1"], "--stats"),
         (["x", "--depth", "2"], "--depth needs --branches"), (["x", "--trace", "f"], "--trace needs --branches"),
         (["x", "--hints", "f"], "--hints needs"), (["x", "--select", "vote"], "--select needs"),

@@ -7,7 +7,7 @@ import pytest
 
 from minirksc import LLM, SamplingParams
 from minirksc.cli.generate import main
-from minirksc.errors import ChatTemplateError
+from minirksc.errors import ChatTemplateError, ConfigError
 
 TEMPLATE = "{{ bos_token }}{% if enable_thinking %}think {% endif %}{{ tools | length if tools else 0 }} "
 TEMPLATE += "{{ messages[0].content }}{% if add_generation_prompt %} A:{% endif %}"
@@ -48,6 +48,21 @@ def test_chat_refuses_what_would_have_no_effect(llm):
         llm.chat(CHAT, GREEDY, chat_template_kwargs={"enable_thinkng": False})
     with pytest.raises(TypeError, match="enable_thinking"):
         llm.chat(CHAT, GREEDY, enable_thinking=False)
+
+
+def test_sampling_params_is_another_name_of_params(llm):
+    branches = [llm.branch("hi") for _ in range(2)]
+    llm.extend(branches[:1], GREEDY)
+    llm.extend(branches[1:], sampling_params=GREEDY)
+    assert branches[0].token_ids == branches[1].token_ids
+    for call, prompt in ((llm.generate, "hi"), (llm.chat, CHAT)):
+        [ours], [theirs] = call(prompt, GREEDY), call(prompt, sampling_params=GREEDY)
+        assert ours.outputs[0].token_ids == theirs.outputs[0].token_ids and len(ours.outputs[0].token_ids) == 2
+    [*_, last] = llm.stream("hi", sampling_params=GREEDY)
+    assert last.finish_reason == "length"
+    for call, prompt in ((llm.generate, "hi"), (llm.chat, CHAT), (llm.stream, "hi"), (llm.extend, branches)):
+        with pytest.raises(ConfigError, match="params and sampling_params are the same option"):
+            call(prompt, GREEDY, sampling_params=GREEDY)
 
 
 def run(capsys, folder, *arguments):
