@@ -140,9 +140,8 @@ def measure(llm: LLM, pairs: Sequence[tuple[str, str, str]], tokens: int) -> lis
             for mode in (*MODES[index % 4 :], *MODES[: index % 4]):
                 row[mode] = pair.run(REJECT if mode == "rejected" else ACCEPT, mode)
         rows.append(row)
-        print(
-            f"{index + 1}/{len(pairs)} {kind}: {'accepted' if row['accepted'] else reason or 'not alike'}", flush=True
-        )
+        outcome = "accepted" if row["accepted"] else reason or "not alike"
+        print(f"{index + 1}/{len(pairs)} {kind}: {outcome}", flush=True)
     return rows
 
 

@@ -110,12 +110,8 @@ def known_peers(options: argparse.Namespace, folder: Path) -> tuple[list[Peer], 
     if options.llamacpp is None:
         missing.append("llama.cpp is left out: --llamacpp names its environment")
     else:
-        load = {
-            "threads": options.threads,
-            "max_len": max_len,
-            "num_sequences": max(options.branches, *options.batch_sizes),
-        }
-        load["flash_attention"] = options.flash_attention
+        load = {"threads": options.threads, "max_len": max_len, "flash_attention": options.flash_attention}
+        load["num_sequences"] = max(options.branches, *options.batch_sizes)
         command = there(options.llamacpp, "peer_llamacpp.py")
         if options.gguf is not None:
             peers.append(Peer(f"llama.cpp {options.gguf.stem}", command, {**load, "gguf": str(options.gguf.resolve())}))

@@ -177,7 +177,7 @@ def time_all(shapes: Sequence[Shape], options: argparse.Namespace) -> list[Row]:
         kv_cache_bytes="64MiB",
         max_batch_requests=options.batch_requests,
     )
-    if llm.engine.blocks.windows.num_blocks:
+    if llm.stats()["num_window_blocks_total"]:
         sys.exit(f"{options.model} has layers with a window; part times is for models without")
     arms: dict[str, Callable[[int], Row]] = {}
     for shape in shapes:
@@ -231,19 +231,8 @@ def timed_arms(llm: Any, shape: Shape, options: argparse.Namespace) -> dict[str,
 
 def make_shapes(options: argparse.Namespace) -> list[Shape]:
     """One a kind of search."""
-    return [
-        Shape(
-            kind=kind,
-            branches=options.branches,
-            beam=options.beam,
-            depth=options.depth,
-            tokens=options.tokens,
-            num_open=options.open,
-            num_problems=options.problems,
-            concurrency=options.concurrency,
-        )
-        for kind in options.kinds
-    ]
+    same = {name: getattr(options, name) for name in ("branches", "beam", "depth", "tokens", "concurrency")}
+    return [Shape(kind=kind, num_open=options.open, num_problems=options.problems, **same) for kind in options.kinds]
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

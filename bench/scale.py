@@ -20,18 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from bench import harness
 from bench.fake_engine import FakeEngine
-from bench.harness import (
-    Row,
-    make_parser,
-    names,
-    parse_with_quick,
-    positive,
-    run_or_exit,
-    summarise,
-    take_turns,
-    values,
-)
+from bench.harness import Row, names, summarise, take_turns, values
 from bench.measured import PHASES, load, solve
 from bench.prompts import EXAMPLES, few_shot_ids, opening_ids
 from bench.report import Page, write_run
@@ -172,9 +163,9 @@ def make_page(rows: Sequence[Row], books: dict[str, list[float]], options: Any) 
 def main() -> None:
     """Runs the benchmark; prints the page, writes JSONL and markdown."""
     common = "model dtypes threads kv-cache-bytes prefix-tokens repeats warmup quick output"
-    parser = make_parser("bench.scale", __doc__, common, repeats=3)
-    parser.add_argument("--tokens", type=positive, default=16, help="new ones of a branch (%(default)s)")
-    options = parse_with_quick(parser, None, repeats=1, warmup=0)
+    parser = harness.make_parser("bench.scale", __doc__, common, repeats=3)
+    parser.add_argument("--tokens", type=harness.positive, default=16, help="new ones of a branch (%(default)s)")
+    options = harness.parse_with_quick(parser, None, repeats=1, warmup=0)
     books = {work.name: bookkeeping(prepare(work)) for work in LOADS}
     with load(options, options.dtypes[0]) as llm:
         rows = measure_solves(llm, options)
@@ -184,4 +175,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_or_exit(main)
+    harness.run_or_exit(main)

@@ -65,12 +65,9 @@ def main() -> int:
 def parse_options() -> argparse.Namespace:
     """Options, with unknown targets refused."""
     parser = harness.make_parser("bench.static_kernels", __doc__, "")
-    parser.add_argument(
-        "--targets",
-        type=harness.some_of(tuple(TARGETS)),
-        default=list(TARGETS),
-        help=f"with commas ({','.join(TARGETS)})",
-    )
+    known = tuple(TARGETS)
+    targets_help = f"with commas ({','.join(known)})"
+    parser.add_argument("--targets", type=harness.some_of(known), default=list(known), help=targets_help)
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="cases whose name has it")
     parser.add_argument("--subset", action="store_true", help="the few cases that the tests compile")
     parser.add_argument("--jobs", type=harness.positive, default=os.cpu_count() or 1, help="processes (%(default)s)")
