@@ -50,8 +50,8 @@ class Risk:
     """The study of one set of problems.
 
     Args:
-        evidence: of the problems.
-        options: of the command line.
+        evidence: Evidence of the problems.
+        options: Command line.
     """
 
     def __init__(self, evidence: Sequence[Evidence], options: argparse.Namespace) -> None:
@@ -94,7 +94,7 @@ class Risk:
         return rows
 
     def fixed(self) -> list[Row]:
-        """Gates that nobody calibrated, over all problems: the rate of changed decisions and its bound."""
+        """Gates that no calibration tested, over all problems: the rate of changed decisions and its bound."""
         rows = []
         for name, gates, mode in (
             ("exact gates", EXACT_GATES, "off"),
@@ -177,7 +177,7 @@ def make_page(summary: Sequence[Row], fixed: Sequence[Row], facts: Row) -> Page:
     page.columns([one for one in summary if one["certified"]], budgets | headings)
     missing = [f"{one['arm']}, {one['budget']:.1%}" for one in summary if not one["certified"]]
     page.items([f"{name} needs more problems than {facts['num_calibration']}" for name in missing])
-    page.text("Thresholds that nobody calibrated, over all problems:")
+    page.text("Thresholds that no calibration tested, over all problems:")
     page.columns(fixed, {"gates": lambda one: one["fixed"], **headings})
     page.text(
         "Rate: changed decisions, in the test where there is one. Within budget: divisions whose rate is at most the "

@@ -143,7 +143,7 @@ class Measure:
     Args:
         device: where tensors are.
         clock: times one call.
-        peak: of the device.
+        peak: Peak of the device.
         repeats, warmup: runs of each arm.
         only: regular expression of "part: case: arm".
     """

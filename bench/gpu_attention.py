@@ -36,12 +36,12 @@ class AttentionCase:
         batch: sequences.
         num_queries: new tokens of each.
         context_len: keys of each, the new ones included.
-        prefix_len: of those, how many leading ones all share.
-        head_dim: of queries, keys and values.
+        prefix_len: Number of leading keys that all share.
+        head_dim: Size of a query, key or value.
         block_size: tokens a block.
-        num_heads: of queries.
-        num_kv_heads: of keys and values.
-        dtype: of activations and of the cache.
+        num_heads: Heads of queries.
+        num_kv_heads: Heads of keys and values.
+        dtype: Numbers of activations and of the cache.
     """
 
     kind: str
@@ -129,10 +129,10 @@ class AttentionInputs:
     """The tensors of a case, and what rivals are given of them.
 
     Attributes:
-        case: whose they are.
+        case: Case that they are made for.
         q: `[tokens, num_heads, head_dim]`.
         cache: one layer of the engine's cache.
-        batch: of all sequences.
+        batch: Batch of all sequences.
         scale: multiplied to scores.
     """
 
@@ -181,7 +181,7 @@ class AttentionInputs:
         """The same tokens in larger blocks, for a library that needs them; what is shared stays shared."""
         per = size // self.case.block_size
         assert self.case.prefix_len % size == 0, "only whole blocks are shared"
-        # What pads a table lies beyond the context, where nobody looks.
+        # What pads a table lies beyond the context, which nothing reads.
         padded = [table + [table[-1]] * (-len(table) % per) for table in self.tables]
         groups = [[tuple(table[i : i + per]) for i in range(0, len(table), per)] for table in padded]
         ids = {group: i for i, group in enumerate(dict.fromkeys(group for row in groups for group in row))}

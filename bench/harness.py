@@ -200,7 +200,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "branches": dict(type=positive, default=8, help="branches of each problem (%(default)s)"),
     "prefix-tokens": dict(type=positive, default=1024, help="length of each prompt (%(default)s)"),
     "hint-tokens": dict(type=positive, default=20, help="length of each hint (%(default)s)"),
-    "gates": dict(type=Path, help="file of minirksc.calibrate (gates that nobody calibrated)"),
+    "gates": dict(type=Path, help="file of minirksc.calibrate (thresholds that no calibration tested)"),
     "data": dict(type=Path, help="JSONL with question and answer"),
     "repeats": dict(type=positive, default=5, help="measured runs of each arm (%(default)s)"),
     "warmup": dict(type=int, default=1, help="runs of each arm before those (%(default)s)"),

@@ -57,10 +57,10 @@ def bootstrap(
 
     Args:
         values: one a problem, at least one.
-        statistic: of values.
+        statistic: Function of values.
         confidence: 0..1.
         resamples: how often it is drawn.
-        seed: of the draws.
+        seed: Seed of the draws.
     """
     if not values:
         raise ValueError("no values: the bootstrap needs at least one")

@@ -28,10 +28,10 @@ def make_page(
     """The page.
 
     Args:
-        rows: of all workloads; those with "failed" have no numbers.
-        facts: of each peer.
+        rows: Rows of all workloads; those with "failed" have no numbers.
+        facts: Facts of each peer.
         missing: lines about peers that are left out.
-        options: of the command line.
+        options: Command line.
     """
     page = Page("minirksc beside other engines")
     page.text(

@@ -48,7 +48,7 @@ class Running:
     Attributes:
         peer: it.
         process: None once it is of no more use.
-        facts: its reply to "load".
+        facts: Reply to "load".
     """
 
     peer: Peer
@@ -127,8 +127,8 @@ def measure(
 
     Args:
         workloads: in order.
-        arms: of each workload, by name.
-        options: of the command line.
+        arms: Arms of each workload, by name.
+        options: Command line.
 
     Returns:
         A row an arm and repetition, with "failed" where there is no result; facts of each peer by name; a line for

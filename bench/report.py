@@ -17,8 +17,8 @@ class Page:
     """One page of markdown, put together part by part.
 
     Attributes:
-        title: its heading.
-        lines: so far.
+        title: Heading of the page.
+        lines: Lines so far.
     """
 
     title: str

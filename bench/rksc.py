@@ -9,7 +9,7 @@ what gates spare. Gates see greedy text here: how often they fire is no result. 
 where it fires.
 
 Arms: "none" (every branch computes the prompt), "exact" (it is computed once); "standalone" (a new prompt is asked) and
-"append" (the question follows the branch). "exact append" with everybody asked is the strongest plain baseline; each
+"append" (the question follows the branch). "exact append" with all asked about is the strongest plain baseline; each
 "+ gate" adds one gate to it, "rksc" all of them. "paper" has every published rule, on exact sharing. A gate without a
 threshold, such as the layer exit where no --gates are given, is no arm. --micro measures what gates cost and save
 within one step instead, see bench.rksc_micro.
@@ -124,7 +124,9 @@ def cost_table(page: Page, rows: Sequence[Row]) -> None:
 def make_page(rows: Sequence[Row], options: argparse.Namespace) -> Page:
     """The page."""
     page = Page("What RKSC saves, part by part (W1)")
-    thresholds = "thresholds that nobody calibrated" if options.gates is None else f"thresholds of {options.gates.name}"
+    thresholds = (
+        "thresholds that no calibration tested" if options.gates is None else f"thresholds of {options.gates.name}"
+    )
     page.text(
         f"{options.branches} branches, prompts of {options.prefix_tokens} tokens, hints of {options.hint_tokens}; "
         f"{thresholds}. Arms took turns in one process, the prefix cache was emptied before each. Seconds of phases "

@@ -2,7 +2,7 @@
 
 Started by `python -m bench.rksc --micro`. Everything runs behind one prompt of --prefix-tokens that all rows share.
 - score: one pass that asks about each branch with `NUM_QUESTION_TOKENS` tokens. Half of the rows leave after half of
-  the layers; everybody is looked at from there on, and nobody leaves; a gate that is never asked; no gate.
+  the layers; all are looked at from there on, and none leaves; a gate that is never asked; no gate.
 - decode: steps of all branches, with and without a seat at a gate that is never asked, and on an engine that measures
   no attention, since its eviction does not need it.
 """
@@ -42,7 +42,7 @@ class Leaving:
 
     Args:
         layers: after which it is asked.
-        rows: that leave.
+        rows: Rows that leave.
     """
 
     def __init__(self, layers: Collection[int], rows: Collection[int]) -> None:
@@ -58,9 +58,9 @@ def make_arms(llm: LLM, without_mass: LLM, options: argparse.Namespace) -> dict[
     """Every arm, by name.
 
     Args:
-        llm: the engine.
+        llm: Engine.
         without_mass: the same with an eviction policy that needs no attention.
-        options: of the command line.
+        options: Command line.
     """
     tokenizer = llm.need_tokenizer("bench.rksc")
     text = few_shot_ids(tokenizer, EXAMPLES, options.prefix_tokens + 2048)

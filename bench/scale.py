@@ -42,11 +42,11 @@ class Load:
     """Work of the bookkeeping.
 
     Attributes:
-        name: in words.
-        num_branches: that decode.
+        name: Name, in words.
+        num_branches: Branches that decode.
         context: tokens of each.
-        shares: they are forks of one prompt; else each has a prompt of its own.
-        num_blocks: of the pool; what the branches do not use is filled with cached prompts.
+        shares: Whether they are forks of one prompt; else each has a prompt of its own.
+        num_blocks: Size of the pool; what the branches do not use is filled with cached prompts.
     """
 
     name: str
@@ -68,8 +68,8 @@ def prepare(work: Load, policy: str = "rksc") -> FakeEngine:
     """An engine whose branches are about to decode.
 
     Args:
-        work: the load.
-        policy: of eviction.
+        work: Load of the engine.
+        policy: Policy of eviction.
     """
     engine = FakeEngine(BlockManager(work.num_blocks, BLOCK_SIZE, policy), 1 << 20, work.num_branches)
     used = work.num_branches * (NUM_STEPS // BLOCK_SIZE + 2)
