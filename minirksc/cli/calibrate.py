@@ -36,7 +36,6 @@ from minirksc.cli.terminal import is_terminal, note
 from minirksc.engine.signals import SIGNALS
 from minirksc.errors import ConfigError, MinirkscError
 from minirksc.options import EngineConfig, SamplingParams
-from minirksc.rksc.answers import check_parser
 from minirksc.rksc.cgee import Gates
 from minirksc.rksc.exits import MarginRule
 from minirksc.rksc.gates_file import GatesFile, fingerprint, settings_of, write_gates
@@ -221,8 +220,6 @@ class Job:
     def _solver_config(self) -> SolverConfig:
         options = self._options
         tokens = options.tokens_per_step or DEFAULT_TOKENS_PER_STEP
-        if options.answer_parser is not None:
-            check_parser(options.answer_parser)
         sampling = replace(DEFAULT_SAMPLING, max_tokens=tokens, **given(options, STEP_SAMPLING))
         values = given(options, SOLVER) | {"tokens_per_step": tokens, "chat": options.chat is not False}
         return SolverConfig(sampling=sampling, **{"decode_exit": "keep_leader", **values})
@@ -243,7 +240,8 @@ class Job:
         needed = problems_needed(self.budget, self.confidence)
         if count < needed:
             least = smallest_budget(count, self.confidence)
-            remedy = f"; {count} could certify a budget of {_up(least)} at best" if least <= MAX_BUDGET else ""
+            shown = f"{least + 0.00005:.4f}"  # rounded up, so that it can be asked for
+            remedy = f"; {count} could certify a budget of {shown} at best" if least <= MAX_BUDGET else ""
             raise MinirkscError(
                 f"{count} problems{what} are too few: a budget of {self.budget:g} at confidence {self.confidence:g} "
                 f"needs {needed}, if no decision changes{remedy}"
@@ -325,11 +323,6 @@ def _problem(path: Path, number: int, line: bytes) -> tuple[str, str | None]:
     if answer is not None and not isinstance(answer, str | int | float):
         raise ConfigError(f"--data {path}: line {number} has the answer {answer!r}; give a text or a number")
     return values[given[0]], None if answer is None else str(answer)
-
-
-def _up(rate: float) -> str:
-    """Rounded so that it can be asked for."""
-    return f"{rate + 0.00005:.4f}"
 
 
 def _add_table(group: Any, table: dict[str, tuple[Any, str]]) -> None:
