@@ -102,8 +102,7 @@ def option(default: T, *, hash: bool | None = None, **details: Any) -> T:
         hash: False leaves it out of the hash, as of `dataclasses.field`.
         details: Attributes of `Option`.
     """
-    made: Any = field(default=default, hash=hash, metadata={"option": Option(**details)})
-    return made  # type: ignore[no-any-return]
+    return field(default=default, hash=hash, metadata={"option": Option(**details)})
 
 
 @dataclass(frozen=True)
@@ -139,8 +138,9 @@ class Options:
     messages: ClassVar[Mapping[str, str]] = MESSAGES
 
     def __post_init__(self) -> None:
-        for name in self.declared:
-            object.__setattr__(self, name, self.checked(name, getattr(self, name)))
+        for name, one in self.declared.items():
+            if (value := getattr(self, name)) is not one.default:  # which is right as it is
+                object.__setattr__(self, name, self.checked(name, value))
         self._check_contradictions()
 
     def _check_contradictions(self) -> None:
@@ -163,7 +163,7 @@ class Options:
             ConfigError: it is of a wrong kind, out of range or no choice.
         """
         one = cls.declared[name]
-        if isinstance(value, str | None) and value in one.also:
+        if one.also and isinstance(value, (str, NoneType)) and value in one.also:
             return one.also[value]
         if value is None and one.default is not REQUIRED:
             if NoneType in one.kinds:
@@ -263,17 +263,17 @@ def check_number(name: str, value: Any, kind: type, bounds: Option, messages: Ma
     Raises:
         ConfigError: it is refused.
     """
-    low, high, is_int = bounds.low, bounds.high, kind is int
-    if is_int:
-        allowed = messages["from" if high is None else "between"].format(low=low, high=high)
-    else:
-        low, high = -MAX_FLOAT if low is None else low, MAX_FLOAT if high is None else high
-        allowed = f"{'above' if bounds.above else 'at least'} {low:g}, at most {high:g}"
+    is_int, is_float = kind is int, kind is float
+    low = -MAX_FLOAT if is_float and bounds.low is None else bounds.low
+    high = MAX_FLOAT if is_float and bounds.high is None else bounds.high
     wrong = None
-    if isinstance(value, bool) or not isinstance(value, int if is_int else int | float):
+    if isinstance(value, bool) or not isinstance(value, int if is_int else (int, float)):
         wrong = kind.__name__
     # NaN compares false, and an int beyond all floats compares where math.isfinite would raise.
     elif not (low is None or low <= value) or not (high is None or value <= high) or (bounds.above and value == low):
         wrong = f"{kind.__name__} range"
     if wrong:
+        allowed = messages["from" if high is None else "between"].format(low=low, high=high)
+        if is_float:
+            allowed = f"{'above' if bounds.above else 'at least'} {low:g}, at most {high:g}"
         raise ConfigError(messages[wrong].format(name=name, value=brief(value), allowed=allowed))

@@ -13,7 +13,7 @@ import pytest
 from minirksc.cli.generate import build_parser
 from minirksc.cli.parser import add_options
 from minirksc.errors import ConfigError
-from minirksc.option_fields import Option
+from minirksc.option_fields import REQUIRED, Option
 from minirksc.options import EngineConfig, SamplingParams, parse_bytes
 from minirksc.rksc.solver_config import SolverConfig
 
@@ -132,6 +132,12 @@ def test_every_option_is_explained_once(cls):
         assert all(choice in cls.__doc__ for choice in one.choices)
     assert not [text for text in cls.declared.values() if "default" in text.text]
     assert inspect.signature(cls).parameters.keys() == cls.declared.keys()
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_default_is_right_as_it_is(cls):
+    for name, one in cls.declared.items():
+        assert one.default is REQUIRED or cls.checked(name, one.default) is one.default
 
 
 def test_an_explanation_names_values_and_default():
