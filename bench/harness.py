@@ -179,7 +179,7 @@ def some_of(kind: Callable[[str], Any] | Sequence[str], least: int = 1) -> Calla
 
     def one(text: str) -> Any:
         if not callable(kind) and text not in kind:
-            raise argparse.ArgumentTypeError(f"{text!r} is unknown; choose from {', '.join(kind)}")
+            raise argparse.ArgumentTypeError(f"unknown {text}; there are {', '.join(kind)}")
         return kind(text) if callable(kind) else text
 
     def parse(text: str) -> list[Any]:

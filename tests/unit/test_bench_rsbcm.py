@@ -163,7 +163,7 @@ def test_unknown_names_are_usage_errors(capsys):
         with pytest.raises(SystemExit) as error:
             rsbcm_eviction.parse(arguments)
         assert error.value.code == 2
-    assert "choose from rksc, lru, lfu, cost" in capsys.readouterr().err
+    assert "there are rksc, lru, lfu, cost" in capsys.readouterr().err
 
 
 def test_a_run_leaves_rows_and_a_page(tmp_path, capsys):
