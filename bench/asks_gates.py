@@ -2,9 +2,10 @@
 
     python -m bench.asks_gates --data test.jsonl --calibration train.jsonl --model smollm2-135m -o results
 
-For every wording of `bench.phrasings`, gate of `minirksc.rksc.similarity` and depth of the probe: the similarity to the
-first wording. From these: AUROC of each level of paraphrases against each kind of adversarial wordings, and how many of
-either are accepted at two thresholds, which come from the calibration file while the figures come from the other one:
+For every wording of `bench.phrasings`, measure of `bench.similarity_measures` and depth of the probe: the similarity to
+the first wording. From these: AUROC of each level of paraphrases against each kind of adversarial wordings, and how
+many of either are accepted at two thresholds, which come from the calibration file while the figures come from the
+other one:
 - safe: the lowest that accepts at most 1% of the adversarial wordings, with an upper bound of at most 2%
   (Clopper-Pearson, two-sided 95%);
 - loose: what 95% of the minor paraphrases reach. It shows what a gate is worth that is not to cost anything.
@@ -31,11 +32,12 @@ from bench.intervals import clopper_pearson
 from bench.peer_transformers import load_transformers
 from bench.phrasings import KINDS, LEVELS, Wording, wordings
 from bench.report import Page, write_run
+from bench.similarity_measures import MEASURES
 from bench.word_problems import read_problems
 from minirksc.checkpoints.sources import resolve_model
-from minirksc.rksc.asks import probe_depth
+from minirksc.rksc.asks import num_probe_layers
 from minirksc.rksc.guard import refusal
-from minirksc.rksc.similarity import GATES, PrefixStates
+from minirksc.rksc.similarity import PrefixStates
 from minirksc.text.tokenizer import Tokenizer
 
 MAX_ACCEPTED, MAX_BOUND = 0.01, 0.02
@@ -64,9 +66,9 @@ class Row:
 
 
 def depths(num_layers: int, deepest: int) -> list[int]:
-    """How many layers the probes go through, up to the deepest one; the default, `probe_depth`, is among them."""
-    wanted = {1, 2, probe_depth(num_layers), num_layers // 4, num_layers // 2, num_layers}
-    return sorted(depth for depth in wanted if 0 < depth <= max(deepest, probe_depth(num_layers)))
+    """How many layers the probes go through, up to the deepest one; the default, `num_probe_layers`, is among them."""
+    wanted = {1, 2, num_probe_layers(num_layers), num_layers // 4, num_layers // 2, num_layers}
+    return sorted(depth for depth in wanted if 0 < depth <= max(deepest, num_probe_layers(num_layers)))
 
 
 @torch.inference_mode()
@@ -84,7 +86,7 @@ def measure(
         states = _states(model, tokenizer, pair.text)
         first = _num_common(root_states["token_ids"], states["token_ids"])
         similarities: dict[str, dict[int, float]] = {}
-        for gate in GATES.values():
+        for gate in MEASURES.values():
             similarities[gate.name] = {}
             for depth in probes:
                 ours, theirs = (_pick(some, gate.layers(depth), first) for some in (root_states, states))
@@ -188,7 +190,7 @@ def summarise(rows: Sequence[Row], gate: str, depth: int, has_guard: bool, polic
 
 def add_model(page: Page, name: str, num_layers: int, summaries: Sequence[dict[str, Any]]) -> None:
     """The part of one model."""
-    depth = probe_depth(num_layers)
+    depth = num_probe_layers(num_layers)
     page.heading(f"{name}: {num_layers} layers, probe of {depth}")
     table = []
     for one in summaries:
@@ -244,7 +246,7 @@ def run(options: argparse.Namespace) -> None:
             rows += measure(model, tokenizer, some, short, split, probes)
         summaries = [summarise(rows, "none", 0, True)]
         for policy, has_guard in (("safe", False), ("safe", True), ("loose", False), ("loose", True)):
-            summaries += [summarise(rows, g, d, has_guard, policy) for g in GATES for d in probes]
+            summaries += [summarise(rows, g, d, has_guard, policy) for g in MEASURES for d in probes]
         lines += [asdict(row) for row in rows] + [{"model": short, **one} for one in summaries]
         add_model(page, short, num_layers, summaries)
     write_run("asks-gates", options, lines, page)

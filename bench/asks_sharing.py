@@ -31,9 +31,10 @@ from bench.phrasings import wordings
 from bench.prompts import EXAMPLES
 from bench.report import Page, write_run
 from bench.word_problems import read_problems
-from minirksc import LLM, SamplingParams
+from minirksc import LLM, SamplingParams, SolverConfig
 from minirksc.engine.gates import Seat
 from minirksc.rksc.answers import parse_answer
+from minirksc.rksc.asks import make_probe
 from minirksc.rksc.guard import refusal
 
 REJECT, ACCEPT = 2.0, -10.0
@@ -93,7 +94,11 @@ class Pair:
         llm = self._llm
         llm.reset_prefix_cache()
         aligned = mode == "aligned"
-        probe = None if mode == "unshared" else llm.probe(tau, aligned=aligned, uncalibrated=True)
+        probe = None
+        if mode != "unshared":
+            options = {"sharing_mode": "aligned" if aligned else "substitute", "tau": tau, "uncalibrated": True}
+            config = SolverConfig(sharing="semantic", **options)
+            probe = make_probe(llm.spec, config, can_move_kv=llm.engine.runner.model.can_move_kv)
         seats: list[Seat | None] = [None, None]
         if probe is not None:
             seats = [Seat(probe, row, sees_all=row == 0) for row in (0, 1)]

@@ -11,8 +11,8 @@ import math
 from collections import deque
 from collections.abc import Sequence
 
-from minirksc.cache.eviction import Evictable, Priority
-from minirksc.cache.index import block_digest
+from minirksc.cache.eviction import Priority
+from minirksc.cache.index import Block, block_digest
 from minirksc.engine.request import Request
 
 
@@ -51,7 +51,7 @@ class Belady:
         chain = tuple(digests(request.sequence.token_ids, self._block_size))
         self._ended.add(self._ranks[chain].popleft())
 
-    def belady(self, block: Evictable) -> Priority:
+    def belady(self, block: Block) -> Priority:
         """Minus the rank of the next request that needs the block; ties as in lru."""
         assert block.digest is not None
         # A cached block keeps its priority until it is used again, whatever ends meanwhile.

@@ -64,11 +64,8 @@ class FakeEngine:
             path=(*parent.path, index),
             depth=parent.depth + 1,
         )
-        if parent.seq_id in self.blocks:
-            self.blocks.fork(parent.seq_id, child.seq_id, child.depth)
-            self.scheduler.keep(child)
-        else:
-            self.blocks.await_fork(parent.seq_id, child.seq_id)
+        self.blocks.fork(parent.seq_id, child.seq_id, child.depth)
+        self.scheduler.keep(child)
         return child
 
     def add_request(self, sequence: Branch, params: SamplingParams, *, prefill_only: bool = False) -> Request:

@@ -10,6 +10,7 @@ from torch import Tensor
 from minirksc.kernels import confidence, gated_act, rms_norm
 from minirksc.kernels.kv import kv_store
 from minirksc.kernels.kv.layer_cache import LayerCache
+from minirksc.kernels.kv.placement import HeadNorms, Placement
 from minirksc.kernels.rope import rope_tables
 
 TOLERANCE = 0.01
@@ -119,12 +120,13 @@ def kv_store_case(tokens: int, num_heads: int, num_kv_heads: int, head_dim: int,
         slots = torch.arange(tokens, device=device).flip(0)
         qkv = normal(tokens, num_heads + 2 * num_kv_heads, head_dim)
         weights = normal(2, head_dim)
-        return qkv, num_heads, weights[0], weights[1], False, 1e-6, rope, None, cache, slots
+        norms = HeadNorms(num_heads, weights[0], weights[1], False, 1e-6)
+        return qkv, norms, Placement(rope, None, cache, slots)
 
     return SmallCase(
         name=f"kv_store {tokens} x {num_heads}/{num_kv_heads} x {head_dim}",
         make=make,
-        results=lambda args, _: [args[0], args[8].kv],
+        results=lambda args, _: [args[0], args[2].cache.kv],
         num_bytes=tokens * (2 * num_heads + 6 * num_kv_heads + 2) * head_dim * dtype.itemsize,
         reference=kv_store.kv_store_reference,
         composed=kv_store.kv_store_torch,

@@ -224,7 +224,8 @@ def make_parser(module: str, description: str | None, options: str, **defaults: 
         prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for name in options.split():
-        parser.add_argument(f"--{name}", **OPTIONS[name])
+        flags = ["-o", "--output"] if name == "output" else [f"--{name}"]
+        parser.add_argument(*flags, **OPTIONS[name])
     parser.set_defaults(**defaults)
     return parser
 

@@ -8,6 +8,7 @@ compiled is what the engine launches: same constants, same warps, same divisibil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 from unittest import mock
@@ -20,15 +21,15 @@ from triton.runtime.jit import KernelInterface, create_function_from_signature
 
 from minirksc.kernels.attention import launch_table
 from minirksc.kernels.attention.batch import AttentionBatch
-from minirksc.kernels.attention.block_mass import block_mass_triton
-from minirksc.kernels.attention.paged_attention import attend
+from minirksc.kernels.attention.block_mass import attend_with_mass
+from minirksc.kernels.attention.paged_attention import paged_attention_triton
 from minirksc.kernels.confidence import confidence_triton
 from minirksc.kernels.gated_act import ACTIVATIONS, gated_act_triton
 from minirksc.kernels.kv.kv_copy import copy_blocks_triton, copy_rotated_triton
 from minirksc.kernels.kv.kv_store import kv_store_triton
 from minirksc.kernels.kv.layer_cache import LayerCache
+from minirksc.kernels.kv.placement import HeadNorms, Placement
 from minirksc.kernels.rms_norm import add_rms_norm_triton, rms_norm_triton
-from minirksc.kernels.similarity import similarity_triton
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HEADS = {32: (4, 2), 64: (9, 3), 80: (32, 32), 96: (32, 32), 128: (32, 8), 256: (16, 8), 512: (8, 1)}
@@ -146,18 +147,11 @@ def activation_cases() -> Iterator[Case]:
 
 
 def row_cases() -> Iterator[Case]:
-    """Whole rows: confidence of logits, similarity of hidden states."""
+    """Whole rows: confidence of logits."""
     for vocab, (label, dtype) in product((49152, 151936, 262144), DTYPES.items()):
         logits = _meta(TOKENS, vocab, dtype=dtype)
         subset = vocab == 151936 and label == "fp32"
         yield Case(f"confidence {vocab} {label}", lambda x=logits: confidence_triton(x), subset)
-    for size, (label, dtype) in product((576, 2048, 4096, 5376), DTYPES.items()):
-        hidden, weights = _meta(TOKENS, 32, size, dtype=dtype), _meta(32, dtype=torch.float32)
-        yield Case(
-            f"similarity {size} {label}",
-            lambda x=hidden, w=weights: similarity_triton(x, x[0], w),
-            subset=size == 4096 and label == "bf16",
-        )
 
 
 def store_cases() -> Iterator[Case]:
@@ -274,9 +268,8 @@ def _attend(
     )
     qkv = _meta(num_tokens, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
     layer = _layer_cache(head_dim, block_size, kv_dtype)
-    attended = attend(qkv[:, :num_heads], layer, batch, head_dim**-0.5, softcap, with_mass=with_mass)
-    if with_mass:
-        block_mass_triton(attended, batch)
+    attend = attend_with_mass if with_mass else partial(paged_attention_triton, kv=qkv)
+    attend(q=qkv[:, :num_heads], layer_cache=layer, batch=batch, scale=head_dim**-0.5, softcap=softcap)
 
 
 def _store(
@@ -286,18 +279,14 @@ def _store(
     rotary_dim = head_dim if rotary_dim is None else rotary_dim
     table = _meta(TOKENS, 1, rotary_dim, dtype=dtype)
     weight = _meta(head_dim, dtype=dtype) if norm else None
-    kv_store_triton(
-        _meta(TOKENS, num_heads + 2 * num_kv_heads * cached, head_dim, dtype=dtype),
-        num_heads,
-        weight,
-        weight,
-        False,
-        1e-6,
-        (table, table) if rotary_dim else None,
-        None if rotary_dim else _meta(TOKENS, 1, 1, dtype=torch.float32),
-        _layer_cache(head_dim, 16, torch.int8 if int8 else dtype) if cached else None,
-        _meta(TOKENS, dtype=torch.int64),
+    placement = Placement(
+        rope=(table, table) if rotary_dim else None,
+        query_growth=None if rotary_dim else _meta(TOKENS, 1, 1, dtype=torch.float32),
+        cache=_layer_cache(head_dim, 16, torch.int8 if int8 else dtype) if cached else None,
+        slots=_meta(TOKENS, dtype=torch.int64),
     )
+    qkv = _meta(TOKENS, num_heads + 2 * num_kv_heads * cached, head_dim, dtype=dtype)
+    kv_store_triton(qkv, HeadNorms(num_heads, weight, weight, False, 1e-6), placement)
 
 
 def _layer_cache(head_dim: int, block_size: int, dtype: torch.dtype) -> LayerCache:

@@ -19,8 +19,8 @@ from bench.prompts import EXAMPLES, few_shot_ids
 from bench.report import Page, spread
 from minirksc import LLM, SamplingParams
 from minirksc.engine.branch import Branch
-from minirksc.engine.engine import MASS_INTERVAL
-from minirksc.engine.gates import LEAVE, DepthGate, GateRows, Seat, Verdicts
+from minirksc.engine.gates import LEAVE, Decisions, GateRows, LayerGate, Seat
+from minirksc.engine.mass import MASS_INTERVAL
 from minirksc.rksc.exits import MarginRule
 
 NUM_QUESTION_TOKENS = 16
@@ -38,7 +38,7 @@ COMPARISONS = (
 
 
 class Leaving:
-    """A depth gate at which given rows leave after one layer.
+    """A layer gate at which given rows leave after one layer.
 
     Args:
         layers: after which it is asked.
@@ -49,8 +49,8 @@ class Leaving:
         self.layers = layers
         self._rows = rows
 
-    def after_layer(self, layer: int, rows: GateRows) -> Verdicts:
-        """See `minirksc.engine.gates.DepthGate`."""
+    def after_layer(self, layer: int, rows: GateRows) -> Decisions:
+        """See `minirksc.engine.gates.LayerGate`."""
         return {row: LEAVE for row in rows.rows if row in self._rows}
 
 
@@ -71,7 +71,7 @@ def make_arms(llm: LLM, without_mass: LLM, options: argparse.Namespace) -> dict[
     yes, no = (tokenizer.encode(word, add_special_tokens=False)[0] for word in (" YES", " NO"))
     watching = MarginRule(margin=float("inf"))
 
-    def score(make_gate: Callable[[], DepthGate | None]) -> Callable[[int], Row]:
+    def score(make_gate: Callable[[], LayerGate | None]) -> Callable[[int], Row]:
         def one(index: int) -> Row:
             # Other questions in each pass: nothing may be found in the prefix cache.
             questions = [window(rest, index * len(branches) + row) for row in range(len(branches))]
@@ -97,7 +97,7 @@ def window(token_ids: Sequence[int], number: int) -> list[int]:
     return list(token_ids[begin : begin + NUM_QUESTION_TOKENS])
 
 
-def decode(llm: LLM, prompt: list[int], branches: Sequence[Branch], index: int, gate: DepthGate | None) -> Row:
+def decode(llm: LLM, prompt: list[int], branches: Sequence[Branch], index: int, gate: LayerGate | None) -> Row:
     """`NUM_STEPS` decode steps of one sequence a branch, after the prompt and one more token of its own."""
     engine = llm.engine
     params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=NUM_STEPS + 1).resolved(llm.sampling_defaults)

@@ -1,7 +1,7 @@
 """The backend: which form of each op the engine runs on, chosen once at construction."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Literal
 
@@ -30,6 +30,7 @@ from minirksc.kernels.kv.kv_copy import (
 )
 from minirksc.kernels.kv.kv_store import kv_store_reference, kv_store_torch, kv_store_triton
 from minirksc.kernels.kv.layer_cache import LayerCache, plain_block_shape
+from minirksc.kernels.kv.placement import HeadNorms, Placement
 from minirksc.kernels.native.ops import (
     add_rms_norm_native,
     confidence_native,
@@ -47,59 +48,45 @@ from minirksc.kernels.rms_norm import (
     rms_norm_triton,
 )
 from minirksc.kernels.rope import RopeTables
-from minirksc.kernels.similarity import similarity_reference, similarity_torch, similarity_triton
 from minirksc.kernels.weights.linear import NativePacker, Pack, PlainWeight, pack_torch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """One form of every op. The signatures are those of the references, which specify them.
+    """One form of every op. The signatures are those of the references, which specify them and are the defaults.
 
     Attributes:
-        name: as in the options.
-        device_type: where it runs; None: anywhere.
-        block_sizes: tokens a KV block that its kernels can have; None: any number.
-        packer: called for each model, gives what makes the form of its weights.
-        recording: how a decode step can be recorded, unless it has `paged_attention_mass`: as a CUDA "graph", since
+        name: Name in the options.
+        device_type: Type of the devices on which it runs; None: any.
+        block_sizes: Numbers of tokens a KV block that its kernels can have; None: any.
+        packer: Function that is called for each model and gives what makes the form of its weights.
+        recording: How a decode step can be recorded, unless it has `paged_attention_mass`: as a CUDA "graph", since
             nothing is read back from the device; as a "tape" of compiled operations; None: not at all.
-        splits_keys: heeds `AttentionBatch.key_chunk`.
-        block_shape: of a layer's KV cache, see `plain_block_shape` and `LayerCache`.
+        splits_keys: Whether it heeds `AttentionBatch.key_chunk`.
+        block_shape: Shape of a block of a layer's KV cache, see `plain_block_shape` and `LayerCache`.
     """
 
     name: str
-    device_type: str | None
-    block_sizes: tuple[int, ...] | None
-    packer: Callable[[], Pack]
-    recording: Literal["graph", "tape"] | None
-    splits_keys: bool
-    block_shape: Callable[[int, int, int, int, torch.dtype], tuple[int, ...]]
-    rms_norm: Callable[[Tensor, Tensor | None, float], Tensor]
-    add_rms_norm: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, float], Tensor]
-    gated_act: Callable[[Tensor, str], Tensor]
-    kv_store: Callable[
-        [
-            Tensor,
-            int,
-            Tensor | None,
-            Tensor | None,
-            bool,
-            float,
-            RopeTables | None,
-            Tensor | None,
-            LayerCache | None,
-            Tensor,
-        ],
-        None,
-    ]
-    copy_blocks: Callable[[Tensor, Sequence[tuple[int, int]]], None]
-    copy_rotated: Callable[[LayerCache, Tensor, Tensor, RopeTables | None], None]
-    paged_attention: Callable[[Tensor, Tensor, LayerCache, AttentionBatch, float, float | None], Tensor]
+    device_type: str | None = None
+    block_sizes: tuple[int, ...] | None = None
+    packer: Callable[[], Pack] = lambda: PlainWeight
+    recording: Literal["graph", "tape"] | None = None
+    splits_keys: bool = False
+    block_shape: Callable[[int, int, int, int, torch.dtype], tuple[int, ...]] = plain_block_shape
+    rms_norm: Callable[[Tensor, Tensor | None, float], Tensor] = rms_norm_reference
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, float], Tensor] = add_rms_norm_reference
+    gated_act: Callable[[Tensor, str], Tensor] = gated_act_reference
+    kv_store: Callable[[Tensor, HeadNorms, Placement], None] = kv_store_reference
+    copy_blocks: Callable[[Tensor, Sequence[tuple[int, int]]], None] = copy_blocks_reference
+    copy_rotated: Callable[[LayerCache, Tensor, Tensor, RopeTables | None], None] = copy_rotated_reference
+    paged_attention: Callable[[Tensor, Tensor, LayerCache, AttentionBatch, float, float | None], Tensor] = (
+        paged_attention_reference
+    )
     paged_attention_mass: Callable[
         [Tensor, Tensor, LayerCache, AttentionBatch, float, float | None], tuple[Tensor, Tensor]
-    ]
-    confidence: Callable[[Tensor], Confidence]
-    draw: Callable[[Tensor, Sequence[Draw]], Tensor]
-    similarity: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ] = paged_attention_mass_reference
+    confidence: Callable[[Tensor], Confidence] = confidence_reference
+    draw: Callable[[Tensor, Sequence[Draw]], Tensor] = draw_torch
 
     def check_block_size(self, block_size: int) -> None:
         """Refuses what the kernels cannot have.
@@ -112,91 +99,55 @@ class Backend:
             raise ConfigError(f"block_size {block_size} does not go with the {self.name} backend; use one of {sizes}")
 
 
-BACKENDS = {
-    backend.name: backend
-    for backend in (
-        Backend(
-            name="triton",
-            device_type="cuda",
-            block_sizes=(8, 16, 32, 64, 128),
-            packer=lambda: PlainWeight,
-            recording="graph",
-            splits_keys=True,
-            block_shape=plain_block_shape,
-            rms_norm=rms_norm_triton,
-            add_rms_norm=add_rms_norm_triton,
-            gated_act=gated_act_triton,
-            kv_store=kv_store_triton,
-            copy_blocks=copy_blocks_triton,
-            copy_rotated=copy_rotated_triton,
-            paged_attention=paged_attention_triton,
-            paged_attention_mass=paged_attention_mass_triton,
-            confidence=confidence_triton,
-            draw=draw_torch,
-            similarity=similarity_triton,
-        ),
-        Backend(
-            name="torch",
-            device_type="cpu",
-            block_sizes=None,
-            packer=lambda: pack_torch,
-            recording=None,
-            splits_keys=False,
-            block_shape=plain_block_shape,
-            rms_norm=rms_norm_torch,
-            add_rms_norm=add_rms_norm_torch,
-            gated_act=gated_act_torch,
-            kv_store=kv_store_torch,
-            copy_blocks=copy_blocks_torch,
-            copy_rotated=copy_rotated_torch,
-            paged_attention=paged_attention_torch,
-            paged_attention_mass=paged_attention_mass_torch,
-            confidence=confidence_torch,
-            draw=draw_torch,
-            similarity=similarity_torch,
-        ),
-        Backend(
-            name="native",
-            device_type="cpu",
-            block_sizes=None,
-            packer=NativePacker,
-            recording="tape",
-            splits_keys=False,
-            block_shape=block_shape_native,
-            rms_norm=rms_norm_native,
-            add_rms_norm=add_rms_norm_native,
-            gated_act=gated_act_native,
-            kv_store=kv_store_native,
-            copy_blocks=copy_blocks_torch,
-            copy_rotated=copy_rotated_torch,
-            paged_attention=paged_attention_native,
-            paged_attention_mass=paged_attention_mass_native,
-            confidence=confidence_native,
-            draw=draw_native,
-            similarity=similarity_torch,
-        ),
-        Backend(
-            name="reference",
-            device_type=None,
-            block_sizes=None,
-            packer=lambda: PlainWeight,
-            recording=None,
-            splits_keys=False,
-            block_shape=plain_block_shape,
-            rms_norm=rms_norm_reference,
-            add_rms_norm=add_rms_norm_reference,
-            gated_act=gated_act_reference,
-            kv_store=kv_store_reference,
-            copy_blocks=copy_blocks_reference,
-            copy_rotated=copy_rotated_reference,
-            paged_attention=paged_attention_reference,
-            paged_attention_mass=paged_attention_mass_reference,
-            confidence=confidence_reference,
-            draw=draw_torch,
-            similarity=similarity_reference,
-        ),
-    )
-}
+TRITON = Backend(
+    name="triton",
+    device_type="cuda",
+    block_sizes=(8, 16, 32, 64, 128),
+    recording="graph",
+    splits_keys=True,
+    rms_norm=rms_norm_triton,
+    add_rms_norm=add_rms_norm_triton,
+    gated_act=gated_act_triton,
+    kv_store=kv_store_triton,
+    copy_blocks=copy_blocks_triton,
+    copy_rotated=copy_rotated_triton,
+    paged_attention=paged_attention_triton,
+    paged_attention_mass=paged_attention_mass_triton,
+    confidence=confidence_triton,
+)
+
+TORCH = Backend(
+    name="torch",
+    device_type="cpu",
+    packer=lambda: pack_torch,
+    rms_norm=rms_norm_torch,
+    add_rms_norm=add_rms_norm_torch,
+    gated_act=gated_act_torch,
+    kv_store=kv_store_torch,
+    copy_blocks=copy_blocks_torch,
+    copy_rotated=copy_rotated_torch,
+    paged_attention=paged_attention_torch,
+    paged_attention_mass=paged_attention_mass_torch,
+    confidence=confidence_torch,
+)
+
+NATIVE = replace(
+    TORCH,  # which moves blocks and tokens as fast
+    name="native",
+    packer=NativePacker,
+    recording="tape",
+    block_shape=block_shape_native,
+    rms_norm=rms_norm_native,
+    add_rms_norm=add_rms_norm_native,
+    gated_act=gated_act_native,
+    kv_store=kv_store_native,
+    paged_attention=paged_attention_native,
+    paged_attention_mass=paged_attention_mass_native,
+    confidence=confidence_native,
+    draw=draw_native,
+)
+
+BACKENDS = {backend.name: backend for backend in (TRITON, TORCH, NATIVE, Backend(name="reference"))}
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dims: Iterable[int]) -> Backend:
@@ -205,10 +156,10 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim
     Triton's interpreter, which tests use, runs anywhere.
 
     Args:
-        name: as in the options.
-        device: of the model.
-        dtype: of its activations.
-        head_dims: of its layers.
+        name: Name in the options.
+        device: Device of the model.
+        dtype: Type of its activations.
+        head_dims: Sizes of the heads of its layers.
 
     Raises:
         ConfigError: the name is unknown, the backend does not run on the device, cannot serve the model, or is not

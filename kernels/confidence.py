@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from minirksc.errors import ConfigError
-from minirksc.kernels.jit import DTYPES, tl, triton
+from minirksc.kernels.jit import DTYPES, launch_options, tl, triton
 
 MAX_PART = 4096  # logits a program holds: 16 a thread
 MAX_VOCAB = 2**24  # 4096 parts of a row
@@ -45,7 +45,7 @@ class Confidence(NamedTuple):
         """How far the distribution is from the uniform one: KL(uniform, p) = lse - mean - log vocab, in nats.
 
         Args:
-            vocab: number of logits in a row.
+            vocab: Number of logits in a row.
 
         Returns:
             `[rows]` float32, 0 for equal logits; infinite where a logit is -inf, since the uniform has it.
@@ -182,9 +182,7 @@ def confidence_triton(logits: Tensor) -> Confidence:
         VOCAB=vocab,
         PARTS=num_parts,
         BLOCK=block,
-        enable_fp_fusion=True,
-        num_warps=num_warps,
-        num_stages=1,
+        **launch_options(num_warps),
     )
     merge_block = triton.next_power_of_2(num_parts)
     _merge_kernel[(rows,)](
@@ -194,8 +192,6 @@ def confidence_triton(logits: Tensor) -> Confidence:
         VOCAB=vocab,
         PARTS=num_parts,
         BLOCK=merge_block,
-        enable_fp_fusion=True,
-        num_warps=max(1, merge_block // 512),
-        num_stages=1,
+        **launch_options(max(1, merge_block // 512)),
     )
     return result

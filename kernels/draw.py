@@ -6,7 +6,7 @@ what is kept, in order, the first is drawn at which the sum of weights exceeds `
 of token ids where neither top_k nor top_p leaves anything out, and else from the likeliest on, equal ones by token id.
 So a row's token depends on its own logits and numbers alone.
 
-A row with NaN or +inf, or with nothing but -inf, gives some token: whoever asks must look at its log-sum-exp.
+A row with NaN or +inf, or with nothing but -inf, gives some token: a caller must look at its log-sum-exp.
 """
 
 from collections.abc import Sequence
@@ -26,11 +26,11 @@ class Draw(NamedTuple):
     """How one row is drawn.
 
     Attributes:
-        temperature: above 0.
-        top_k: 0: all.
-        top_p: 1: all.
-        min_p: 0: all.
-        uniform: the random number, in [0, 1).
+        temperature: Divisor of the logits, above 0.
+        top_k: Number of likeliest tokens that remain; 0: all.
+        top_p: Share of the probability that the likeliest tokens which remain reach together; 1: all of it.
+        min_p: Smallest weight that remains, in shares of the largest; 0: any.
+        uniform: Random number, in [0, 1).
     """
 
     temperature: float
@@ -49,7 +49,7 @@ def draw_torch(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 
     Args:
         logits: `[rows, vocab]` float32; not changed.
-        draws: one a row.
+        draws: Numbers of each row.
 
     Returns:
         Token ids, `[rows]` int64.
@@ -78,9 +78,7 @@ def draw_native(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     numbers = torch.tensor([[d.temperature, d.top_p, d.min_p, d.uniform] for d in draws], dtype=torch.float64)
     top_k = torch.tensor([d.top_k for d in draws], dtype=torch.int64)
     token_ids = torch.empty(rows, dtype=torch.int64)
-    native.draw(
-        logits.data_ptr(), numbers.data_ptr(), top_k.data_ptr(), token_ids.data_ptr(), rows, vocab, logits.stride(0)
-    )
+    native.draw(logits, numbers, top_k, token_ids, rows, vocab, logits.stride(0))
     return token_ids
 
 
@@ -109,11 +107,11 @@ def _truncate(scores: Tensor, draws: Sequence[Draw], top_p: Tensor) -> tuple[Ten
 
     Args:
         scores: `[rows, vocab]` float64.
-        draws: for their top_k.
+        draws: Numbers of each row, of which top_k is read.
         top_p: `[rows, 1]` float64.
 
     Returns:
-        (scores, token ids), each `[rows, candidates]`, likeliest first; -inf for what is left out.
+        (scores, token ids), each `[rows, candidates]`, likeliest first; -inf for what drops out.
     """
     vocab_size = scores.shape[-1]
     top_k = [draw.top_k if 0 < draw.top_k < vocab_size else vocab_size for draw in draws]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minirksc.errors import ConfigError
-from minirksc.kernels.jit import DTYPES, tl, triton
+from minirksc.kernels.jit import DTYPES, launch_options, tl, triton
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
@@ -23,7 +23,7 @@ def gated_act_reference(gate_up: Tensor, activation: str) -> Tensor:
 
     Args:
         gate_up: `[tokens, 2 * intermediate]`, gate first.
-        activation: one of `ACTIVATIONS`.
+        activation: Name in `ACTIVATIONS`.
 
     Returns:
         `[tokens, intermediate]`, dtype of gate_up.
@@ -107,8 +107,6 @@ def gated_act_triton(gate_up: Tensor, activation: str) -> Tensor:
         INTERMEDIATE=intermediate,
         ACTIVATION=activation,
         BLOCK=block,
-        enable_fp_fusion=True,
-        num_warps=num_warps,
-        num_stages=1,
+        **launch_options(num_warps),
     )
     return out

@@ -2,10 +2,11 @@
 
 A processor that reads through many pages has to look each of them up, in a virtual machine twice over, and starts anew
 to guess what comes next. In pages of 4 KB that took a third of the speed of a memory that two cores read 61 GB/s from.
-Linux gives the large pages to whoever asks (`madvise(MADV_HUGEPAGE)`; /sys/kernel/mm/transparent_hugepage/enabled says
-whether it does); where it does not, or there is no such call, this is ordinary memory.
+Linux gives the large pages to a process that asks (`madvise(MADV_HUGEPAGE)`;
+/sys/kernel/mm/transparent_hugepage/enabled says whether it does); where it does not, or there is no such call, this is
+ordinary memory.
 
-What nobody has written takes no room: a page is there from its first write on.
+What has not been written takes no room: a page is there from its first write on.
 """
 
 import math

@@ -28,4 +28,18 @@ except ModuleNotFoundError:
 
     triton = tl = _StandIn()
 
-__all__ = ["DTYPES", "tl", "triton"]
+
+def launch_options(num_warps: int, num_stages: int | None = 1) -> dict[str, int | bool]:
+    """Options of a launch.
+
+    Fusion of multiplication and addition is asked for, since its default changes with Triton 3.10.
+
+    Args:
+        num_warps: Warps of a program.
+        num_stages: Stages of the software pipeline; None: as many as Triton takes for the device.
+    """
+    options: dict[str, int | bool] = {"enable_fp_fusion": True, "num_warps": num_warps}
+    return options if num_stages is None else {**options, "num_stages": num_stages}
+
+
+__all__ = ["DTYPES", "launch_options", "tl", "triton"]

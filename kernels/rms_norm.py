@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minirksc.errors import ConfigError
-from minirksc.kernels.jit import DTYPES, tl, triton
+from minirksc.kernels.jit import DTYPES, launch_options, tl, triton
 
 MAX_SIZE = 16384
 
@@ -24,7 +24,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     Args:
         x: `[..., size]`, any float dtype.
         weight: `[size]`, dtype of x or float32; None for none.
-        eps: added to the mean square.
+        eps: Number added to the mean square.
 
     Returns:
         `[..., size]`, dtype of x.
@@ -56,7 +56,7 @@ def add_rms_norm_reference(
         update: `[tokens, size]`, dtype of hidden.
         update_norm: `[size]`, the weight of a norm of the update before the addition; None for no such norm.
         weight: `[size]`, the weight of the norm of the sum; None for a norm without a weight.
-        eps: added to both mean squares.
+        eps: Number added to both mean squares.
 
     Returns:
         `[tokens, size]`, the normed sum, dtype of hidden.
@@ -92,27 +92,24 @@ def _rms_norm_kernel(
     update_norm_ptr,
     weight_ptr,
     out_ptr,  # contiguous
-    stride_x_token,
-    stride_x_head: tl.constexpr,
-    stride_update_token,
+    stride_x,
+    stride_update,
     eps,
-    HEADS: tl.constexpr,  # rows of a token
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    token, head = row // HEADS, row % HEADS
     cols = tl.arange(0, BLOCK)
     mask = cols < SIZE
     dtype = x_ptr.dtype.element_ty
-    x_ptr += token * stride_x_token + head * stride_x_head
+    x_ptr += row * stride_x
     # All loads come before the first sum, so that the row waits for memory once.
     x = tl.load(x_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     weight = None
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
     if update_ptr is not None:
-        update = tl.load(update_ptr + token * stride_update_token + cols, mask=mask, other=0.0).to(tl.float32)
+        update = tl.load(update_ptr + row * stride_update + cols, mask=mask, other=0.0).to(tl.float32)
         if update_norm_ptr is not None:
             update_norm = tl.load(update_norm_ptr + cols, mask=mask, other=0.0)
             update = _rms_normed(update, update_norm, eps, dtype, SIZE)
@@ -132,38 +129,16 @@ def row_launch(size: int) -> tuple[int, int]:
 
 
 def rms_norm_triton(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """The kernel. Heads of a wider tensor (`[tokens, heads, size]`, a slice) are read where they are.
+    """The kernel.
 
     Raises:
         ConfigError: a dtype or a size that the kernel cannot serve.
     """
     size = x.shape[-1]
     _check(x, {"weight": weight})
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel() == 0:
-        return out
-    heads = x.shape[-2] if x.dim() > 2 else 1
-    rows = x.reshape(-1, heads, size)  # a view, unless leading dimensions of x do not follow each other
+    rows = x.reshape(-1, size)  # a view, unless leading dimensions of x do not follow each other
     rows = rows if rows.stride(-1) == 1 or size == 1 else rows.contiguous()
-    block, num_warps = row_launch(size)
-    _rms_norm_kernel[(len(rows) * heads,)](
-        rows,
-        None,
-        None,
-        weight,
-        out,
-        rows.stride(0),
-        rows.stride(1) if heads > 1 else 0,
-        0,
-        eps,
-        HEADS=heads,
-        SIZE=size,
-        BLOCK=block,
-        enable_fp_fusion=True,
-        num_warps=num_warps,
-        num_stages=1,
-    )
-    return out
+    return _launch(rows, None, None, weight, eps).view(x.shape)
 
 
 def add_rms_norm_triton(
@@ -181,30 +156,33 @@ def add_rms_norm_triton(
             f"hidden is {list(hidden.shape)} {hidden.dtype} and the update {list(update.shape)} {update.dtype}; "
             "both must be [tokens, size] of one dtype"
         )
-    out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-    if hidden.numel() == 0:
-        return out
-    if size > 1 and (hidden.stride(1) != 1 or update.stride(1) != 1):
+    if len(hidden) and size > 1 and (hidden.stride(1) != 1 or update.stride(1) != 1):
         strides = f"{hidden.stride(1)} and {update.stride(1)}"
         raise ConfigError(f"the rows of hidden and update have strides {strides}; they must be contiguous, of stride 1")
+    return _launch(hidden, update, update_norm, weight, eps)
+
+
+def _launch(
+    rows: Tensor, update: Tensor | None, update_norm: Tensor | None, weight: Tensor | None, eps: float
+) -> Tensor:
+    """The normed rows, `[rows, size]`, after their update."""
+    num_rows, size = rows.shape
+    out = rows.new_empty(rows.shape)
     block, num_warps = row_launch(size)
-    _rms_norm_kernel[(len(hidden),)](
-        hidden,
-        update,
-        update_norm,
-        weight,
-        out,
-        hidden.stride(0),
-        0,
-        update.stride(0),
-        eps,
-        HEADS=1,
-        SIZE=size,
-        BLOCK=block,
-        enable_fp_fusion=True,
-        num_warps=num_warps,
-        num_stages=1,
-    )
+    if num_rows:
+        _rms_norm_kernel[(num_rows,)](
+            rows,
+            update,
+            update_norm,
+            weight,
+            out,
+            rows.stride(0),
+            0 if update is None else update.stride(0),
+            eps,
+            SIZE=size,
+            BLOCK=block,
+            **launch_options(num_warps),
+        )
     return out
 
 
@@ -215,9 +193,24 @@ def _check(x: Tensor, weights: dict[str, Tensor | None]) -> None:
     if not 0 < size <= MAX_SIZE:
         raise ConfigError(f"rows have {size} numbers; the kernel takes 1 to {MAX_SIZE}")
     for name, weight in weights.items():
-        if weight is None:
-            continue
-        if weight.shape != (size,) or not weight.is_contiguous():
-            raise ConfigError(f"{name} has shape {list(weight.shape)}; it must be [{size}] and contiguous")
-        if weight.dtype not in (x.dtype, torch.float32):
-            raise ConfigError(f"{name} is {weight.dtype}; it must be {x.dtype}, as the rows, or float32")
+        check_norm_weight(name, weight, size, x.dtype)
+
+
+def check_norm_weight(name: str, weight: Tensor | None, size: int, dtype: torch.dtype) -> None:
+    """Refuses the weight of a norm that a kernel cannot read.
+
+    Args:
+        name: Name of the argument.
+        weight: Weight; None for none.
+        size: Number of elements that it must have.
+        dtype: Type of what is normed.
+
+    Raises:
+        ConfigError: a dtype, a shape or a stride is wrong.
+    """
+    if weight is None or (
+        weight.shape == (size,) and weight.is_contiguous() and weight.dtype in (dtype, torch.float32)
+    ):
+        return
+    given = f"{name} is {list(weight.shape)} {weight.dtype}"
+    raise ConfigError(f"{given}; it must be [{size}], contiguous, {dtype} or float32")

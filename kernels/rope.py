@@ -20,8 +20,8 @@ def rope_tables(positions: Tensor, inv_freq: Tensor, scale: float, dtype: torch.
     Args:
         positions: `[tokens]` int64.
         inv_freq: `[rotary_dim / 2]` or, where each token has its own, `[tokens, rotary_dim / 2]`; float32.
-        scale: attention factor, multiplied into both tables.
-        dtype: of the result.
+        scale: Attention factor, multiplied into both tables.
+        dtype: Type of the result.
 
     Returns:
         (cos, sin), each `[tokens, 1, rotary_dim]`. The first half of sin is negated, so that
@@ -39,7 +39,7 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     Args:
         x: `[tokens, heads, head_dim]`; the first rotary_dim of head_dim are rotated, the rest stays.
         cos: `[tokens, 1, rotary_dim]`, from `rope_tables`.
-        sin: like cos.
+        sin: `[tokens, 1, rotary_dim]`, from `rope_tables`.
     """
     half = cos.shape[-1] // 2
     a, b = x[..., : 2 * half].to(torch.float32, copy=True).chunk(2, dim=-1)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from minirksc.engine.engine import Engine as Engine
     from minirksc.engine.gates import LEAVE as LEAVE
     from minirksc.engine.gates import Borrow as Borrow
-    from minirksc.engine.gates import DepthGate as DepthGate
     from minirksc.engine.gates import GateRows as GateRows
+    from minirksc.engine.gates import LayerGate as LayerGate
     from minirksc.engine.gates import Seat as Seat
     from minirksc.engine.outputs import CompletionOutput as CompletionOutput
     from minirksc.engine.outputs import RequestOutput as RequestOutput
@@ -54,7 +54,7 @@ _HOMES = {
     "options": ("EngineConfig", "SamplingParams"),
     "engine.branch": ("Branch", "BranchProgress"),
     "engine.engine": ("Engine",),
-    "engine.gates": ("LEAVE", "Borrow", "DepthGate", "GateRows", "Seat"),
+    "engine.gates": ("LEAVE", "Borrow", "LayerGate", "GateRows", "Seat"),
     "engine.outputs": ("CompletionOutput", "RequestOutput", "StreamChunk"),
     "engine.session": ("Session",),
     "rksc.results": ("BranchResult", "SolveResult"),

@@ -33,7 +33,7 @@ from minirksc.engine.prompts import (
 from minirksc.engine.request import Salt
 from minirksc.engine.session import Session, raise_named
 from minirksc.engine.stats import Stats
-from minirksc.engine.threads import plan_threads
+from minirksc.engine.threads import choose_threads
 from minirksc.options import EngineConfig, SamplingParams
 
 P = ParamSpec("P")
@@ -80,20 +80,20 @@ class LLM:
     def __init__(self, model: str | Path = "smollm2-135m", *, use_tqdm: bool = False, **options: Any) -> None:
         config = EngineConfig.from_dict({"model": str(model), **options})
         self._threads_before = torch.get_num_threads()
-        plan = plan_threads(config.threads, self._threads_before, read_cpus(), os.environ)
-        for warning in plan.warnings:
+        choice = choose_threads(config.threads, self._threads_before, read_cpus(), os.environ)
+        for warning in choice.warnings:
             warnings.warn(warning, stacklevel=2)
-        self._has_set_threads = config.threads is not None or plan.threads != self._threads_before
+        self._has_set_threads = config.threads is not None or choice.threads != self._threads_before
         try:
             if self._has_set_threads:
-                torch.set_num_threads(plan.threads)
+                torch.set_num_threads(choice.threads)
             loaded = load(config, use_tqdm)
         except BaseException:
             self._restore_threads()
             raise
-        self._session = Session(loaded.engine, loaded.config, loaded.model_path)
-        self.config, self.spec, self.model_path = loaded.config, loaded.spec, loaded.model_path
-        self.tokenizer, self.sampling_defaults = loaded.tokenizer, loaded.sampling_defaults
+        self._session = session = Session(loaded.engine, loaded.config, loaded.model_path)
+        self.config, self.spec, self.model_path = session.config, session.spec, session.model_path
+        self.tokenizer, self.sampling_defaults = session.tokenizer, loaded.engine.sampling_defaults
         self._load_s, self._pack_s = loaded.load_s, loaded.pack_s
 
     @property

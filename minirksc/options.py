@@ -47,7 +47,7 @@ class SamplingParams(Options):
     many tokens as the model's length allows.
 
     Attributes:
-        n: samples of the prompt; sample i is what seed + i gives.
+        n: samples of the prompt; sample i is what a request with seed + i gives.
         temperature: scale of the randomness; 0 takes the likeliest token.
         top_p: probability to which the tokens chosen from sum up, the likeliest first.
         top_k: number of likeliest tokens to choose from; 0 or -1: all.
@@ -159,12 +159,16 @@ class SamplingParams(Options):
 class EngineConfig(Options):
     """What an engine is made from.
 
+    How threads are chosen is said in `minirksc.engine.threads`, how blocks are evicted in `minirksc.cache.eviction`,
+    how numbers are rounded in `minirksc.kernels.weights.int8_weight` and `minirksc.kernels.kv.int8`.
+
     Attributes:
         model: checkpoint folder, alias or hub id.
         dtype: numbers to compute in; auto: the checkpoint's where the device computes in them, else float32.
         device: device to compute on: auto, cpu, cuda or cuda:N.
         backend: kernels to use: triton on a GPU, native (compiled) or torch on a CPU, or the plain reference.
-        threads: threads of the CPU (default: one a physical core that the process may use).
+        threads: threads of the CPU (default: one a physical core that the process may use, or fewer if torch was told
+            so).
         kv_cache_bytes: size of the KV cache in bytes, or for example 2GiB (default: a part of what is free once the
             weights are loaded).
         kv_cache_dtype: numbers to keep keys and values in; int8: more tokens in as many bytes, an approximation

@@ -1,12 +1,11 @@
 """The decoder: embedding, layers, final norm and head, for every family that an `ArchSpec` describes.
 
 Explicit from end to end: whatever a forward pass needs is an argument. Knows nothing about requests,
-scheduling or who owns the cache.
+scheduling or the owner of the cache.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,46 +14,11 @@ from minirksc.kernels.attention.batch import AttentionBatch
 from minirksc.kernels.backend import Backend
 from minirksc.kernels.kv.layer_cache import LayerCache
 from minirksc.kernels.weights.linear import Linear, PlainWeight
+from minirksc.models.hooks import LayerControl, MassSample
 from minirksc.models.layer_inputs import LayerInputs
 from minirksc.models.layers import DecoderLayer, ResidualStream, norm_weight
 from minirksc.models.rope import Rotary
 from minirksc.models.spec import ArchSpec, RopeSpec
-
-
-@dataclass(frozen=True, slots=True)
-class Narrowed:
-    """What is left of a batch.
-
-    Attributes:
-        rows: `[rows]` int64, places in the stream that go on; may be none.
-        attention: where their queries and keys are, by the window of the layers.
-        logits_rows: `[logits]` int64, places among `rows` whose logits are wanted.
-    """
-
-    rows: Tensor
-    attention: Mapping[int | None, AttentionBatch]
-    logits_rows: Tensor
-
-
-class DepthControl(Protocol):
-    """Whoever may make the batch smaller between layers."""
-
-    def after_layer(self, layer: int, stream: ResidualStream) -> Narrowed | None:
-        """Called after each layer with the stream as it left it; None: nothing changes."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class MassSample:
-    """What KV blocks receive of the attention in a few layers.
-
-    Attributes:
-        layers: where it is measured.
-        masses: one of each, `[sequences, blocks]` float32, mean over heads; a row sums to 1.
-    """
-
-    layers: Collection[int]
-    masses: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -73,6 +37,11 @@ class LayerFeed:
     growth: Tensor | None
     inputs: Tensor | None
 
+    def tensors(self) -> list[Tensor]:
+        """All that it is made of, in the same order for every pass of a model."""
+        tables = [tensor for pair in self.tables.values() for tensor in pair]
+        return [self.hidden, *tables, *(one for one in (self.growth, self.inputs) if one is not None)]
+
     def clone(self) -> "LayerFeed":
         """A copy that shares nothing."""
         tables = {rope: (cos.clone(), sin.clone()) for rope, (cos, sin) in self.tables.items()}
@@ -81,13 +50,8 @@ class LayerFeed:
 
     def copy_(self, other: "LayerFeed") -> None:
         """Takes the numbers of another of the same shape."""
-        self.hidden.copy_(other.hidden)
-        for rope, tables in self.tables.items():
-            for own, given in zip(tables, other.tables[rope], strict=True):
-                own.copy_(given)
-        for mine, its in ((self.growth, other.growth), (self.inputs, other.inputs)):
-            if mine is not None and its is not None:
-                mine.copy_(its)
+        for own, given in zip(self.tensors(), other.tensors(), strict=True):
+            own.copy_(given)
 
 
 class Decoder:
@@ -100,8 +64,8 @@ class Decoder:
         backend: the form of every op.
 
     Attributes:
-        device: where the weights are.
-        dtype: of activations, and of the KV cache unless it is kept in another.
+        device: device of the weights.
+        dtype: dtype of activations, and of the KV cache unless it is kept in another.
     """
 
     def __init__(self, spec: ArchSpec, weights: Iterator[tuple[str, Tensor]], backend: Backend) -> None:
@@ -146,7 +110,7 @@ class Decoder:
 
     @property
     def weight_bytes(self) -> int:
-        """Of the matrices that every pass reads, as they are packed; norms and the embedding's rows are few."""
+        """Bytes of the matrices that every pass reads, as they are packed; norms and the embedding's rows are few."""
         linears = [self.head, *(linear for layer in self.layers for linear in layer.linears)]
         if self.layer_inputs is not None:
             linears.append(self.layer_inputs.project)
@@ -160,7 +124,7 @@ class Decoder:
         attention: Mapping[int | None, AttentionBatch],
         cache: Sequence[LayerCache],
         logits_rows: Tensor | None,
-        depth: DepthControl | None = None,
+        control: LayerControl | None = None,
         mass: MassSample | None = None,
     ) -> Tensor:
         """Runs a flattened batch through all layers.
@@ -169,17 +133,17 @@ class Decoder:
             token_ids: `[tokens]` int64.
             positions: `[tokens]` int64.
             sequence_lens: `[tokens]` int64, known length of each token's sequence.
-            attention: where queries and keys are, for layers of each window.
-            cache: of each layer, written at the batch's slots.
+            attention: places of queries and keys, for layers of each window.
+            cache: cache of each layer, written at the batch's slots.
             logits_rows: `[rows]` int64, tokens whose logits are wanted; None: all.
-            depth: may take rows out between layers; their logits are not computed.
+            control: what may take rows out between layers; their logits are not computed.
             mass: gains the attention mass of KV blocks; only where every sequence has one token.
 
         Returns:
             Logits `[rows, vocab]` float32.
         """
         feed = self.feed(token_ids, positions, sequence_lens)
-        return self.capped(self.through_layers(feed, attention, cache, logits_rows, depth, mass))
+        return self.capped(self.through_layers(feed, self._by_layer(attention), cache, logits_rows, control, mass))
 
     def feed(self, token_ids: Tensor, positions: Tensor, sequence_lens: Tensor) -> LayerFeed:
         """What the layers begin with; arguments as of `forward`."""
@@ -196,13 +160,16 @@ class Decoder:
     def through_layers(
         self,
         feed: LayerFeed,
-        attention: Mapping[int | None, AttentionBatch],
+        attention: Sequence[AttentionBatch],
         cache: Sequence[LayerCache],
         logits_rows: Tensor | None,
-        depth: DepthControl | None = None,
+        control: LayerControl | None = None,
         mass: MassSample | None = None,
     ) -> Tensor:
-        """Logits `[rows, vocab]` float32 before the cap; `feed` is overwritten. Arguments as of `forward`."""
+        """Logits `[rows, vocab]` float32 before the cap; `feed` is overwritten, and `attention` has one entry a layer.
+
+        All other arguments as of `forward`.
+        """
         tables, growth, inputs = feed.tables, feed.growth, feed.inputs
         stream = ResidualStream(feed.hidden, self.backend, self.spec.norm_eps)
         shared_kv: dict[int, Tensor] = {}  # by the layer that made it
@@ -212,12 +179,13 @@ class Decoder:
             shared = None if own.kv_layer is None else shared_kv[own.kv_layer]
             layer_input = None if inputs is None else inputs[index]
             masses = mass.masses if mass is not None and index in mass.layers else None
-            kv = layer(stream, table, growth, layer_cache, attention[own.window], shared, layer_input, masses)
+            kv = layer(stream, table, growth, layer_cache, attention[index], shared, layer_input, masses)
             if index in self._kv_sources:
                 shared_kv[index] = kv
-            narrowed = None if depth is None else depth.after_layer(index, stream)
+            narrowed = None if control is None else control.after_layer(index, stream)
             if narrowed is not None:
-                rows, attention, logits_rows = narrowed.rows, narrowed.attention, narrowed.logits_rows
+                rows, logits_rows = narrowed.rows, narrowed.logits_rows
+                attention = self._by_layer(narrowed.attention)
                 if len(rows) == 0:
                     break
                 stream.keep(rows)
@@ -231,6 +199,9 @@ class Decoder:
             stream.keep(logits_rows)
         return self.head.in_float32(stream.normed(self.norm))
 
+    def _by_layer(self, attention: Mapping[int | None, AttentionBatch]) -> list[AttentionBatch]:
+        return [attention[layer.window] for layer in self.spec.layers]
+
     def capped(self, logits: Tensor) -> Tensor:
         """The same under the soft cap of the architecture, if it has one; in place."""
         cap = self.spec.final_softcap
@@ -240,7 +211,7 @@ class Decoder:
         """The logit lens: reads hidden states of any layer as if they were the last one's.
 
         Args:
-            token_ids: whose logits; None: all of the vocabulary.
+            token_ids: tokens whose logits are read; None: all of the vocabulary.
 
         Returns:
             From the residual stream `[rows, hidden]` to logits `[rows, tokens]` float32: final norm, then these rows
@@ -266,10 +237,10 @@ class Decoder:
         """Copies KV within one layer's cache, keys turned on to their new positions.
 
         Args:
-            index: of the layer. Where it reads another layer's cache, there is nothing to copy.
-            layer_cache: of the layer.
-            sources: `[tokens]` int64 slots.
-            destinations: `[tokens]` int64 slots, none of which is a source.
+            index: number of the layer. Where it reads another layer's cache, there is nothing to copy.
+            layer_cache: cache of the layer.
+            sources: slots `[tokens]` int64.
+            destinations: slots `[tokens]` int64, none of which is a source.
             shifts: `[tokens]` int64, new position minus old.
         """
         layer = self.spec.layers[index]

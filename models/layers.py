@@ -8,6 +8,7 @@ from torch import Tensor
 from minirksc.kernels.attention.batch import AttentionBatch
 from minirksc.kernels.backend import Backend
 from minirksc.kernels.kv.layer_cache import LayerCache
+from minirksc.kernels.kv.placement import HeadNorms, Placement
 from minirksc.kernels.weights.linear import Linear, Pack
 from minirksc.models.spec import ArchSpec, LayerSpec
 
@@ -18,7 +19,7 @@ class ResidualStream:
     Args:
         hidden: `[tokens, hidden]`, where it begins; overwritten.
         backend: the form of every op.
-        eps: of all norms.
+        eps: epsilon of all norms.
     """
 
     def __init__(self, hidden: Tensor, backend: Backend, eps: float) -> None:
@@ -30,8 +31,7 @@ class ResidualStream:
 
     def add(self, update: Tensor, norm: Tensor | None = None) -> None:
         """Adds `[tokens, hidden]`; with the weight of a norm, its normed copy."""
-        if self._update is not None:
-            self.total()
+        self.total()
         self._update, self._update_norm = update, norm
 
     def normed(self, weight: Tensor | None) -> Tensor:
@@ -42,23 +42,21 @@ class ResidualStream:
         return self._backend.add_rms_norm(self._hidden, update, self._update_norm, weight, self._eps)
 
     def total(self) -> Tensor:
-        """The sum itself, `[tokens, hidden]`; whoever writes into it changes the stream."""
+        """The sum itself, `[tokens, hidden]`; what is written into it changes the stream."""
         if self._update is not None:
             update, self._update = self._update, None
-            if self._update_norm is not None:
-                update = self._backend.rms_norm(update, self._update_norm, self._eps)
-            self._hidden.add_(update)
+            self._hidden.add_(self._as_added(update))
         return self._hidden
 
     def at(self, rows: Tensor) -> Tensor:
         """A copy of the sum at the tokens `[rows]` int64; the stream stays as it is."""
         hidden = self._hidden[rows]
-        if self._update is None:
-            return hidden
-        update = self._update[rows]
-        if self._update_norm is not None:
-            update = self._backend.rms_norm(update, self._update_norm, self._eps)
-        return hidden.add_(update)
+        return hidden if self._update is None else hidden.add_(self._as_added(self._update[rows]))
+
+    def _as_added(self, update: Tensor) -> Tensor:
+        """`[tokens, hidden]`, under its norm if it has one."""
+        norm = self._update_norm
+        return update if norm is None else self._backend.rms_norm(update, norm, self._eps)
 
     def keep(self, rows: Tensor) -> None:
         """Goes on with the tokens `[rows]` int64 alone."""
@@ -91,7 +89,7 @@ class DecoderLayer:
         self.backend = backend
         self.attn_norm = norm("attn_norm")
         self.qkv = linear("qkv")
-        self.q_norm, self.k_norm = norm("q_norm"), norm("k_norm")
+        self.head_norms = HeadNorms(spec.num_heads, norm("q_norm"), norm("k_norm"), spec.v_norm, spec.norm_eps)
         self.o = linear("o")
         self.attn_post_norm = norm("attn_post_norm")
         self.mlp_norm = norm("mlp_norm")
@@ -126,7 +124,7 @@ class DecoderLayer:
             rope_tables: (cos, sin) of `kernels.rope.rope_tables`; None for a layer without positions.
             query_growth: `[tokens, 1, 1]`, multiplied to queries; None for none.
             layer_cache: written at the batch's slots, unless another layer does.
-            attention: where queries and keys are.
+            attention: places of queries and keys.
             shared_kv: new keys and values of the layer whose cache this one reads; None: it has its own.
             layer_input: `[tokens, layer_input_size]`, see `LayerInputs`; None for none.
             masses: gains what each KV block received of the attention, `[sequences, blocks]` float32; None: not asked.
@@ -136,9 +134,8 @@ class DecoderLayer:
         """
         spec, ops, num_heads = self.spec, self.backend, self.spec.num_heads
         qkv = self._qkv(stream.normed(self.attn_norm))
-        norms = (self.q_norm, self.k_norm, spec.v_norm, spec.norm_eps)
         own_cache = layer_cache if shared_kv is None else None
-        ops.kv_store(qkv, num_heads, *norms, rope_tables, query_growth, own_cache, attention.slots)
+        ops.kv_store(qkv, self.head_norms, Placement(rope_tables, query_growth, own_cache, attention.slots))
         q, kv = qkv[:, :num_heads], self._new_kv(qkv) if shared_kv is None else shared_kv
         given = q, kv, layer_cache, attention, spec.query_scale, spec.attn_softcap
         if masses is None:

@@ -1,6 +1,6 @@
 """The plainest decoder, read from config.json, and changes that several families make to it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ CHUNK_FIELDS = {
     *("chunk_size", "local_size", "original_max_position_embeddings"),
     *("sparse_attention_config", "sparse_attention_enabled", "sparse_attention_threshold"),
 }
-"""Of dual chunk attention; the last ones leave out keys of long sequences."""
+"""Fields of dual chunk attention; the last ones leave out keys of long sequences."""
 
 
 def plain(
@@ -33,11 +33,11 @@ def plain(
     """A Llama of the file's sizes, with the family's values in place of its own.
 
     Args:
-        f: the file.
-        layer_type: see `read_rope`, as for the next two.
-        is_partial: see there.
-        others: see there.
-        changes: fields of `ArchSpec`.
+        f: fields of the file.
+        layer_type: argument of `read_rope`, as the next two.
+        is_partial: argument of it.
+        others: argument of it.
+        changes: fields of `ArchSpec` and their values.
     """
     f.default(hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1e4, max_position_embeddings=2048)
     num_heads, hidden_size = f.size("num_attention_heads"), f.size("hidden_size")
@@ -107,8 +107,32 @@ def _is_null(f: Fields, name: str) -> bool:
     return name in f and f.get(name) is None
 
 
-def with_windows(f: Fields, spec: ArchSpec, kinds: Sequence[str], is_on: bool = True) -> ArchSpec:
-    """Gives a window to the layers that slide: those that the file's layer_types name, else those of `kinds`.
+def with_biases(f: Fields) -> ArchSpec:
+    """A Llama with a switch for the biases of attention and one for those of the MLP."""
+    return plain(f, qkv_bias=f.flag("attention_bias"), o_bias=f.flag("attention_bias"), mlp_bias=f.flag("mlp_bias"))
+
+
+def either(f: Fields, name: str, other: str) -> bool:
+    """A switch with two names.
+
+    Raises:
+        CheckpointError: both are there and contradict each other.
+    """
+    if name in f and other in f and f.flag(name) != f.flag(other):
+        raise CheckpointError(f"{f.where}: {name} {f.flag(name)} and {other} {f.flag(other)} contradict each other")
+    return f.flag(name) or f.flag(other)
+
+
+def with_windows(
+    f: Fields, spec: ArchSpec, is_full: Callable[[int], bool] = lambda index: False, is_on: bool = True
+) -> ArchSpec:
+    """Gives a window to the layers that slide: those that the file's layer_types name, else all that are not full.
+
+    Args:
+        f: fields of the file.
+        spec: architecture without windows.
+        is_full: whether a layer, by its index, sees all keys.
+        is_on: whether there are windows at all.
 
     Raises:
         CheckpointError: layer_types names some, and the file has no window for them.
@@ -118,7 +142,7 @@ def with_windows(f: Fields, spec: ArchSpec, kinds: Sequence[str], is_on: bool = 
     if window is None and named is not None and SLIDING in named:
         why = "sliding_window is null" if is_on else "use_sliding_window is off"
         raise CheckpointError(f"{f.where}: layer_types names {SLIDING} layers, but {why}; keep the right one")
-    kinds = named or kinds
+    kinds = named or [FULL if is_full(index) else SLIDING for index in range(spec.num_layers)]
     layers = [
         replace(layer, window=window if kind == SLIDING else None)
         for layer, kind in zip(spec.layers, kinds, strict=True)

@@ -31,8 +31,8 @@ class Rotary:
     """Cosines and sines of one `RopeSpec`.
 
     Args:
-        rope: the spec.
-        device: where tables are made.
+        rope: spec of the rotation.
+        device: device on which tables are made.
 
     Raises:
         UnsupportedModelError: the kind is not implemented.
@@ -49,7 +49,7 @@ class Rotary:
         Args:
             positions: `[tokens]` int64.
             sequence_lens: `[tokens]` int64, known length of each token's sequence.
-            dtype: of the result.
+            dtype: dtype of the result.
 
         Returns:
             (cos, sin), each `[tokens, 1, rotary_dim]`.
@@ -94,8 +94,8 @@ def inv_freq(rope: RopeSpec, is_long: bool = False) -> Tensor:
     """Radians per position of each rotated pair: `[rotary_dim / 2]` float32.
 
     Args:
-        rope: the spec.
-        is_long: of a sequence beyond the original length, where the kind makes a difference.
+        rope: spec of the rotation.
+        is_long: whether it is for a sequence beyond the original length, where the kind makes a difference.
 
     Raises:
         UnsupportedModelError: the kind is not implemented.

@@ -5,6 +5,7 @@ config.json; nothing in here knows a family by name.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from minirksc.errors import CheckpointError
@@ -18,11 +19,11 @@ class RopeSpec:
     """How a layer turns positions into rotations; see `rope.py` for the formulas.
 
     Attributes:
-        kind: a key of `rope.KINDS`.
+        kind: key of `rope.KINDS`.
         theta: base of the wavelengths.
         rotary_dim: leading elements of each head that are rotated.
-        parameters: what the kind needs, as (name, value) pairs, so that equal specs are equal keys.
-        attention_factor: multiplied into cosines and sines.
+        parameters: (name, value) pairs that the kind needs; pairs, so that equal specs are equal keys.
+        attention_factor: factor of cosines and sines.
     """
 
     kind: str
@@ -37,8 +38,8 @@ class RopeSpec:
         for name, value in (("rope_theta", self.theta), ("attention_factor", self.attention_factor)):
             if not (value > 0 and math.isfinite(value)):
                 raise CheckpointError(f"{self.kind} rope: {name} {value} must be positive and finite")
-        if self.kind == "llama3" and not self.number("low_freq_factor", 0) < self.number("high_freq_factor", 0):
-            low, high = self.number("low_freq_factor", 0), self.number("high_freq_factor", 0)
+        low, high = self.number("low_freq_factor", 0), self.number("high_freq_factor", 0)
+        if self.kind == "llama3" and not low < high:
             raise CheckpointError(f"llama3 rope: low_freq_factor {low} must be less than high_freq_factor {high}")
         if self.kind == "yarn" and self.theta == 1:
             raise CheckpointError("yarn rope: rope_theta 1.0 turns all pairs alike, and none is the slowest")
@@ -64,17 +65,25 @@ class RopeSpec:
         return value
 
 
+def _check_positive(spec: object, names: Iterable[str]) -> None:
+    """Refuses a spec with a number that is not positive; None is none."""
+    for name in names:
+        value = getattr(spec, name)
+        if value is not None and not value > 0:
+            raise CheckpointError(f"{name} {value} must be positive")
+
+
 @dataclass(frozen=True)
 class LayerSpec:
     """What may differ from layer to layer.
 
     Attributes:
-        num_kv_heads, head_dim: of its keys and values.
+        num_kv_heads, head_dim: heads of its keys and values, and their width.
         intermediate_size: width of its MLP.
-        rope: None for a layer without positions.
-        window: how many latest keys a query sees, its own included; None for all.
-        value_is_key: the value is the key before its norm and rotation; there is no projection for it.
-        kv_layer: index of the earlier layer whose keys and values it reads; None: it has its own.
+        rope: rotation; None for a layer without positions.
+        window: number of latest keys that a query sees, its own included; None for all.
+        value_is_key: whether the value is the key before its norm and rotation, without a projection of its own.
+        kv_layer: index of the earlier layer of which it reads keys and values; None: it has its own.
     """
 
     num_kv_heads: int
@@ -86,9 +95,7 @@ class LayerSpec:
     kv_layer: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_kv_heads", "head_dim", "intermediate_size", "window"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise CheckpointError(f"{name} {getattr(self, name)} must be positive")
+        _check_positive(self, ("num_kv_heads", "head_dim", "intermediate_size", "window"))
         if self.rope is not None and self.rope.rotary_dim > self.head_dim:
             raise CheckpointError(f"rotary dimension {self.rope.rotary_dim} is more than head_dim {self.head_dim}")
 
@@ -98,11 +105,11 @@ class WeightLayout:
     """How a checkpoint names and cuts the tensors of a model.
 
     Attributes:
-        fused_qkv: q, k and v are one tensor, `qkv_proj`.
-        fused_gate_up: gate and up are one tensor, `gate_up_proj`.
+        fused_qkv: whether q, k and v are one tensor, `qkv_proj`.
+        fused_gate_up: whether gate and up are one tensor, `gate_up_proj`.
         mlp_norm: name of the norm before the MLP.
-        is_wrapped: the text model is part of a larger one, whose other tensors are skipped.
-        fp8: how its FP8 weights are scaled; None where it has none.
+        is_wrapped: whether the text model is part of a larger one, of which other tensors are skipped.
+        fp8: scales of its FP8 weights; None where it has none.
     """
 
     fused_qkv: bool = False
@@ -120,25 +127,25 @@ class ArchSpec:
         model_type: config.json's name for the family, for messages only.
         vocab_size, hidden_size: sizes.
         num_heads: query heads of every layer; num_heads / num_kv_heads of them share a KV head.
-        layers: one entry a layer.
+        layers: specs of the layers, in order.
         max_position_embeddings: longest sequence that the model was made for.
-        activation: "silu", "gelu_tanh" or "gelu".
-        norm_eps: added to the mean square.
-        tie_word_embeddings: the head is the embedding.
-        eos_token_ids: end a generation.
-        bos_token_id: begins a prompt, for people to read: the tokenizer puts it there; None when there is none.
-        query_scale: multiplied to attention scores.
+        activation: name of the MLP's activation: "silu", "gelu_tanh" or "gelu".
+        norm_eps: number that is added to the mean square.
+        tie_word_embeddings: whether the head is the embedding.
+        eos_token_ids: tokens that end a generation.
+        bos_token_id: token that begins a prompt, for people to read: the tokenizer puts it there; None for none.
+        query_scale: factor of attention scores.
         query_growth: (beta, length): queries at position p are multiplied by 1 + beta * ln(1 + floor(p / length)).
-        norm_offset: added to every norm weight (Gemma's 1 + w).
-        norm_in_float32: norm weights are applied before the cast to the model's dtype, not after it.
-        qkv_bias, o_bias, mlp_bias: which projections have one.
-        qk_norm, v_norm: norms on each head's query and key, or value; the value's has no weight.
-        sandwich_norms: a second norm on each branch's output, before it is added.
-        layer_scale: each layer's output is multiplied by a number of its own.
+        norm_offset: number that is added to every norm weight (Gemma's 1 + w).
+        norm_in_float32: whether norm weights are applied before the cast to the model's dtype, not after it.
+        qkv_bias, o_bias, mlp_bias: whether these projections have biases.
+        qk_norm, v_norm: whether there are norms on each head's query and key, or value; the value's has no weight.
+        sandwich_norms: whether what attention and MLP give is normed too, before it is added.
+        layer_scale: whether each layer's output is multiplied by a number of its own.
         layer_input_size: width of the vector that each layer gets of every token beside the stream; None for none.
-        embed_scale: multiplied to embeddings, rounded to the model's dtype.
-        attn_softcap, final_softcap: c * tanh(x / c) on scores or logits; None for none.
-        layout: of the checkpoint; changes nothing that is computed.
+        embed_scale: factor of embeddings, rounded to the model's dtype.
+        attn_softcap, final_softcap: bound c of c * tanh(x / c) on scores or logits; None for none.
+        layout: layout of the checkpoint; changes nothing that is computed.
     """
 
     model_type: str
@@ -170,15 +177,9 @@ class ArchSpec:
     layout: WeightLayout = field(default_factory=WeightLayout)
 
     def __post_init__(self) -> None:
-        for name in (
-            *("vocab_size", "hidden_size", "num_layers", "num_heads", "max_position_embeddings"),
-            *("norm_eps", "query_scale", "embed_scale"),
-        ):
-            if not getattr(self, name) > 0:
-                raise CheckpointError(f"{name} {getattr(self, name)} must be positive")
-        for name in ("attn_softcap", "final_softcap", "layer_input_size"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise CheckpointError(f"{name} {getattr(self, name)} must be positive")
+        _check_positive(self, ("vocab_size", "hidden_size", "num_layers", "num_heads", "max_position_embeddings"))
+        _check_positive(self, ("norm_eps", "query_scale", "embed_scale"))
+        _check_positive(self, ("attn_softcap", "final_softcap", "layer_input_size"))
         if self.norm_offset and not self.norm_in_float32:
             raise CheckpointError(f"norm_offset {self.norm_offset} is added to norm weights in float32 only")
         if self.activation not in ACTIVATIONS:

@@ -23,6 +23,12 @@ if not any(path.resolve() != ROOT and (path / "minirksc").is_dir() for path in n
 # transformers looks for an installed top-level package named `kernels`; the repository's folder of that name
 # must not be taken for it.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+sys.path.append(str(ROOT / "tests" / "unit"))  # for `integrity`; in importlib mode pytest does not add it
+
+
+# So that tests import bench from its folder.
+_bench = importlib.util.spec_from_file_location("bench", ROOT / "bench" / "__init__.py")
+sys.modules.setdefault("bench", importlib.util.module_from_spec(_bench))
 
 
 def _load(path):

@@ -3,9 +3,11 @@
 For code that imports inner modules of version 0.1.0 as it was on one floor, such as tests. Names are dotted and whole:
 of those that begin alike the longest counts; one that begins with a dot is an attribute. Imports, texts and paths are
 rewritten. What only looks like a module stays, unless more of a name follows: `python -m minirksc.generate` is still
-the same command, and "minirksc.gates" the format of a file.
+the same command, and "minirksc.gates" the format of a file. A block manager no longer checks itself: what asked it to
+calls `tests/unit/integrity.py`.
 """
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -20,6 +22,12 @@ NAMES = {old: new for old, new in ROWS.items() if old not in ATTRIBUTES}
 COMMANDS = ("minirksc.generate", "minirksc.calibrate", "minirksc.checkpoints")
 FORMATS = ("minirksc.gates", "minirksc.evidence")
 IMPORT = re.compile(r"^( *|.*; )from (minirksc[\w.]*) import (?:\(([^)]*)\)|([^(\n;]+?))( *#.*)?(?=$|;)", re.MULTILINE)
+
+
+INTEGRITY = re.compile(r"([\w.]+)\.check_integrity\(\)")
+IMPORT_INTEGRITY = f"""\
+import sys; sys.path.append({str(Path(__file__).parent.resolve() / "unit")!r}); from integrity import check_integrity
+"""
 
 
 def path_of(module: str) -> str:
@@ -52,7 +60,16 @@ def renamed(source: str) -> str:
     source = IMPORT.sub(put_aside, source)
     source = names.sub(lambda match: texts[match[0]], source)
     source = re.sub(rf"(?:{_any_of(ATTRIBUTES)})(?!\w)", lambda match: ATTRIBUTES[match[0]], source)
-    return re.sub("\0(\\d+)\0", lambda match: kept[int(match[1])], source)
+    source = re.sub("\0(\\d+)\0", lambda match: kept[int(match[1])], source)
+    return _checked_from_outside(source) if INTEGRITY.search(source) else source
+
+
+def _checked_from_outside(source: str) -> str:
+    """A script whose block managers are checked by a function, which it imports before all else."""
+    lines = INTEGRITY.sub(r"check_integrity(\1)", source).splitlines(keepends=True)
+    imports = (node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom))
+    first = next(node.lineno for node in imports if getattr(node, "module", None) != "__future__")
+    return "".join([*lines[: first - 1], IMPORT_INTEGRITY, *lines[first - 1 :]])
 
 
 def _any_of(texts: dict[str, str]) -> str:

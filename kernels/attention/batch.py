@@ -19,14 +19,15 @@ class AttentionBatch:
 
     Attributes:
         cu_seqlens_q: `[sequences + 1]`, first query row of each sequence.
-        context_lens: keys of each sequence, the new ones included (their KV is already stored).
-        block_tables: block ids of each sequence: equal ids mean equal keys.
-        kv_tables: where in these layers' cache each of those blocks is; what has left the window may be -1.
+        context_lens: Number of keys of each sequence, the new ones included (their KV is already stored).
+        block_tables: Block ids of each sequence: equal ids mean equal keys.
+        kv_tables: Places of those blocks in these layers' cache; of what is behind the window -1 perhaps.
         slots: `[tokens]` int64, kv_table entry * block_size + offset of each new token.
-        block_size: tokens a block.
-        device: of the cache.
-        window: how many latest keys a query sees, its own included; None for all.
-        key_chunk: keys that one program reads at most where queries are few; None: as many as keep the processor busy.
+        block_size: Number of tokens a block.
+        device: Device of the cache.
+        window: Number of latest keys that a query sees, its own included; None for all.
+        key_chunk: Largest number of keys that one program reads where queries are few; None: so many that the processor
+            is busy.
     """
 
     cu_seqlens_q: Sequence[int]
@@ -44,13 +45,17 @@ class AttentionBatch:
         """What a form of the attention makes of the batch: made on first use, and kept for the other layers.
 
         Args:
-            key: what the plan depends on besides the batch.
-            make: makes it.
+            key: Everything that the plan depends on besides the batch.
+            make: Function that makes the plan.
         """
         if key not in self._plans:
             self._plans[key] = make(self)
         plan: Plan = self._plans[key]
         return plan
+
+    def num_queries(self, sequence: int) -> int:
+        """Number of new tokens of a sequence."""
+        return self.cu_seqlens_q[sequence + 1] - self.cu_seqlens_q[sequence]
 
     def first_visible(self, position: int) -> int:
         """Position of the first key that the query at a position sees."""

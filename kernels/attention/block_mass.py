@@ -14,8 +14,9 @@ from torch import Tensor
 
 from minirksc.errors import ConfigError
 from minirksc.kernels.attention.batch import AttentionBatch
-from minirksc.kernels.attention.paged_attention import Attended, attend, paged_attention_reference, weights_and_values
-from minirksc.kernels.jit import tl, triton
+from minirksc.kernels.attention.paged_attention import attend, paged_attention_reference, weights_and_values
+from minirksc.kernels.attention.work_list import find_work
+from minirksc.kernels.jit import launch_options, tl, triton
 from minirksc.kernels.kv.layer_cache import LayerCache
 
 
@@ -57,10 +58,10 @@ def block_mass_reference(
 
     Args:
         q: `[tokens, num_heads, head_dim]`.
-        layer_cache: of the layer.
-        batch: where queries and keys are.
-        scale: multiplied to the scores.
-        softcap: c of c * tanh(score / c); None for none.
+        layer_cache: Cache of the layer.
+        batch: Places of queries and keys.
+        scale: Factor of the scores.
+        softcap: Bound c of c * tanh(score / c); None for none.
 
     Returns:
         `[tokens, blocks]` float32, in the order of the sequence's block table; a row sums to one.
@@ -106,44 +107,6 @@ def _block_mass_kernel(
     tl.store(mass_ptr + token * num_blocks + blocks, mass, mask=blocks < num_blocks)
 
 
-def block_mass_triton(attended: Attended, batch: AttentionBatch) -> Tensor:
-    """Attention mass of each block, from the sums that the attention kernel stored as it went.
-
-    Args:
-        attended: of `attend` with with_mass.
-        batch: of the same step.
-
-    Returns:
-        `[tokens, blocks]` float32 as `block_mass_reference`.
-    """
-    _, lse, granule_lse, granule, work = attended
-    assert lse is not None and granule_lse is not None
-    num_tokens, num_heads, num_granules = granule_lse.shape
-    per_block = batch.block_size // granule
-    num_blocks = num_granules // per_block
-    mass = granule_lse.new_empty((num_tokens, num_blocks))
-    if num_tokens == 0 or num_blocks == 0:
-        return mass
-    blocks = max(1, 128 // per_block)
-    _block_mass_kernel[(num_tokens, triton.cdiv(num_blocks, blocks))](
-        granule_lse,
-        lse,
-        work.tokens,
-        work.positions,
-        mass,
-        num_granules,
-        num_blocks,
-        NUM_HEADS=num_heads,
-        WINDOW=batch.window or 0,
-        GRANULE=granule,
-        PER_BLOCK=per_block,
-        BLOCKS=blocks,
-        enable_fp_fusion=True,
-        num_warps=4,
-    )
-    return mass
-
-
 def paged_attention_mass_triton(
     q: Tensor, kv: Tensor, layer_cache: LayerCache, batch: AttentionBatch, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
@@ -155,5 +118,39 @@ def paged_attention_mass_triton(
         ConfigError: not a decode step, or a dtype, shape or layout that the kernel cannot serve.
     """
     check_decode(batch)
-    attended = attend(q, layer_cache, batch, scale, softcap, with_mass=True)
-    return attended.out, block_mass_triton(attended, batch)
+    return attend_with_mass(q, layer_cache, batch, scale, softcap)
+
+
+def attend_with_mass(
+    q: Tensor, layer_cache: LayerCache, batch: AttentionBatch, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """The same of any step without long prompts; arguments and result as of `paged_attention_mass_triton`."""
+    work = find_work(q, layer_cache, batch)
+    num_tokens, num_heads, _ = q.shape
+    num_blocks = work.table.shape[1]
+    mass = q.new_empty((num_tokens, num_blocks), dtype=torch.float32)
+    if work.tile is None:
+        return torch.empty_like(q), mass
+    assert work.prefill_tile is None  # whose granules would be of another size
+    granule = min(batch.block_size, work.tile.tile)
+    per_block = batch.block_size // granule
+    lse = q.new_empty((num_tokens, num_heads), dtype=torch.float32)
+    granule_lse = q.new_empty((num_tokens, num_heads, num_blocks * per_block), dtype=torch.float32)
+    out = attend(q, layer_cache, batch, work, scale, softcap, lse, granule_lse)
+    blocks = max(1, 128 // per_block)
+    _block_mass_kernel[(num_tokens, triton.cdiv(num_blocks, blocks))](
+        granule_lse,
+        lse,
+        work.tokens,
+        work.positions,
+        mass,
+        granule_lse.shape[2],
+        num_blocks,
+        NUM_HEADS=num_heads,
+        WINDOW=batch.window or 0,
+        GRANULE=granule,
+        PER_BLOCK=per_block,
+        BLOCKS=blocks,
+        **launch_options(4, num_stages=None),
+    )
+    return out, mass

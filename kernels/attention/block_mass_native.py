@@ -18,7 +18,7 @@ from minirksc.kernels.attention.paged_attention_native import (
     PIECE_TILES,
     WHOLE,
     TableWithSums,
-    attend_tiled,
+    attend_rows,
     check_layout,
 )
 from minirksc.kernels.kv.layer_cache import TILE, LayerCache
@@ -38,7 +38,7 @@ def paged_attention_mass_native(
     plan.check(len(q), check_layout(q, layer_cache, batch.block_size, softcap))
     out = q.new_empty(q.shape)
     table = plan.table_with_sums(*q.shape[1:])
-    attend_tiled(q, layer_cache.kv, out, table.table, batch.window, scale, softcap)
+    attend_rows(q, layer_cache, out, table.table, batch.window, scale, softcap)
     return out, block_mass(batch, table)
 
 
@@ -48,9 +48,9 @@ class _Cells:
 
     Attributes:
         rows: `[rows]` int64, batch row of each row of the partial results.
-        cells: `[rows, PIECE_TILES]` int64, of each tile its block's place in the flattened mass; one past the end where
-            a piece has fewer tiles.
-        width: blocks of the longest sequence.
+        cells: `[rows, PIECE_TILES]` int64, place of each tile's block in the flattened mass; one past the end where a
+            piece has fewer tiles.
+        width: Number of blocks of the longest sequence.
     """
 
     rows: Tensor
@@ -76,7 +76,7 @@ def _find_cells(batch: AttentionBatch) -> _Cells:
 
 
 def _block_ids(runs: Sequence[Sequence[int]], block_size: int) -> list[int]:
-    """Of each tile that the runs (first slot, keys) have keys in."""
+    """The block of each tile in which the runs (first slot, keys) have keys."""
     return [
         tile * TILE // block_size
         for first, length in runs
@@ -85,13 +85,13 @@ def _block_ids(runs: Sequence[Sequence[int]], block_size: int) -> list[int]:
 
 
 def block_mass(batch: AttentionBatch, table: TableWithSums) -> Tensor:
-    """`[sequences, blocks]` float32 as of `block_mass_reference`, of what a call has left.
+    """`[sequences, blocks]` float32 as of `block_mass_reference`, of the sums that a call has found.
 
     In numpy, since torch would wake its threads for so little, and they wait for more in the way of ours.
 
     Args:
-        batch: decode rows.
-        table: of its plan.
+        batch: Batch of decode rows.
+        table: Table of its plan, as the call has filled it in.
     """
     found = batch.plan("native mass", _find_cells)
     rows, num_rows = found.rows.numpy(), len(batch.kv_tables)

@@ -18,7 +18,6 @@ from torch.nn.utils.rnn import pad_sequence
 from minirksc.kernels.attention.batch import AttentionBatch
 from minirksc.kernels.attention.block_mass import check_decode
 from minirksc.kernels.attention.paged_attention_torch import Attend, Keys, OwnKeys, Slots, decode, make_plan
-from minirksc.kernels.attention.prefix_attention import own_ranges
 from minirksc.kernels.kv.layer_cache import LayerCache
 
 PIECE = 1024
@@ -60,7 +59,7 @@ class _Weigh:
     softcap: float | None
 
     def __call__(self, begin: int, end: int, keys: Keys) -> Tensor:
-        """Of places [begin, end), all of which see all of the keys: `[places, keys]` float32."""
+        """Weights of places [begin, end), all of which see all of the keys: `[places, keys]` float32."""
         num_kv_heads = self.cache.kv.shape[2]
         grouped = self.q[begin:end].unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
         lse = self.lse[begin:end].t().reshape(num_kv_heads, -1, 1)  # [num_kv_heads, group * places, 1]
@@ -71,7 +70,7 @@ class _Weigh:
         return torch.cat(weights, 1)
 
     def own(self, own: OwnKeys) -> Tensor:
-        """Of some places, each over the keys that it reads alone: `[places, longest]` float32, 0 for padding."""
+        """Weights of some places over the keys that each reads alone: `[places, longest]` float32, 0 for padding."""
         if own.end - own.begin == 1:
             return self(own.begin, own.end, own.keys)
         assert isinstance(own.keys, Tensor)
@@ -106,11 +105,8 @@ class _Weigh:
 def _own_columns(batch: AttentionBatch) -> list[Tensor]:
     """For each part of the plan, the block of each key that its places read alone: `[places, longest]` int64."""
     plan = batch.plan("torch", make_plan)
-    order = range(plan.num_decode) if plan.rows is None else plan.rows.tolist()
-    segments = [segment for segment, _ in plan.shared]
-    columns = []
-    for place, i in enumerate(order):
-        context_len = batch.context_lens[i]
-        ranges = own_ranges(place, batch.first_visible(context_len - 1), context_len, segments, batch.block_size)
-        columns.append(torch.cat([torch.arange(*keys, device=batch.device) for keys in ranges]) // batch.block_size)
+    columns = [
+        torch.cat([torch.arange(*keys, device=batch.device) for keys in ranges]) // batch.block_size
+        for ranges in plan.own_ranges
+    ]
     return [pad_sequence(columns[own.begin : own.end], batch_first=True) for own in plan.own]

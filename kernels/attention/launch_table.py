@@ -22,11 +22,11 @@ class AttentionTile(NamedTuple):
     """A launch of the attention kernel.
 
     Attributes:
-        rows: queries times heads of a group in one program.
-        tile: keys an iteration.
-        stages: of the software pipeline; keys and values have stages - 1 buffers.
-        warps: of a program.
-        registers: a thread may have on NVIDIA; 168 leaves room for three programs of 4 warps on a multiprocessor.
+        rows: Number of queries times heads of a group in one program.
+        tile: Number of keys an iteration.
+        stages: Stages of the software pipeline; keys and values have stages - 1 buffers.
+        warps: Number of warps of a program.
+        registers: Registers that a thread may have on NVIDIA; of 168, three programs of 4 warps fit a multiprocessor.
     """
 
     rows: int
@@ -40,26 +40,24 @@ _T = AttentionTile
 PREFILL = 0
 """Stands for rows that the table chooses."""
 
+_NVIDIA_SHORT: dict[int, dict[int, AttentionTile]] = {
+    16: {64: _T(16, 64, 3, 4, 128), 128: _T(16, 64, 3, 4, 168), 256: _T(16, 32, 3, 4), 512: _T(16, 16, 3, 4)},
+    32: {64: _T(32, 64, 3, 4), 128: _T(32, 64, 3, 4), 256: _T(32, 32, 3, 4), 512: _T(32, 16, 3, 8)},
+}
+_SM_90 = {
+    **_NVIDIA_SHORT,
+    64: {64: _T(64, 64, 3, 4), 128: _T(64, 64, 3, 4), 256: _T(64, 32, 2, 8), 512: _T(32, 16, 3, 8)},
+    PREFILL: {64: _T(64, 64, 3, 4), 128: _T(128, 64, 3, 8), 256: _T(64, 32, 2, 8), 512: _T(32, 16, 3, 8)},
+}
 TABLE: dict[str, dict[int, dict[int, AttentionTile]]] = {
     # Below 99 KiB of shared memory, so that sm_86, sm_89 and sm_120 can use it too.
     "sm_80": {
-        16: {64: _T(16, 64, 3, 4, 128), 128: _T(16, 64, 3, 4, 168), 256: _T(16, 32, 3, 4), 512: _T(16, 16, 3, 4)},
-        32: {64: _T(32, 64, 3, 4), 128: _T(32, 64, 3, 4), 256: _T(32, 32, 3, 4), 512: _T(32, 16, 3, 8)},
+        **_NVIDIA_SHORT,
         64: {64: _T(64, 32, 3, 4), 128: _T(64, 32, 3, 4), 256: _T(64, 32, 2, 8), 512: _T(32, 16, 3, 8)},
         PREFILL: {64: _T(128, 64, 3, 8), 128: _T(64, 32, 3, 4), 256: _T(64, 32, 2, 8), 512: _T(32, 16, 3, 8)},
     },
-    "sm_90": {
-        16: {64: _T(16, 64, 3, 4, 128), 128: _T(16, 64, 3, 4, 168), 256: _T(16, 32, 3, 4), 512: _T(16, 16, 3, 4)},
-        32: {64: _T(32, 64, 3, 4), 128: _T(32, 64, 3, 4), 256: _T(32, 32, 3, 4), 512: _T(32, 16, 3, 8)},
-        64: {64: _T(64, 64, 3, 4), 128: _T(64, 64, 3, 4), 256: _T(64, 32, 2, 8), 512: _T(32, 16, 3, 8)},
-        PREFILL: {64: _T(64, 64, 3, 4), 128: _T(128, 64, 3, 8), 256: _T(64, 32, 2, 8), 512: _T(32, 16, 3, 8)},
-    },
-    "sm_100": {
-        16: {64: _T(16, 64, 3, 4, 128), 128: _T(16, 64, 3, 4, 168), 256: _T(16, 32, 3, 4), 512: _T(16, 16, 3, 4)},
-        32: {64: _T(32, 64, 3, 4), 128: _T(32, 64, 3, 4), 256: _T(32, 32, 3, 4), 512: _T(32, 16, 3, 8)},
-        64: {64: _T(64, 64, 3, 4), 128: _T(64, 64, 3, 4), 256: _T(64, 32, 2, 8), 512: _T(32, 16, 3, 8)},
-        PREFILL: {64: _T(64, 64, 3, 4), 128: _T(128, 64, 3, 8), 256: _T(64, 32, 2, 8), 512: _T(32, 16, 3, 8)},
-    },
+    "sm_90": _SM_90,
+    "sm_100": _SM_90,
     # 64 KiB of shared memory in all.
     "gfx942": {
         16: {64: _T(16, 32, 2, 4), 128: _T(16, 32, 2, 4), 256: _T(16, 16, 2, 4), 512: _T(16, 16, 2, 4)},
@@ -117,13 +115,14 @@ def attention_tile(
     """The launch for a shape.
 
     Args:
-        architecture: one of `ARCHITECTURES`.
-        head_dim: at most `max_head_dim`.
-        block_size: tokens a block, a power of two. The entries of today suit all of them: a tile lies in a block, or
-            is gathered from several.
-        rows: queries times heads of a group that the largest item has, at most `max_short_rows`; None: of prompts.
-        dtype: of queries.
-        kv_dtype: of the cache.
+        architecture: Name of `ARCHITECTURES`.
+        head_dim: Size of a head, at most `max_head_dim`.
+        block_size: Number of tokens a block, a power of two. The entries of today suit all of them: a tile lies in a
+            block, or is gathered from several.
+        rows: Number of queries times heads of a group that the largest item has, at most `max_short_rows`; None: it is
+            one of a prompt.
+        dtype: Type of the queries.
+        kv_dtype: Type of the cache.
     """
     if product_dtype(dtype, kv_dtype) == torch.float32:
         return FLOAT32_TABLE[_padded(head_dim)]
@@ -140,14 +139,12 @@ def _padded(head_dim: int) -> int:
     return max(64, 1 << (head_dim - 1).bit_length())
 
 
-def compile_options(architecture: str, registers: int) -> dict[str, int | bool]:
-    """Options of the compiler.
+def compile_options(architecture: str, registers: int) -> dict[str, int]:
+    """What bounds the registers of a thread.
 
-    Without a number of registers NVIDIA's assembler picks one, and spills some bytes to fit one more program on a
-    multiprocessor. Fusion of multiplication and addition is a default that changes with Triton 3.10.
+    Without a number NVIDIA's assembler picks one, and spills some bytes to fit one more program on a multiprocessor.
     """
-    options: dict[str, int | bool] = {"enable_fp_fusion": True}
-    return options if architecture.startswith("gfx") else {**options, "maxnreg": registers}
+    return {} if architecture.startswith("gfx") else {"maxnreg": registers}
 
 
 def dot_precision(architecture: str) -> str:

@@ -9,9 +9,9 @@ all that they see (`attention_bf16.cpp`). Otherwise prompts go through `paged_at
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from minirksc.errors import ConfigError
 from minirksc.kernels.attention.batch import AttentionBatch
 from minirksc.kernels.attention.paged_attention_torch import (
     Attend,
-    Masks,
     Prefill,
     Slots,
     attend_prefills,
@@ -30,7 +29,7 @@ from minirksc.kernels.attention.paged_attention_torch import (
 from minirksc.kernels.attention.reads import DecodeReads, PrefillReads, Run, find_reads
 from minirksc.kernels.kv.layer_cache import TILE, LayerCache, plain_block_shape
 from minirksc.kernels.native.check import is_rows, refused
-from minirksc.kernels.native.ops import check_heads, has_bf16_products, is_bfloat16, native, pointer, slots_of
+from minirksc.kernels.native.ops import check_heads, has_bf16_products, is_bfloat16, native, slots_of
 
 PIECE_KEYS = 256
 QUERIES = 32
@@ -46,7 +45,7 @@ class NativePlan:
     """What each layer does; made once a step. Tensors are int64.
 
     Attributes:
-        prefills: prompts that torch attends to.
+        prefills: Prompts that torch attends to.
         rows: `[places]`, batch row of each place.
         pieces: `[pieces, 7]`: places [begin, end), runs [begin, end), first row of the partial results, or -1 - that
             row where the piece is all that its place sees, position of the first key, position of the first query or
@@ -54,10 +53,9 @@ class NativePlan:
         runs: `[runs, 2]`: first slot and number of keys.
         part_begins: `[places + 1]`, where each place's entries of `parts` begin.
         parts: `[parts]`, rows of the partial results that are added up.
-        num_results: rows of the partial results, those that need no adding up included.
-        num_tokens: rows of the batch.
-        slots: [begin, end) of those that are read.
-        masks: of the prefills' tiles.
+        num_results: Number of rows of the partial results, those that need no adding up included.
+        num_tokens: Number of rows of the batch.
+        slots: Range [begin, end) of the slots that are read.
     """
 
     prefills: list[Prefill]
@@ -69,8 +67,7 @@ class NativePlan:
     num_results: int
     num_tokens: int
     slots: tuple[int, int]
-    masks: Masks = field(default_factory=dict)
-    _tables: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    _tables: dict[tuple[int, int], "TableWithSums"] = field(default_factory=dict)
 
     @property
     def has_rows(self) -> bool:
@@ -91,34 +88,34 @@ class NativePlan:
             )
 
     def table(self, num_heads: int, head_dim: int) -> Tensor:
-        """What a layer of these sizes hands over: the numbers of `AttentionPlan` in `kernels/native/ops.h`, int64."""
+        """What layers of these sizes hand over: the numbers of `AttentionPlan` in `kernels/native/ops.h`, int64."""
         key = num_heads, head_dim
         if key not in self._tables:
-            outs, sums = torch.empty(self.num_results, *key), torch.empty(self.num_results, num_heads, 2)
-            self._tables[key] = self._numbers(outs, sums, None), outs, sums
-        return self._tables[key][0]
+            self._tables[key] = self._table(num_heads, head_dim, torch.empty(0))
+        return self._tables[key].table
 
     def table_with_sums(self, num_heads: int, head_dim: int) -> "TableWithSums":
-        """The same for one call on a cache of tiles that leaves more behind."""
+        """The same for one call on a cache of tiles, which leaves the sums of each."""
+        return self._table(num_heads, head_dim, torch.zeros(self.num_results, num_heads, PIECE_TILES, 2))
+
+    def _table(self, num_heads: int, head_dim: int, tile_sums: Tensor) -> "TableWithSums":
         outs = torch.empty(self.num_results, num_heads, head_dim)
         sums = torch.empty(self.num_results, num_heads, 2)
-        tile_sums = torch.zeros(self.num_results, num_heads, PIECE_TILES, 2)
-        return TableWithSums(self._numbers(outs, sums, tile_sums), outs, sums, tile_sums)
-
-    def _numbers(self, outs: Tensor, sums: Tensor, tile_sums: Tensor | None) -> Tensor:
-        tensors = (self.rows, self.pieces, self.runs, self.part_begins, self.parts)
-        results = [pointer(tensor) or 0 for tensor in (outs, sums, tile_sums)]
-        return torch.tensor([*(t.data_ptr() for t in tensors), len(self.rows), len(self.pieces), *results])
+        inputs = [one.data_ptr() for one in (self.rows, self.pieces, self.runs, self.part_begins, self.parts)]
+        results = [one.data_ptr() for one in (outs, sums, tile_sums)]  # of an empty one 0
+        numbers = torch.tensor([*inputs, len(self.rows), len(self.pieces), *results])
+        return TableWithSums(numbers, outs, sums, tile_sums)
 
 
 class TableWithSums(NamedTuple):
-    """A table of a plan, and what it points at; all float32.
+    """A table of a plan, and the float32 memory that it points at.
 
     Attributes:
-        table: as of `NativePlan.table`.
+        table: Numbers of `AttentionPlan`, see `NativePlan.table`.
         outs: `[rows, num_heads, head_dim]`.
         sums: `[rows, num_heads, 2]`, largest score and sum of exp(score - largest).
-        tile_sums: `[rows, num_heads, PIECE_TILES, 2]`, of each tile the sum of exp(score - another) and that other.
+        tile_sums: `[rows, num_heads, PIECE_TILES, 2]`, of each tile the sum of exp(score - another) and that other;
+            empty where they are not wanted.
     """
 
     table: Tensor
@@ -146,13 +143,9 @@ def paged_attention_native(
         if not is_rows(kv, q.dtype, len(q), 2, layer_cache.kv.shape[3], head_dim):
             raise refused("kv", kv, f"[{len(q)}, 2, {layer_cache.kv.shape[3]}, {head_dim}] {q.dtype} of the CPU")
         cache = Slots.of(layer_cache, q.dtype)
-        attend_prefills(out, q, kv, cache, plan.prefills, plan.masks, batch.window, Attend(scale, softcap))
+        attend_prefills(out, q, kv, cache, batch, plan.prefills, Attend(scale, softcap))
     if plan.has_rows:
-        given = q, layer_cache.kv, out, plan.table(num_heads, head_dim)
-        if layer_cache.is_tiled:
-            attend_tiled(*given, batch.window, scale, softcap)
-        else:
-            _attend(native.decode_attention, *given, is_bfloat16[q.dtype], scale, softcap)
+        attend_rows(q, layer_cache, out, plan.table(num_heads, head_dim), batch.window, scale, softcap)
     return out
 
 
@@ -161,9 +154,9 @@ def check_layout(q: Tensor, cache: LayerCache, block_size: int, softcap: float |
 
     Args:
         q: `[tokens, num_heads, head_dim]`.
-        cache: of the layer.
-        block_size: of the batch.
-        softcap: of the scores.
+        cache: Cache of the layer.
+        block_size: Number of tokens a block, as the batch has it.
+        softcap: Bound of the scores; None for none.
 
     Raises:
         ConfigError: queries that the compiled forms would misread, or a cache that does not go with them.
@@ -183,36 +176,32 @@ def check_layout(q: Tensor, cache: LayerCache, block_size: int, softcap: float |
     return num_slots
 
 
-def attend_tiled(
-    q: Tensor, kv: Tensor, out: Tensor, table: Tensor, window: int | None, scale: float, softcap: float | None
+def attend_rows(
+    q: Tensor, cache: LayerCache, out: Tensor, table: Tensor, window: int | None, scale: float, softcap: float | None
 ) -> None:
-    """Fills `out` from a cache of tiles.
+    """Fills in the rows of a plan.
 
     Args:
         q: `[tokens, num_heads, head_dim]`.
-        kv: of the `LayerCache`.
-        out: like q.
-        table: of the plan.
-        window: of the layer.
-        scale: of the scores.
-        softcap: of them.
+        cache: Cache of the layer.
+        out: `[tokens, num_heads, head_dim]`, dtype of q.
+        table: Table of the plan, see `NativePlan.table`.
+        window: Window of the layer.
+        scale: Factor of the scores.
+        softcap: Bound of the scores.
     """
-    _attend(native.attention_bf16, q, kv, out, table, window or 0, scale, softcap)
-
-
-def _attend(
-    call: Any, q: Tensor, kv: Tensor, out: Tensor, table: Tensor, number: int, scale: float, softcap: float | None
-) -> None:
-    """Both compiled forms; `number` is what only one has, a window or whether it is bfloat16."""
-    pointers = q.data_ptr(), kv.data_ptr(), out.data_ptr(), table.data_ptr()
-    num_heads, head_dim = q.shape[1:]
-    call(*pointers, q.stride(0), num_heads, kv.shape[3], head_dim, number, scale, softcap or 0.0)
+    # The plan of decode rows has seen to the window.
+    call, number = native.decode_attention, int(is_bfloat16[q.dtype])
+    if cache.is_tiled:
+        call, number = native.attention_bf16, window or 0
+    sizes = q.stride(0), q.shape[1], cache.kv.shape[3], q.shape[2]
+    call(q, cache.kv, out, table, *sizes, number, scale, softcap or 0.0)
 
 
 def block_shape_native(
     num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
 ) -> tuple[int, ...]:
-    """Of a block in tiles, where `attention_bf16.cpp` can serve; arguments as of `plain_block_shape`."""
+    """Shape of a block in tiles, where `attention_bf16.cpp` can serve; arguments as of `plain_block_shape`."""
     fits = head_dim % 32 == 0 and num_heads // num_kv_heads <= MAX_GROUP and block_size % TILE == 0
     if dtype == torch.bfloat16 and has_bf16_products and fits:
         return block_size // TILE, 2, num_kv_heads, TILE, head_dim
@@ -237,39 +226,33 @@ WHOLE = "native, whole", plan_all
 """Arguments of `AttentionBatch.plan`."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Tile:
-    """Consecutive queries of a prompt, batch rows [begin, end), and all keys that they see."""
-
-    begin: int
-    end: int
-    first_query: int
-    first_key: int
-    runs: list[Run]
-
-
-def _tiles(reads: PrefillReads, batch: AttentionBatch) -> Iterator[_Tile]:
+def _tiles(reads: PrefillReads, batch: AttentionBatch) -> Iterator[PrefillReads]:
+    """A prompt as several of at most `QUERIES` tokens."""
     for begin in range(0, reads.num_queries, QUERIES):
-        end = min(begin + QUERIES, reads.num_queries)
         first_query = reads.first_query + begin
-        first_key = batch.first_visible(first_query)
-        runs = reads.runs(first_key, reads.first_query + end)
-        yield _Tile(reads.begin + begin, reads.begin + end, first_query, first_key, runs)
+        yield replace(
+            reads,
+            begin=reads.begin + begin,
+            num_queries=min(QUERIES, reads.num_queries - begin),
+            first_query=first_query,
+            first_key=batch.first_visible(first_query),
+        )
 
 
-def _plan(batch: AttentionBatch, decode: DecodeReads, tiles: Sequence[_Tile], prefills: list[Prefill]) -> NativePlan:
+def _plan(
+    batch: AttentionBatch, decode: DecodeReads, tiles: Sequence[PrefillReads], prefills: list[Prefill]
+) -> NativePlan:
     pieces: list[tuple[int, ...]] = []
     runs: list[Run] = []
     rows = list(decode.rows)
     parts: list[list[int]] = [[] for _ in rows]
     num_results = 0
-    # The longest first: whoever computes a short one last keeps the others waiting less.
+    # The longest first: a thread that computes a short one last lets the others wait less.
     for tile in sorted(tiles, key=lambda tile: tile.first_key - tile.first_query):
-        place = len(rows)
-        rows += range(tile.begin, tile.end)
-        run_end = len(runs) + len(tile.runs)
-        pieces.append((place, len(rows), len(runs), run_end, -1, tile.first_key, tile.first_query))
-        runs += tile.runs
+        place, run = len(rows), len(runs)
+        rows += range(tile.begin, tile.begin + tile.num_queries)
+        runs += tile.runs(tile.first_key, tile.first_query + tile.num_queries)
+        pieces.append((place, len(rows), run, len(runs), -1, tile.first_key, tile.first_query))
     cut = list(_pieces(decode))
     num_pieces = [0] * len(decode.rows)
     for begin, end, _ in cut:
@@ -316,7 +299,7 @@ def _pieces(decode: DecodeReads) -> Iterator[tuple[int, int, list[Run]]]:
 
 
 def _cut(runs: Sequence[Run]) -> Iterator[list[Run]]:
-    """The same keys in parts of at most `PIECE_KEYS`."""
+    """The runs in parts of at most `PIECE_KEYS` keys."""
     piece: list[Run] = []
     room = PIECE_KEYS
     for begin, length in runs:

@@ -6,11 +6,12 @@ Partial results over disjoint keys are merged by it:
 - what short decode rows do not share is gathered into a small reused buffer, so that many make one call;
 - a prefill attends to its past as to a shared prefix, and to its own new keys causally;
 - a prefill that the window or a soft cap touches goes in tiles of queries, each over the keys it can see.
-Slots that no sequence owns, or that have left the window, are never read, whatever they hold.
+Slots that no sequence owns, or that are behind the window, are never read, whatever they hold.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,17 +33,14 @@ TILE = 256
 Keys = list[Run] | Tensor
 """Where keys are: few runs, or `[keys]` int64 slots."""
 
-Masks = dict[tuple[int, int, int], Tensor]
-"""Of tiles, by (queries, keys, window); made in the first layer, for all."""
-
 
 @dataclass(slots=True)
 class Prefill:
     """New tokens of one sequence.
 
     Attributes:
-        reads: which keys.
-        past: where those before the new ones are.
+        reads: Positions of its queries and keys.
+        past: Places of the keys before the new ones.
     """
 
     reads: PrefillReads
@@ -54,8 +52,8 @@ class OwnKeys:
     """What decode rows at places [begin, end) read alone.
 
     Attributes:
-        begin, end: the places.
-        keys: of a single place, where they are; of several, `[places * longest]` int64 slots that are gathered.
+        begin, end: First place, and the one behind the last.
+        keys: Keys of a single place, where they are; of several, `[places * longest]` int64 slots that are gathered.
         mask: `[places, 1, 1, longest]` float32, 0 or -inf; None: nothing to mask.
     """
 
@@ -70,17 +68,24 @@ class AttentionPlan:
     """What the torch form does in each layer; made once a step.
 
     Sequences with one query token stand in an order, that of their places, in which sharers are neighbours.
+
+    Attributes:
+        prefills: Sequences with several query tokens.
+        num_decode: Number of places.
+        rows: `[num_decode]` int64, batch row of each place; None: place i is row i, and there are no prefills.
+        shared: Segments, and where their keys are.
+        own: Keys of all places, in their order.
+        own_ranges: Positions [begin, end) of these, of each place.
+        gathered: `[slots, 2, num_kv_heads, head_dim]`, the cache's dtype, a buffer for all layers; None: not yet made.
     """
 
     prefills: list[Prefill]
     num_decode: int
-    rows: (
-        Tensor | None
-    )  # [num_decode] int64: batch row of each place; None: place i is row i, and there are no prefills
+    rows: Tensor | None
     shared: list[tuple[Segment, Keys]]
-    own: list[OwnKeys]  # in the order of places, of which they are all
-    gathered: Tensor | None = None  # [slots, 2, num_kv_heads, head_dim], the cache's dtype: a buffer for all layers
-    masks: Masks = field(default_factory=dict)
+    own: list[OwnKeys]
+    own_ranges: list[list[tuple[int, int]]]
+    gathered: Tensor | None = None
 
 
 def paged_attention_torch(
@@ -93,7 +98,7 @@ def paged_attention_torch(
     if plan.rows is None:
         return decode(q, cache, plan, attend)[0]
     out = torch.empty_like(q)
-    attend_prefills(out, q, kv, cache, plan.prefills, plan.masks, batch.window, attend)
+    attend_prefills(out, q, kv, cache, batch, plan.prefills, attend)
     if plan.num_decode:
         out[plan.rows] = decode(q[plan.rows], cache, plan, attend)[0]
     return out
@@ -109,7 +114,7 @@ class Slots:
 
     @staticmethod
     def of(cache: LayerCache, dtype: torch.dtype) -> "Slots":
-        """Those of a layer."""
+        """The slots of a layer's cache."""
         return Slots(cache.kv.flatten(0, 1), None if cache.scales is None else cache.scales.flatten(0, 1), dtype)
 
     def keys(self) -> "Slots":
@@ -142,8 +147,8 @@ class Attend:
         Args:
             q: `[batch, queries, num_heads, head_dim]`.
             kv: `[batch, keys, 2, num_kv_heads, head_dim]`.
-            causal: query i sees keys 0..i; not with a soft cap.
-            mask: added to the scores, broadcast to `[batch, num_heads, queries, keys]`.
+            causal: Whether query i sees keys 0..i alone; not with a soft cap.
+            mask: Numbers added to the scores, broadcast to `[batch, num_heads, queries, keys]`; None for none.
 
         Returns:
             (out `[batch, queries, num_heads, head_dim]`, lse `[batch, queries, num_heads]` float32).
@@ -170,9 +175,8 @@ def _softcapped(q: Tensor, kv: Tensor, scale: float, softcap: float, mask: Tenso
     grouped = q.reshape(batch, num_queries, num_kv_heads, -1, q.shape[-1]).permute(0, 2, 3, 1, 4)
     keys, values = kv.permute(2, 0, 3, 1, 4).unsqueeze(3)  # [batch, num_kv_heads, 1, keys, head_dim] each
     # In float32 before the cap: rounded to 16 bits, large scores would lose what the cap leaves of them.
-    scores = torch.matmul(
-        grouped.float(), keys.float().transpose(-1, -2)
-    )  # [batch, num_kv_heads, group, queries, keys]
+    # scores: [batch, num_kv_heads, group, queries, keys]
+    scores = torch.matmul(grouped.float(), keys.float().transpose(-1, -2))
     scores.mul_(scale / softcap).tanh_().mul_(softcap)
     if mask is not None:
         scores.add_(mask.unsqueeze(-3))
@@ -203,16 +207,15 @@ def attend_prefills(
     q: Tensor,
     kv: Tensor,
     cache: Slots,
+    batch: AttentionBatch,
     prefills: Sequence[Prefill],
-    masks: Masks,
-    window: int | None,
     attend: Attend,
 ) -> None:
     """Fills in the rows of `out` that are prefills'; q, kv and out are the batch's."""
     for prefill in prefills:
         rows = slice(prefill.reads.begin, prefill.reads.begin + prefill.reads.num_queries)
         if prefill.reads.is_cut or attend.softcap is not None:
-            out[rows] = _prefill_in_tiles(q[rows], kv[rows], cache, prefill, masks, window, attend)
+            out[rows] = _prefill_in_tiles(q[rows], kv[rows], cache, batch, prefill, attend)
         else:
             out[rows] = _prefill(q[rows], kv[rows], cache, prefill, attend)
 
@@ -226,36 +229,29 @@ def _prefill(q: Tensor, kv: Tensor, cache: Slots, prefill: Prefill, attend: Atte
 
 
 def _prefill_in_tiles(
-    q: Tensor,
-    kv: Tensor,
-    cache: Slots,
-    prefill: Prefill,
-    masks: Masks,
-    window: int | None,
-    attend: Attend,
+    q: Tensor, kv: Tensor, cache: Slots, batch: AttentionBatch, prefill: Prefill, attend: Attend
 ) -> Tensor:
     """The same with a window or a soft cap: each tile of queries over the keys that some of them see."""
-    past = prefill.past
+    past, num_past = prefill.past, prefill.reads.num_past
     parts = [cache.gather(past)] if isinstance(past, Tensor) else [cache.run(*run) for run in past]
-    keys = torch.cat([*parts, kv]) if prefill.reads.num_past else kv  # [num_past + queries, 2, num_kv_heads, head_dim]
+    keys = torch.cat([*parts, kv]) if num_past else kv  # [num_past + queries, 2, num_kv_heads, head_dim]
     out = torch.empty_like(q)
     for begin in range(0, len(q), TILE):
         end = min(begin + TILE, len(q))
-        first = 0 if window is None else max(0, prefill.reads.num_past + begin - window + 1)
-        shape = (end - begin, prefill.reads.num_past + end - first, window or 0)
-        if shape not in masks:
-            masks[shape] = _tile_mask(*shape, device=q.device)
-        tile, _ = attend(q[None, begin:end], keys[None, first : prefill.reads.num_past + end], mask=masks[shape])
+        first = batch.first_visible(num_past + begin)
+        shape = end - begin, num_past + end - first
+        mask = batch.plan(("torch mask", *shape), partial(_tile_mask, *shape))
+        tile, _ = attend(q[None, begin:end], keys[None, first : num_past + end], mask=mask)
         out[begin:end] = tile[0]
     return out
 
 
-def _tile_mask(num_queries: int, num_keys: int, window: int, device: torch.device) -> Tensor:
+def _tile_mask(num_queries: int, num_keys: int, batch: AttentionBatch) -> Tensor:
     """`[1, 1, queries, keys]` of 0 and -inf: the last query is at the last key."""
-    key_at = torch.arange(num_keys, device=device)
-    query_at = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
-    visible = (key_at <= query_at) & (key_at > query_at - (window or num_keys))
-    return torch.zeros(visible.shape, device=device).masked_fill_(~visible, float("-inf"))[None, None]
+    key_at = torch.arange(num_keys, device=batch.device)
+    query_at = torch.arange(num_keys - num_queries, num_keys, device=batch.device)[:, None]
+    visible = (key_at <= query_at) & (key_at > query_at - (batch.window or num_keys))
+    return torch.zeros(visible.shape, device=batch.device).masked_fill_(~visible, float("-inf"))[None, None]
 
 
 def decode(q: Tensor, cache: Slots, plan: AttentionPlan, attend: Attend) -> tuple[Tensor, Tensor]:
@@ -263,26 +259,20 @@ def decode(q: Tensor, cache: Slots, plan: AttentionPlan, attend: Attend) -> tupl
 
     Args:
         q: `[num_decode, num_heads, head_dim]`.
-        cache: keys and values.
-        plan: of the batch.
-        attend: how.
+        cache: Keys and values of the layer.
+        plan: Plan of the batch.
+        attend: Attention with the layer's scale and soft cap.
 
     Returns:
         (out `[num_decode, num_heads, head_dim]`, lse `[num_decode, num_heads]` float32).
     """
-    out, lse = _decode_own(q, cache, plan, attend)
+    parts = [_over_own_keys(q[own.begin : own.end], cache, own, plan, attend) for own in plan.own]
+    outs, lses = zip(*parts, strict=True)
+    out, lse = parts[0] if len(parts) == 1 else (torch.cat(outs), torch.cat(lses))
     for segment, keys in plan.shared:
         places = slice(segment.row_begin, segment.row_end)
         merge_into(out[places], lse[places], *_over_keys(q[places], cache, keys, attend))
     return out, lse
-
-
-def _decode_own(q: Tensor, cache: Slots, plan: AttentionPlan, attend: Attend) -> tuple[Tensor, Tensor]:
-    """Each place over the keys that it reads alone."""
-    parts = [_over_own_keys(q[own.begin : own.end], cache, own, plan, attend) for own in plan.own]
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
 
 
 def _over_own_keys(q: Tensor, cache: Slots, own: OwnKeys, plan: AttentionPlan, attend: Attend) -> tuple[Tensor, Tensor]:
@@ -320,11 +310,12 @@ def make_plan(batch: AttentionBatch) -> AttentionPlan:
             _own_keys(decode.own, begin, end, device)
             for begin, end in _groups([_num_keys(runs) for runs in decode.own])
         ],
+        own_ranges=decode.own_ranges,
     )
 
 
 def find_prefills(prefills: Sequence[PrefillReads], device: torch.device) -> list[Prefill]:
-    """The same with their keys as they are attended to."""
+    """The prompts of a batch with the keys before them as they are attended to."""
     return [Prefill(reads, _keys(reads.runs(reads.first_key, reads.first_query), device)) for reads in prefills]
 
 
@@ -348,7 +339,7 @@ def _groups(lens: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _own_keys(own: list[list[Run]], begin: int, end: int, device: torch.device) -> OwnKeys:
-    """Of places [begin, end), padded to the longest.
+    """The keys that places [begin, end) read alone, padded to the longest.
 
     Padding repeats a slot that the place owns: it holds finite numbers, so that a weight of zero hides it.
     """

@@ -8,13 +8,14 @@ Source: Juravsky et al. 2024, arXiv 2402.05099 (Hydragen); Ye et al. 2024 (casca
 https://flashinfer.ai/2024/02/02/cascade-inference.html.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from minirksc.kernels.jit import tl, triton
+from minirksc.kernels.attention.batch import AttentionBatch
+from minirksc.kernels.jit import launch_options, tl, triton
 
 MIN_SHARED_BLOCKS = 4
 """Shorter shared runs cost more in the extra pass and merge than reading them again."""
@@ -52,9 +53,9 @@ def shared_segments(
     """Orders rows so that sharers are neighbours, and lists what they share.
 
     Args:
-        block_tables: one a row.
-        num_full_blocks: per row, how many leading blocks may be shared (those that only hold keys which
-            every query of the row may see).
+        block_tables: Block ids of each row.
+        num_full_blocks: Number of leading blocks of each row that may be shared: those that only hold keys which every
+            query of the row may see.
 
     Returns:
         (order, segments): order[i] is the row at place i; segments speak of places, outer ones come before those
@@ -76,13 +77,12 @@ def shared_segments(
                     stop += 1
             if stop - start > 1:
                 # In sorted order the first and the last row have the shortest common prefix of all.
-                depth = common_prefix_len(table, tables[order[stop - 1]])
-                shared_from = column
-                if depth - column >= MIN_SHARED_BLOCKS:
-                    segments.append(Segment(start, stop, column, depth))
-                    shared_from = depth
-                if shared_from == depth:
-                    descend(start, stop, depth)
+                common = common_prefix_len(table, tables[order[stop - 1]])
+                is_long = common - column >= MIN_SHARED_BLOCKS
+                if is_long:
+                    segments.append(Segment(start, stop, column, common))
+                if is_long or common == column:
+                    descend(start, stop, common)
             start = stop
 
     descend(0, len(order), 0)
@@ -90,7 +90,7 @@ def shared_segments(
 
 
 def in_view(segments: list[Segment], first_keys: Sequence[int], block_size: int) -> list[Segment]:
-    """Segments without the blocks that are not wholly visible to each of their places, if enough is left of them."""
+    """Segments without the blocks that are not wholly visible to each of their places, if enough of them remains."""
     clipped = []
     for segment in segments:
         first_key = max(first_keys[segment.row_begin : segment.row_end])
@@ -103,7 +103,7 @@ def in_view(segments: list[Segment], first_keys: Sequence[int], block_size: int)
 def own_ranges(
     place: int, first_key: int, context_len: int, segments: Sequence[Segment], block_size: int
 ) -> list[tuple[int, int]]:
-    """Positions [begin, end) that a place reads alone: what it sees and no segment of its covers."""
+    """Positions [begin, end) that a place reads alone: what it sees and none of its segments covers."""
     ranges = []
     begin = first_key
     for segment in segments:
@@ -114,6 +114,50 @@ def own_ranges(
     return [*ranges, (begin, context_len)]
 
 
+class SharedReads(NamedTuple):
+    """What sequences with few new tokens read, together and alone.
+
+    Attributes:
+        order: Indices of the sequences in the batch, those that share side by side; a place is an index into this.
+        segments: Runs of blocks that neighbouring places read together.
+        own: Positions [begin, end) that each place reads alone; never nothing.
+    """
+
+    order: list[int]
+    segments: list[Segment]
+    own: list[list[tuple[int, int]]]
+
+
+def find_shared(
+    batch: AttentionBatch,
+    sequences: Sequence[int],
+    is_worth: Callable[[Segment, Sequence[int]], bool] = lambda segment, order: True,
+) -> SharedReads:
+    """Finds what sequences of a batch share, so that it is read once.
+
+    The block that holds the first of its new tokens stays a sequence's own, so that each has keys of its own.
+
+    Args:
+        batch: Places of queries and keys.
+        sequences: Indices of the sequences.
+        is_worth: Whether a segment, of places in this order, is to be read once.
+    """
+    size = batch.block_size
+    firsts = {i: batch.context_lens[i] - batch.num_queries(i) for i in sequences}  # positions of the first queries
+    places, segments = shared_segments(
+        [batch.block_tables[i] for i in sequences], [firsts[i] // size for i in sequences]
+    )
+    order = [sequences[place] for place in places]
+    # A segment is read unmasked: by those that see all of it, the last of their queries included.
+    last_first_keys = [batch.first_visible(batch.context_lens[i] - 1) for i in order]
+    segments = [segment for segment in in_view(segments, last_first_keys, size) if is_worth(segment, order)]
+    own = [
+        own_ranges(place, batch.first_visible(firsts[i]), batch.context_lens[i], segments, size)
+        for place, i in enumerate(order)
+    ]
+    return SharedReads(order, segments, own)
+
+
 def is_worth_sharing(group: int, *, num_sequences: int, num_queries: int, num_keys: int, kv_itemsize: int) -> bool:
     """True where one pass over a shared run moves fewer bytes than its readers would, by `MIN_GAIN`.
 
@@ -122,11 +166,11 @@ def is_worth_sharing(group: int, *, num_sequences: int, num_queries: int, num_ke
     shared runs are items among the others.
 
     Args:
-        group: query heads a KV head.
-        num_sequences: readers.
-        num_queries: of all readers.
-        num_keys: tokens of the run.
-        kv_itemsize: bytes of a cached number.
+        group: Number of query heads a KV head.
+        num_sequences: Number of readers.
+        num_queries: Number of queries of all readers.
+        num_keys: Number of tokens of the run.
+        kv_itemsize: Bytes of a cached number.
     """
     saved = (num_sequences - 1) * num_keys * 2 * kv_itemsize
     cost = num_queries * group * 2 * 4
@@ -137,8 +181,8 @@ def merge_partials_reference(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> 
     """The specification: attention over the union of disjoint key sets.
 
     Args:
-        outs: each `[rows, heads, head_dim]`, softmax-normalised over its own keys.
-        lses: each `[rows, heads]`, natural log-sum-exp of its own scores; -inf where it saw no key.
+        outs: Results `[rows, heads, head_dim]`, each softmax-normalised over its own keys.
+        lses: Log-sum-exp (natural) `[rows, heads]` of the scores of each; -inf where it saw no key.
 
     Returns:
         (out `[rows, heads, head_dim]`, lse `[rows, heads]`), float32.
@@ -159,8 +203,8 @@ def merge_into(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> No
     Args:
         out: `[rows, heads, head_dim]`, overwritten.
         lse: `[rows, heads]` float32, overwritten.
-        other: like out.
-        other_lse: like lse.
+        other: `[rows, heads, head_dim]`.
+        other_lse: `[rows, heads]` float32.
     """
     weight = torch.sigmoid(other_lse - lse).unsqueeze(-1)  # [rows, heads, 1]
     out.lerp_(other, weight.to(out.dtype))
@@ -232,6 +276,5 @@ def merge_partials_triton(part_out: Tensor, part_lse: Tensor, parts: Tensor, out
         HEAD_DIM=head_dim,
         HEAD_PAD=head_pad,
         PARTS=max(2, min(16, 4096 // head_pad)),
-        enable_fp_fusion=True,
-        num_warps=4,
+        **launch_options(4, num_stages=None),
     )

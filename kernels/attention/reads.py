@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from minirksc.errors import ConfigError
 from minirksc.kernels.attention.batch import AttentionBatch
-from minirksc.kernels.attention.prefix_attention import Segment, in_view, own_ranges, shared_segments
+from minirksc.kernels.attention.prefix_attention import Segment, find_shared
 
 Run = tuple[int, int]
 """(first slot, number of tokens) of keys that lie consecutively in the cache."""
@@ -20,12 +20,12 @@ class PrefillReads:
     """New tokens of one sequence.
 
     Attributes:
-        begin, num_queries: its rows.
-        first_query: position of the first.
-        first_key: position of the first key that it sees.
-        is_cut: the window hides some of the keys from there on from some of the queries.
-        table: where the sequence's blocks are in these layers' cache.
-        block_size: tokens a block.
+        begin, num_queries: First batch row of the sequence, and number of its rows.
+        first_query: Position of the first query.
+        first_key: Position of the first key that it sees.
+        is_cut: Whether the window hides some of the keys from there on from some of the queries.
+        table: Places of the sequence's blocks in these layers' cache.
+        block_size: Number of tokens a block.
     """
 
     begin: int
@@ -51,18 +51,20 @@ class DecodeReads:
     """What sequences with one query read.
 
     Attributes:
-        rows: batch row of each place.
-        shared: what neighbouring places read together.
-        own: what each place reads alone; never nothing.
+        rows: Batch row of each place.
+        shared: Segments that neighbouring places read together, and where their keys are.
+        own: Runs of keys that each place reads alone; never nothing.
+        own_ranges: Positions [begin, end) of these.
     """
 
     rows: list[int]
     shared: list[tuple[Segment, list[Run]]]
     own: list[list[Run]]
+    own_ranges: list[list[tuple[int, int]]]
 
 
 def find_reads(batch: AttentionBatch) -> tuple[list[PrefillReads], DecodeReads]:
-    """Those of a batch.
+    """What the sequences of a batch read, prompts and decode rows.
 
     Raises:
         ConfigError: its lists do not go together, or a sequence has more new tokens than tokens, or more tokens than
@@ -93,27 +95,16 @@ def find_reads(batch: AttentionBatch) -> tuple[list[PrefillReads], DecodeReads]:
             is_cut = batch.first_visible(context_len - 1) > first_key
             table = batch.kv_tables[i]
             prefills.append(PrefillReads(begin, end - begin, first_query, first_key, is_cut, table, size))
-    # The block that holds the newest key stays a row's own, so that every row has keys of its own.
-    order, segments = shared_segments(
-        [batch.block_tables[i] for i in decode],
-        [(batch.context_lens[i] - 1) // size for i in decode],
-    )
-    decode = [decode[place] for place in order]
-    first_keys = [batch.first_visible(batch.context_lens[i] - 1) for i in decode]
-    segments = in_view(segments, first_keys, size)
+    order, segments, ranges = find_shared(batch, decode)
     own = [
-        [
-            run
-            for begin, end in own_ranges(place, first_keys[place], batch.context_lens[i], segments, size)
-            for run in _runs(batch.kv_tables[i], begin, end, size)
-        ]
-        for place, i in enumerate(decode)
+        [run for begin, end in some for run in _runs(batch.kv_tables[i], begin, end, size)]
+        for i, some in zip(order, ranges, strict=True)
     ]
     shared = [
-        (s, _runs(batch.kv_tables[decode[s.row_begin]], s.block_begin * size, s.block_end * size, size))
+        (s, _runs(batch.kv_tables[order[s.row_begin]], s.block_begin * size, s.block_end * size, size))
         for s in segments
     ]
-    return prefills, DecodeReads([batch.cu_seqlens_q[i] for i in decode], shared, own)
+    return prefills, DecodeReads([batch.cu_seqlens_q[i] for i in order], shared, own, ranges)
 
 
 def _runs(table: Sequence[int], begin: int, end: int, block_size: int) -> list[Run]:

@@ -22,15 +22,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minirksc.kernels.attention import launch_table
 from minirksc.kernels.attention.batch import KEY_CHUNK, AttentionBatch
-from minirksc.kernels.attention.launch_table import (
-    AttentionTile,
-    attention_tile,
-    max_short_rows,
-    num_programs,
-    product_dtype,
-)
-from minirksc.kernels.attention.prefix_attention import Segment, in_view, is_worth_sharing, own_ranges, shared_segments
+from minirksc.kernels.attention.launch_table import AttentionTile, attention_tile, max_short_rows, product_dtype
+from minirksc.kernels.attention.prefix_attention import Segment, find_shared, is_worth_sharing
+from minirksc.kernels.kv.kv_check import check_attention
+from minirksc.kernels.kv.layer_cache import LayerCache
 
 
 class Shape(NamedTuple):
@@ -44,12 +41,24 @@ class Shape(NamedTuple):
     architecture: str
 
 
+def work_shape(num_heads: int, layer_cache: LayerCache, dtype: torch.dtype) -> Shape:
+    """What the work list for a layer depends on.
+
+    Args:
+        num_heads: Number of query heads.
+        layer_cache: Cache of the layer.
+        dtype: Type of the queries.
+    """
+    kv = layer_cache.kv
+    return Shape(num_heads, kv.shape[3], kv.shape[4], dtype, kv.dtype, launch_table.architecture(kv.device))
+
+
 class Item(NamedTuple):
     """Queries at places [place_begin, place_begin + num_places) against positions [kv_begin, kv_end) of a table row.
 
     Attributes:
-        full_begin, full_end: whole tiles of keys that all these queries see, between those that need a mask.
-        part: which of a token's partials this is; -1: it is the whole result.
+        full_begin, full_end: Range of the whole tiles of keys that all these queries see, between those masked.
+        part: Number of this among a token's partials; -1: it is the whole result.
     """
 
     place_begin: int
@@ -70,15 +79,15 @@ class WorkList:
     """Items as tensors, int32 on the device of the cache.
 
     Attributes:
-        tile: how items of few queries are computed; None: there are none.
-        prefill_tile: the same for tiles of long prompts.
+        tile: Launch of the items of few queries; None: there are none.
+        prefill_tile: Launch of the items of long prompts; None: there are none.
         items: `[items, ITEM_FIELDS]`, those of few queries first.
-        num_short: how many those are.
+        num_short: Number of items of few queries.
         tokens: `[tokens]`, batch row of each place.
         positions: `[tokens]`, position in its sequence of the token at each place.
         parts: `[tokens, 2]`, first partial of each token and how many it has; one: it is written directly.
         table: `[sequences, blocks]`, -1 where a sequence has none.
-        num_parts: partials in all.
+        num_parts: Number of partials in all.
     """
 
     tile: AttentionTile | None
@@ -91,6 +100,11 @@ class WorkList:
     table: Tensor
     num_parts: int
     _partials: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+
+    def launches(self) -> list[tuple[AttentionTile, Tensor]]:
+        """How which items are computed; a launch each."""
+        parts = (self.tile, self.items[: self.num_short]), (self.prefill_tile, self.items[self.num_short :])
+        return [(tile, items) for tile, items in parts if tile is not None]
 
     def partials(self, num_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
         """(out `[num_parts, num_heads, head_dim]`, base-2 lse `[num_parts, num_heads]`), float32, for all layers."""
@@ -114,10 +128,10 @@ class StaticWorkList:
     """Buffers that a work list of decode rows is copied into, so that recorded launches find it.
 
     Args:
-        num_rows: tokens of the largest batch.
-        max_items: room for items.
-        max_blocks: of a sequence.
-        device: of the buffers.
+        num_rows: Number of tokens of the largest batch.
+        max_items: Number of items that there is room for.
+        max_blocks: Largest number of blocks of a sequence.
+        device: Device of the buffers.
     """
 
     def __init__(self, num_rows: int, max_items: int, max_blocks: int, device: torch.device) -> None:
@@ -166,9 +180,9 @@ def adaptive_chunk(context_lens: Sequence[int], num_kv_heads: int, num_programs:
     """Keys an item reads so that about `num_programs` programs have work: fewer partials than a fixed chunk makes.
 
     Args:
-        context_lens: keys of each sequence.
-        num_kv_heads: programs an item.
-        num_programs: that the processor runs at once, for example 4 a multiprocessor.
+        context_lens: Number of keys of each sequence.
+        num_kv_heads: Number of programs an item.
+        num_programs: Number of programs that the processor runs at once, for example 4 a multiprocessor.
 
     Returns:
         A multiple of `KEY_CHUNK`.
@@ -177,13 +191,29 @@ def adaptive_chunk(context_lens: Sequence[int], num_kv_heads: int, num_programs:
     return max(1, round(wanted / KEY_CHUNK)) * KEY_CHUNK
 
 
+def find_work(q: Tensor, layer_cache: LayerCache, batch: AttentionBatch) -> WorkList:
+    """The batch's work list for such queries and such a cache, made by the first layer that asks.
+
+    Args:
+        q: `[tokens, num_heads, head_dim]`.
+        layer_cache: Cache of the layer.
+        batch: Places of queries and keys.
+
+    Raises:
+        ConfigError: a dtype, shape or layout that the kernel cannot serve.
+    """
+    check_attention(q, layer_cache, batch.block_size)
+    shape = work_shape(q.shape[1], layer_cache, q.dtype)
+    return batch.plan(shape, lambda batch: make_work_list(batch, shape))
+
+
 def make_work_list(batch: AttentionBatch, shape: Shape, device: torch.device | None = None) -> WorkList:
     """Cuts a batch into items.
 
     Args:
-        batch: where queries and keys are.
-        shape: heads, dtypes and the architecture, which decide the tiles.
-        device: of the tensors; None: the batch's.
+        batch: Places of queries and keys.
+        shape: Heads, dtypes and the architecture, which decide the tiles.
+        device: Device of the tensors; None: the batch's.
     """
     return _Builder(batch, shape).build(device or batch.device)
 
@@ -194,24 +224,22 @@ class _Builder:
     def __init__(self, batch: AttentionBatch, shape: Shape) -> None:
         self.batch, self.shape = batch, shape
         self.group = shape.num_heads // shape.num_kv_heads
-        cu = batch.cu_seqlens_q
-        self.num_queries = [end - begin for begin, end in pairwise(cu)]
         self.items: list[Item] = []
         self.tokens: list[int] = []
         self.positions: list[int] = []
-        self.parts = [(0, 1)] * cu[-1]
+        self.parts = [(0, 1)] * batch.cu_seqlens_q[-1]
         self.num_parts = 0
         self.chunk = batch.key_chunk or adaptive_chunk(
-            batch.context_lens, shape.num_kv_heads, num_programs(batch.device)
+            batch.context_lens, shape.num_kv_heads, launch_table.num_programs(batch.device)
         )
 
     def build(self, device: torch.device) -> WorkList:
         most = max(
             1, max_short_rows(self.shape.head_dim, product_dtype(self.shape.dtype, self.shape.kv_dtype)) // self.group
         )
-        sequences = [i for i, n in enumerate(self.num_queries) if n > 0]
-        short = [i for i in sequences if self.num_queries[i] <= most]
-        long = [i for i in sequences if self.num_queries[i] > most]
+        sequences = [i for i in range(len(self.batch.context_lens)) if self.batch.num_queries(i) > 0]
+        short = [i for i in sequences if self.batch.num_queries(i) <= most]
+        long = [i for i in sequences if self.batch.num_queries(i) > most]
         tile = self._add_short(short, most) if short else None
         num_short = len(self.items)
         prefill_tile = self._add_long(long) if long else None
@@ -223,7 +251,7 @@ class _Builder:
 
     def _place(self, sequence: int) -> int:
         """Gives the sequence's tokens the next places; the first of them."""
-        begin, n = self.batch.cu_seqlens_q[sequence], self.num_queries[sequence]
+        begin, n = self.batch.cu_seqlens_q[sequence], self.batch.num_queries(sequence)
         first = len(self.tokens)
         self.tokens += range(begin, begin + n)
         context_len = self.batch.context_lens[sequence]
@@ -232,33 +260,10 @@ class _Builder:
 
     def _add_short(self, sequences: list[int], most: int) -> AttentionTile:
         """Items of sequences with at most `most` new tokens: shared prefixes, then what each reads alone."""
-        batch = self.batch
-        firsts = {i: batch.context_lens[i] - self.num_queries[i] for i in sequences}  # positions of the first queries
-        order, segments = shared_segments(
-            [batch.block_tables[i] for i in sequences], [firsts[i] // batch.block_size for i in sequences]
-        )
-        sequences = [sequences[place] for place in order]
-        first_keys = [batch.first_visible(firsts[i]) for i in sequences]
-        # A segment is read unmasked: by those who see all of it, the last of their queries included.
-        last_first_keys = [batch.first_visible(batch.context_lens[i] - 1) for i in sequences]
-        segments = [
-            segment
-            for segment in in_view(segments, last_first_keys, batch.block_size)
-            if is_worth_sharing(
-                self.group,
-                num_sequences=segment.row_end - segment.row_begin,
-                num_queries=sum(self.num_queries[i] for i in sequences[segment.row_begin : segment.row_end]),
-                num_keys=(segment.block_end - segment.block_begin) * batch.block_size,
-                kv_itemsize=self.shape.kv_dtype.itemsize,
-            )
-        ]
+        sequences, segments, own = find_shared(self.batch, sequences, self._is_worth)
         places = [self._place(i) for i in sequences]
         places.append(len(self.tokens))
-        own = [
-            own_ranges(place, first_keys[place], batch.context_lens[i], segments, batch.block_size)
-            for place, i in enumerate(sequences)
-        ]
-        most_queries = max(self.num_queries[i] for i in sequences)
+        most_queries = max(self.batch.num_queries(i) for i in sequences)
         most_sharing = max((places[s.row_end] - places[s.row_begin] for s in segments), default=0)
         tile = self._tile(self.group * min(max(most_queries, most_sharing), most))
         num_parts = [0] * len(sequences)
@@ -268,13 +273,22 @@ class _Builder:
             ranges = [piece for begin, end in own[place] for piece in self._pieces(begin, end)]
             total = num_parts[place] + len(ranges)
             for part, (begin, end) in enumerate(ranges, start=num_parts[place]):
-                self._add(places[place], self.num_queries[i], i, begin, end, -1 if total == 1 else part, tile)
+                self._add(places[place], self.batch.num_queries(i), i, begin, end, -1 if total == 1 else part, tile)
             if total > 1:
-                row = batch.cu_seqlens_q[i]
-                for token in range(row, row + self.num_queries[i]):
+                row = self.batch.cu_seqlens_q[i]
+                for token in range(row, row + self.batch.num_queries(i)):
                     self.parts[token] = (self.num_parts, total)
                     self.num_parts += total
         return tile
+
+    def _is_worth(self, segment: Segment, order: Sequence[int]) -> bool:
+        return is_worth_sharing(
+            self.group,
+            num_sequences=segment.row_end - segment.row_begin,
+            num_queries=sum(self.batch.num_queries(i) for i in order[segment.row_begin : segment.row_end]),
+            num_keys=(segment.block_end - segment.block_begin) * self.batch.block_size,
+            kv_itemsize=self.shape.kv_dtype.itemsize,
+        )
 
     def _add_segment(
         self, segment: Segment, sequences: list[int], places: list[int], num_parts: list[int], tile: AttentionTile
@@ -296,7 +310,7 @@ class _Builder:
         tile = self._tile(None)
         step = max(1, tile.rows // self.group)
         for i in sequences:
-            place, n = self._place(i), self.num_queries[i]
+            place, n = self._place(i), self.batch.num_queries(i)
             first = self.batch.context_lens[i] - n
             for begin in reversed(range(0, n, step)):
                 end = min(begin + step, n)

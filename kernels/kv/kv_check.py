@@ -7,34 +7,26 @@ from minirksc.errors import ConfigError
 from minirksc.kernels.attention.launch_table import max_head_dim, max_short_rows, product_dtype
 from minirksc.kernels.jit import DTYPES
 from minirksc.kernels.kv.layer_cache import LayerCache
+from minirksc.kernels.kv.placement import HeadNorms, Placement
+from minirksc.kernels.rms_norm import check_norm_weight
 
 MAX_HEAD_DIM = 1024
 MAX_BLOCK_SIZE = 256
 
 
-def check_kv_store(
-    qkv: Tensor,
-    num_heads: int,
-    norms: dict[str, Tensor | None],
-    rope: tuple[Tensor, Tensor] | None,
-    query_growth: Tensor | None,
-    cache: LayerCache | None,
-    slots: Tensor,
-) -> None:
+def check_kv_store(qkv: Tensor, norms: HeadNorms, placement: Placement) -> None:
     """Refuses what `kv_store_triton` cannot serve.
 
     Args:
-        qkv: these, and all others, as in `kv_store_reference`.
-        num_heads: of q.
-        norms: weights by name, of q and of k.
-        rope: tables.
-        query_growth: factors of q.
-        cache: of the layer.
-        slots: in the cache.
+        qkv: Heads, as in `kv_store_reference`.
+        norms: Norms of the layer's heads.
+        placement: Positions of the tokens, and the place of their keys and values.
 
     Raises:
         ConfigError: a dtype, a shape or a stride is wrong.
     """
+    num_heads = norms.num_heads
+    rope, query_growth, cache, slots = placement
     if qkv.dtype not in DTYPES:
         raise ConfigError(f"qkv is {qkv.dtype}; the kernel takes float32, float16 and bfloat16")
     if qkv.dim() != 3 or not 0 < num_heads <= qkv.shape[1] or (qkv.shape[1] - num_heads) % 2:
@@ -45,12 +37,8 @@ def check_kv_store(
         raise ConfigError(f"head_dim is {head_dim}; the kernel takes even ones up to {MAX_HEAD_DIM}")
     if qkv.stride(2) != 1:
         raise ConfigError(f"heads of qkv have stride {qkv.stride(2)}; they must be contiguous, of stride 1")
-    for name, weight in norms.items():
-        if weight is None:
-            continue
-        if weight.shape != (head_dim,) or not weight.is_contiguous() or weight.dtype not in (qkv.dtype, torch.float32):
-            given = f"{name} is {list(weight.shape)} {weight.dtype}"
-            raise ConfigError(f"{given}; it must be [{head_dim}], contiguous, {qkv.dtype} or float32")
+    check_norm_weight("q_norm", norms.q_norm, head_dim, qkv.dtype)
+    check_norm_weight("k_norm", norms.k_norm, head_dim, qkv.dtype)
     if rope is not None:
         check_rope(rope, tokens, head_dim)
     if query_growth is not None and (
@@ -67,18 +55,32 @@ def check_kv_store(
         if cache.kv.shape[3:] != (num_kv_heads, head_dim) or cache.kv.dtype not in (qkv.dtype, torch.int8):
             given = f"the cache holds {list(cache.kv.shape[3:])} {cache.kv.dtype} a token"
             raise ConfigError(f"{given}; it must be [{num_kv_heads}, {head_dim}] {qkv.dtype}, as qkv, or int8")
-        if slots.shape != (tokens,) or slots.dtype not in (torch.int64, torch.int32) or not slots.is_contiguous():
-            given = f"slots are {list(slots.shape)} {slots.dtype}"
-            raise ConfigError(f"{given}; they must be [{tokens}], contiguous, int64 or int32")
+        check_slots("slots", slots, tokens)
+
+
+def check_slots(name: str, slots: Tensor, tokens: int) -> None:
+    """Refuses slots that a kernel cannot read.
+
+    Args:
+        name: Name of the argument.
+        slots: Slots of the tokens.
+        tokens: Number of tokens.
+
+    Raises:
+        ConfigError: a dtype, a shape or a stride is wrong.
+    """
+    if slots.shape != (tokens,) or slots.dtype not in (torch.int64, torch.int32) or not slots.is_contiguous():
+        given = f"{name} are {list(slots.shape)} {slots.dtype}"
+        raise ConfigError(f"{given}; they must be [{tokens}], one a token, contiguous, int64 or int32")
 
 
 def check_rope(rope: tuple[Tensor, Tensor], tokens: int, head_dim: int) -> None:
     """Refuses tables that a kernel cannot read.
 
     Args:
-        rope: (cos, sin) as of `rope_tables`.
-        tokens: how many there must be.
-        head_dim: the largest rotary_dim.
+        rope: Tables (cos, sin) as of `rope_tables`.
+        tokens: Number of tokens that there must be.
+        head_dim: Largest rotary_dim.
 
     Raises:
         ConfigError: a dtype, a shape or a stride is wrong.
@@ -100,7 +102,7 @@ def check_cache(cache: LayerCache) -> None:
     """Refuses a cache that a kernel cannot read.
 
     Args:
-        cache: of one layer.
+        cache: Cache of one layer.
 
     Raises:
         ConfigError: a dtype, a shape or a stride is wrong.
@@ -127,8 +129,8 @@ def check_attention(q: Tensor, cache: LayerCache, block_size: int) -> None:
 
     Args:
         q: `[tokens, num_heads, head_dim]`.
-        cache: of the layer.
-        block_size: tokens a block.
+        cache: Cache of the layer.
+        block_size: Number of tokens a block.
 
     Raises:
         ConfigError: a dtype, a shape or a stride is wrong.

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from minirksc.errors import ConfigError
-from minirksc.kernels.jit import tl, triton
+from minirksc.kernels.jit import launch_options, tl, triton
 from minirksc.kernels.kv.int8 import abs_max_bits, int8_numbers, int8_scales, round_to_int8
-from minirksc.kernels.kv.kv_check import check_cache, check_rope
-from minirksc.kernels.kv.kv_store import heads_of_program
+from minirksc.kernels.kv.kv_check import check_cache, check_rope, check_slots
+from minirksc.kernels.kv.kv_store import head_parts, heads_of_program
 from minirksc.kernels.kv.layer_cache import LayerCache, multiply_out, read_slots, write_slots
 from minirksc.kernels.rope import RopeTables, rope_reference, rope_torch, rotated
 
@@ -31,7 +31,7 @@ def copy_blocks_reference(cache: Tensor, copies: Sequence[tuple[int, int]]) -> N
 
     Args:
         cache: `[num_layers, num_blocks, ...]`, written in place: `LayerCache.kv` or `LayerCache.scales` of layers.
-        copies: (source, destination) block ids; destinations are distinct.
+        copies: Block ids (source, destination); destinations are distinct.
     """
     before = cache.clone()
     for source, destination in copies:
@@ -66,8 +66,8 @@ def part_launch(block_numbers: int, itemsize: int) -> tuple[int, int]:
     """(numbers that a program copies, its warps): a thread copies 128 bytes, all of them read before any is written.
 
     Args:
-        block_numbers: numbers of a KV block.
-        itemsize: bytes of one.
+        block_numbers: Number of elements of a KV block.
+        itemsize: Bytes of an element.
     """
     part: int = min(MAX_PART_BYTES // itemsize, triton.next_power_of_2(block_numbers))
     return part, max(1, part * itemsize // 4096)
@@ -100,9 +100,7 @@ def copy_blocks_triton(cache: Tensor, copies: Sequence[tuple[int, int]]) -> None
         cache.stride(0),
         BLOCK_NUMBERS=block_numbers,
         PART=part,
-        enable_fp_fusion=True,
-        num_warps=num_warps,
-        num_stages=1,
+        **launch_options(num_warps),
     )
 
 
@@ -110,10 +108,10 @@ def copy_rotated_reference(cache: LayerCache, sources: Tensor, destinations: Ten
     """The specification: token by token.
 
     Args:
-        cache: of one layer, written in place.
+        cache: Cache of one layer, written in place.
         sources: `[tokens]` int64 or int32, slots.
         destinations: `[tokens]` int64 or int32, slots; distinct, and none of them a source.
-        rope: tables of new minus old position with scale 1, see `rope_tables`; None for a layer without positions.
+        rope: Tables of new minus old position with scale 1, see `rope_tables`; None for a layer without positions.
     """
     kv, scales = (None if part is None else part.flatten(0, 1) for part in cache)  # by slot
     assert kv is not None
@@ -221,17 +219,12 @@ def copy_rotated_triton(cache: LayerCache, sources: Tensor, destinations: Tensor
     check_cache(cache)
     cos, sin = (None, None) if rope is None else rope
     tokens, (_, num_kv_heads, head_dim) = len(sources if cos is None else cos), kv.shape[2:]
-    for name, slots in (("sources", sources), ("destinations", destinations)):
-        is_int = slots.dtype in (torch.int64, torch.int32)
-        if slots.shape != (tokens,) or not is_int or not slots.is_contiguous():
-            given = f"{name} are {list(slots.shape)} {slots.dtype}"
-            raise ConfigError(f"{given}; they must be [{tokens}], one a token, contiguous, int64 or int32")
+    check_slots("sources", sources, tokens)
+    check_slots("destinations", destinations, tokens)
     if rope is not None:
         check_rope(rope, tokens, head_dim)
     if tokens == 0:
         return
-    half = (head_dim if cos is None else cos.shape[2]) // 2
-    rest = head_dim - 2 * half
     heads = heads_of_program(head_dim, num_kv_heads)
     groups = triton.cdiv(num_kv_heads, heads)
     _copy_rotated_kernel[(tokens, 2 * groups)](
@@ -243,13 +236,8 @@ def copy_rotated_triton(cache: LayerCache, sources: Tensor, destinations: Tensor
         sin,
         0 if cos is None else cos.stride(0),
         NUM_KV_HEADS=num_kv_heads,
-        HEAD_DIM=head_dim,
-        HALF=half,
         HEADS=heads,
-        HALF_PAD=triton.next_power_of_2(half),
-        REST_PAD=triton.next_power_of_2(rest) if rest else 0,
+        **head_parts(head_dim, rope),
         GROUPS=groups,
-        enable_fp_fusion=True,
-        num_warps=1,
-        num_stages=1,
+        **launch_options(1),
     )

@@ -8,56 +8,41 @@ What is written back into `qkv` is what the cache holds, for int8 (`kernels/kv/i
 token's own step sees the keys and values that all later steps see.
 
 The kernel does all of this in one launch, since in a decode step a launch costs more than its work. One program takes
-some heads of q, of k or of v of one token, and holds the two halves that are rotated into each other, and what is
-left of a head, as tiles of their own. Limits: `kernels/kv/kv_check.py`.
+some heads of q, of k or of v of one token, and holds the two halves that are rotated into each other, and the rest
+of a head, as tiles of their own. Limits: `kernels/kv/kv_check.py`.
 """
 
 import torch
 from torch import Tensor
 
-from minirksc.kernels.jit import tl, triton
+from minirksc.kernels.jit import launch_options, tl, triton
 from minirksc.kernels.kv.int8 import abs_max_bits, int8_numbers, int8_scales, round_to_int8
 from minirksc.kernels.kv.kv_check import check_kv_store
-from minirksc.kernels.kv.layer_cache import LayerCache, multiply_out
+from minirksc.kernels.kv.layer_cache import multiply_out
+from minirksc.kernels.kv.placement import HeadNorms, Placement
 from minirksc.kernels.rms_norm import rms_norm_reference, rms_norm_torch
-from minirksc.kernels.rope import rope_reference, rope_torch, rotated
+from minirksc.kernels.rope import RopeTables, rope_reference, rope_torch, rotated
 
 
-def kv_store_reference(
-    qkv: Tensor,
-    num_heads: int,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    v_norm: bool,
-    eps: float,
-    rope: tuple[Tensor, Tensor] | None,
-    query_growth: Tensor | None,
-    cache: LayerCache | None,
-    slots: Tensor,
-) -> None:
+def kv_store_reference(qkv: Tensor, norms: HeadNorms, placement: Placement) -> None:
     """The specification: step by step, and into the cache token by token.
 
     Args:
         qkv: `[tokens, num_heads + 2 * num_kv_heads, head_dim]`, heads of q, k and v; `[tokens, num_heads, head_dim]`
             where keys and values are another layer's. Overwritten by q as the attention takes it, and k and v as the
             cache holds them.
-        num_heads: of q.
-        q_norm: `[head_dim]`, weight of the norm of q, see `rms_norm`; None for no norm.
-        k_norm: the same of k.
-        v_norm: v is normed.
-        eps: of the norms.
-        rope: (cos, sin) of `rope_tables`, `[tokens, 1, rotary_dim]` each; None for no rotation.
-        query_growth: `[tokens, 1, 1]`, multiplied to q after the rotation; None for none.
-        cache: written at the slots; None where keys and values are another layer's.
-        slots: `[tokens]` int64 or int32, distinct; -1: the token is not stored.
+        norms: Norms of the layer's heads.
+        placement: Positions of the tokens, and the place of their keys and values.
     """
+    num_heads, eps = norms.num_heads, norms.eps
+    rope, query_growth, cache, slots = placement
     num_kv_heads = (qkv.shape[1] - num_heads) // 2
     q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
-    if q_norm is not None:
-        q.copy_(rms_norm_reference(q, q_norm, eps))
-    if k_norm is not None:
-        k.copy_(rms_norm_reference(k, k_norm, eps))
-    if v_norm:
+    if norms.q_norm is not None:
+        q.copy_(rms_norm_reference(q, norms.q_norm, eps))
+    if norms.k_norm is not None:
+        k.copy_(rms_norm_reference(k, norms.k_norm, eps))
+    if norms.v_norm:
         v.copy_(rms_norm_reference(v, None, eps))
     if rope is not None:
         rope_reference(q, *rope)
@@ -80,27 +65,18 @@ def kv_store_reference(
             cache.scales[block_id, offset] = scales[token]
 
 
-def kv_store_torch(
-    qkv: Tensor,
-    num_heads: int,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    v_norm: bool,
-    eps: float,
-    rope: tuple[Tensor, Tensor] | None,
-    query_growth: Tensor | None,
-    cache: LayerCache | None,
-    slots: Tensor,
-) -> None:
+def kv_store_torch(qkv: Tensor, norms: HeadNorms, placement: Placement) -> None:
     """The same in few passes and one scatter. Every token has a slot: -1 is not among them."""
+    num_heads, eps = norms.num_heads, norms.eps
+    rope, query_growth, cache, slots = placement
     num_kv_heads = (qkv.shape[1] - num_heads) // 2
     q, kv = qkv[:, :num_heads], qkv[:, num_heads:]
-    if q_norm is not None:
-        q.copy_(rms_norm_torch(q, q_norm, eps))
-    if k_norm is not None and num_kv_heads:
+    if norms.q_norm is not None:
+        q.copy_(rms_norm_torch(q, norms.q_norm, eps))
+    if norms.k_norm is not None and num_kv_heads:
         k = kv[:, :num_kv_heads]
-        k.copy_(rms_norm_torch(k, k_norm, eps))
-    if v_norm and num_kv_heads:
+        k.copy_(rms_norm_torch(k, norms.k_norm, eps))
+    if norms.v_norm and num_kv_heads:
         v = kv[:, num_kv_heads:]
         v.copy_(rms_norm_torch(v, None, eps))
     if rope is not None:
@@ -273,40 +249,42 @@ def _kv_store_kernel(
     # fmt: on
 
 
+def head_parts(head_dim: int, rope: RopeTables | None) -> dict[str, int]:
+    """How a kernel takes a head apart: two halves that are rotated into each other, and the rest.
+
+    Args:
+        head_dim: Size of a head.
+        rope: Tables, as wide as both halves; None: these are all of it.
+    """
+    half = (head_dim if rope is None else rope[0].shape[2]) // 2
+    rest = head_dim - 2 * half
+    padded = triton.next_power_of_2
+    return {"HEAD_DIM": head_dim, "HALF": half, "HALF_PAD": padded(half), "REST_PAD": padded(rest) if rest else 0}
+
+
 def heads_of_program(head_dim: int, num_heads: int) -> int:
     """How many heads a program takes, a power of two: 512 numbers for its one warp, 16 a thread.
 
     Args:
-        head_dim: numbers of a head.
-        num_heads: that there are.
+        head_dim: Size of a head.
+        num_heads: Number of heads.
     """
     padded = triton.next_power_of_2
     heads: int = min(max(1, 512 // padded(head_dim)), padded(num_heads))
     return heads
 
 
-def kv_store_triton(
-    qkv: Tensor,
-    num_heads: int,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    v_norm: bool,
-    eps: float,
-    rope: tuple[Tensor, Tensor] | None,
-    query_growth: Tensor | None,
-    cache: LayerCache | None,
-    slots: Tensor,
-) -> None:
+def kv_store_triton(qkv: Tensor, norms: HeadNorms, placement: Placement) -> None:
     """The kernel: one launch; none where nothing is to be done.
 
     Raises:
         ConfigError: a dtype, a shape or a stride that the kernel cannot serve.
     """
-    check_kv_store(qkv, num_heads, {"q_norm": q_norm, "k_norm": k_norm}, rope, query_growth, cache, slots)
+    check_kv_store(qkv, norms, placement)
+    num_heads, q_norm, k_norm, v_norm, eps = norms
+    rope, query_growth, cache, slots = placement
     tokens, _, head_dim = qkv.shape
     num_kv_heads = (qkv.shape[1] - num_heads) // 2
-    half = (head_dim if rope is None else rope[0].shape[2]) // 2
-    rest = head_dim - 2 * half
     heads = heads_of_program(head_dim, max(num_heads, num_kv_heads))
     is_q_changed = q_norm is not None or rope is not None or query_growth is not None
     q_groups = triton.cdiv(num_heads, heads) if is_q_changed else 0
@@ -331,14 +309,9 @@ def kv_store_triton(
         V_NORM=v_norm,
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
-        HEAD_DIM=head_dim,
-        HALF=half,
         HEADS=heads,
-        HALF_PAD=triton.next_power_of_2(half),
-        REST_PAD=triton.next_power_of_2(rest) if rest else 0,
+        **head_parts(head_dim, rope),
         Q_GROUPS=q_groups,
         KV_GROUPS=kv_groups,
-        enable_fp_fusion=True,
-        num_warps=1,
-        num_stages=1,
+        **launch_options(1),
     )

@@ -38,14 +38,14 @@ class LayerCache(NamedTuple):
 def plain_block_shape(
     num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
 ) -> tuple[int, ...]:
-    """Of a block slot by slot.
+    """Shape of a block whose slots lie one after the other.
 
     Args:
-        num_heads: of the queries.
-        num_kv_heads: of keys and values.
-        head_dim: of both.
-        block_size: tokens a block.
-        dtype: of the cache.
+        num_heads: Number of heads of the queries.
+        num_kv_heads: Number of heads of keys and values.
+        head_dim: Size of a head of both.
+        block_size: Number of tokens a block.
+        dtype: Type of the cache.
     """
     return block_size, 2, num_kv_heads, head_dim
 
@@ -54,7 +54,7 @@ def read_slots(kv: Tensor, slots: Tensor) -> Tensor:
     """Keys and values of some slots.
 
     Args:
-        kv: of a `LayerCache`.
+        kv: Numbers of a `LayerCache`.
         slots: `[tokens]` integers.
 
     Returns:
@@ -72,7 +72,7 @@ def write_slots(kv: Tensor, slots: Tensor, rows: Tensor) -> None:
     """Overwrites keys and values of some slots.
 
     Args:
-        kv: of a `LayerCache`.
+        kv: Numbers of a `LayerCache`.
         slots: `[tokens]` integers, distinct.
         rows: `[tokens, 2, num_kv_heads, head_dim]`, of the cache's dtype.
     """
@@ -101,9 +101,9 @@ def multiply_out(numbers: Tensor, scales: Tensor | None, dtype: torch.dtype) -> 
     """What is read out of the cache: number * scale, multiplied in float32.
 
     Args:
-        numbers: `[..., head_dim]`, of `LayerCache.kv`.
+        numbers: `[..., head_dim]`, some of `LayerCache.kv`.
         scales: `[...]` float32, those of `LayerCache.scales`; None: the numbers are themselves what was stored.
-        dtype: of the activations.
+        dtype: Type of the activations.
 
     Returns:
         `[..., head_dim]` of that dtype; the numbers themselves where there are no scales.

@@ -307,7 +307,7 @@ void attention_bf16(const void* q, const void* cache, void* out, const Attention
     Attention on{(const uint16_t*)q, (const uint16_t*)cache, (uint16_t*)out, *plan,  q_stride,      num_heads,
                  num_kv_heads,       head_dim,               window,         (float)scale, (float)softcap};
     int64_t max_places = std::max<int64_t>(1, MAX_QUERIES / (num_heads / num_kv_heads));
-    // A key's heads lie together: whoever computes all of them reads memory in order.
+    // A key's heads lie together: a thread that computes all of them reads memory in order.
     int64_t heads = plan->num_pieces >= 4 * num_threads() ? num_kv_heads : 1;
     int64_t num_items = plan->num_pieces * (num_kv_heads / heads);
     for_ranges(num_items, 8, [&](int64_t item_begin, int64_t item_end) {

@@ -16,9 +16,9 @@ def is_plain(tensor: object, dtype: torch.dtype, *shape: int) -> bool:
     """Whether it is of the CPU, of this dtype and shape, number after number.
 
     Args:
-        tensor: anything.
-        dtype: that it must have.
-        shape: that it must have.
+        tensor: Any object.
+        dtype: Type that it must have.
+        shape: Sizes that it must have.
     """
     return (
         isinstance(tensor, Tensor)
@@ -30,7 +30,7 @@ def is_plain(tensor: object, dtype: torch.dtype, *shape: int) -> bool:
 
 
 def is_rows(tensor: object, dtype: torch.dtype, *shape: int) -> bool:
-    """The same, in any layout."""
+    """Whether it is of the CPU, of this dtype and shape, in any layout; arguments as of `is_plain`."""
     return isinstance(tensor, Tensor) and tensor.is_cpu and tensor.dtype is dtype and tensor.shape == shape
 
 
@@ -38,8 +38,8 @@ def is_some(tensor: object, num_dimensions: int) -> bool:
     """Whether it is of the CPU, of one of `DTYPES`, and each token's numbers lie together, apart from those of others.
 
     Args:
-        tensor: anything.
-        num_dimensions: that it must have: 2, `[tokens, size]`, or 3, `[tokens, heads, size]`.
+        tensor: Any object.
+        num_dimensions: Number of dimensions that it must have: 2, `[tokens, size]`, or 3, `[tokens, heads, size]`.
     """
     if not (isinstance(tensor, Tensor) and tensor.is_cpu and tensor.dtype in DTYPES):
         return False

@@ -1,5 +1,6 @@
-// The functions of ops.h as a Python module. Pointers come as integers (Tensor.data_ptr), None as the null pointer. What
-// a thread calls can be recorded, and done again in one call, on the same addresses; and measured.
+// The functions of ops.h as a Python module. Pointers come as tensors, of which Tensor.data_ptr is asked, or as integers;
+// None is the null pointer. What a thread calls can be recorded, and done again in one call, on the same addresses; and
+// measured.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -18,10 +19,23 @@
 
 namespace {
 
+// The address of a tensor's first number, in memory that the caller holds on to.
+void* address_of(PyObject* tensor) {
+    static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+    if (PyErr_Occurred()) return nullptr;  // of an argument before
+    PyObject* number = PyObject_CallMethodObjArgs(tensor, data_ptr, nullptr);
+    if (number == nullptr) return nullptr;
+    void* address = PyLong_AsVoidPtr(number);
+    Py_DECREF(number);
+    return address;
+}
+
 template <typename Value>
 Value from_python(PyObject* object) {
     if constexpr (std::is_pointer_v<Value>)
-        return object == Py_None ? nullptr : (Value)PyLong_AsVoidPtr(object);
+        return object == Py_None       ? nullptr
+               : PyLong_Check(object) ? (Value)PyLong_AsVoidPtr(object)
+                                      : (Value)address_of(object);
     else if constexpr (std::is_floating_point_v<Value>)
         return (Value)PyFloat_AsDouble(object);
     else

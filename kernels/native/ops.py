@@ -20,9 +20,9 @@ from minirksc.errors import ConfigError
 from minirksc.kernels.confidence import Confidence
 from minirksc.kernels.gated_act import ACTIVATIONS
 from minirksc.kernels.kv.kv_store import kv_store_torch
-from minirksc.kernels.kv.layer_cache import TILE, LayerCache
+from minirksc.kernels.kv.layer_cache import TILE
+from minirksc.kernels.kv.placement import HeadNorms, Placement
 from minirksc.kernels.native.check import DTYPES, is_plain, is_rows, is_some, refused
-from minirksc.kernels.rope import RopeTables
 
 INSTRUCTIONS = ("AVX2", "AVX512")
 
@@ -52,8 +52,8 @@ def why_not(dtype: torch.dtype, head_dims: Iterable[int]) -> str | None:
     """Why the compiled operations cannot serve a model; None: they can.
 
     Args:
-        dtype: of its activations.
-        head_dims: of its layers.
+        dtype: Type of its activations.
+        head_dims: Sizes of the heads of its layers.
     """
     if native is None:
         return _missing
@@ -100,19 +100,8 @@ def _norm(
     is_float32 = _is_float32(update_norm, weight, x.shape[1], x.dtype)
     if x.numel() == 0:
         return
-    native.add_rms_norm(
-        x.data_ptr(),
-        pointer(update),
-        pointer(update_norm),
-        pointer(weight),
-        out.data_ptr(),
-        *x.shape,
-        x.stride(0),
-        0 if update is None else update.stride(0),
-        is_bfloat16[x.dtype],
-        is_float32,
-        eps,
-    )
+    strides = x.stride(0), 0 if update is None else update.stride(0)
+    native.add_rms_norm(x, update, update_norm, weight, out, *x.shape, *strides, is_bfloat16[x.dtype], is_float32, eps)
 
 
 def _is_float32(weight: Tensor | None, other: Tensor | None, size: int, dtype: torch.dtype) -> bool:
@@ -143,37 +132,21 @@ def gated_act_native(gate_up: Tensor, activation: str) -> Tensor:
     out = gate_up.new_empty(num_tokens, width // 2)
     if out.numel() == 0:
         return out
-    native.gated_act(
-        gate_up.data_ptr(),
-        out.data_ptr(),
-        num_tokens,
-        width // 2,
-        gate_up.stride(0),
-        ACTIVATIONS.index(activation),
-        is_bfloat16[gate_up.dtype],
-    )
+    kind = ACTIVATIONS.index(activation), is_bfloat16[gate_up.dtype]
+    native.gated_act(gate_up, out, num_tokens, width // 2, gate_up.stride(0), *kind)
     return out
 
 
-def kv_store_native(
-    qkv: Tensor,
-    num_heads: int,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    v_norm: bool,
-    eps: float,
-    rope: RopeTables | None,
-    query_growth: Tensor | None,
-    cache: LayerCache | None,
-    slots: Tensor,
-) -> None:
+def kv_store_native(qkv: Tensor, norms: HeadNorms, placement: Placement) -> None:
     """Arguments as in `kv_store_reference`. Every token has a slot: -1 is not among them.
 
     Raises:
         ConfigError: a tensor that it would misread, or a slot that the cache has not; nothing is written then.
     """
+    num_heads, q_norm, k_norm, v_norm, eps = norms
+    rope, query_growth, cache, slots = placement
     if cache is not None and cache.scales is not None:
-        kv_store_torch(qkv, num_heads, q_norm, k_norm, v_norm, eps, rope, query_growth, cache, slots)
+        kv_store_torch(qkv, norms, placement)
         return
     check_heads("qkv", qkv)
     num_tokens, num_all_heads, head_dim = qkv.shape
@@ -198,28 +171,10 @@ def kv_store_native(
             raise refused("slots", slots, f"[{num_tokens}] integers of the CPU, contiguous")
     if qkv.numel() == 0:
         return
-    bad: int = native.kv_store(
-        qkv.data_ptr(),
-        pointer(q_norm),
-        pointer(k_norm),
-        pointer(cos),
-        pointer(sin),
-        pointer(query_growth),
-        None if cache is None else cache.kv.data_ptr(),
-        None if cache is None else slots.data_ptr(),
-        num_slots,
-        num_tokens,
-        qkv.stride(0),
-        num_heads,
-        num_kv_heads,
-        head_dim,
-        0 if cos is None else cos.shape[-1],
-        v_norm,
-        cache is not None and cache.is_tiled,
-        is_bfloat16[qkv.dtype],
-        is_float32,
-        eps,
-    )
+    stored = (None, None) if cache is None else (cache.kv, slots)
+    sizes = num_tokens, qkv.stride(0), num_heads, num_kv_heads, head_dim, 0 if cos is None else cos.shape[-1]
+    kinds = v_norm, cache is not None and cache.is_tiled, is_bfloat16[qkv.dtype], is_float32
+    bad: int = native.kv_store(qkv, q_norm, k_norm, cos, sin, query_growth, *stored, num_slots, *sizes, *kinds, eps)
     if bad >= 0:
         raise ConfigError(f"slot {int(slots[bad])} of token {bad} is none of the cache, which has 0 to {num_slots - 1}")
 
@@ -228,8 +183,8 @@ def check_heads(name: str, heads: Tensor) -> None:
     """Refuses what is not `[tokens, heads, head_dim]`, the heads of a token one after the other.
 
     Args:
-        name: of the argument.
-        heads: the tensor.
+        name: Name of the argument.
+        heads: Heads of all tokens.
 
     Raises:
         ConfigError: it is something else.
@@ -242,10 +197,10 @@ def slots_of(kv: Tensor, dtype: torch.dtype, num_kv_heads: int, head_dim: int) -
     """How many slots a layer's cache has.
 
     Args:
-        kv: of the `LayerCache`.
-        dtype: of its numbers.
-        num_kv_heads: that it must have.
-        head_dim: that it must have.
+        kv: Numbers of the `LayerCache`.
+        dtype: Type that its numbers must have.
+        num_kv_heads: Number of heads that it must have.
+        head_dim: Size of a head that it must have.
 
     Raises:
         ConfigError: it is no such cache.
@@ -275,10 +230,5 @@ def confidence_native(logits: Tensor) -> Confidence:
         logits = logits.contiguous()
     argmax = torch.empty(rows, dtype=torch.int64)
     results = torch.empty(4, rows)
-    native.confidence(logits.data_ptr(), argmax.data_ptr(), results.data_ptr(), rows, vocab, logits.stride(0))
+    native.confidence(logits, argmax, results, rows, vocab, logits.stride(0))
     return Confidence(argmax, *results)
-
-
-def pointer(tensor: Tensor | None) -> int | None:
-    """Of its first number."""
-    return None if tensor is None else tensor.data_ptr()

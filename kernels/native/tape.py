@@ -55,7 +55,7 @@ class NativeRecorder:
 
 
 def drop_recording() -> None:
-    """Ends what this thread records, if it was left in the midst of it."""
+    """Ends what this thread records, if an exception came in the midst of it."""
     if native is not None:
         with suppress(RuntimeError):  # it records nothing
             native.end_recording()

@@ -83,7 +83,7 @@ class Team {
     // Lines of memory apart, since the others keep asking for the first.
     alignas(64) std::atomic<uint64_t> call{0};
     std::atomic<bool> is_over{false};
-    // Of the call; written before it is published, read by whoever took units of it.
+    // Of the call; written before it is published, read by a thread that took units of it.
     alignas(64) void (*run)(void*, int64_t, int64_t) = nullptr;
     void* context = nullptr;
     int64_t num_items = 0, unit = 1, size;

@@ -1,7 +1,7 @@
 // Work that threads share.
 //
 // A call's items are handed out in ranges: to the caller, and to every other thread of its team that comes for some. So
-// nobody waits for a thread that has not begun: where another process has its core, the others do its share. A team is
+// no thread waits for one that has not begun: where another process has its core, the others do its share. A team is
 // one OpenMP region, whose end waits for all of them; a recorded step has hundreds of calls and one team. OpenMP's
 // threads and none of our own, since those that torch woke would spin in the way of ours.
 #pragma once

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minirksc.kernels.native.ops import has_bf16_products, native, pointer
+from minirksc.kernels.native.ops import has_bf16_products, native
 from minirksc.kernels.weights.native_weight import BF16_PANEL, Empty, check_product
 
 GROUP = 32
@@ -38,7 +38,7 @@ def why_not_int8(dtype: torch.dtype) -> str | None:
     """Why there are no such products; None: there are.
 
     Args:
-        dtype: of the activations.
+        dtype: Type of the activations.
     """
     if dtype != torch.bfloat16:
         return f"it multiplies bfloat16 activations, not {str(dtype).removeprefix('torch.')}"
@@ -69,11 +69,11 @@ class Int8Weight:
 
     Args:
         weight: `[out_features, in_features]`, any floating dtype.
-        empty: allocates the packed form.
+        empty: Function that allocates the packed form.
 
     Attributes:
-        num_bytes: that a product reads.
-        dtype: of what it multiplies.
+        num_bytes: Bytes that a product reads.
+        dtype: Type of what it multiplies.
     """
 
     dtype = torch.bfloat16
@@ -117,16 +117,6 @@ class Int8Weight:
         scales = x.new_empty(num_tokens, self._groups, 2, dtype=torch.int32)
         out = x.new_empty(num_tokens, out_features, dtype=torch.float32 if in_float32 else None)
         native.linear_int8(
-            x.data_ptr(),
-            self._packed.data_ptr(),
-            self._scales.data_ptr(),
-            pointer(bias),
-            numbers.data_ptr(),
-            scales.data_ptr(),
-            out.data_ptr(),
-            num_tokens,
-            in_features,
-            out_features,
-            in_float32,
+            x, self._packed, self._scales, bias, numbers, scales, out, len(x), in_features, out_features, in_float32
         )
         return out

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minirksc.errors import ConfigError
 from minirksc.kernels.native.check import is_plain, is_rows, refused
-from minirksc.kernels.native.ops import has_bf16_products, native, pointer
+from minirksc.kernels.native.ops import has_bf16_products, native
 
 BF16_PANEL = 32
 WIDENED_PANEL = 16
@@ -24,26 +24,44 @@ Empty = Callable[..., Tensor]
 """Allocates the packed form, called as `torch.empty` is."""
 
 
-class Bf16Weight:
-    """A matrix in panels of 32 outputs, of each of which two consecutive inputs are one word.
-
-    A row's result does not depend on the rows that it is computed with.
+class PanelWeight:
+    """A matrix that the compiled code has packed, in panels of outputs.
 
     Args:
-        packed: of `pack`.
-        shape: (out_features, in_features).
+        packed: Numbers as `pack` has made them.
+        shape: Numbers of outputs and of inputs, (out_features, in_features).
 
     Attributes:
-        num_bytes: that a product reads.
-        dtype: of what it multiplies.
+        num_bytes: Bytes that a product reads.
+        dtype: Type of what it multiplies.
     """
 
-    dtype = torch.bfloat16
+    dtype: torch.dtype
 
     def __init__(self, packed: Tensor, shape: tuple[int, int]) -> None:
         self.num_bytes = packed.numel() * packed.itemsize
-        self._packed = packed  # [panels, in_features / 2, 32] int32
+        self._packed = packed
         self._shape = shape
+
+    def _unpacked(self, unpack: Callable[..., int], indices: Tensor) -> Tensor:
+        if not isinstance(indices, Tensor) or indices.dim() != 1 or not is_rows(indices, torch.int64, len(indices)):
+            raise refused("indices", indices, "[indices] int64 of the CPU")
+        out_features, in_features = self._shape
+        indices = indices.contiguous()
+        out = torch.empty(len(indices), in_features, dtype=self.dtype)
+        bad = unpack(self._packed, indices, out, *out.shape, out_features)
+        if bad >= 0:
+            raise ConfigError(f"row {int(indices[bad])} is none of the matrix, which has 0 to {out_features - 1}")
+        return out
+
+
+class Bf16Weight(PanelWeight):
+    """A matrix in panels of 32 outputs, of each of which two consecutive inputs are one word.
+
+    A row's result does not depend on the rows that it is computed with.
+    """
+
+    dtype = torch.bfloat16  # packed: [panels, in_features / 2, 32] int32
 
     @staticmethod
     def pack(weight: Tensor, empty: Empty = torch.empty) -> "Bf16Weight | None":
@@ -55,9 +73,8 @@ class Bf16Weight:
         out_features, in_features = _shape(weight, Bf16Weight.dtype)
         if not has_bf16_products or in_features % 2:
             return None
-        weight = weight.contiguous()
         packed = empty(-(-out_features // BF16_PANEL), in_features // 2, BF16_PANEL, dtype=torch.int32)
-        native.pack_weight_bf16(weight.data_ptr(), packed.data_ptr(), out_features, in_features)
+        native.pack_weight_bf16(weight.contiguous(), packed, out_features, in_features)
         return Bf16Weight(packed, (out_features, in_features))
 
     def rows(self, indices: Tensor) -> Tensor:
@@ -66,7 +83,7 @@ class Bf16Weight:
         Raises:
             ConfigError: there is no such row.
         """
-        return _unpacked(native.unpack_rows_bf16, self._packed, indices, self._shape, self.dtype)
+        return self._unpacked(native.unpack_rows_bf16, indices)
 
     def __call__(self, x: Tensor, bias: Tensor | None, in_float32: bool = False) -> Tensor:
         """`[tokens, in_features]` bfloat16 -> x W^T + bias, `[tokens, out_features]`; on request as it is summed up.
@@ -75,41 +92,16 @@ class Bf16Weight:
             ConfigError: it would misread x or the bias.
         """
         check_product(x, bias, self._shape, self.dtype)
-        x = x.contiguous()
         out_features, in_features = self._shape
-        num_tokens = x.shape[0]
-        out = x.new_empty(num_tokens, out_features, dtype=torch.float32 if in_float32 else None)
-        native.linear_bf16(
-            x.data_ptr(),
-            self._packed.data_ptr(),
-            pointer(bias),
-            out.data_ptr(),
-            num_tokens,
-            in_features,
-            out_features,
-            in_float32,
-        )
+        out = x.new_empty(x.shape[0], out_features, dtype=torch.float32 if in_float32 else None)
+        native.linear_bf16(x.contiguous(), self._packed, bias, out, x.shape[0], in_features, out_features, in_float32)
         return out
 
 
-class WidenedWeight:
-    """A matrix in panels of 16 outputs, of which i and i + 8 are one word; multiplied in float32.
+class WidenedWeight(PanelWeight):
+    """A matrix in panels of 16 outputs, of which i and i + 8 are one word; multiplied in float32."""
 
-    Args:
-        packed: of `pack`.
-        shape: (out_features, in_features).
-
-    Attributes:
-        num_bytes: that a product reads.
-        dtype: of what it multiplies.
-    """
-
-    dtype = torch.float32
-
-    def __init__(self, packed: Tensor, shape: tuple[int, int]) -> None:
-        self.num_bytes = packed.numel() * packed.itemsize
-        self._packed = packed  # [panels, in_features, 8] int32
-        self._shape = shape
+    dtype = torch.float32  # packed: [panels, in_features, 8] int32
 
     @staticmethod
     def pack(weight: Tensor, empty: Empty = torch.empty) -> "WidenedWeight | None":
@@ -119,9 +111,8 @@ class WidenedWeight:
             ConfigError: it would misread the weight.
         """
         out_features, in_features = _shape(weight, WidenedWeight.dtype)
-        weight = weight.contiguous()
         packed = empty(-(-out_features // WIDENED_PANEL), in_features, WIDENED_PANEL // 2, dtype=torch.int32)
-        is_exact = native.pack_weight(weight.data_ptr(), packed.data_ptr(), out_features, in_features)
+        is_exact = native.pack_weight(weight.contiguous(), packed, out_features, in_features)
         return WidenedWeight(packed, (out_features, in_features)) if is_exact else None
 
     def rows(self, indices: Tensor) -> Tensor:
@@ -130,7 +121,7 @@ class WidenedWeight:
         Raises:
             ConfigError: there is no such row.
         """
-        return _unpacked(native.unpack_rows, self._packed, indices, self._shape, self.dtype)
+        return self._unpacked(native.unpack_rows, indices)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`[tokens, in_features]` float32 -> x W^T + bias, `[tokens, out_features]`.
@@ -139,19 +130,9 @@ class WidenedWeight:
             ConfigError: it would misread x or the bias.
         """
         check_product(x, bias, self._shape, self.dtype)
-        x = x.contiguous()
         out_features, in_features = self._shape
-        num_tokens = x.shape[0]
-        out = x.new_empty(num_tokens, out_features)
-        native.linear(
-            x.data_ptr(),
-            self._packed.data_ptr(),
-            pointer(bias),
-            out.data_ptr(),
-            num_tokens,
-            in_features,
-            out_features,
-        )
+        out = x.new_empty(x.shape[0], out_features)
+        native.linear(x.contiguous(), self._packed, bias, out, x.shape[0], in_features, out_features)
         return out
 
 
@@ -159,10 +140,10 @@ def check_product(x: Tensor, bias: Tensor | None, shape: tuple[int, int], dtype:
     """Refuses what a product by a matrix of this shape would misread.
 
     Args:
-        x: what is multiplied.
-        bias: what is added.
-        shape: (out_features, in_features).
-        dtype: of both.
+        x: Rows that are multiplied.
+        bias: Numbers that are added; None for none.
+        shape: Numbers of outputs and of inputs, (out_features, in_features).
+        dtype: Type that both must have.
 
     Raises:
         ConfigError: it is one of them.
@@ -179,17 +160,3 @@ def _shape(weight: Tensor, dtype: torch.dtype) -> tuple[int, int]:
         raise refused("weight", weight, f"[out_features, in_features] {dtype} of the CPU")
     out_features, in_features = weight.shape
     return out_features, in_features
-
-
-def _unpacked(
-    unpack: Callable[..., int], packed: Tensor, indices: Tensor, shape: tuple[int, int], dtype: torch.dtype
-) -> Tensor:
-    if not isinstance(indices, Tensor) or indices.dim() != 1 or not is_rows(indices, torch.int64, len(indices)):
-        raise refused("indices", indices, "[indices] int64 of the CPU")
-    out_features, in_features = shape
-    indices = indices.contiguous()
-    out = torch.empty(len(indices), in_features, dtype=dtype)
-    bad = unpack(packed.data_ptr(), indices.data_ptr(), out.data_ptr(), *out.shape, out_features)
-    if bad >= 0:
-        raise ConfigError(f"row {int(indices[bad])} is none of the matrix, which has 0 to {out_features - 1}")
-    return out

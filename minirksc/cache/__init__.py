@@ -1,1 +1,1 @@
-"""RSBCM: which KV block holds which tokens, who shares it, and which goes first. Plain bookkeeping, no tensors."""
+"""RSBCM: which KV block holds which tokens, which tables share it, and which goes first. Bookkeeping, no tensors."""

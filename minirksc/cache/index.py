@@ -7,7 +7,7 @@ block right before it.
 
 import hashlib
 import struct
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 
@@ -19,17 +19,16 @@ class Block:
         block_id: its number.
         num_references: tables that hold it.
         digest: key in the prefix index; None when it is not indexed.
-        parent: the indexed block before it; None for the first of a sequence.
+        parent: indexed block before it; None for the first of a sequence.
         children: indexed blocks right after it, by digest.
-        token_ids, salt: of an indexed block.
-        num_tokens_before: of an indexed block's history, itself excluded.
-        depth: of its node in the reasoning tree.
+        token_ids, salt: what an indexed block was made of.
+        num_tokens_before: tokens of an indexed block's history, its own excluded.
+        depth: place in the reasoning tree of the shallowest table that took it.
         importance: attention mass that it receives, as a multiple of what the average block of its sequence does.
         last_use, num_uses: clock and count of the times that a table took it.
         num_awaited: live sequences without a table that will need it again.
-        num_pins: closed tables that are pinned and held it.
-        cached_at: the pool's age when the last table gave it up.
-        window_id, num_views: its room in the window pool, if it has any, and tables whose window reaches it.
+        num_pins: pinned sequences that held it when their table was last closed.
+        cached_at: age of the pool when the last table gave it up.
     """
 
     block_id: int
@@ -47,8 +46,6 @@ class Block:
     num_awaited: int = 0
     num_pins: int = 0
     cached_at: float = 0.0
-    window_id: int | None = None
-    num_views: int = 0
 
 
 class PrefixIndex:
@@ -108,35 +105,28 @@ class PrefixIndex:
             del self._first[block.salt]
         block.digest, block.parent, block.token_ids, block.salt = None, None, (), b""
 
-    def check(self, block: Block) -> None:
-        """Verifies the invariants of one indexed block.
-
-        Raises:
-            AssertionError: names it.
-        """
-        name = f"block {block.block_id}"
-        assert block.digest is not None
-        previous, num_before = b"", 0
-        if block.parent is not None:
-            assert block.parent.digest is not None, f"{name}: its parent is not indexed"
-            previous = block.parent.digest
-            num_before = block.parent.num_tokens_before + self._block_size
-            if block.num_references:
-                assert block.parent.num_references, f"{name} is held, its parent is not"
-            assert block.parent.num_pins >= block.num_pins, f"{name} is pinned, its parent is not"
-        assert block.num_tokens_before == num_before, f"{name}: wrong place"
-        assert len(block.token_ids) == self._block_size, f"{name}: indexed but not full"
-        assert block.digest == block_digest(previous, block.salt, block.token_ids), f"{name}: wrong digest"
-        assert self._blocks.get(block.digest) is block, f"{name}: the index has another block"
-        assert self._siblings(block).get(block.digest) is block, f"{name}: its parent does not know it"
-        for child in block.children.values():
-            assert child.parent is block, f"{name}: a child has another parent"
-
     def _siblings(self, block: Block) -> dict[bytes, Block]:
         """Indexed blocks at the same place of the same history, this one included."""
         if block.parent is not None:
             return block.parent.children
         return self._first.setdefault(block.salt, {})
+
+
+def closest(blocks: Iterable[Block], token_ids: Sequence[int]) -> tuple[Block | None, int]:
+    """The block that begins with most of these tokens, and with how many; (None, 0) where none begins with the first.
+
+    Args:
+        blocks: candidates; of equally good ones the first is taken.
+        token_ids: what the block after a chain should hold, at most block_size of them.
+    """
+    best, num_best = None, 0
+    for block in blocks:
+        num_equal = 0
+        while num_equal < len(token_ids) and block.token_ids[num_equal] == token_ids[num_equal]:
+            num_equal += 1
+        if num_equal > num_best:
+            best, num_best = block, num_equal
+    return best, num_best
 
 
 def block_digest(previous: bytes, salt: bytes, token_ids: Sequence[int]) -> bytes:

@@ -3,19 +3,19 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minirksc.calibrate.evidence import BranchEvidence, Evidence, Failed
 from minirksc.errors import ConfigError, MinirkscError, NumericalError
 from minirksc.rksc.exits import LayerExit, MarginRule
 from minirksc.rksc.node import Node
-from minirksc.rksc.solver import HasSession, Solver, SolverConfig, default_hint
+from minirksc.rksc.problem import Problem, read_problem
+from minirksc.rksc.solver import Solver, SolverConfig
 from minirksc.rksc.tree import Tree
 from minirksc.rksc.verify import Candidate, Verdict, Verifier
 
 if TYPE_CHECKING:
     from minirksc.engine.branch import Branch
-    from minirksc.engine.session import Session
     from minirksc.rksc.exits import MakeLens
 
 BRANCHES_AT_ONCE = 24
@@ -53,7 +53,7 @@ class Recording(MarginRule):
 class _Solve:
     """One problem under way."""
 
-    problem: str
+    problem: Problem
     reference: str | None
     tree: Tree
     nodes: list[Node]
@@ -70,7 +70,7 @@ class Collector(Solver):
         ConfigError: Depth is more than 1, sharing is semantic, or no branch is asked about.
     """
 
-    def __init__(self, llm: "HasSession | Session", config: SolverConfig) -> None:
+    def __init__(self, llm: Any, config: SolverConfig) -> None:
         if config.depth != 1:
             raise ConfigError(f"depth={config.depth}: gates are calibrated for one round of decoding; use depth=1")
         if config.sharing == "semantic":
@@ -97,17 +97,12 @@ class Collector(Solver):
     def _collect(self, problems: Sequence[tuple[str, str | None]], seeds: Sequence[int]) -> list[Evidence]:
         solves: list[_Solve] = []
         with self.session.engine.call() as call:
-            for (problem, reference), seed in zip(problems, seeds, strict=True):
+            for (text, reference), seed in zip(problems, seeds, strict=True):
+                problem = read_problem(self.session, self.config, text)
                 tree = Tree(self.session, call, share=self.config.sharing != "none", seed=seed)
-                solves.append(_Solve(problem, reference, tree, []))
-                solves[-1].nodes = self._plant(solves[-1])
+                solves.append(_Solve(problem, reference, tree, tree.plant(problem.starts)))
             self._extend(solves)
             return self._judge_all(solves)
-
-    def _plant(self, one: _Solve) -> list[Node]:
-        branches, chat = self.config.branches, self._is_chat(one.problem)
-        hints = self.config.hints or [default_hint(k, chat) for k in range(branches)]
-        return one.tree.plant([self._prompt_ids(one.problem)] * branches, hints)
 
     def _extend(self, solves: Sequence[_Solve]) -> None:
         try:
@@ -127,12 +122,11 @@ class Collector(Solver):
     def _judge_together(self, solves: Sequence[_Solve]) -> list[Evidence]:
         config = self.config
         nodes = [node for one in solves for node in one.nodes]
-        chat, share = self._is_chat(solves[0].problem), config.sharing != "none"
-        verifier = Verifier(self.session, config.verify_style, chat=chat, share=share)
+        verifier = Verifier(self.session, config, solves[0].problem)
         recording = Recording()
         before = self.session.stats()["num_prefilled_tokens"]
-        candidates = [Candidate(node.branch, self._answer_ids(node)) for node in nodes]
-        verdicts = verifier.ask(solves[0].problem, candidates, recording)
+        candidates = [Candidate(node.branch, node.answer_ids) for node in nodes]
+        verdicts = verifier.ask(candidates, recording)
         num_question_tokens = (self.session.stats()["num_prefilled_tokens"] - before) / len(nodes)
         noted = recording.made[0].noted if recording.made else {}
         branches = [

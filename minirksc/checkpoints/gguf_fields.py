@@ -15,9 +15,9 @@ class GgufFields:
     """Fields of a GGUF file below one prefix; a missing or ill-typed one is an error that names it.
 
     Args:
-        source: the file, for messages.
-        fields: all of its fields.
-        prefix: what the names of these begin with, "qwen2." for example.
+        source: path of the file, for messages.
+        fields: all fields of the file.
+        prefix: beginning of the names of these, "qwen2." for example.
     """
 
     def __init__(self, source: Path, fields: Mapping[str, Any], prefix: str) -> None:
@@ -57,11 +57,11 @@ class GgufFields:
         return float(str(np.float32(value)))
 
     def check_known(self, known: Collection[str], neutral: Mapping[str, Any]) -> None:
-        """Refuses fields that nobody reads.
+        """Refuses fields that nothing reads.
 
         Args:
-            known: names that are read.
-            neutral: names that mean nothing with the given value.
+            known: names of the fields that are read.
+            neutral: values with which a field means nothing, by its name.
 
         Raises:
             CheckpointError: there is another one.

@@ -7,17 +7,16 @@ Source: the layout as https://github.com/ggml-org/ggml/blob/master/docs/gguf.md 
 
 import math
 import mmap
-import os
-import stat
 import struct
 from pathlib import Path
 
 from minirksc.errors import CheckpointError
+from minirksc.json_file import open_regular
 
 MAX_FIELDS = 10_000
 MAX_TENSORS = 100_000
 MAX_ITEMS = 4_000_000
-"""Of all arrays together; the largest published vocabularies have 1.5 million tokens, scores, types and merges."""
+"""Items of all arrays together; the largest published vocabularies have 1.5 million, scores and merges included."""
 
 MAX_NAME_BYTES = 65_535
 MAX_DIMS = 4
@@ -36,9 +35,8 @@ def check_header(source: Path) -> None:
         CheckpointError: it is no regular file, no GGUF file, damaged, or beyond the limits.
     """
     try:
-        descriptor = os.open(source, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with open(descriptor, "rb") as stream:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        with open_regular(source) as stream:
+            if stream is None:
                 raise CheckpointError(
                     f"{source} is no regular file, and nothing else is read; put the file itself there"
                 )
@@ -51,6 +49,8 @@ def check_header(source: Path) -> None:
 
 
 class _Header:
+    """A walk over the header: `_place` is the byte that is read next."""
+
     def __init__(self, data: mmap.mmap) -> None:
         self._data = data
         self._size = len(data)
@@ -61,29 +61,29 @@ class _Header:
         if self._data[:4] != b"GGUF":
             raise ValueError("it does not begin with GGUF")
         self._place = 4
-        version = self._number("<I", 4)
+        version = self._number("<I")
         if version not in (2, 3):
             raise ValueError(f"its version is {version}; 2 and 3 are read, in little-endian order")
-        num_tensors, num_fields = self._number("<Q", 8), self._number("<Q", 8)
+        num_tensors, num_fields = self._number("<Q"), self._number("<Q")
         if num_fields > MAX_FIELDS or num_tensors > MAX_TENSORS:
             raise ValueError(
                 f"it claims {num_fields} fields and {num_tensors} tensors; {MAX_FIELDS} and {MAX_TENSORS} are allowed"
             )
         for _ in range(num_fields):
             self._skip_string(MAX_NAME_BYTES)
-            self._skip_value(self._number("<I", 4))
+            self._skip_value(self._number("<I"))
         for _ in range(num_tensors):
             self._skip_string(MAX_NAME_BYTES)
-            num_dims = self._number("<I", 4)
+            num_dims = self._number("<I")
             if num_dims > MAX_DIMS:
                 raise ValueError(f"a tensor has {num_dims} dimensions; {MAX_DIMS} are allowed")
-            shape = [self._number("<Q", 8) for _ in range(num_dims)]
+            shape = [self._number("<Q") for _ in range(num_dims)]
             self._skip(12)  # type and offset: the package checks both
             if math.prod(shape) > self._size * ELEMENTS_PER_BYTE:
                 raise ValueError(f"a tensor of the shape {shape} cannot be in {self._size} bytes")
 
-    def _number(self, form: str, num_bytes: int) -> int:
-        (number,) = struct.unpack_from(form, self._data, self._skip(num_bytes))
+    def _number(self, form: str) -> int:
+        (number,) = struct.unpack_from(form, self._data, self._skip(struct.calcsize(form)))
         return int(number)
 
     def _skip(self, num_bytes: int) -> int:
@@ -95,7 +95,7 @@ class _Header:
         return place
 
     def _skip_string(self, max_bytes: int) -> None:
-        num_bytes = self._number("<Q", 8)
+        num_bytes = self._number("<Q")
         if num_bytes > max_bytes:
             raise ValueError(f"it claims a text of {num_bytes} bytes; {max_bytes} are allowed there")
         self._skip(num_bytes)
@@ -106,7 +106,7 @@ class _Header:
         elif kind == STRING:
             self._skip_string(self._size)
         elif kind == ARRAY:
-            item, count = self._number("<I", 4), self._number("<Q", 8)
+            item, count = self._number("<I"), self._number("<Q")
             self._items_left -= count
             if self._items_left < 0:
                 raise ValueError(f"its arrays claim more than {MAX_ITEMS} items")

@@ -6,21 +6,13 @@ stores norm weights plus one. What cannot be translated exactly is refused by na
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minirksc.checkpoints.gguf_config import (
-    ARCHITECTURES,
-    ROPE_FACTORS,
-    expected_shapes,
-    hf_name,
-    is_norm,
-    make_config,
-    part_of,
-)
+from minirksc.checkpoints.gguf_config import ARCHITECTURES, ROPE_FACTORS, expected_shapes, hf_names, make_config
 from minirksc.checkpoints.gguf_fields import GgufFields
 from minirksc.checkpoints.gguf_header import check_header
 from minirksc.checkpoints.gguf_tokenizer import CONTROL, adds_bos, build_tokenizer, token_id
@@ -65,24 +57,24 @@ class GgufModel:
         self._config = make_config(self._arch, GgufFields(source, fields, f"{name}."), self._shapes, factors)
         self._shapes.pop(ROPE_FACTORS, None)  # the config says the same
         self._check_tensors()
-        self._tokenizer = build_tokenizer(self._tokens, is_gemma=name == "gemma3")
+        self._tokenizer = build_tokenizer(self._tokens, is_gemma=self._arch.name == "gemma3")
 
     def num_bytes(self, dtype: str) -> int:
         """About how many bytes the checkpoint takes; the tokenizer's share is a guess.
 
         Args:
-            dtype: of the weights, "bfloat16" or "float32".
+            dtype: dtype of the weights, "bfloat16" or "float32".
         """
         num_weights = sum(int(np.prod(shape)) for shape in self._shapes.values())
         return num_weights * ITEM_BYTES[dtype] + 3 * int(self._reader.data_offset)
 
-    def write(self, folder: Path, dtype: str, on_tensor: Callable[[int, int], None] = lambda done, total: None) -> None:
+    def write(self, folder: Path, dtype: str, progress: bool = False) -> None:
         """Writes the checkpoint into an existing, empty folder.
 
         Args:
-            folder: where the files go.
-            dtype: of the weights, "bfloat16" or "float32".
-            on_tensor: called with (tensors done, tensors in all).
+            folder: folder that the files go to.
+            dtype: dtype of the weights, "bfloat16" or "float32".
+            progress: whether to show a bar on stderr, if that is a terminal.
 
         Raises:
             CheckpointError: a tensor is damaged or of a kind that cannot be dequantised.
@@ -91,21 +83,25 @@ class GgufModel:
         import gguf
         import torch
         from safetensors.torch import save_file
+        from tqdm import tqdm
 
+        from minirksc.models.families import spec_from_config
+        from minirksc.models.weights.safetensors_file import halves_apart
+
+        names, spec = hf_names(self._arch, self._config), spec_from_config(self._config)
         weights = {}
         tensors = [tensor for tensor in self._reader.tensors if tensor.name in self._shapes]
-        for done, tensor in enumerate(tensors):
+        for tensor in tqdm(tensors, desc="converting", unit="tensor", disable=None if progress else True):
             try:
                 data = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
             except (NotImplementedError, ValueError) as error:
                 raise CheckpointError(f"{self._source}: tensor {tensor.name} cannot be dequantised: {error}") from error
-            data = data.reshape(self._shapes[tensor.name])
-            if self._arch.is_interleaved and part_of(tensor.name) in ("attn_q", "attn_k"):
-                data = _halves_apart(data, self._config["head_dim"])
-            if is_norm(tensor.name):
-                data = data - self._arch.norm_offset
-            weights[hf_name(self._arch, tensor.name)] = data.to(getattr(torch, dtype)).contiguous()
-            on_tensor(done + 1, len(tensors))
+            name, shape = names[tensor.name], self._shapes[tensor.name]
+            if self._arch.is_interleaved and (".q_proj." in name or ".k_proj." in name):
+                data = halves_apart(data.view(shape), shape[0] // self._config["head_dim"])
+            if name.endswith("norm.weight"):
+                data = data - spec.norm_offset
+            weights[name] = data.reshape(shape).to(getattr(torch, dtype)).contiguous()
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         self._tokenizer.save(str(folder / "tokenizer.json"))
         for name, content in self._json_files(dtype):
@@ -114,7 +110,10 @@ class GgufModel:
 
     def _check_tensors(self) -> None:
         """Every tensor of the model is there with its shape, and no other is."""
-        expected = dict(expected_shapes(self._arch, self._config))
+        try:
+            expected = dict(expected_shapes(self._arch, self._config))
+        except CheckpointError as error:
+            raise CheckpointError(f"{self._source} is of a model that cannot be: {error}") from error
         problems = [f"{name} is missing" for name in expected.keys() - self._shapes.keys()]
         problems += [f"{name} is not known" for name in self._shapes.keys() - expected.keys()]
         problems += [
@@ -162,9 +161,3 @@ class GgufModel:
         ]
         ends = [token_id(tokens, name) for name in ("eos", "eot", "eom")]
         return list(dict.fromkeys(i for i in (*ends, *named) if i is not None))
-
-
-def _halves_apart(rows: Any, head_dim: int) -> Any:
-    """Rows of each head from (x0, y0, x1, y1, ...) to (x0, x1, ..., y0, y1, ...)."""
-    pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])  # [heads, head_dim / 2, 2, ...]
-    return pairs.transpose(1, 2).reshape(rows.shape)

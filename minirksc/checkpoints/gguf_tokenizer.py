@@ -31,7 +31,7 @@ ALIASES = {
 
 PRE_TOKENIZERS = {alias: name for name, aliases in ALIASES.items() for alias in (name, *aliases)}
 WHOLE_WORDS = ("llama-bpe", "tekken")
-"""Those that take a whole word from their vocabulary before they look at merges, and begin prompts with BOS."""
+"""Pre-tokenizers that take whole words from their vocabulary before they look at merges, and begin prompts with BOS."""
 
 MAX_WORD_CHARS = 1000
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -60,8 +60,8 @@ def build_tokenizer(fields: GgufFields, is_gemma: bool = False) -> Any:
     """The tokenizer of a file.
 
     Args:
-        fields: those of the tokenizer.
-        is_gemma: merges follow the order of ids, and tokens of blanks are spelled with blanks.
+        fields: fields of the tokenizer.
+        is_gemma: whether merges follow the order of ids, and tokens of blanks are spelled with blanks.
 
     Returns:
         A `tokenizers.Tokenizer`.
@@ -110,8 +110,8 @@ def token_id(fields: GgufFields, name: str) -> int | None:
     """The id of a special token; None when the file names none.
 
     Args:
-        fields: those of the tokenizer.
-        name: "bos", "eos" and so on.
+        fields: fields of the tokenizer.
+        name: name of the token: "bos", "eos" and so on.
 
     Raises:
         CheckpointError: the vocabulary has no such id.

@@ -5,6 +5,7 @@ tokenizers and chat templates, never pickles and never code. Without a network, 
 """
 
 import errno
+import glob
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,6 +26,19 @@ TEMPLATES = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 WEIGHTS = re.compile(r"(?!\.|adapter_|optimizer)[^/]+\.safetensors(\.index\.json)?")
 """Without what systems (`._model.safetensors`), adapters and training leave beside them."""
 
+REFUSALS = {
+    "GatedRepoError": (
+        "{repository} asks for consent to its licence: give it on its page on the hub and type: hf auth login; "
+        "{instead}"
+    ),
+    "RevisionNotFoundError": "{repository} has no revision {revision!r} on the hub; leave it out for the newest",
+    "RepositoryNotFoundError": (
+        "there is neither a folder {model!r} nor a repository of that name on the hub; if it is private, type: "
+        "hf auth login"
+    ),
+}
+"""What an error of huggingface_hub means, by the name of its class."""
+
 
 def is_hub_id(model: str) -> bool:
     """Whether a name looks like an id of the hub."""
@@ -40,7 +54,7 @@ def fetch(model: str) -> Path:
     """The folder of a checkpoint on the hub, downloaded on first use.
 
     Args:
-        model: OWNER/NAME or OWNER/NAME@REVISION.
+        model: id, OWNER/NAME or OWNER/NAME@REVISION.
 
     Raises:
         CheckpointError: the package is not installed; there is no such repository or revision, or it asks for a
@@ -50,7 +64,6 @@ def fetch(model: str) -> Path:
     instead = f"or fetch it elsewhere (hf download {repository} --local-dir my-model) and give that folder"
     try:
         import huggingface_hub
-        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
     except ImportError as error:
         raise CheckpointError(
             f"there is no folder {model!r}. To download it by its id on the Hugging Face hub, type: "
@@ -58,31 +71,21 @@ def fetch(model: str) -> Path:
         ) from error
     try:
         info = huggingface_hub.HfApi().model_info(repository, revision=revision or None, timeout=LISTING_TIMEOUT_S)
-    except GatedRepoError as error:
+    except Exception as error:
+        refusal = REFUSALS.get(type(error).__name__)
+        if refusal is None:  # whatever the network or its absence raises
+            return _cached(repository, revision, f"{error!s:.300}", instead)
         raise CheckpointError(
-            f"{repository} asks for consent to its licence: give it on its page on the hub and type: hf auth login; "
-            f"{instead}"
+            refusal.format(model=model, repository=repository, revision=revision, instead=instead)
         ) from error
-    except RevisionNotFoundError as error:
-        raise CheckpointError(
-            f"{repository} has no revision {revision!r} on the hub; leave it out for the newest"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"there is neither a folder {model!r} nor a repository of that name on the hub; if it is private, type: "
-            "hf auth login"
-        ) from error
-    except Exception as error:  # whatever the network or its absence raises
-        return _cached(repository, revision, f"{error!s:.300}", instead)
     wanted = wanted_files([file.rfilename for file in info.siblings or ()])
     if not any(is_weights(name) for name in wanted):
         raise CheckpointError(
             f"{repository} on the hub has no safetensors, and nothing else is read; choose another one"
         )
     try:
-        return Path(
-            huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=_literal(wanted))
-        )
+        patterns = [glob.escape(name) for name in wanted]
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
             where = f" ({error.filename})" if error.filename else ""
@@ -99,7 +102,7 @@ def wanted_files(names: Iterable[str]) -> list[str]:
     """Those files of a repository that are read; of weights in two layouts, only Hugging Face's.
 
     Args:
-        names: all of its files, with their folders.
+        names: names of all of its files, with their folders.
     """
     names = sorted(names)
     weights = [name for name in names if is_weights(name)]
@@ -120,8 +123,3 @@ def _cached(repository: str, revision: str, reason: str, instead: str) -> Path:
             f"is cached. Connect and try again, {instead}"
         ) from error
     return Path(folder)
-
-
-def _literal(names: Iterable[str]) -> list[str]:
-    """File names as patterns that match nothing else."""
-    return [re.sub(r"([*?\[])", r"[\1]", name) for name in names]

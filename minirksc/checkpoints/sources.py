@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +39,8 @@ class PackagedModel:
     Attributes:
         parts: (import name of a package, path in its folder) of the GGUF file, or of its pieces in order. The
             packages are never imported: their dependencies may be absent.
-        install: what to type to have it.
-        sha256: of the whole GGUF file; None where there is one part.
+        install: command that installs it.
+        sha256: checksum of the whole GGUF file; None where there is one part.
     """
 
     parts: tuple[tuple[str, str], ...]
@@ -78,7 +78,7 @@ def resolve_model(model: str | Path) -> Path:
             not installed, or the id cannot be had; says what to type.
     """
     folder = Path(model)
-    if str(model) in ALIASES and not _is_folder(folder):
+    if str(model) in ALIASES and not os.path.isdir(folder):
         return _packaged(str(model))
     try:
         folder = folder.expanduser()
@@ -86,7 +86,7 @@ def resolve_model(model: str | Path) -> Path:
         raise CheckpointError(f"{model}: {error}") from error
     if isinstance(model, str) and is_hub_id(model) and not os.path.lexists(folder):
         folder = fetch(model)
-    elif not str(model) or not _is_folder(folder):
+    elif not str(model) or not os.path.isdir(folder):
         raise CheckpointError(_not_a_folder(str(model), folder))
     folder = snapshot_of(folder)
     check_folder(folder)
@@ -101,10 +101,10 @@ def import_gguf(
     Of two conversions into one folder at the same time, the first to end wins and both succeed.
 
     Args:
-        source: the GGUF file.
-        destination: a folder that does not exist, or is empty.
-        dtype: of the weights, "bfloat16" or "float32".
-        progress: show a bar on stderr, if that is a terminal.
+        source: GGUF file.
+        destination: folder that does not exist, or is empty.
+        dtype: dtype of the weights, "bfloat16" or "float32".
+        progress: whether to show a bar on stderr, if that is a terminal.
 
     Returns:
         The destination.
@@ -126,24 +126,9 @@ def import_gguf(
     if is_taken:
         raise CheckpointError(f"{destination} exists already; choose another folder or remove it")
     model = GgufModel(source)
-    needed = model.num_bytes(dtype)
-    temp: Path | None = None
-    try:
-        temp = _make_temp(destination.parent, needed)
-        with _bar(progress) as on_tensor:
-            model.write(temp, dtype, on_tensor)
+    with _temp_folder(destination, model.num_bytes(dtype)) as temp:
+        model.write(temp, dtype, progress)
         _publish(temp, destination)
-    except Exception as error:
-        # safetensors reports the system's error as one of its own, with the number in its text.
-        number = getattr(error, "errno", None) or re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        if temp is not None:
-            shutil.rmtree(temp, ignore_errors=True)  # before the free bytes are counted
-        raise _cannot_write(error, number, needed, destination) from error
-    finally:
-        if temp is not None:
-            shutil.rmtree(temp, ignore_errors=True)
     return destination
 
 
@@ -151,20 +136,20 @@ def cache_folder() -> Path:
     """Where converted models are kept: MINIRKSC_CACHE, or the platform's cache folder.
 
     Raises:
-        CheckpointError: it is below the home of somebody who has none.
+        CheckpointError: it is below the home of a user who has none.
     """
-    if own := os.environ.get("MINIRKSC_CACHE"):
-        try:
-            return Path(own).expanduser()
-        except RuntimeError as error:
-            raise CheckpointError(f"MINIRKSC_CACHE={own!r:.300}: {error}; name another folder") from error
+    own = os.environ.get("MINIRKSC_CACHE")
     if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or _home() / "AppData" / "Local")
+        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
     elif sys.platform == "darwin":
-        base = _home() / "Library" / "Caches"
+        base = "~/Library/Caches"
     else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache")
-    return base / "minirksc"
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        return Path(own or f"{base}/minirksc").expanduser()
+    except RuntimeError as error:
+        which = f"MINIRKSC_CACHE={own!r:.300}" if own else "no cache folder"
+        raise CheckpointError(f"{which}: {error}; name another folder in MINIRKSC_CACHE") from error
 
 
 def _packaged(alias: str) -> Path:
@@ -185,7 +170,7 @@ def _packaged(alias: str) -> Path:
         ) from error
     if _is_complete(folder):
         return folder
-    shutil.rmtree(folder, ignore_errors=True)  # somebody has removed files from it
+    shutil.rmtree(folder, ignore_errors=True)  # files have been removed from it
     try:
         with _joined(found, folder, model.sha256) as source:
             return import_gguf(source, folder, progress=True)
@@ -207,38 +192,56 @@ def _joined(parts: Sequence[Path], folder: Path, sha256: str | None) -> Iterator
     if len(parts) == 1:
         yield parts[0]
         return
-    needed = sum(part.stat().st_size for part in parts)
-    temp: Path | None = None
-    try:
-        try:
-            temp = _make_temp(folder.parent, needed)
-            digest = hashlib.sha256()
-            with (temp / "model.gguf").open("wb") as whole:
-                for part in parts:
-                    with part.open("rb") as stream:
-                        while block := stream.read(1 << 20):
-                            digest.update(block)
-                            whole.write(block)
-        except OSError as error:
-            raise _cannot_write(error, error.errno or 0, needed, folder) from error
+    with _temp_folder(folder, sum(part.stat().st_size for part in parts)) as temp:
+        digest = hashlib.sha256()
+        with (temp / "model.gguf").open("wb") as whole:
+            for part in parts:
+                with part.open("rb") as stream:
+                    while block := stream.read(1 << 20):
+                        digest.update(block)
+                        whole.write(block)
         if digest.hexdigest() != sha256:
             raise CheckpointError(
                 f"the file that {', '.join(part.name for part in parts)} make together has the SHA-256 "
                 f"{digest.hexdigest()} and should have {sha256}; install their packages again"
             )
         yield temp / "model.gguf"
+
+
+@contextmanager
+def _temp_folder(destination: Path, needed: int) -> Iterator[Path]:
+    """A folder beside a destination for what is not finished, where there is room for it; removed in the end.
+
+    Args:
+        destination: folder that is to be made.
+        needed: bytes that it will take.
+
+    Raises:
+        CheckpointError: the disk is full, or refuses what is written meanwhile.
+    """
+    temp: Path | None = None
+    try:
+        folder = destination.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_dead(folder)
+        if shutil.disk_usage(folder).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        temp = Path(tempfile.mkdtemp(prefix=f"{_temp_prefix()}{os.getpid()}-", dir=folder))
+        yield temp
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # safetensors reports the system's error as one of its own, with the number in its text.
+        in_text = re.search(r"os error (\d+)", str(error))
+        number = getattr(error, "errno", None) or (in_text and int(in_text[1]))
+        if number is None:
+            raise
+        if temp is not None:
+            shutil.rmtree(temp, ignore_errors=True)  # before the free bytes are counted
+        raise _cannot_write(error, number, needed, destination) from error
     finally:
         if temp is not None:
             shutil.rmtree(temp, ignore_errors=True)
-
-
-def _make_temp(folder: Path, needed: int) -> Path:
-    """A new folder for what is not finished, inside another one where there is room for it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _remove_dead(folder)
-    if shutil.disk_usage(folder).free < needed:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return Path(tempfile.mkdtemp(prefix=f"{_temp_prefix()}{os.getpid()}-", dir=folder))
 
 
 def _publish(temp: Path, destination: Path) -> None:
@@ -276,20 +279,8 @@ def _is_complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in FILES)
 
 
-def _is_folder(path: Path) -> bool:
-    return _is_there(path) and path.is_dir()
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        path.stat()
-    except (OSError, ValueError):  # nothing there, or a name that nothing can have
-        return False
-    return True
-
-
 def _not_a_folder(model: str, folder: Path) -> str:
-    if model and _is_there(folder):
+    if model and os.path.exists(folder):
         return f"{model} {what_file_is(folder)}"
     close = difflib.get_close_matches(model, ALIASES, n=1)
     meant = f" (did you mean {close[0]}?)" if close else ""
@@ -299,29 +290,8 @@ def _not_a_folder(model: str, folder: Path) -> str:
     )
 
 
-def _home() -> Path:
-    try:
-        return Path.home()
-    except RuntimeError as error:
-        raise CheckpointError(f"no cache folder: {error}; name one in MINIRKSC_CACHE") from error
-
-
-@contextmanager
-def _bar(wanted: bool) -> Iterator[Callable[[int, int], None]]:
-    """Gives a function that takes (tensors done, tensors in all)."""
-    from tqdm import tqdm
-
-    with tqdm(desc="converting", unit="tensor", disable=None if wanted else True) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show
-
-
 def _temp_prefix() -> str:
-    """Of the temporary folders of this machine: a process id means nothing on another."""
+    """Beginning of the names of this machine's temporary folders: a process id means nothing on another."""
     return f"{TEMP_PREFIX}{re.sub('[^A-Za-z0-9]', '_', platform.node())}-"
 
 
@@ -348,8 +318,7 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _cannot_write(error: Exception, number: "int | re.Match[str]", needed: int, destination: Path) -> CheckpointError:
-    number = number if isinstance(number, int) else int(number[1])
+def _cannot_write(error: Exception, number: int, needed: int, destination: Path) -> CheckpointError:
     if number not in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):  # Windows has no EDQUOT
         return CheckpointError(
             f"{destination} cannot be written: {error}; choose another folder (MINIRKSC_CACHE for named models)"

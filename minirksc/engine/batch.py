@@ -1,13 +1,13 @@
 """From a schedule to the tensors of one forward pass."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from minirksc.cache.rsbcm import BlockCopy, BlockManager
-from minirksc.engine.scheduler import Schedule, ScheduledRequest
+from minirksc.engine.scheduler import ScheduledRequest
 from minirksc.kernels.attention.batch import AttentionBatch
 
 
@@ -29,9 +29,9 @@ class ForwardBatch:
         token_ids: `[tokens]` int64.
         positions: `[tokens]` int64, place of each token in its sequence.
         sequence_lens: `[tokens]` int64, known length of each token's sequence, tokens of later steps included.
-        attention: where queries and keys are, by the window of the layers.
+        attention: places of queries and keys, by the window of the layers.
         logits_rows: `[rows]` int64, tokens whose logits are computed; None: all of them.
-        wanted: whose logits these are, in order.
+        wanted: requests whose logits these are, in order, and which of the rows.
         copies: blocks to copy before anything is written.
     """
 
@@ -45,7 +45,7 @@ class ForwardBatch:
 
 
 def build_batch(
-    step: Schedule,
+    items: Sequence[ScheduledRequest],
     blocks: BlockManager,
     windows: Collection[int | None],
     device: torch.device,
@@ -54,11 +54,11 @@ def build_batch(
     """Flattens what the scheduler chose.
 
     Args:
-        step: the schedule.
-        blocks: whose tables the sequences are in.
-        windows: those of the model's layers.
-        device: of the tensors.
-        key_chunk: see `AttentionBatch`.
+        items: what the scheduler chose.
+        blocks: block manager that has the tables of their sequences.
+        windows: windows of the model's layers.
+        device: device of the tensors.
+        key_chunk: keys that one program reads at most, see `AttentionBatch`.
     """
     token_ids: list[int] = []
     positions: list[int] = []
@@ -66,7 +66,7 @@ def build_batch(
     cu_seqlens_q = [0]
     logits_rows: list[int] = []
     wanted: list[LogitsRows] = []
-    for item in step.scheduled:
+    for item in items:
         tokens = item.request.sequence.token_ids
         end = item.first + item.num_tokens
         row = len(token_ids)
@@ -80,8 +80,8 @@ def build_batch(
             logits_rows += range(row + first - item.first, row + item.num_tokens)
             wanted.append(LogitsRows(item, begin, len(logits_rows), first))
     size = blocks.block_size
-    seq_ids = [item.request.sequence.seq_id for item in step.scheduled]
-    context_lens = [item.first + item.num_tokens for item in step.scheduled]
+    seq_ids = [item.request.sequence.seq_id for item in items]
+    context_lens = [item.first + item.num_tokens for item in items]
     block_tables = [blocks.block_table(seq_id) for seq_id in seq_ids]
     window_tables = [blocks.window_table(seq_id) for seq_id in seq_ids] if any(windows) else []
 
@@ -90,7 +90,7 @@ def build_batch(
         slots = torch.tensor(
             [
                 table[p // size] * size + p % size
-                for item, table in zip(step.scheduled, kv_tables, strict=True)
+                for item, table in zip(items, kv_tables, strict=True)
                 for p in range(item.first, item.first + item.num_tokens)
             ],
             device=device,
@@ -116,16 +116,15 @@ def build_batch(
         if len(logits_rows) == len(token_ids)
         else torch.tensor(logits_rows, dtype=torch.int64, device=device),
         wanted=wanted,
-        copies=[copy for item in step.scheduled for copy in item.copies],
+        copies=[copy for item in items for copy in item.copies],
     )
 
 
 def _first_logits_position(item: ScheduledRequest) -> int:
     """First position of the item whose logits are wanted; its end when none is."""
-    end = item.first + item.num_tokens
-    start = end
+    firsts = [item.first + item.num_tokens]
     if item.request.logits_start is not None:
-        start = max(item.first, item.request.logits_start)
-    if item.completes and item.request.checker is not None:
-        start = min(start, end - 1)
-    return min(start, end)
+        firsts.append(max(item.first, item.request.logits_start))
+    if item.completes and item.request.checker is not None:  # the next token is drawn from the last one's logits
+        firsts.append(item.first + item.num_tokens - 1)
+    return min(firsts)

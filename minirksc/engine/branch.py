@@ -5,36 +5,17 @@ is never tokenised again. Blocks are shared until one branch writes into a block
 """
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
+from minirksc.engine.branch_output import BranchOutput, num_within
 from minirksc.engine.calls import Call
-from minirksc.engine.engine import Engine
+from minirksc.engine.open_engine import OpenEngine
 from minirksc.engine.prompts import Prompt
 from minirksc.engine.request import Request, Sequence
 from minirksc.engine.signals import TokenSignals, mean_top1
-from minirksc.engine.stopping import TextSource
 from minirksc.errors import BranchError, ConfigError, brief
 from minirksc.options import SamplingParams
 from minirksc.token_ids import is_list
-
-
-class Home(Protocol):
-    """What a branch needs of the session that made it."""
-
-    @property
-    def engine(self) -> Engine:
-        """Where its sequence is; an EngineClosedError after close()."""
-        ...
-
-    @property
-    def closed(self) -> bool:
-        """True after close()."""
-        ...
-
-    def encode_fragment(self, tokens: Prompt) -> list[int]:
-        """Token ids of what continues it."""
-        ...
 
 
 class Branch:
@@ -42,24 +23,23 @@ class Branch:
 
     Args:
         home: the session that makes it.
-        sequence: kept, and released with it.
-        parent: see the attributes.
+        sequence: its tokens in the engine, kept, and released with it.
+        parent: the branch that it was forked from; None for a root.
 
     Attributes:
-        sequence: its own in the engine.
-        parent: the branch that it was forked from; None for a root.
-        exit_layer: of a root, layers that its prompt went through before a depth gate ended it; None: all.
-        num_saved_layer_rows: of a root, its tokens times the layers that a depth gate spared them.
-        num_cached_tokens: of a root, tokens of its prompt that were found in the prefix cache, in whole blocks.
+        sequence, parent: the arguments.
+        exit_layer: layers that a root's prompt went through before a layer gate ended it; None: all.
+        num_saved_layer_rows: tokens of a root's prompt times the layers that a layer gate spared them.
+        num_cached_tokens: tokens of a root's prompt that were found in the prefix cache, in whole blocks.
     """
 
-    def __init__(self, home: Home, sequence: Sequence, parent: "Branch | None" = None) -> None:
+    def __init__(self, home: OpenEngine, sequence: Sequence, parent: "Branch | None" = None) -> None:
         self._home = home
         self.sequence = sequence
         self._num_forks = 0
-        self._before = Output() if parent is None else parent.output()  # of its ancestors
+        self._before = BranchOutput() if parent is None else parent.output()  # what its ancestors have generated
         self._requests: list[Request] = []  # that have run on it, the last one perhaps still
-        self._num_closed = 0  # of these; something was appended then
+        self._num_closed = 0  # how many had run when something was appended last
         self.parent = parent
         self.pruned = False
         self.exit_layer: int | None = None
@@ -79,9 +59,8 @@ class Branch:
             raise ConfigError(f"fork({brief(n)}): n must be a whole number, at least 1")
         engine = self._home.engine
         with engine.call() as call:
-            made = []
-            for index in range(self._num_forks, self._num_forks + n):
-                made.append(Branch(self._home, engine.fork_sequence(self.sequence, index, call), self))
+            indices = range(self._num_forks, self._num_forks + n)
+            made = [Branch(self._home, engine.fork_sequence(self.sequence, index, call), self) for index in indices]
             self._num_forks += n
             call.sequences.clear()  # they are the branches'
         return made
@@ -90,7 +69,7 @@ class Branch:
         """Adds text or token ids to the end; computed with the next `LLM.extend` or `LLM.score`.
 
         Args:
-            tokens: in any form of a prompt, but without a salt: it has that of its branch. Text gets no BOS.
+            tokens: text or ids in any form of a prompt, but without a salt: that of the branch counts. No BOS is added.
 
         Raises:
             BranchError: it was pruned, or is being extended.
@@ -99,7 +78,7 @@ class Branch:
             TokenizerError: text, and there is no tokenizer.
         """
         self.check_usable()
-        if self._is_under_way:
+        if self._requests and not self._requests[-1].finished:
             raise BranchError(f"branch {self.path} is being extended; append to it once that has ended")
         fragment = self._home.encode_fragment(tokens)
         token_ids = self._home.engine.check_token_ids(fragment, num_before=self.num_tokens)
@@ -113,18 +92,18 @@ class Branch:
         """Goes on from what another branch has generated, as a fork of it does: for its tokens, computed anew.
 
         Args:
-            other: whose tokens this one has, and which generated the last of them.
+            other: branch whose tokens this one has, and which generated the last of them.
         """
         self._before = other.output()
 
     def prune(self) -> None:
-        """Gives back every block that nobody else uses. The branch cannot be used after; twice is fine."""
+        """Gives back every block that nothing else uses. The branch cannot be used after; twice is fine."""
         if not self.pruned and not self._home.closed:
             self._home.engine.release(self.sequence)
         self.pruned = True
 
     def pin(self) -> None:
-        """Keeps its blocks from eviction, also once nobody uses them, until `unpin` or `LLM.reset_prefix_cache`.
+        """Keeps its blocks from eviction, also once nothing uses them, until `unpin` or `LLM.reset_prefix_cache`.
 
         Raises:
             BranchError: it was pruned.
@@ -143,7 +122,7 @@ class Branch:
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens, the prompt included."""
+        """Number of tokens, the prompt included."""
         return len(self.sequence.token_ids)
 
     @property
@@ -153,7 +132,7 @@ class Branch:
 
     @property
     def logprobs(self) -> list[float]:
-        """Of its generated tokens, those of its ancestors included."""
+        """Log-probabilities of its generated tokens, those of its ancestors included."""
         return self.output().logprobs
 
     @property
@@ -189,7 +168,7 @@ class Branch:
 
     @property
     def seq_id(self) -> int:
-        """Its sequence in the engine's block manager."""
+        """Key of its block table in the engine's block manager."""
         return self.sequence.seq_id
 
     def has_kv(self, positions: SequenceOf[int]) -> bool:
@@ -210,23 +189,14 @@ class Branch:
         state = "pruned" if self.pruned else f"{self.num_tokens} tokens"
         return f"Branch(path={self.path}, {state}, finish_reason={self.finish_reason!r})"
 
-    def check_usable(self, home: Home | None = None) -> None:
+    def check_usable(self) -> None:
         """Refuses a branch that nothing can be done with.
 
-        Args:
-            home: that is about to use it; None: its own.
-
         Raises:
-            BranchError: it was pruned, or is another LLM's.
+            BranchError: it was pruned.
         """
         if self.pruned:
             raise BranchError(f"branch {self.path} was pruned; fork it before prune() to go on from it")
-        if home is not None and self._home is not home:
-            raise BranchError(f"branch {self.path} belongs to another LLM; use the one that made it")
-
-    @property
-    def _is_under_way(self) -> bool:
-        return bool(self._requests) and not self._requests[-1].finished
 
     def add_request(self, params: SamplingParams, call: Call) -> None:
         """Queues a generation that goes on from here; see `follow`."""
@@ -244,7 +214,7 @@ class Branch:
         """What a request generates is this branch's from now on."""
         self._requests.append(request)
 
-    def output(self) -> "Output":
+    def output(self) -> BranchOutput:
         """A copy of what it has generated so far."""
         output = self._before.copy()
         for place, request in enumerate(self._requests):
@@ -262,85 +232,25 @@ class Branch:
         checker, tokens = request.checker, request.output_token_ids
         if self.pruned or checker is None or checker.finish_reason != "stop" or request.num_taken_out:
             return
-        num_kept, rest = len(tokens) - 1, ""
+        num_remaining, rest = len(tokens) - 1, ""
         if isinstance(checker.stop_reason, str):
             source = self._home.engine.text_source(request.params, request.detokenizer)
             assert source is not None  # there was text to find it in
-            num_kept, num_chars = _num_within(tokens, request.text, source)
+            num_remaining, num_chars = num_within(tokens, request.text, source)
             rest = request.text[num_chars:]
         token_ids = self._home.encode_fragment(rest) if rest else []
-        begin = request.num_prompt_tokens + num_kept
+        begin = request.num_prompt_tokens + num_remaining
         self._home.engine.cut_kv(self.sequence, begin)
         # In one statement: an interruption comes before or after.
-        self.sequence.token_ids[begin:], request.num_taken_out = token_ids, len(tokens) - num_kept
+        self.sequence.token_ids[begin:], request.num_taken_out = token_ids, len(tokens) - num_remaining
 
 
-@dataclass(slots=True)
-class Output:
-    """What a branch has generated, one entry a token, and how it reads.
+def branch_list(branches: Any, home: OpenEngine) -> list[Branch]:
+    """Branches as a list.
 
-    Attributes:
-        token_ids, logprobs, signals: of each token that was not taken out again.
-        text: what `LLM.generate` shows of it.
-        num_provisional: characters at its end that stand for half a character, which the next token may complete.
-        detokenizer: as the last token left it.
-    """
-
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    signals: TokenSignals = field(default_factory=TokenSignals)
-    text: str = ""
-    num_provisional: int = 0
-    detokenizer: TextSource | None = None
-
-    @property
-    def settled_text(self) -> str:
-        """The text that no further token can change."""
-        return self.text[: len(self.text) - self.num_provisional]
-
-    def copy(self) -> "Output":
-        """Another one, to add to."""
-        return replace(self, token_ids=list(self.token_ids), logprobs=list(self.logprobs))
-
-    def add(self, request: Request) -> None:
-        """What a request has generated, perhaps so far."""
-        end = len(request.output_token_ids) - request.num_taken_out
-        self.token_ids += request.output_token_ids[:end]
-        self.logprobs += request.logprobs[:end]
-        self.signals += request.signals.first(end)
-        checker = request.checker
-        if checker is None or checker.detokenizer is None:
-            self.close()
-            return
-        self.text = self.settled_text + request.text
-        self.num_provisional, self.detokenizer = checker.num_provisional, checker.detokenizer
-        if not request.finished:  # as if it ended here: a fork goes on from here alone
-            held, self.num_provisional = checker.held()
-            self.text += held
-            self.detokenizer = checker.detokenizer.copy(request.params.skip_special_tokens)
-        if checker.finish_reason == "stop":
-            self.close()
-
-    def close(self) -> None:
-        """Something else comes next: half a character at the end remains one."""
-        self.num_provisional = 0
-        if self.detokenizer is not None:
-            self.detokenizer = self.detokenizer.cut()
-
-
-def _num_within(token_ids: SequenceOf[int], text: str, source: "TextSource") -> tuple[int, int]:
-    """(the most tokens that spell a beginning of the text, its length); a token may spell some of it and more."""
-    num_tokens = num_chars = num_final = 0
-    for count, token_id in enumerate(token_ids, start=1):
-        num_final += len(source.push([token_id]))
-        rest = source.flush()
-        if text.startswith(rest, num_final):
-            num_tokens, num_chars = count, num_final + len(rest)
-    return num_tokens, num_chars
-
-
-def branch_list(branches: Any, home: Home) -> list[Branch]:
-    """Branches that whoever made them can use.
+    Args:
+        branches: what a caller gave for them.
+        home: what they must have been made on.
 
     Raises:
         BranchError: they are no list of branches, or one is pruned or another LLM's.
@@ -349,7 +259,9 @@ def branch_list(branches: Any, home: Home) -> list[Branch]:
     for item in items:
         if not isinstance(item, Branch) or not is_list(branches):
             raise BranchError(f"branches must be a list of what branch() or fork() made, not {brief(branches)}")
-        item.check_usable(home)
+        item.check_usable()
+        if item._home is not home:
+            raise BranchError(f"branch {item.path} belongs to another LLM; use the one that made it")
     return items
 
 

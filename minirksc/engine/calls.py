@@ -1,9 +1,9 @@
-"""Who is in an engine right now, and who left it half way.
+"""Which calls are in an engine right now, and which broke off.
 
 Python may leave a function at any line: for a signal, for want of memory, for an exception of a callback; and once more
-in the `finally` that cleans up after it. So nothing here relies on cleaning up. Whoever is in the engine leaves a mark,
-which is its own frame. A mark whose frame is on no thread's stack any more was left behind, and whoever enters next
-puts things in order first; a mark of a frame that still runs says that the engine is busy.
+in the `finally` that cleans up after it. So nothing here relies on cleaning up. A call that enters the engine sets a
+mark, which is its own frame. A mark whose frame is on no thread's stack any more is of a call that broke off, and the
+next one that enters puts things in order first; a mark of a frame that still runs says that the engine is busy.
 """
 
 import os
@@ -27,8 +27,8 @@ class Mark:
     """A function while it runs.
 
     Args:
-        frame: of the function, which the calling thread is executing.
-        modes: what torch's modes were before it, where it changes them.
+        frame: frame of the function, which the calling thread is executing.
+        modes: torch's modes as they were before it, where it changes them.
     """
 
     __slots__ = ("_frame", "_modes", "_thread_id")
@@ -40,7 +40,7 @@ class Mark:
 
     @property
     def is_own(self) -> bool:
-        """Whether this thread has left it."""
+        """Whether it is one of the calling thread."""
         return self._thread_id == get_ident()
 
     @property
@@ -58,16 +58,16 @@ class Mark:
         self._frame = None
 
     def restore_modes(self) -> None:
-        """Switches off what the function has left on in torch; modes are a thread's own."""
+        """Switches off what the function has switched on in torch and not off; modes are a thread's own."""
         if self.is_own and self._modes is not None:
             self._modes.restore()
 
 
 class Marked:
-    """A `with` block on it is to be run to its end: where it is left half way, its mark stays.
+    """A `with` block on it is to be run to its end: where it breaks off, its mark stays.
 
     Args:
-        keeps_modes: it changes torch's modes, which are noted before.
+        keeps_modes: whether the block changes torch's modes, which are noted before.
     """
 
     def __init__(self, keeps_modes: bool = False) -> None:
@@ -93,13 +93,13 @@ class Call:
     """One call from outside, and what it has in the engine; all of it goes when the call ends.
 
     Args:
-        end: called with this at the end of a `with` block on it.
-        mark: of the function that makes the call.
-        is_alive: for a generator, which may rest between two steps: whether it can still go on.
+        end: function that is called with this at the end of a `with` block on it.
+        mark: mark of the function that makes the call.
+        is_alive: whether a generator, which may rest between two steps, can still go on; None: it is none.
 
     Attributes:
-        requests: added for it; aborted with it.
-        sequences: made for it; released with it, unless they are taken out in the end, as somebody's handles.
+        requests: requests that were added for it; aborted with it.
+        sequences: sequences that were made for it; released with it, unless they are taken out, as a branch's own.
     """
 
     def __init__(self, end: Callable[["Call"], None], mark: Mark, is_alive: Callable[[], bool] | None = None) -> None:
@@ -118,7 +118,7 @@ class Call:
         self._end(self)
 
     def close(self) -> None:
-        """Nothing of it is left in the engine."""
+        """The engine has nothing of it any more."""
         self._mark.forget()  # whose variables hold this
 
     @property
@@ -136,7 +136,7 @@ class Handle(weakref.ref[object]):
     """A reference to the object that a kept sequence goes with; its callback tells that the object is gone.
 
     Attributes:
-        sequence: that nobody needs then.
+        sequence: the sequence, which nothing needs then.
     """
 
     __slots__ = ("sequence",)
@@ -144,10 +144,10 @@ class Handle(weakref.ref[object]):
 
 
 class Interruptible(ABC):
-    """What one thread at a time is in, and may leave at any line.
+    """What one thread at a time is in, and may break off at any line.
 
     Args:
-        device: on which it computes.
+        device: device on which it computes.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -155,7 +155,7 @@ class Interruptible(ABC):
         self._stepping = Marked(keeps_modes=True)  # what it computes is not written yet
         self._calls: list[Call] = []
         self._handles: dict[int, Handle] = {}  # by seq_id
-        self._dropped: deque[Handle] = deque()  # whose owner is gone
+        self._dropped: deque[Handle] = deque()  # those whose owner is gone
         self._pid = os.getpid()
         self._on_device = device
 
@@ -163,7 +163,7 @@ class Interruptible(ABC):
         """Begins a call of the function that asks for it; what is added for it ends with it, however it ends.
 
         Args:
-            is_alive: for a generator: whether it can still go on.
+            is_alive: whether a generator can still go on; None: the caller is none.
 
         Raises:
             EngineBusyError, EngineForkedError.
@@ -174,7 +174,7 @@ class Interruptible(ABC):
         return call
 
     def release_with(self, owner: object, sequence: Sequence) -> None:
-        """Releases a kept sequence once an object is gone, if nobody has done so before."""
+        """Releases a kept sequence once an object is gone, if it has not been released before."""
         # Told at any moment and in any thread, so by something that runs no Python: an error in it would be lost.
         handle = Handle(owner, self._dropped.append)
         handle.sequence = sequence
@@ -190,17 +190,17 @@ class Interruptible(ABC):
 
     @abstractmethod
     def _preempt(self) -> None:
-        """After a step that was left half way."""
+        """After a step that broke off."""
 
     @abstractmethod
     def _restart(self) -> None:
-        """After changes that were left half way: all is made anew from what cannot be half done."""
+        """After changes that broke off: all is made anew from what cannot be half done."""
 
     def _let_go(self, sequence: Sequence) -> None:
         self._handles.pop(sequence.seq_id, None)
 
-    def _enter(self) -> None:
-        """Whoever is about to change something comes in here.
+    def _enter(self) -> Marked:
+        """The way in for all that changes something; what it returns is to be held meanwhile.
 
         Raises:
             EngineBusyError: another thread is inside, or a step of this one.
@@ -216,9 +216,10 @@ class Interruptible(ABC):
                 "the engine is in the midst of a step or of another thread's call; one thread at a time drives it, "
                 "and callbacks inside a step only look (on_step of extend() runs between steps)"
             )
+        return self._changes
 
     def _mend(self) -> bool:
-        """Puts in order what was left half way; False: somebody is inside, look only."""
+        """Puts in order what broke off; False: something is running inside, look only."""
         if self._changes.is_running or self._stepping.is_running:
             return False
         over = []
@@ -250,8 +251,7 @@ class Interruptible(ABC):
         self._stepping.mark = None
 
     def _end_call(self, call: Call) -> None:
-        self._enter()
-        with self._changes:
+        with self._enter():
             self._give_back(call)
 
     def _give_back(self, call: Call) -> None:

@@ -1,17 +1,17 @@
 """The engine: three calls, `add_request`, `abort` and `step`, and everything between them.
 
 One step: the scheduler chooses, the batch is built, the runner computes logits, the sampler draws, requests
-are updated and finished ones released. Nothing waits inside and nothing is global: whoever owns an engine
+are updated and finished ones released. Nothing waits inside and nothing is global: the owner of an engine
 loops over `step` from one thread, and two engines in one process know nothing of each other.
 
-A call may be left at any line, and what it was doing half done: see `minirksc.engine.calls`. Tokens are the truth;
-tables, counts and the prefix index can be made again, and so can all KV. So whoever changes the books marks them. Where
-that mark is found left behind by the next one who enters, all blocks are freed and every live request is computed anew.
+A call may break off at any line, in the midst of what it does: see `minirksc.engine.calls`. Tokens are the truth;
+tables, counts and the prefix index can be made again, and so can all KV. So what changes these books marks them. Where
+the next call finds such a mark of one that broke off, all blocks are freed and every live request is computed anew.
 """
 
 import itertools
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -19,44 +19,38 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from minirksc.cache.eviction import BY_IMPORTANCE
 from minirksc.cache.rsbcm import BlockBytes, BlockManager
-from minirksc.engine.batch import ForwardBatch, LogitsRows, build_batch
-from minirksc.engine.calls import Call, Interruptible
-from minirksc.engine.depth import Depth
+from minirksc.engine.batch import LogitsRows, build_batch
+from minirksc.engine.calls import Call
+from minirksc.engine.gated_pass import GatedPass
 from minirksc.engine.gates import Seat
-from minirksc.engine.request import LogitsCallback, Request, Salt, Sequence, salt_key
+from minirksc.engine.mass import MassMeter
+from minirksc.engine.request import LogitsCallback, Request, Sequence
 from minirksc.engine.runner import Runner
 from minirksc.engine.sampling import Delivery, Sampled, SamplingRow, derived_seed, sample
 from minirksc.engine.scheduler import ScheduledRequest, Scheduler
+from minirksc.engine.sequences import Sequences
 from minirksc.engine.stats import Counters, Stats, work_done
 from minirksc.engine.stopping import StopChecker, TextSource
-from minirksc.errors import BranchError, ConfigError, MinirkscError, NumericalError, PromptError, brief
+from minirksc.errors import ConfigError, MinirkscError, NumericalError, PromptError
 from minirksc.kernels.attention.batch import KEY_CHUNK
-from minirksc.models.decoder import MassSample
-from minirksc.models.spec import ArchSpec
 from minirksc.options import EngineConfig, SamplingParams
 from minirksc.text.tokenizer import Detokenizer, Tokenizer
-from minirksc.token_ids import read_token_ids
 
 SEED_RANGE = 2**64
-MASS_INTERVAL = 16
-"""Decode steps between two that measure attention: its cost, under one more attention a sampled layer, is then < 1%."""
-NO_STOP = frozenset[int]()
 
 
-class Engine(Interruptible):
+class Engine(Sequences):
     """Requests on one model and one KV cache.
 
     Args:
         runner: model and cache tensor.
         blocks: block manager of the same number of blocks.
-        config: limits of a step.
-        block_bytes: of one block.
-        max_model_len: longest sequence, prompt and generated tokens together.
-        eos_token_ids: end a generation.
-        tokenizer: for text and stop strings; None: token ids only.
-        sampling_defaults: of the checkpoint, for sampling values that a request leaves open.
+        config: options, with max_model_len resolved.
+        block_bytes: size of one block.
+        eos_token_ids: tokens that end a generation.
+        tokenizer: what makes text, for results and stop strings; None: token ids only.
+        sampling_defaults: the checkpoint's values for what sampling parameters leave open.
     """
 
     def __init__(
@@ -65,181 +59,41 @@ class Engine(Interruptible):
         blocks: BlockManager,
         config: EngineConfig,
         block_bytes: BlockBytes,
-        max_model_len: int,
         eos_token_ids: frozenset[int],
         tokenizer: Tokenizer | None,
         sampling_defaults: Mapping[str, float],
     ) -> None:
-        super().__init__(runner.model.device)
-        spec = runner.model.spec
+        spec, device = runner.model.spec, runner.model.device
+        scheduler = Scheduler(
+            blocks,
+            config.max_batch_tokens,
+            config.max_batch_requests,
+            block_bytes,
+            config.prefix_caching,
+            spec.switch_len,
+        )
+        assert config.max_model_len is not None
+        super().__init__(scheduler, spec.vocab_size, config.max_model_len, device)
         self.runner = runner
-        self._blocks = blocks
         self.block_bytes = block_bytes
-        device = runner.model.device
         # Triton launches on the process's current device, which need not be the model's.
         on_cuda = device.type == "cuda"
         self._device: AbstractContextManager[None] = torch.cuda.device(device) if on_cuda else nullcontext()
         self._windows = {layer.window for layer in spec.layers}
         self._key_chunk = KEY_CHUNK if config.kv_split == "fixed" else None
-        self.scheduler = Scheduler(
-            blocks,
-            config.max_batch_tokens,
-            config.max_batch_requests,
-            self.block_bytes,
-            config.prefix_caching,
-            spec.switch_len,
-        )
-        self.max_model_len = max_model_len
+        self._mass_meter = MassMeter(spec, config.eviction)
         self.eos_token_ids = eos_token_ids
         self.tokenizer = tokenizer
         self.sampling_defaults = sampling_defaults
+        self.counters = Counters()
         self._seed = config.seed
         self._num_seeds = 0
-        self._owner = object()  # what its sequences know it by
-        self._sequence_ids = itertools.count()
         self._request_ids = itertools.count()
-        self.counters = Counters()
-        self._num_decode_steps = 0
-        self._mass_layers = _mass_layers(spec) if config.eviction in BY_IMPORTANCE else ()
-
-    # Entering
-
-    @property
-    def blocks(self) -> BlockManager:
-        """The block manager, put in order if an interrupted call has left it otherwise."""
-        self._mend()
-        return self._blocks
-
-    def _preempt(self) -> None:
-        # A table may point at a copy that was never made: what ran is computed again.
-        self.scheduler.preempt_all()
-
-    def _restart(self) -> None:
-        for request in self.scheduler.requests.values():
-            request.put_in_order(lambda one: self._make_checker(one.params, one.num_prompt_tokens, one.detokenizer))
-        self._blocks.clear()
-        self.scheduler.restart()
-
-    # Sequences and requests
 
     def next_seed(self) -> int:
         """A seed for what was given none: independent of all others, and the same in the next run of the same calls."""
         self._num_seeds += 1
         return derived_seed(self._seed, self._num_seeds)
-
-    def new_sequence(
-        self,
-        token_ids: Iterable[int],
-        *,
-        share: bool = True,
-        salt: Salt | None = None,
-        seed: int = 0,
-    ) -> Sequence:
-        """A root sequence; nothing is computed or reserved yet.
-
-        Args:
-            token_ids: the prompt.
-            share: False keeps its blocks out of all sharing but that of its own forks.
-            salt: it shares blocks with sequences of the same salt alone; None: with those that have none.
-            seed: of the samples of a branch on it.
-
-        Raises:
-            PromptError: it is empty, longer than max_model_len, or has a token id outside the vocabulary.
-            ConfigError: the salt is none.
-        """
-        prompt = self.check_token_ids(token_ids, num_before=0)
-        if not prompt:
-            raise PromptError("the prompt is empty; give at least one token")
-        key = salt_key(salt)
-        seq_id = next(self._sequence_ids)
-        key = key if share else b"private %d" % seq_id
-        return Sequence(seq_id, prompt, salt=key, branch_seed=seed, owner=self._owner)
-
-    def check_token_ids(self, token_ids: Iterable[int], num_before: int) -> list[int]:
-        """Token ids that are to follow `num_before` others, as a list of int.
-
-        Raises:
-            PromptError: too many for max_model_len, or one is no whole number or outside the vocabulary.
-        """
-        checked = read_token_ids(token_ids, self.runner.model.spec.vocab_size)
-        num_tokens = num_before + len(checked)
-        if num_tokens > self.max_model_len:
-            raise PromptError(
-                f"{num_tokens} tokens are more than max_model_len {self.max_model_len}; shorten the prompt"
-            )
-        return checked
-
-    def check_idle(self, sequence: Sequence) -> None:
-        """Refuses a sequence that cannot be changed or given to a request.
-
-        Raises:
-            BranchError: it is in an unfinished request, was released, or is another engine's.
-        """
-        self._check_owner(sequence)
-        request = self.scheduler.request_of(sequence)
-        if request is not None:
-            raise BranchError(
-                f"sequence {sequence.seq_id} is in request {request.request_id}, which has not finished; "
-                "fork it, or wait for the end"
-            )
-
-    def _check_owner(self, sequence: Sequence) -> None:
-        if not isinstance(sequence, Sequence):
-            raise BranchError(f"{brief(sequence)} is no sequence; make one with new_sequence or fork_sequence")
-        if sequence.owner is not self._owner:
-            state = "was released, or made by hand" if sequence.owner is None else "is another engine's"
-            raise BranchError(f"sequence {sequence.seq_id} {state}; make one with new_sequence or fork_sequence")
-
-    def cut_kv(self, sequence: Sequence, num_tokens: int) -> None:
-        """Forgets the KV of an idle sequence from num_tokens on, before its tokens there are replaced.
-
-        Raises:
-            BranchError: see `check_idle`.
-            EngineBusyError, EngineForkedError.
-        """
-        self._enter()
-        self.check_idle(sequence)
-        seq_id = sequence.seq_id
-        if seq_id in self._blocks and self._blocks.num_tokens(seq_id) > num_tokens:
-            with self._changes:
-                # The last token that stays is computed once more, for its logits.
-                if self._blocks.can_rewind(seq_id, num_tokens - 1):
-                    self._blocks.rewind(seq_id, num_tokens - 1)
-                else:  # what its window would see is gone
-                    self.scheduler.release(sequence)
-
-    def fork_sequence(self, parent: Sequence, index: int, call: Call | None = None, *, kept: bool = True) -> Sequence:
-        """A child that shares every block of its parent; nothing is copied.
-
-        Args:
-            parent: stays as it is.
-            index: of the fork; the last part of the child's path.
-            call: with whose end it is released, unless it is taken out of it.
-            kept: its blocks stay when a request on it ends, until `release`.
-
-        Raises:
-            BranchError: the parent was released, or is another engine's.
-            EngineBusyError, EngineForkedError.
-        """
-        self._enter()
-        self._check_owner(parent)
-        child = replace(
-            parent,
-            seq_id=next(self._sequence_ids),
-            token_ids=list(parent.token_ids),
-            path=(*parent.path, index),
-            depth=parent.depth + 1,
-            kept=kept,
-        )
-        with self._changes:
-            if call is not None:
-                call.sequences.append(child)
-            if parent.seq_id in self._blocks:
-                self._blocks.fork(parent.seq_id, child.seq_id, child.depth)
-                self.scheduler.keep(child)
-            else:
-                self._blocks.await_fork(parent.seq_id, child.seq_id)
-        return child
 
     def add_request(
         self,
@@ -258,20 +112,20 @@ class Engine(Interruptible):
         """Queues a generation on a sequence.
 
         Args:
-            sequence: from `new_sequence` or `fork_sequence`, and not in another unfinished request.
+            sequence: what `new_sequence` or `fork_sequence` made; no other unfinished request may be on it.
             params: sampling parameters, for one sample; what they leave open comes from the checkpoint.
-            seed: of the random numbers; params.seed wins; None: `next_seed`.
+            seed: key of the random numbers; params.seed wins; None: `next_seed`.
             prefill_only: compute the KV of what is there and sample nothing.
-            logits_start: see `Request`.
-            on_logits: see `Request`.
-            seat: see `Request`.
-            earlier_output_ids: see `Request`.
-            detokenizer: see `Request`.
-            call: with whose end it is aborted; None: it stays until it has ended.
+            logits_start: position from which on logits go to on_logits; None: no logits wanted.
+            on_logits: callback for them, see `LogitsCallback`.
+            seat: place at a layer gate; None: it goes through all layers.
+            earlier_output_ids: tokens that were generated on the sequence before, for presence and frequency penalties.
+            detokenizer: detokenizer after the generation before on the sequence; None: the text begins here.
+            call: the call at whose end it is aborted; None: it stays until it has ended.
 
         Raises:
             ConfigError: the parameters ask for what a request does not do, or name ids outside the vocabulary.
-            BranchError: see `check_idle`.
+            BranchError: the sequence cannot be used, see `check_idle`.
             PromptError: prompt and max_tokens do not fit into max_model_len.
             CacheFullError: the cache can never hold prompt and max_tokens.
             EngineBusyError, EngineForkedError.
@@ -315,17 +169,10 @@ class Engine(Interruptible):
 
         Args:
             request: one that has finished stays as it is.
-            reason: its finish_reason.
+            reason: finish_reason that it gets.
         """
-        self._enter()
-        with self._changes:
+        with self._enter():
             self._abort(request, reason)
-
-    def release(self, sequence: Sequence) -> None:
-        """Gives back the blocks of a kept sequence; a request that runs on it is aborted."""
-        self._enter()
-        with self._changes:
-            self._release(sequence)
 
     def _abort(self, request: Request, reason: str = "abort") -> None:
         if request.finished:
@@ -333,148 +180,53 @@ class Engine(Interruptible):
         request.flush()
         self._finish(request, reason)
 
-    def pin(self, sequence: Sequence) -> None:
-        """Keeps the blocks of a kept sequence from eviction; see `BlockManager.pin`."""
-        self._enter()
-        with self._changes:
-            self._blocks.pin(sequence.seq_id)
-
-    def unpin(self, sequence: Sequence) -> None:
-        """Takes `pin` back."""
-        self._enter()
-        with self._changes:
-            self._blocks.unpin(sequence.seq_id)
-
-    def reset_prefix_cache(self) -> None:
-        """Forgets every cached block that no sequence uses, and unpins all."""
-        self._enter()
-        with self._changes:
-            self._blocks.reset()
-
-    def _release(self, sequence: Sequence) -> None:
-        self._let_go(sequence)
-        request = self.scheduler.request_of(sequence)
-        if request is not None:
-            self._abort(request)
-        self.scheduler.release(sequence)
-        sequence.owner = None
-
     @property
     def has_work(self) -> bool:
         """True while some request is not finished."""
         return self.scheduler.has_work
 
     def step(self) -> list[Request]:
-        """Computes one batch.
+        """Computes one batch: schedules it, runs it, delivers what it gave, and accounts for it.
 
         Returns:
-            The requests that gained tokens or finished; none when a chunk of a prompt was computed or nothing was left
-            to do. One may gain several tokens in a step, and they may come of an earlier one (see `Delivery`): who
-            wants to know what is new looks at the requests, and counts no steps.
+            The requests that gained tokens or finished; none when a chunk of a prompt was computed or there was
+            nothing to do. One may gain several tokens in a step, and they may come of an earlier one (see `Delivery`):
+            to know what is new, look at the requests, and count no steps.
 
         Raises:
             EngineBusyError, EngineForkedError.
+            ConfigError: a gate decided what no gate may.
         """
         self._enter()
         with self._stepping, self._device:
-            return self._step()
+            with self._changes:
+                schedule = self.scheduler.schedule()
+            if not schedule.scheduled:
+                return schedule.ended
+            start = time.perf_counter()
+            logits, gated = self._run(schedule.scheduled)
+            drawn = self._sample(logits, gated.wanted)
+            with self._changes:
+                changed = self._deliver(schedule.scheduled, gated, drawn)
+            seconds = time.perf_counter() - start
+            self.counters.count_step(schedule.scheduled, gated, self.runner.model.spec.num_layers, seconds)
+            return [*schedule.ended, *changed]
 
-    def _step(self) -> list[Request]:
-        with self._changes:
-            step = self.scheduler.schedule()
-        if not step.scheduled:
-            return step.ended
-        start = time.perf_counter()
-        batch = build_batch(step, self._blocks, self._windows, self.runner.model.device, self._key_chunk)
-        depth = self._depth(step.scheduled, batch)
-        mass = self._mass_sample(step.scheduled)
-        logits = self.runner.forward(batch, depth, mass)  # [rows, vocab]
-        if mass is not None:
-            self._observe(step.scheduled, mass)
-        wanted, left = (batch.wanted, {}) if depth is None else (depth.wanted, depth.left)
-        for rows in wanted:
+    def _run(self, items: list[ScheduledRequest]) -> tuple[Tensor, GatedPass]:
+        """(logits `[rows, vocab]` float32, what became of the batch on its way); callbacks have seen their logits."""
+        batch = build_batch(items, self._blocks, self._windows, self.runner.model.device, self._key_chunk)
+        gated = GatedPass(items, batch, self._blocks, self.runner)
+        mass = self._mass_meter.sample(items)
+        logits = self.runner.forward(batch, gated.control, mass)
+        self._mass_meter.observe(self._blocks, items, mass)
+        for rows in gated.wanted:
             request = rows.item.request
             if request.on_logits is not None and request.logits_start is not None:
                 begin = rows.begin + max(0, request.logits_start - rows.first)
                 request.on_logits(rows.first + begin - rows.begin, logits[begin : rows.end])
                 if rows.item.completes:
                     request.logits_start = None  # it has them all: if it is computed anew, then not for these
-        drawn = self._sample(logits, wanted)
-        delivered = [Delivery(request, (one,)) for request, one in drawn]
-        # KV of a request whose logits are not finite must not reach the prefix cache, nor what a gate left half made.
-        failed = {request for request, one in drawn if one.failure is not None}
-        stored = [item for item in step.scheduled if item.request not in failed and item.request not in left]
-        with self._changes:
-            for request, position in ({} if depth is None else depth.borrowed).items():
-                self._blocks.keep_out_of_index(request.sequence.seq_id, position)
-            self.scheduler.commit(stored)
-            for delivery in delivered:
-                self._update(delivery)
-            for request, num_layers in left.items():
-                request.exit_layer = num_layers
-                if request.sequence.kept:
-                    seq_id = request.sequence.seq_id
-                    self._blocks.rewind(seq_id, self._blocks.num_tokens(seq_id))  # the blocks of what was half computed
-                self._finish(request, "gate")
-            prefilled = [i.request for i in stored if i.completes and i.request.checker is None]
-            for request in prefilled:
-                self._finish(request, "stop")
-        num_layers = self.runner.model.spec.num_layers
-        self.counters.count_step(step.scheduled, depth, num_layers, time.perf_counter() - start)
-        return [*step.ended, *(delivery.request for delivery in delivered), *left, *prefilled]
-
-    def _depth(self, items: list[ScheduledRequest], batch: ForwardBatch) -> Depth | None:
-        """Gates of a step; None where no request sits at one, or none of these will be asked."""
-        if not any(item.request.seat is not None and item.request.seat.gate.layers for item in items):
-            return None
-        windows = [layer.window for layer in self.runner.model.spec.layers]
-        return Depth(items, batch, windows, self._kv_table, self.runner.copy_kv)
-
-    def _mass_sample(self, items: list[ScheduledRequest]) -> MassSample | None:
-        """Attention is measured in some decode steps, where the eviction policy asks for it; None: not in this one."""
-        if not self._mass_layers or not all(item.is_decode for item in items):
-            return None
-        self._num_decode_steps += 1
-        return MassSample(self._mass_layers) if self._num_decode_steps % MASS_INTERVAL == 0 else None
-
-    def _observe(self, items: list[ScheduledRequest], mass: MassSample) -> None:
-        rows = torch.stack(mass.masses).mean(0).tolist()  # [sequences, blocks]
-        for item, row in zip(items, rows, strict=True):
-            self._blocks.observe(item.request.sequence.seq_id, row)
-
-    def _kv_table(self, seq_id: int, window: int | None) -> list[int]:
-        return self._blocks.block_table(seq_id) if window is None else self._blocks.window_table(seq_id)
-
-    def stats(self) -> Stats:
-        """Counters since start and the state of the cache; see `minirksc.engine.stats.work_done`."""
-        return work_done(self.counters, self.scheduler, self.blocks, self.block_bytes)
-
-    def _make_checker(self, params: SamplingParams, num_prompt: int, before: TextSource | None) -> StopChecker:
-        room = self.max_model_len - num_prompt
-        if params.max_tokens is not None and params.max_tokens > room:
-            raise PromptError(
-                f"{num_prompt} prompt tokens and max_tokens {params.max_tokens} are more than max_model_len "
-                f"{self.max_model_len}; use max_tokens={max(room, 0)} or less, or None for what fits"
-            )
-        if room < 1:
-            raise PromptError(
-                f"a sequence of {num_prompt} tokens leaves no room for a new one in max_model_len {self.max_model_len}"
-            )
-        room = min(room, self.scheduler.room_after(num_prompt))
-        if (params.max_tokens or 1) > room:
-            num_new = params.max_tokens or 1
-            what = f"a prompt of {num_prompt} tokens with max_tokens {num_new}"
-            raise self.scheduler.cache_full(what, num_prompt + num_new - 1)
-        if params.max_tokens is None:
-            params = replace(params, max_tokens=room)
-        return StopChecker(params, self.eos_token_ids, self.text_source(params, before))
-
-    def text_source(self, params: SamplingParams, before: TextSource | None) -> TextSource | None:
-        """What makes text of a generation that goes on where `before` is, or begins; None where there is no text."""
-        if self.tokenizer is None or not params.detokenize:
-            return None
-        skip = params.skip_special_tokens
-        return Detokenizer(self.tokenizer, skip) if before is None else before.copy(skip)
+        return logits, gated
 
     def _sample(self, logits: Tensor, wanted: list[LogitsRows]) -> list[tuple[Request, Sampled]]:
         """Draws the next token of every request whose last token has been computed."""
@@ -485,23 +237,32 @@ class Engine(Interruptible):
             logits = logits[[rows.end - 1 for rows in ends]]  # [requests, vocab]
         requests = [rows.item.request for rows in ends]
         ops = self.runner.model.backend
-        drawn = sample(logits, [self._sampling_row(r) for r in requests], ops.confidence, ops.draw)
+        sampling_rows = [SamplingRow.of(request, self.eos_token_ids) for request in requests]
+        drawn = sample(logits, sampling_rows, ops.confidence, ops.draw)
         return list(zip(requests, drawn, strict=True))
 
-    def _sampling_row(self, request: Request) -> SamplingRow:
-        tokens = request.sequence.token_ids
-        below_minimum = len(request.output_token_ids) < request.params.min_tokens
-        forbidden = self.eos_token_ids.union(request.params.stop_token_ids) if below_minimum else NO_STOP
-        return SamplingRow(
-            params=request.params,
-            token_ids=tokens,
-            output_token_ids=request.output_token_ids,
-            seed=request.seed,
-            path=request.sequence.path,
-            position=len(tokens),
-            forbidden_ids=forbidden,
-            earlier_output_ids=request.earlier_output_ids,
-        )
+    def _deliver(
+        self, items: list[ScheduledRequest], gated: GatedPass, drawn: list[tuple[Request, Sampled]]
+    ) -> list[Request]:
+        """Enters into the books which KV there is now and what each request gained; returns what gained or ended."""
+        # KV of a request whose logits are not finite must not reach the prefix cache, nor what a gate has cut short.
+        unusable = {request for request, one in drawn if one.failure is not None} | gated.departed.keys()
+        stored = [item for item in items if item.request not in unusable]
+        for request, position in gated.borrowed.items():
+            self._blocks.keep_out_of_index(request.sequence.seq_id, position)
+        self.scheduler.commit(stored)
+        for request, one in drawn:
+            self._update(Delivery(request, (one,)))
+        for request, num_layers in gated.departed.items():
+            request.exit_layer = num_layers
+            if request.sequence.kept:
+                seq_id = request.sequence.seq_id
+                self._blocks.rewind(seq_id, self._blocks.num_tokens(seq_id))  # the blocks of what was half computed
+            self._finish(request, "gate")
+        prefilled = [item.request for item in stored if item.completes and item.request.checker is None]
+        for request in prefilled:
+            self._finish(request, "stop")
+        return [*(request for request, _ in drawn), *gated.departed, *prefilled]
 
     def _update(self, delivery: Delivery) -> None:
         """Adds the tokens, up to the one that ends the request: what follows that was drawn for nothing."""
@@ -543,8 +304,45 @@ class Engine(Interruptible):
         request.finish_reason = reason
         self.scheduler.finish(request)
 
+    def stats(self) -> Stats:
+        """Counters since start and the state of the cache; see `minirksc.engine.stats.work_done`."""
+        return work_done(self.counters, self.scheduler, self.blocks, self.block_bytes)
 
-def _mass_layers(spec: ArchSpec) -> tuple[int, ...]:
-    """Where attention is measured: in three layers spread over the depth, of those that see everything if there are."""
-    layers = [index for index, layer in enumerate(spec.layers) if layer.window is None] or range(spec.num_layers)
-    return tuple(sorted({layers[len(layers) * part // 4] for part in (1, 2, 3)}))
+    def _make_checker(self, params: SamplingParams, num_prompt: int, before: TextSource | None) -> StopChecker:
+        room = self.max_model_len - num_prompt
+        if params.max_tokens is not None and params.max_tokens > room:
+            raise PromptError(
+                f"{num_prompt} prompt tokens and max_tokens {params.max_tokens} are more than max_model_len "
+                f"{self.max_model_len}; use max_tokens={max(room, 0)} or less, or None for what fits"
+            )
+        if room < 1:
+            raise PromptError(
+                f"a sequence of {num_prompt} tokens leaves no room for a new one in max_model_len {self.max_model_len}"
+            )
+        room = min(room, self.scheduler.room_after(num_prompt))
+        num_new = params.max_tokens or 1
+        if num_new > room:
+            what = f"a prompt of {num_prompt} tokens with max_tokens {num_new}"
+            raise self.scheduler.cache_full(what, num_prompt + num_new - 1)
+        if params.max_tokens is None:
+            params = replace(params, max_tokens=room)
+        return StopChecker(params, self.eos_token_ids, self.text_source(params, before))
+
+    def text_source(self, params: SamplingParams, before: TextSource | None) -> TextSource | None:
+        """What makes text of a generation that goes on where `before` is, or begins; None where there is no text."""
+        if self.tokenizer is None or not params.detokenize:
+            return None
+        skip = params.skip_special_tokens
+        return Detokenizer(self.tokenizer, skip) if before is None else before.copy(skip)
+
+    # After calls that broke off, see `Interruptible`
+
+    def _preempt(self) -> None:
+        # A table may point at a copy that was never made: what ran is computed again.
+        self.scheduler.preempt_all()
+
+    def _restart(self) -> None:
+        for request in self.scheduler.requests.values():
+            request.put_in_order(lambda one: self._make_checker(one.params, one.num_prompt_tokens, one.detokenizer))
+        self._blocks.clear()
+        self.scheduler.restart()

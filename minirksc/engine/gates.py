@@ -1,11 +1,11 @@
-"""Depth gates: the one mechanism by which a request leaves a forward pass between two layers.
+"""Layer gates: the one mechanism by which a request leaves a forward pass between two layers.
 
 A request may sit at a gate. After the layers that the gate names, it is shown the hidden rows of its requests and says
-which of them leave. What has left is not computed any further: the batch really is smaller in the layers above.
+which of them leave. What has departed is not computed any further: the batch really is smaller in the layers above.
 
-The rule for the KV of what was not computed: a request that left as a whole has no KV above that layer, so the step
-stores none of its tokens: its block table ends where it ended before, and nobody can read what was half written. Of a
-request of which only some tokens left, the gate says whose KV they have in the layers above (`Borrow`).
+The rule for the KV of what was not computed: a request that departed as a whole has no KV above that layer, so the step
+stores none of its tokens: its block table ends where it ended before, and nothing can read what was half written. Of a
+request of which only some tokens departed, the gate says whose KV they have in the layers above (`Borrow`).
 
 A gate knows rows, layers and hidden states; neither the model nor the cache. One that finds NaN lets its row go on.
 Without a gate a step does nothing of this.
@@ -24,11 +24,11 @@ class GateRows:
     """The requests of one gate that are in the batch, in one order.
 
     Attributes:
-        rows: the name of each, as its request gave it.
+        rows: name of each, as its request gave it.
         ends: True where the last token of the request's sequence is among these.
-        positions: of each one's tokens in this step.
-        last: gives `[requests, hidden]`, the residual stream of each one's last token, in the model's dtype.
-        hidden: called with an index, gives `[tokens, hidden]` of that request.
+        positions: positions of each one's tokens in this step.
+        last: function that gives `[requests, hidden]`, the residual stream of each one's last token.
+        hidden: function of an index that gives `[tokens, hidden]` of that request.
     """
 
     rows: Sequence[int]
@@ -43,9 +43,9 @@ class Borrow:
     """Some tokens of a request leave and use another sequence's KV from here on, its keys turned to their positions.
 
     Attributes:
-        offsets: which of the request's tokens in this step leave, at least one, ascending; never the last one.
-        seq_id: whose KV.
-        positions: of the borrowed tokens in that sequence.
+        offsets: places of these among the request's tokens in this step, at least one, ascending; never the last.
+        seq_id: key of the sequence whose KV they use.
+        positions: positions of the borrowed tokens in that sequence.
     """
 
     offsets: Sequence[int]
@@ -53,30 +53,34 @@ class Borrow:
     positions: Sequence[int]
 
 
-LEAVE = None
-"""The request leaves as a whole, and is finished."""
-
-Verdicts = Mapping[int, Borrow | None]
-"""What leaves, by row; a row that is not in it goes on."""
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """The request leaves as a whole, and is finished; there is one of these, `LEAVE`."""
 
 
-class DepthGate(Protocol):
+LEAVE = Leave()
+
+Decisions = Mapping[int, Leave | Borrow]
+"""What a gate decided, by row; a row that is not in it goes on."""
+
+
+class LayerGate(Protocol):
     """Decides between layers.
 
     Attributes:
-        layers: after which it is asked, counted from 0. All others cost nothing.
+        layers: layers after which it is asked, counted from 0. All others cost nothing.
     """
 
     @property
     def layers(self) -> Collection[int]:
-        """After which it is asked."""
+        """Layers after which it is asked."""
         ...
 
-    def after_layer(self, layer: int, rows: GateRows) -> Verdicts:
-        """Names what leaves.
+    def after_layer(self, layer: int, rows: GateRows) -> Decisions:
+        """Decides which of the rows leave, or borrow; anything else for a decision ends the step with a ConfigError.
 
         Args:
-            layer: that has just been computed.
+            layer: index of the layer that has just been computed.
             rows: those still in the batch; at least one.
         """
         ...
@@ -88,10 +92,10 @@ class Seat:
 
     Attributes:
         gate: the gate.
-        row: its name there.
-        sees_all: all its tokens are computed, none is taken from the prefix cache.
+        row: name of the request there.
+        sees_all: whether all its tokens are computed, and none is taken from the prefix cache.
     """
 
-    gate: DepthGate
+    gate: LayerGate
     row: int
     sees_all: bool = False

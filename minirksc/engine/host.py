@@ -17,6 +17,13 @@ MAX_CPU = 8191
 GUESSED_FREE_BYTES = 4 << 30
 """Where a system does not say."""
 KEPT_BYTES = 31 << 20
+CPU_LIMITS_V1 = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+"""Where version 1 of cgroups has what is in version 2's cpu.max."""
+MEMORY_LIMITS = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Files of a limit and of what counts towards it, and a field of memory.stat; of either version of cgroups."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class Cpus:
 
     Attributes:
         allowed: numbers of those that the calling thread may run on.
-        cores: for each CPU of the machine, all that are on its core; one that is missing has a core for itself.
+        cores: CPU of the machine -> all that are on its core; one that is missing has a core for itself.
         quota: seconds of CPU time that a cgroup gives in a second; None: no limit.
     """
 
@@ -38,7 +45,7 @@ def read_cpus(root: Path = ROOT) -> Cpus:
     """The CPUs of this process.
 
     Args:
-        root: where proc/ and sys/ are.
+        root: folder in which proc/ and sys/ are.
     """
     if hasattr(os, "sched_getaffinity"):
         allowed = frozenset(os.sched_getaffinity(0))
@@ -68,19 +75,19 @@ def parse_cpus(text: str) -> frozenset[int]:
 def free_bytes(root: Path = ROOT) -> int:
     """Bytes of memory that the process can still fill without swapping, in what its cgroups leave it."""
     available = _field(root / "proc/meminfo", "MemAvailable")
-    if available is None and root == ROOT and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return max(0, min([GUESSED_FREE_BYTES if available is None else available, *_rooms(root)]))
+    if available is None:
+        memory = _machine_bytes(root)
+        available = GUESSED_FREE_BYTES if memory is None else memory // 2
+    return max(0, min([available, *(limit - used for limit, used in _memory_groups(root))]))
 
 
 def total_bytes(root: Path = ROOT) -> int | None:
     """Bytes of memory and swap that the process could ever fill; None where the system does not say."""
-    memory = _field(root / "proc/meminfo", "MemTotal")
-    if memory is None and root == ROOT and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = _machine_bytes(root)
     if memory is None:
         return None
-    return min([memory, *_limits(root)]) + (_field(root / "proc/meminfo", "SwapTotal") or 0)
+    swap = _field(root / "proc/meminfo", "SwapTotal") or 0
+    return min([memory, *(limit for limit, _ in _memory_groups(root))]) + swap
 
 
 def resident_bytes(root: Path = ROOT) -> tuple[int | None, int | None]:
@@ -118,34 +125,34 @@ def keep_freed_blocks() -> None:
         libc.free(ctypes.c_void_p(libc.malloc(ctypes.c_size_t(KEPT_BYTES))))
 
 
+def _machine_bytes(root: Path) -> int | None:
+    """All memory of the machine; None where the system does not say."""
+    memory = _field(root / "proc/meminfo", "MemTotal")
+    if memory is None and root == ROOT and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return memory
+
+
 def _quotas(root: Path) -> Iterator[float]:
+    """Seconds of CPU time in a second, of each cgroup that has a limit."""
     for folder in _cgroups(root, "cpu"):
-        quota, period = [*_text(folder / "cpu.max").split(), "", ""][:2]
-        if not quota:
-            quota, period = _text(folder / "cpu.cfs_quota_us").strip(), _text(folder / "cpu.cfs_period_us").strip()
+        words = _text(folder / "cpu.max").split()
+        quota, period = words if len(words) == 2 else (_text(folder / name).strip() for name in CPU_LIMITS_V1)
         if quota.isdecimal() and period.isdecimal() and int(period):  # not "max", and not -1
             yield int(quota) / int(period)
 
 
-def _rooms(root: Path) -> Iterator[int]:
-    """Bytes left in each cgroup; pages of files that were read once are given up before a process is killed."""
+def _memory_groups(root: Path) -> Iterator[tuple[int, int]]:
+    """(bytes that it may have, bytes that it has) of each cgroup with a limit.
+
+    Pages of files that were read once do not count: they are given up before a process is killed.
+    """
     for folder in _cgroups(root, "memory"):
-        for limit_name, usage_name, cached_name in (
-            ("memory.max", "memory.current", "inactive_file"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-        ):
+        for limit_name, usage_name, cached_name in MEMORY_LIMITS:
             limit, usage = _text(folder / limit_name).strip(), _text(folder / usage_name).strip()
-            if limit.isdecimal() and usage.isdecimal():
-                yield int(limit) - int(usage) + (_field(folder / "memory.stat", cached_name) or 0)
-
-
-def _limits(root: Path) -> Iterator[int]:
-    """Bytes that each cgroup may have."""
-    for folder in _cgroups(root, "memory"):
-        for name in ("memory.max", "memory.limit_in_bytes"):
-            limit = _text(folder / name).strip()
             if limit.isdecimal():
-                yield int(limit)
+                cached = _field(folder / "memory.stat", cached_name) or 0
+                yield int(limit), int(usage) - cached if usage.isdecimal() else 0
 
 
 def _cgroups(root: Path, controller: str) -> Iterator[Path]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from minirksc.cache.hybrid import WindowCopy
 from minirksc.cache.rsbcm import BlockBytes, BlockCopy
 from minirksc.kernels.backend import Backend
 from minirksc.kernels.huge_pages import empty
@@ -20,12 +21,12 @@ SCALE_BYTES = 4
 
 
 def block_bytes(spec: ArchSpec, block_size: int, dtype: torch.dtype, retained_window: int | None) -> BlockBytes:
-    """What a block takes.
+    """Bytes that a block takes.
 
     Args:
-        spec: the architecture.
+        spec: architecture of the model.
         block_size: tokens a block.
-        dtype: of the cache; int8 has scales besides.
+        dtype: type of the cache; int8 has scales besides.
         retained_window: tokens that layers with a window keep; None: they keep all.
     """
     full = window = 0
@@ -45,17 +46,17 @@ class KvCache:
     """Keys and values of all layers.
 
     Args:
-        spec: the architecture.
-        num_blocks: of the layers that keep every block.
-        num_window_blocks: of the layers that keep a window; 0: there are none apart.
+        spec: architecture of the model.
+        num_blocks: blocks of the layers that keep every block.
+        num_window_blocks: blocks of the layers that keep a window; 0: there are none apart.
         block_size: tokens a block.
-        dtype: of keys and values; int8 has scales besides.
-        device: where they are.
-        backend: whose cache it is.
+        dtype: type of keys and values; int8 has scales besides.
+        device: place of the tensors.
+        backend: operations that read and write the cache, in their layout.
 
     Attributes:
-        layers: of each layer, with `num_blocks` or `num_window_blocks` blocks.
-        dtype: of keys and values.
+        layers: cache of each layer, with `num_blocks` or `num_window_blocks` blocks.
+        dtype: type of keys and values.
     """
 
     def __init__(
@@ -95,10 +96,8 @@ class KvCache:
         self._copy_blocks = backend.copy_blocks
 
     def copy(self, copies: Sequence[BlockCopy]) -> None:
-        """Copies blocks in every layer; all sources are read before any destination is written."""
-        full = [(copy.source, copy.destination) for copy in copies]
-        # A block that no window reaches has no room in the pool apart.
-        window = [(c.window_source, c.window_destination) for c in copies if c.window_destination >= 0]
+        """Copies blocks, each in the layers of its pool; all sources are read before any destination is written."""
         for (has_pool_apart, *_), tensors in self._tensors.items():
+            own = [copy for copy in copies if isinstance(copy, WindowCopy) == has_pool_apart]
             for tensor in filter(torch.is_tensor, tensors):
-                self._copy_blocks(tensor, window if has_pool_apart else full)
+                self._copy_blocks(tensor, own)

@@ -1,4 +1,8 @@
-"""From a model name to a running engine: folder, spec, dtype, weights, cache size."""
+"""From a model name to a running engine, in four steps.
+
+What the folder says besides the weights is read; device, dtype and backend are chosen; the weights are loaded; and the
+cache gets a part of what memory remains.
+"""
 
 import time
 from collections.abc import Iterator
@@ -11,19 +15,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from minirksc.cache.hybrid import HybridManager, WindowPool, min_blocks
 from minirksc.cache.rsbcm import BlockBytes, BlockManager
-from minirksc.cache.windows import WindowPool, min_blocks
 from minirksc.checkpoints.folder import check_config
 from minirksc.checkpoints.sources import resolve_model
 from minirksc.engine import host
 from minirksc.engine.engine import Engine
 from minirksc.engine.graphs import MAX_GRAPH_BATCH, CudaRecorder, DecodeGraphs
 from minirksc.engine.kv_tensors import block_bytes
+from minirksc.engine.recorded import Recordings
 from minirksc.engine.runner import Runner
 from minirksc.engine.tapes import DecodeTapes
 from minirksc.errors import CacheFullError, CheckpointError, ConfigError
 from minirksc.json_file import read_json_object
-from minirksc.kernels.backend import choose_backend
+from minirksc.kernels.backend import Backend, choose_backend
 from minirksc.kernels.native.ops import why_not
 from minirksc.kernels.weights.int8_weight import why_not_int8
 from minirksc.kernels.weights.linear import NativePacker, auto_dtype
@@ -41,10 +46,10 @@ MAX_DEFAULT_SEQUENCES = 32
 """The default cache holds at most so many sequences of full length; more is asked for by kv_cache_bytes."""
 
 SILENT_S = 1.0
-"""A progress bar is for those who wait longer."""
+"""A progress bar is shown after so long."""
 
 TRIM_BYTES = 64 << 20
-"""Weights that are read before what they left is given back: packed ones do not fit into the holes of the others."""
+"""After so many bytes of weights freed memory is given back: packed ones do not fit into the holes of the others."""
 
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -54,20 +59,41 @@ class Loaded:
     """A running engine and where it came from.
 
     Attributes:
-        engine, config, spec, model_path, tokenizer, sampling_defaults: as of `LLM`; config has max_model_len resolved.
-        load_s: all that `load` took.
-        pack_s: of it, making the model of the tensors that were read: above all putting matrices into the form that
-            the backend multiplies with.
+        engine: the engine.
+        config: options, with max_model_len resolved.
+        model_path: folder of the checkpoint.
+        load_s: time that `load` took.
+        pack_s: part of it in which the model was made of the tensors that were read: above all, matrices put into the
+            form that the backend multiplies with.
     """
 
     engine: Engine
     config: EngineConfig
-    spec: ArchSpec
     model_path: Path
-    tokenizer: Tokenizer | None
-    sampling_defaults: dict[str, float]
     load_s: float
     pack_s: float
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """What a folder says besides the weights: config.json as it is and as a spec, generation_config.json."""
+
+    path: Path
+    raw: dict[str, Any]
+    spec: ArchSpec
+    generation: dict[str, Any]
+    tokenizer: Tokenizer | None
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where and in what form a model will run."""
+
+    device: torch.device
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    number_bytes: int  # least memory that a number of the weights takes
+    backend: Backend
 
 
 def load(config: EngineConfig, use_tqdm: bool = False) -> Loaded:
@@ -83,97 +109,117 @@ def load(config: EngineConfig, use_tqdm: bool = False) -> Loaded:
         CacheFullError: kv_cache_bytes is smaller than one block, or more than there is.
     """
     start = time.perf_counter()
+    checkpoint = _read_checkpoint(config)
+    config = replace(config, max_model_len=_choose_max_model_len(config.max_model_len, checkpoint.spec))
+    target = _choose_target(config, checkpoint)
+    model, pack_s = _load_weights(checkpoint, target, use_tqdm)
+    runner, blocks, size = _make_cache(config, target, model)
+    engine = Engine(
+        runner,
+        blocks,
+        config,
+        size,
+        _eos_token_ids(checkpoint),
+        checkpoint.tokenizer,
+        _sampling_defaults(checkpoint.generation),
+    )
+    return Loaded(engine, config, checkpoint.path, time.perf_counter() - start, pack_s)
+
+
+def _read_checkpoint(config: EngineConfig) -> _Checkpoint:
     path = resolve_model(config.model)
     check_config(path)
     raw = load_config(path)
     spec = spec_from_config(raw, config.ignore_config_keys)
-    device = _choose_device(config.device)
-    dtype = _choose_dtype(config.dtype, raw, device)
-    # Without one token ids still work, and whoever gives text is told; a damaged one is an error.
+    # Without one token ids still work, and text is refused by name; a damaged one is an error.
     has_tokenizer = any((path / name).is_file() for name in TOKENIZER_FILES)
     tokenizer = Tokenizer.from_folder(path) if has_tokenizer else None
     if tokenizer is not None:
         tokenizer.check_fits(spec.vocab_size)
-    generation = read_json_object(path / "generation_config.json")
-    max_model_len = _choose_max_model_len(config.max_model_len, spec)
-    config = replace(config, max_model_len=max_model_len)
-    head_dims = {layer.head_dim for layer in spec.layers}
+    return _Checkpoint(path, raw, spec, read_json_object(path / "generation_config.json"), tokenizer)
+
+
+def _choose_target(config: EngineConfig, checkpoint: _Checkpoint) -> _Target:
+    device = _choose_device(config.device)
+    dtype = auto_dtype(stored_dtype(checkpoint.raw), device) if config.dtype == "auto" else getattr(torch, config.dtype)
+    head_dims = {layer.head_dim for layer in checkpoint.spec.layers}
     backend = choose_backend(config.backend, device, dtype, head_dims)
     backend.check_block_size(config.block_size)
     if config.kv_split != "fixed" and not backend.splits_keys:
         raise ConfigError(
             f"kv_split {config.kv_split!r} is for the triton backend, and this is {backend.name}; leave it out"
         )
+    number_bytes = dtype.itemsize
     if config.quantize == "int8":
         missing = why_not(dtype, head_dims) if config.backend == "auto" else None
         reason = missing or (why_not_int8(dtype) if backend.name == "native" else f"this is the {backend.name} one")
         if reason is not None:
             raise ConfigError(f"quantize 'int8' is for the native backend of a CPU, but {reason}; leave it out")
         backend = replace(backend, packer=partial(NativePacker, int8=True))
+        number_bytes = 1
     kv_dtype = torch.int8 if config.kv_cache_dtype == "int8" else dtype
-    total, number_bytes = _total_bytes(device), 1 if config.quantize == "int8" else dtype.itemsize
-    max_numbers = None if total is None else total // number_bytes
-    reading = _Reading(iter_weights(path, spec, dtype, max_numbers), device)
+    return _Target(device, dtype, kv_dtype, number_bytes, backend)
+
+
+def _load_weights(checkpoint: _Checkpoint, target: _Target, use_tqdm: bool) -> tuple[Decoder, float]:
+    """(the model, seconds that went into making it of the tensors that were read)."""
+    spec, total = checkpoint.spec, _total_bytes(target.device)
+    max_numbers = None if total is None else total // target.number_bytes
+    reading = _Reading(iter_weights(checkpoint.path, spec, target.dtype, max_numbers), target.device)
     begin = time.perf_counter()
     with tqdm(total=spec.num_layers, disable=not use_tqdm, delay=SILENT_S, leave=False, unit="layer") as bar:
-        model = Decoder(spec, reading.tensors(bar), backend)
+        model = Decoder(spec, reading.tensors(bar), target.backend)
     pack_s = time.perf_counter() - begin - reading.read_s
     host.trim_heap()
     host.keep_freed_blocks()
+    return model, pack_s
+
+
+def _make_cache(config: EngineConfig, target: _Target, model: Decoder) -> tuple[Runner, BlockManager, BlockBytes]:
+    """(model with a cache as large as it may be, the block manager of its blocks, what one block takes)."""
+    spec, device = model.spec, target.device
+    assert config.max_model_len is not None
     window = spec.retained_window
-    if window is not None and window >= max_model_len:
+    if window is not None and window >= config.max_model_len:
         window = None  # it never hides anything
-    size = block_bytes(spec, config.block_size, kv_dtype, window)
+    size = block_bytes(spec, config.block_size, target.kv_dtype, window)
     budget = _cache_budget(config, spec, size, _free_bytes(device) if config.kv_cache_bytes is None else 0)
     num_blocks, num_window_blocks = _num_blocks(config, size, window, budget)
     try:
-        runner = Runner(model, num_blocks, num_window_blocks, config.block_size, kv_dtype)
+        runner = Runner(model, num_blocks, num_window_blocks, config.block_size, target.kv_dtype)
     except (OSError, RuntimeError) as error:  # what mmap and torch raise where there is no room
         raise CacheFullError(
             f"no room for a KV cache of {budget} bytes, and {_free_bytes(device)} are free; "
             "lower kv_cache_bytes (--kv-cache-bytes)"
         ) from error
-    layers = runner.cache.layers
-    if backend.recording == "graph" and device.type == "cuda" and not config.enforce_eager:
-        max_batch = min(config.max_batch_requests, MAX_GRAPH_BATCH)
-        recorder = CudaRecorder(device)
-        runner.recorded = DecodeGraphs(model, layers, config.block_size, max_batch, max_model_len, recorder)
-    elif backend.recording == "tape" and not config.enforce_eager:
-        runner.recorded = DecodeTapes(model, layers)
-    sampling_defaults = _sampling_defaults(generation)
-    engine = Engine(
-        runner,
-        BlockManager(
-            num_blocks, config.block_size, config.eviction, WindowPool(num_window_blocks, window, config.block_size)
-        ),
-        config,
-        size,
-        max_model_len,
-        _eos_token_ids(spec, generation, tokenizer),
-        tokenizer,
-        sampling_defaults,
-    )
-    return Loaded(
-        engine=engine,
-        config=config,
-        spec=spec,
-        model_path=path,
-        tokenizer=tokenizer,
-        sampling_defaults=sampling_defaults,
-        load_s=time.perf_counter() - start,
-        pack_s=pack_s,
-    )
+    runner.recorded = None if config.enforce_eager else _recordings(config, target, runner)
+    if window is None:
+        return runner, BlockManager(num_blocks, config.block_size, config.eviction), size
+    windows = WindowPool(num_window_blocks, window, config.block_size)
+    return runner, HybridManager(num_blocks, config.block_size, windows, config.eviction), size
+
+
+def _recordings(config: EngineConfig, target: _Target, runner: Runner) -> Recordings[Any] | None:
+    """What replays decode steps in the form that the backend can record; None: it can record none."""
+    model, layers, recording = runner.model, runner.cache.layers, target.backend.recording
+    if recording == "tape":
+        return DecodeTapes(model, layers)
+    if recording != "graph" or target.device.type != "cuda":
+        return None
+    assert config.max_model_len is not None
+    max_batch = min(config.max_batch_requests, MAX_GRAPH_BATCH)
+    return DecodeGraphs(model, layers, config.block_size, max_batch, config.max_model_len, CudaRecorder(target.device))
 
 
 class _Reading:
     """Hands the weights on, and measures how long they take to come.
 
     Args:
-        weights: of `iter_weights`.
-        device: where they go.
+        weights: tensors of `iter_weights`.
+        device: device that they go to.
 
     Attributes:
-        read_s: spent on reading so far.
+        read_s: time spent on reading so far.
     """
 
     def __init__(self, weights: Iterator[tuple[str, Tensor]], device: torch.device) -> None:
@@ -183,7 +229,7 @@ class _Reading:
 
     def tensors(self, bar: Any) -> Iterator[tuple[str, Tensor]]:
         """All of them; the bar goes on layer by layer."""
-        layer = num_bytes = 0
+        num_bytes = 0
         while True:
             begin = time.perf_counter()
             named = next(self._weights, None)
@@ -193,9 +239,7 @@ class _Reading:
             tensor = tensor.to(self._device)
             self.read_s += time.perf_counter() - begin
             if name.startswith("layers."):
-                new = int(name.split(".")[1])
-                bar.update(new - layer)
-                layer = new
+                bar.update(int(name.split(".")[1]) - bar.n)
             num_bytes += tensor.nbytes
             if num_bytes > TRIM_BYTES:
                 host.trim_heap()
@@ -210,14 +254,6 @@ def _choose_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {name!r}: no CUDA device is visible; use device='cpu'")
     return device
-
-
-def _choose_dtype(name: str, raw: dict[str, Any], device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return auto_dtype(stored_dtype(raw), device)
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
 
 
 def _choose_max_model_len(asked: int | None, spec: ArchSpec) -> int:
@@ -282,9 +318,10 @@ def _sampling_defaults(generation: dict[str, Any]) -> dict[str, float]:
     return defaults
 
 
-def _eos_token_ids(spec: ArchSpec, generation: dict[str, Any], tokenizer: Tokenizer | None) -> frozenset[int]:
+def _eos_token_ids(checkpoint: _Checkpoint) -> frozenset[int]:
     """All that any of the checkpoint's files names: each of them may know one that the others do not."""
-    ids = {*spec.eos_token_ids, *Fields(generation, "generation_config.json").token_ids("eos_token_id")}
+    spec, tokenizer = checkpoint.spec, checkpoint.tokenizer
+    ids = {*spec.eos_token_ids, *Fields(checkpoint.generation, "generation_config.json").token_ids("eos_token_id")}
     if tokenizer is not None:
         ids |= tokenizer.eos_token_ids
     return frozenset(i for i in ids if i < spec.vocab_size)  # no other can be drawn

@@ -39,7 +39,7 @@ class RequestOutput:
     """Everything that one prompt gave.
 
     Attributes:
-        request_id: of the first sample.
+        request_id: number of the first sample's request.
         prompt: the text, None when token ids were given.
         prompt_token_ids: what the model saw.
         outputs: one a sample.
@@ -75,7 +75,7 @@ class StreamChunk:
 
 
 class ChunkReader:
-    """Reads a request piece by piece: each reader gets everything exactly once, whoever steps the engine.
+    """Reads a request piece by piece: each reader gets everything exactly once, wherever the engine is stepped.
 
     Args:
         request: what is read.
@@ -111,14 +111,14 @@ class ChunkReader:
 
 @dataclass(slots=True)
 class Job:
-    """A prompt and its n requests, or the error that kept it from starting.
+    """What one prompt of a call became: its n requests, or the error that kept them from starting.
 
     Attributes:
         prompt: the text; None where token ids were given.
-        token_ids: of the prompt.
-        params: of all samples, resolved.
+        token_ids: tokens of the prompt.
+        params: sampling parameters of all samples, resolved.
         requests: one a sample.
-        prompt_logprobs: by position, of those that are computed so far.
+        prompt_logprobs: position -> {token id: logprob}, as far as they are computed.
         error: why there are no requests.
     """
 
@@ -134,9 +134,9 @@ class Job:
         """Hands the samples to the engine; sample i is what a request of its own with seed + i would give.
 
         Args:
-            engine: theirs from now on.
-            call: that they belong to.
-            salt: of the prompt.
+            engine: engine that runs them.
+            call: the call to which they belong.
+            salt: salt of the prompt.
 
         Raises:
             ConfigError, PromptError, CacheFullError: those that were added remain.
@@ -154,6 +154,7 @@ class Job:
                 call=call,
             )
             self.requests.append(request)
+            self._readers.append(ChunkReader(request, index))
 
     def new_chunks(self) -> list[StreamChunk]:
         """What is new of all samples since the last time, the ends included; [] when nothing is.
@@ -161,7 +162,6 @@ class Job:
         Raises:
             MinirkscError: a sample has failed, and all that came before has been read.
         """
-        self._readers = self._readers or [ChunkReader(request, i) for i, request in enumerate(self.requests)]
         return [chunk for reader in self._readers if (chunk := reader.read()) is not None]
 
     def _store_prompt_logprobs(self, first: int, logits: Tensor) -> None:

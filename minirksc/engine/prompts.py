@@ -50,7 +50,7 @@ class Piece(NamedTuple):
 def one_or_many(prompts: Any) -> tuple[list[Any], bool]:
     """(prompts, True if it was a single one); numbers in a list are one prompt of token ids, be they wrong ones.
 
-    What is no prompt at all stays a prompt, for whoever reads it to refuse.
+    What is no prompt at all counts as one, and is refused where it is read.
     """
     prompts = plain(prompts)
     if not is_list(prompts):

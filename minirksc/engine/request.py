@@ -52,10 +52,10 @@ class Sequence:
         token_ids: prompt, hints and generated tokens, in order. KV exists for a prefix of them.
         salt: sequences with different salts never share a block.
         path: place in the reasoning tree, () for a root; keys the random numbers.
-        depth: of its node in the reasoning tree.
-        kept: a branch owns it: its blocks stay when a request on it ends.
+        depth: round of the reasoning tree in which it was made.
+        kept: True while a branch owns it: its blocks then stay when a request on it ends.
         branch_seed: seed that its branch's samples use where the sampling parameters give none.
-        owner: stands for the engine that made it; None once that has released it.
+        owner: sign of the engine that made it; None once that has released it.
     """
 
     seq_id: int
@@ -81,18 +81,18 @@ class Request:
     """One generation: extend a sequence by up to params.max_tokens tokens.
 
     Attributes:
-        request_id: unique in its engine.
-        sequence: what is extended.
+        request_id: number, unique in its engine.
+        sequence: tokens that are extended.
         params: resolved sampling parameters.
-        seed: of the random numbers.
+        seed: seed of its random numbers.
         num_prompt_tokens: length of the sequence when the request was made.
-        checker: decides when it ends and what text is final; None: it only computes the prompt's KV.
-        logits_start: logits of positions from here on go to on_logits; None: no logits wanted.
-        on_logits: see `LogitsCallback`; after a preemption in the midst of them positions may come twice.
-        seat: its place at a depth gate; None: it goes through all layers.
-        earlier_output_ids: what was generated on the sequence before, for presence and frequency penalties.
-        detokenizer: as the generation before on the sequence left it; None: the text begins here.
-        num_taken_out: of its output, tokens at the end that were taken out of the sequence again.
+        checker: judge of when it ends and what text is final; None: it only computes the prompt's KV.
+        logits_start: position from which on logits go to on_logits; None: no logits wanted.
+        on_logits: callback for these; after a preemption in the midst of them positions may come twice.
+        seat: place at a layer gate; None: it goes through all layers.
+        earlier_output_ids: tokens that were generated on the sequence before, for presence and frequency penalties.
+        detokenizer: state of the text after the generation before on the sequence; None: the text begins here.
+        num_taken_out: tokens at the end of its output that were taken out of the sequence again.
         num_cached_tokens: prompt tokens whose KV was found and not computed, at first admission; whole blocks, since
             by more one could learn another's prompt token by token.
         output_token_ids, logprobs, signals: one entry a generated token.
@@ -170,7 +170,12 @@ class Request:
 
     @property
     def uses_cache(self) -> bool:
-        """Cached tokens have no logits and no hidden states: who wants those of its prompt computes it whole."""
-        if self.seat is not None and self.seat.sees_all:
-            return False
-        return self.logits_start is None or self.logits_start >= len(self.sequence.token_ids) - 1
+        """Cached tokens have no logits and no hidden states: where those of its prompt are wanted it computes all."""
+        sees_all = self.seat is not None and self.seat.sees_all
+        return not sees_all and self.first_wanted == len(self.sequence.token_ids) - 1
+
+    @property
+    def first_wanted(self) -> int:
+        """Position of the first token whose logits are wanted: the last token of the sequence, or one before it."""
+        last = len(self.sequence.token_ids) - 1
+        return last if self.logits_start is None else min(last, self.logits_start)

@@ -1,14 +1,15 @@
 """Owns the model and the KV cache, and runs one `ForwardBatch`."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from minirksc.engine.batch import ForwardBatch
-from minirksc.engine.depth import Depth
-from minirksc.engine.graphs import DecodeGraphs
 from minirksc.engine.kv_tensors import KvCache
-from minirksc.engine.tapes import DecodeTapes
-from minirksc.models.decoder import Decoder, MassSample
+from minirksc.engine.recorded import Recordings
+from minirksc.models.decoder import Decoder
+from minirksc.models.hooks import LayerControl, MassSample
 
 
 class Runner:
@@ -16,10 +17,10 @@ class Runner:
 
     Args:
         model: the decoder.
-        num_blocks: of the KV cache.
-        num_window_blocks: of the layers whose window has a pool apart; 0: there are none.
+        num_blocks: blocks of the KV cache.
+        num_window_blocks: blocks of the layers whose window has a pool apart; 0: there are none.
         block_size: tokens a block.
-        kv_dtype: of the KV cache: the model's or int8.
+        kv_dtype: dtype of the KV cache: the model's or int8.
 
     Attributes:
         recorded: serves decode steps where it can; None: every step runs as it is.
@@ -29,23 +30,25 @@ class Runner:
         self, model: Decoder, num_blocks: int, num_window_blocks: int, block_size: int, kv_dtype: torch.dtype
     ) -> None:
         self.model = model
-        self.recorded: DecodeGraphs | DecodeTapes | None = None
+        self.recorded: Recordings[Any] | None = None
         self.cache = KvCache(
             model.spec, num_blocks, num_window_blocks, block_size, kv_dtype, model.device, model.backend
         )
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, depth: Depth | None = None, mass: MassSample | None = None) -> Tensor:
+    def forward(
+        self, batch: ForwardBatch, control: LayerControl | None = None, mass: MassSample | None = None
+    ) -> Tensor:
         """Copies blocks, writes the new KV, and returns logits `[rows, vocab]` float32.
 
         Args:
             batch: the step.
-            depth: its gates; the logits are then those of `depth.wanted`.
-            mass: see `Decoder.forward`.
+            control: what may take rows out between layers; their logits are not computed.
+            mass: what gains the attention mass of KV blocks, see `Decoder.forward`.
         """
         if batch.copies:
             self.cache.copy(batch.copies)
-        if self.recorded is not None and depth is None:
+        if self.recorded is not None and control is None:
             logits = self.recorded.forward(batch, mass)
             if logits is not None:
                 return logits
@@ -56,7 +59,7 @@ class Runner:
             batch.attention,
             self.cache.layers,
             batch.logits_rows,
-            depth,
+            control,
             mass,
         )
 

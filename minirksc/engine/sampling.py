@@ -22,6 +22,7 @@ from minirksc.options import SamplingParams
 
 NEG_INF = float("-inf")
 MIN_TEMPERATURE = 1e-6
+NOTHING = frozenset[int]()
 
 
 class SamplingRow(NamedTuple):
@@ -42,8 +43,24 @@ class SamplingRow(NamedTuple):
     seed: int
     path: tuple[int, ...]
     position: int
-    forbidden_ids: frozenset[int] = frozenset()
+    forbidden_ids: frozenset[int] = NOTHING
     earlier_output_ids: Sequence[int] = ()
+
+    @classmethod
+    def of(cls, request: Request, eos_token_ids: frozenset[int]) -> "SamplingRow":
+        """What the next token of a request is drawn with."""
+        params, sequence = request.params, request.sequence
+        below_minimum = len(request.output_token_ids) < params.min_tokens
+        return cls(
+            params=params,
+            token_ids=sequence.token_ids,
+            output_token_ids=request.output_token_ids,
+            seed=request.seed,
+            path=sequence.path,
+            position=len(sequence.token_ids),
+            forbidden_ids=eos_token_ids.union(params.stop_token_ids) if below_minimum else NOTHING,
+            earlier_output_ids=request.earlier_output_ids,
+        )
 
 
 class Sampled(NamedTuple):
@@ -53,7 +70,7 @@ class Sampled(NamedTuple):
         token_id: -1 when it failed.
         logprob: under the model's distribution.
         top_logprobs: the chosen token and the top k, likeliest first; None unless asked for.
-        top1_probability: of the likeliest token.
+        top1_probability: probability of the likeliest token.
         self_certainty: divergence of the uniform distribution from the model's, nats; see `minirksc.engine.signals`.
         failure: what is wrong with the row's logits; None when nothing is.
     """
@@ -69,11 +86,11 @@ class Sampled(NamedTuple):
 class Delivery(NamedTuple):
     """What a step gives a request.
 
-    Whoever reads it assumes neither that it is one token nor that this step computed it: a step that accepts drafts has
+    It need be neither one token nor what this step computed: a step that accepts drafts has
     several, and on a device that runs ahead they come a step later.
 
     Attributes:
-        request: whose tokens these are; it may have ended since they were drawn, and then they are dropped.
+        request: request that gains the tokens; it may have ended since they were drawn, and then they are dropped.
         tokens: one or more, in the order of their positions; after one that ends the request the rest are dropped.
     """
 
@@ -83,15 +100,17 @@ class Delivery(NamedTuple):
 
 def uniform(seed: int, path: tuple[int, ...], position: int) -> float:
     """The random number of that key, uniform in [0, 1) with 53 bits."""
-    key = ":".join(map(str, (seed, position, *path))).encode()
-    digest = hashlib.blake2b(key, digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
+    return (_hash(":".join(map(str, (seed, position, *path)))) >> 11) / (1 << 53)
 
 
 def derived_seed(seed: int, number: int) -> int:
     """The seed of one of many that were not given any: far from all others, since samples of a prompt count up."""
-    digest = hashlib.blake2b(f"seed {seed} {number}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+    return _hash(f"seed {seed} {number}")
+
+
+def _hash(key: str) -> int:
+    """64 bits of a key."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
 
 
 def sample(
@@ -110,7 +129,7 @@ def sample(
     """
     sure = confidence(logits)
     token_ids = sure.argmax
-    changed = [i for i, row in enumerate(rows) if not _is_plain_greedy(row)]
+    changed = [i for i, row in enumerate(rows) if row.params.temperature != 0 or _changes_logits(row)]
     if len(changed) == len(rows) and not any(map(_changes_logits, rows)):
         token_ids = _choose(logits, rows, draw)
     elif changed:
@@ -170,10 +189,6 @@ def _ranked(token_id: int, logprob: float, ids: list[int], values: list[float], 
     top = dict(zip(ids[:k], values[:k], strict=True))
     top.setdefault(token_id, logprob)
     return top
-
-
-def _is_plain_greedy(row: SamplingRow) -> bool:
-    return row.params.temperature == 0 and not _changes_logits(row)
 
 
 def _changes_logits(row: SamplingRow) -> bool:

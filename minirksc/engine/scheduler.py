@@ -10,6 +10,7 @@ Pure bookkeeping: knows blocks and tokens, neither torch nor the model.
 
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import chain
 
 from minirksc.cache.rsbcm import BlockBytes, BlockCopy, BlockManager
 from minirksc.engine.request import Request, RequestState, Sequence
@@ -28,7 +29,7 @@ class ScheduledRequest:
     first: int
     num_tokens: int
     copies: list[BlockCopy]
-    is_decode: bool
+    is_decode: bool = False
 
     @property
     def completes(self) -> bool:
@@ -44,39 +45,38 @@ class Schedule:
     ended: list[Request] = field(default_factory=list)
 
 
+@dataclass(eq=False)
 class Scheduler:
     """Queues of requests over one `BlockManager`.
 
-    Args:
-        blocks: the block manager.
+    Attributes:
+        blocks: block manager whose tables the requests' sequences are in.
         max_batch_tokens: tokens a step.
         max_batch_requests: requests that run at once.
-        block_bytes: of one block's KV, for messages.
+        block_bytes: bytes of one block's KV, for messages.
         prefix_caching: False: no request adopts cached blocks.
-        switch_len: a longer sequence has other KV at all its positions (see `ArchSpec.switch_len`); None: none has.
+        switch_len: length beyond which a sequence has other KV at all its positions (see `ArchSpec.switch_len`);
+            None: there is no such length.
+        requests: all that have not finished, by seq_id, in order of arrival.
+        waiting: requests that are to be admitted, the next one first.
+        running: requests that have blocks and are computed, in order of admission.
+        idle: kept sequences that hold blocks; least recently used first.
+        num_preemptions: times that blocks of a live sequence were taken back.
+        num_cached_tokens: prompt tokens that were found. A request counts once: not what it finds after a preemption.
     """
 
-    def __init__(
-        self,
-        blocks: BlockManager,
-        max_batch_tokens: int,
-        max_batch_requests: int,
-        block_bytes: BlockBytes,
-        prefix_caching: bool = True,
-        switch_len: int | None = None,
-    ) -> None:
-        self.blocks = blocks
-        self.max_batch_tokens = max_batch_tokens
-        self.max_batch_requests = max_batch_requests
-        self.block_bytes = block_bytes
-        self.prefix_caching = prefix_caching
-        self.switch_len = switch_len
-        self.requests: dict[int, Request] = {}  # that have not finished, by seq_id, in order of arrival
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
-        self.idle: dict[int, Sequence] = {}  # kept sequences that hold blocks; least recently used first
-        self.num_preemptions = 0
-        self.num_cached_tokens = 0  # a request counts once, what it finds again after a preemption does not
+    blocks: BlockManager
+    max_batch_tokens: int
+    max_batch_requests: int
+    block_bytes: BlockBytes
+    prefix_caching: bool = True
+    switch_len: int | None = None
+    requests: dict[int, Request] = field(default_factory=dict, init=False)
+    waiting: deque[Request] = field(default_factory=deque, init=False)
+    running: list[Request] = field(default_factory=list, init=False)
+    idle: dict[int, Sequence] = field(default_factory=dict, init=False)
+    num_preemptions: int = field(default=0, init=False)
+    num_cached_tokens: int = field(default=0, init=False)
 
     @property
     def has_work(self) -> bool:
@@ -108,9 +108,10 @@ class Scheduler:
         self.idle.clear()
 
     def keep(self, sequence: Sequence) -> None:
-        """Registers an idle sequence that holds blocks and may lose them under pressure."""
+        """Registers an idle sequence: if it holds blocks, it may lose them under pressure."""
         self.idle.pop(sequence.seq_id, None)
-        self.idle[sequence.seq_id] = sequence
+        if sequence.seq_id in self.blocks:
+            self.idle[sequence.seq_id] = sequence
 
     def finish(self, request: Request) -> None:
         """Takes a request out at any moment of its life; its blocks are released unless they are kept."""
@@ -120,23 +121,15 @@ class Scheduler:
         elif request in self.waiting:
             self.waiting.remove(request)
         request.state = RequestState.FINISHED
-        sequence = request.sequence
-        if sequence.seq_id not in self.blocks:
-            if not sequence.kept:
-                self.blocks.forget(sequence.seq_id)
-            return
-        if sequence.kept:
-            self.keep(sequence)
+        if request.sequence.kept:
+            self.keep(request.sequence)
         else:
-            self.blocks.free(sequence.seq_id)
+            self.blocks.free(request.sequence.seq_id)
 
     def release(self, sequence: Sequence) -> None:
         """Forgets a kept sequence and its blocks."""
         self.idle.pop(sequence.seq_id, None)
-        if sequence.seq_id in self.blocks:
-            self.blocks.free(sequence.seq_id)
-        else:
-            self.blocks.forget(sequence.seq_id)
+        self.blocks.free(sequence.seq_id)
 
     def schedule(self) -> Schedule:
         """Chooses the next step and reserves its blocks."""
@@ -147,13 +140,12 @@ class Scheduler:
                 continue  # preempted by one before it, or for the next step
             if self._is_outdated(request.sequence):
                 self._requeue(request)
-                continue
-            item = self._schedule_running(request, budget, step)
-            if item is not None:
+            elif (item := self._go_on(request, budget, step)) is not None:
                 budget -= item.num_tokens
                 step.scheduled.append(item)
-        budget = self.max_batch_tokens - sum(item.num_tokens for item in step.scheduled)
-        self._admit(budget, step)
+        # What was preempted after it had been scheduled has nothing in this step, copies into its blocks included.
+        step.scheduled = [item for item in step.scheduled if item.request.state is RequestState.RUNNING]
+        self._admit(self.max_batch_tokens - sum(item.num_tokens for item in step.scheduled), step)
         return step
 
     def commit(self, items: list[ScheduledRequest]) -> None:
@@ -166,27 +158,35 @@ class Scheduler:
     def preempt_all(self) -> None:
         """Gives up the blocks of all that runs; for a step that was interrupted before its KV was written."""
         while self.running:
-            self._preempt(self.running[-1], Schedule())
+            self._preempt(self.running[-1])
 
     def _num_pending(self, request: Request) -> int:
         sequence = request.sequence
         return len(sequence.token_ids) - self.blocks.num_tokens(sequence.seq_id)
 
-    def _schedule_running(self, request: Request, budget: int, step: Schedule) -> ScheduledRequest | None:
+    def _num_next(self, request: Request, budget: int) -> int:
+        """Tokens of a request with a table that the step computes; 0: it waits for a step that holds it whole.
+
+        Gates decide at the end of a prompt: one at a gate is not cut where a later step has room for all of it.
+        """
+        num_pending = self._num_pending(request)
+        num_tokens = min(num_pending, budget, self.blocks.max_chunk_tokens)
+        is_cut = num_tokens < num_pending <= self.max_batch_tokens - len(self.running)
+        must_wait = request.seat is not None and is_cut and num_tokens < self.blocks.max_chunk_tokens
+        return 0 if must_wait else num_tokens
+
+    def _go_on(self, request: Request, budget: int, step: Schedule) -> ScheduledRequest | None:
+        """The next tokens of a running request, for which others are preempted; None: it waits, or was preempted."""
         seq_id = request.sequence.seq_id
-        first = self.blocks.num_tokens(seq_id)
-        num_tokens = min(self._num_pending(request), budget, self.blocks.windows.max_chunk_tokens)
-        if self._should_wait(request, num_tokens, self._num_pending(request)):
+        first, num_tokens = self.blocks.num_tokens(seq_id), self._num_next(request, budget)
+        if num_tokens == 0:
             return None
-        while not self.blocks.can_reserve(seq_id, first + num_tokens):
-            if self._reclaim():
-                continue
-            victim = self.running[-1]
-            if victim is request and len(self.running) == 1:
+        while not self._make_room(seq_id, first + num_tokens):
+            if len(self.running) == 1:
                 self._end_for_room(request, step)
-                return None
-            self._preempt(victim, step)
-            if victim is request:
+            else:
+                self._preempt(self.running[-1])
+            if request.state is not RequestState.RUNNING:
                 return None
         copies = self.blocks.reserve(seq_id, first + num_tokens)
         is_decode = num_tokens == 1 and first >= request.num_prompt_tokens
@@ -198,119 +198,97 @@ class Scheduler:
             request = self.waiting.popleft()
             if self._leader_is_computing(request):
                 deferred.append(request)
-                continue
-            item = self._try_admit(request, budget)
-            if item is None:
+            elif (item := self._begin(request, budget)) is not None:
+                step.scheduled.append(item)
+                budget -= item.num_tokens
+            elif self.running or step.ended:
                 self.waiting.appendleft(request)
-                if self.running or step.ended:
-                    break
-                self.waiting.popleft()
+                break
+            else:
                 self._end_for_room(request, step)
-                continue
-            step.scheduled.append(item)
-            budget -= item.num_tokens
         self.waiting.extendleft(reversed(deferred))
 
-    def _try_admit(self, request: Request, budget: int) -> ScheduledRequest | None:
-        """Opens the request's table and reserves its first chunk; None, nothing changed: no room now."""
+    def _begin(self, request: Request, budget: int) -> ScheduledRequest | None:
+        """The first tokens of a waiting request; None, nothing changed: no room now."""
         sequence, blocks = request.sequence, self.blocks
-        seq_id = sequence.seq_id
+        seq_id, tokens = sequence.seq_id, sequence.token_ids
         if self._is_outdated(sequence):
             blocks.free(seq_id)
         is_new = seq_id not in blocks
         copies: list[BlockCopy] = []
         if is_new:
-            use_cache = self.prefix_caching and request.uses_cache
             copies = blocks.add(
-                seq_id,
-                sequence.token_ids,
-                salt=self._salt(sequence),
-                depth=sequence.depth,
-                use_cache=use_cache,
+                seq_id, tokens, salt=self._salt(sequence), depth=sequence.depth, use_cache=self._uses_cache(request)
             )
-        else:
+        elif blocks.num_tokens(seq_id) > request.first_wanted:
             # Logits come only from computing: where they are wanted of a token whose KV is there, do it again.
-            last = len(sequence.token_ids) - 1
-            first = last if request.logits_start is None else min(last, request.logits_start)
-            if blocks.num_tokens(seq_id) > first:
-                blocks.rewind(seq_id, first)
-        cached = blocks.num_tokens(seq_id)
-        num_tokens = min(len(sequence.token_ids) - cached, budget, blocks.windows.max_chunk_tokens)
-        if self._should_wait(request, num_tokens, len(sequence.token_ids) - cached):
+            blocks.rewind(seq_id, request.first_wanted)
+        first, num_tokens = blocks.num_tokens(seq_id), self._num_next(request, budget)
+        # Room for the whole prompt is asked for at once: a chunk that starts and cannot end helps nobody.
+        if num_tokens == 0 or not self._make_room(seq_id, first + num_tokens, len(tokens)):
             if is_new:
                 blocks.free(seq_id, returns=True)
             return None
-        # Room for the whole prompt is asked for at once: a chunk that starts and cannot end helps nobody.
-        while not (
-            blocks.can_hold(seq_id, len(sequence.token_ids)) and blocks.can_reserve(seq_id, cached + num_tokens)
-        ):
-            if not self._reclaim():
-                if is_new:
-                    blocks.free(seq_id, returns=True)
-                return None
         if request.num_cached_tokens is None:
-            found = cached if is_new else 0
-            request.num_cached_tokens = found - found % blocks.block_size
-            self.num_cached_tokens += found
+            num_found = first if is_new else 0
+            request.num_cached_tokens = num_found - num_found % blocks.block_size
+            self.num_cached_tokens += num_found
         request.state = RequestState.RUNNING
-        self.running.append(request)  # before its blocks change, so that `preempt_all` knows of them
-        copies = copies + blocks.reserve(seq_id, cached + num_tokens)
-        return ScheduledRequest(request, cached, num_tokens, copies, is_decode=False)
+        self.running.append(request)
+        copies = copies + blocks.reserve(seq_id, first + num_tokens)
+        return ScheduledRequest(request, first, num_tokens, copies)
 
-    def _should_wait(self, request: Request, num_tokens: int, num_pending: int) -> bool:
-        """True when a request at a gate would be cut now and fits whole into a later step: gates decide at its end."""
-        is_cut = num_tokens < num_pending <= self.max_batch_tokens - len(self.running)
-        return request.seat is not None and is_cut and num_tokens < self.blocks.windows.max_chunk_tokens
+    def _uses_cache(self, request: Request) -> bool:
+        return self.prefix_caching and request.uses_cache
 
     def _leader_is_computing(self, request: Request) -> bool:
         """True when a running prefill will soon offer more of this prompt than the cache does now."""
-        sequence = request.sequence
-        if not self.prefix_caching or not request.uses_cache or sequence.seq_id in self.blocks:
+        if not self._uses_cache(request) or request.sequence.seq_id in self.blocks:
             return False
-        tokens = sequence.token_ids
+        tokens, salt, size = request.sequence.token_ids, self._salt(request.sequence), self.blocks.block_size
         leaders = [
-            r
+            r.sequence.token_ids
             for r in self.running
-            if self._salt(r.sequence) == self._salt(sequence)
+            if r.sequence.token_ids[:size] == tokens[:size]
+            and self._salt(r.sequence) == salt
             and self._num_pending(r) > 1
-            and r.sequence.token_ids[: self.blocks.block_size] == tokens[: self.blocks.block_size]
         ]
         if not leaders:
             return False
-        worth_waiting = self.blocks.match(tokens, self._salt(sequence)) + self.blocks.block_size
+        worth_waiting = self.blocks.match(tokens, salt) + size
         prefix = tokens[:worth_waiting]
-        return worth_waiting < len(tokens) and any(r.sequence.token_ids[:worth_waiting] == prefix for r in leaders)
+        return worth_waiting < len(tokens) and any(leader[:worth_waiting] == prefix for leader in leaders)
+
+    def _make_room(self, seq_id: int, num_tokens: int, total: int = 0) -> bool:
+        """Takes blocks of what is not running until a table can be extended (see `can_reserve`); False: it cannot."""
+        while not self.blocks.can_reserve(seq_id, num_tokens, total):
+            if not self._reclaim():
+                return False
+        return True
 
     def _reclaim(self) -> bool:
         """Takes the blocks of one sequence that is not running; False: none holds any.
 
         Idle ones first, least recently used first; then those whose request came last.
         """
-        idle = next(iter(self.idle), None)
-        if idle is None:
-            waiting = (r.sequence.seq_id for r in reversed(self.waiting))
-            victim = next((seq_id for seq_id in waiting if seq_id in self.blocks), None)
-            if victim is None:
-                return False
-            self.blocks.free(victim, returns=True)
-        else:
-            del self.idle[idle]
-            self.blocks.free(idle, returns=True)
+        waiting = (request.sequence.seq_id for request in reversed(self.waiting))
+        victim = next((seq_id for seq_id in chain(self.idle, waiting) if seq_id in self.blocks), None)
+        if victim is None:
+            return False
+        self.idle.pop(victim, None)
+        self.blocks.free(victim, returns=True)
         self.num_preemptions += 1
         return True
 
-    def _preempt(self, request: Request, step: Schedule) -> None:
-        # What it was given in this very step goes back too, copies into its blocks included.
-        step.scheduled = [item for item in step.scheduled if item.request is not request]
+    def _preempt(self, request: Request) -> None:
         self._requeue(request)
         self.num_preemptions += 1
 
     def _requeue(self, request: Request) -> None:
         """Takes a running request's blocks; it is the next to be admitted, and computed anew."""
         self.running.remove(request)
-        if request.sequence.seq_id in self.blocks:
-            returns = not self._is_outdated(request.sequence)  # of an outdated one nothing is wanted again
-            self.blocks.free(request.sequence.seq_id, returns=returns)
+        returns = not self._is_outdated(request.sequence)  # of an outdated one nothing is wanted again
+        self.blocks.free(request.sequence.seq_id, returns=returns)
         request.state = RequestState.WAITING
         self.waiting.appendleft(request)
 

@@ -1,92 +1,44 @@
-"""A session: what somebody does on one engine. Requests run to their end; branches are made, extended and scored.
+"""A session: work on one engine. Requests run to their end; branches are made, extended and scored.
 
 Everything here is a loop over `Engine.step`. It knows neither how a model was loaded nor what the branches are for:
 `minirksc.llm` is above it, and the solver.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from minirksc.cache.eviction_log import Eviction as Eviction
+from minirksc.cache.eviction import Eviction as Eviction
 from minirksc.engine.branch import Branch, BranchProgress, branch_list
 from minirksc.engine.calls import Call
 from minirksc.engine.engine import Engine
-from minirksc.engine.gates import DepthGate, Seat
+from minirksc.engine.gates import LayerGate, Seat
+from minirksc.engine.open_engine import OpenEngine
 from minirksc.engine.outputs import Job
-from minirksc.engine.prompts import Conversation, Params, Prompt, either_params, one_or_many, params_list, read_prompt
-from minirksc.engine.request import Request, Salt, salt_key
+from minirksc.engine.prompts import Params, Prompt, either_params, one_or_many, params_list
+from minirksc.engine.request import Request, Salt
 from minirksc.engine.scoring import score_requests
 from minirksc.engine.stats import Stats, runs_on
-from minirksc.errors import (
-    BranchError,
-    ConfigError,
-    EngineClosedError,
-    MinirkscError,
-    NumericalError,
-    TokenizerError,
-    brief,
-    named,
-)
-from minirksc.models.spec import ArchSpec
+from minirksc.errors import BranchError, ConfigError, MinirkscError, NumericalError, brief, named
 from minirksc.options import EngineConfig, SamplingParams
 from minirksc.text.tokenizer import Tokenizer as Tokenizer
 from minirksc.token_ids import is_list, plain, read_token_ids
 
 
-class Session:
-    """Work on one engine.
-
-    Args:
-        engine: that computes.
-        config: it was made with, max_model_len resolved.
-        model_path: folder of its weights.
-
-    Attributes:
-        config, model_path: as given.
-        spec: the architecture.
-        tokenizer: None when the folder has none; token ids still work.
-    """
+class Session(OpenEngine):
+    """Work on one engine; arguments and attributes are those of `OpenEngine`."""
 
     def __init__(self, engine: Engine, config: EngineConfig, model_path: Path) -> None:
-        self._engine: Engine | None = engine
-        self.config = config
-        self.model_path = model_path
-        self.spec: ArchSpec = engine.runner.model.spec
-        self.tokenizer: Tokenizer | None = engine.tokenizer
+        super().__init__(engine, config, model_path)
         self._lenses: dict[tuple[int, ...] | None, Callable[[Tensor], Tensor]] = {}
 
-    @property
-    def engine(self) -> Engine:
-        """The engine below.
-
-        Raises:
-            EngineClosedError: after close().
-        """
-        if self._engine is None:
-            raise EngineClosedError(f"LLM({self.config.model!r}) was closed; make a new one")
-        return self._engine
-
-    @property
-    def closed(self) -> bool:
-        """True after close()."""
-        return self._engine is None
-
     def close(self) -> None:
-        """Lets go of the engine; its branches cannot be used after. A second call does nothing."""
-        self._engine = None
+        """Lets go of the engine and of what was made of its weights; see `OpenEngine.close`."""
+        super().close()
         self._lenses.clear()
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            f"LLM({self.config.model!r}) holds a model and its cache, and cannot be copied or pickled; "
-            "make one in each process, with the same arguments"
-        )
 
     # Requests
 
@@ -94,14 +46,14 @@ class Session:
         """A prompt with its requests, or with the error that kept it from starting.
 
         Args:
-            call: that the requests belong to.
-            prompt: in any form that `LLM.generate` takes, or a `Conversation`.
-            params: of its samples, in any form of one.
-            salt: as of `LLM.generate`.
+            call: the call to which the requests belong.
+            prompt: prompt in any form that `LLM.generate` takes, or a `Conversation`.
+            params: sampling parameters of its samples, in any form of these.
+            salt: salt of the call, which counts where the prompt has none.
         """
         job = Job(None, [], SamplingParams())
         try:
-            job.prompt, job.token_ids, own_salt = self._encode(prompt, salt)
+            job.prompt, job.token_ids, own_salt = self.encode(prompt, salt)
             job.params = SamplingParams.of(params).resolved(self.engine.sampling_defaults)
             job.add_requests(self.engine, call, own_salt)
         except MinirkscError as error:
@@ -121,8 +73,8 @@ class Session:
         """Runs requests until all have finished.
 
         Args:
-            requests: of one call.
-            what: they are for, in the message of an error.
+            requests: requests of one call.
+            what: name of what each is for, in the message of an error.
 
         Raises:
             MinirkscError: the first error among them.
@@ -181,20 +133,20 @@ class Session:
         seats: SequenceOf[Seat | None] | None,
         salt: Salt | None,
     ) -> list[Branch]:
-        if seats is not None and len(seats) != len(prompts):
+        seats = [None] * len(prompts) if seats is None else seats
+        if len(seats) != len(prompts):
             raise ConfigError(f"{len(seats)} seats for {len(prompts)} prompts; give one each, None for none")
         SamplingParams(seed=seed)  # checks its range
         made: list[Branch] = []
         with self.engine.call() as call:
-            for index, prompt in enumerate(prompts):
+            for index, (prompt, seat) in enumerate(zip(prompts, seats, strict=True)):
                 try:
-                    _, token_ids, own_salt = self._encode(prompt, salt)
+                    _, token_ids, own_salt = self.encode(prompt, salt)
                     own_seed = self.engine.next_seed() if seed is None else seed
                     sequence = self.engine.new_sequence(token_ids, share=share, salt=own_salt, seed=own_seed)
                     sequence.kept = True
                     call.sequences.append(sequence)
                     made.append(Branch(self, sequence))
-                    seat = None if seats is None else seats[index]
                     self.engine.add_request(sequence, SamplingParams(), prefill_only=True, seat=seat, call=call)
                 except MinirkscError as error:
                     raise_named(error, "prompt", index, len(prompts))
@@ -248,7 +200,6 @@ class Session:
             if one.include_stop_str_in_output and not keep_stop:
                 raise ConfigError("keep_stop=False takes out what include_stop_str_in_output shows; leave one out")
         with self.engine.call() as call:
-            progress: list[BranchProgress] = []
             for index, (branch, one) in enumerate(zip(owned, each, strict=True)):
                 try:
                     branch.add_request(one, call)
@@ -269,7 +220,7 @@ class Session:
         branches: Iterable[Branch],
         question: Prompt | Iterable[Prompt],
         choices: Iterable[Prompt],
-        gate: DepthGate | None = None,
+        gate: LayerGate | None = None,
     ) -> Tensor:
         """How probable each choice is as the continuation of `question` after each branch.
 
@@ -293,22 +244,14 @@ class Session:
         choice_ids = self._choices(choices)
         if gate is not None and max(map(len, choice_ids)) > 1:
             raise ConfigError(f"a gate reads one row of logits a branch; choices {choice_ids} have more than one token")
-        scores = torch.full((len(owned), len(choice_ids)), math.nan)  # [branches, choices]
-        sequences = [branch.sequence for branch in owned]
         with self.engine.call() as call:
-            score_requests(
-                self.engine,
-                call,
-                sequences,
-                self._questions(question, len(owned)),
-                choice_ids,
-                SamplingParams(),
-                scores,
-                gate,
+            sequences = [branch.sequence for branch in owned]
+            scores = score_requests(
+                self.engine, call, sequences, self._questions(question, len(owned)), choice_ids, gate
             )
             self.run_all(call.requests)
-        left = [request.exit_layer is not None for request in call.requests]
-        rows = scores if gate is None else scores[[not has_left for has_left in left]]
+        # What departed has no score.
+        rows = scores if gate is None else scores[[request.exit_layer is None for request in call.requests]]
         if not rows.isfinite().all():
             raise NumericalError("the model gave NaN or infinite logits for a choice; try dtype='float32'")
         return scores.softmax(-1)
@@ -332,49 +275,6 @@ class Session:
             raise ConfigError(f"{len(items)} questions for {num_branches} branches; give one, or one a branch")
         return [self.encode_fragment(item) for item in items]
 
-    # Text
-
-    def need_tokenizer(self, what: str) -> Tokenizer:
-        """The tokenizer.
-
-        Raises:
-            TokenizerError: there is none, so `what` cannot be used.
-        """
-        if self.tokenizer is None:
-            raise TokenizerError(f"{self.model_path} has no tokenizer, so {what} cannot be used; give token ids")
-        return self.tokenizer
-
-    def encode_fragment(self, tokens: Prompt) -> list[int]:
-        """Token ids of what continues something, in any form of a prompt: text gets no BOS.
-
-        Raises:
-            ConfigError, PromptError: it is neither text nor token ids, or has a salt of its own.
-            TokenizerError: text, and there is no tokenizer.
-        """
-        piece = read_prompt(tokens)
-        if piece.salt is not None:
-            raise ConfigError(f"cache_salt {brief(piece.salt)} beside what continues a branch, which has its own salt")
-        if piece.text is None:
-            return piece.token_ids
-        return self.need_tokenizer("text").encode(piece.text, add_special_tokens=False)
-
-    def decode(self, token_ids: Iterable[int]) -> str:
-        """Text of token ids, special tokens left out; "" without a tokenizer."""
-        return "" if self.tokenizer is None else self.tokenizer.decode(read_token_ids(token_ids))
-
-    def _encode(self, prompt: Any, salt: Salt | None) -> tuple[str | None, list[int], Salt | None]:
-        """(text or None, token ids, salt) of one prompt."""
-        if isinstance(prompt, Conversation):
-            tokenizer = self.need_tokenizer("chat()")
-            options = prompt.add_generation_prompt, prompt.tools, prompt.chat_template_kwargs
-            return None, tokenizer.encode_chat(prompt.checked_messages(), *options), salt
-        text, token_ids, own_salt = read_prompt(prompt)
-        if own_salt is not None and salt is not None and salt_key(own_salt) != salt_key(salt):
-            raise ConfigError(f"a prompt's cache_salt {brief(own_salt)} is not the salt of the call; leave one out")
-        if text is not None:
-            token_ids = self.need_tokenizer("text").encode(text)
-        return text, token_ids, salt if own_salt is None else own_salt
-
     # Looking
 
     def stats(self) -> Stats:
@@ -387,10 +287,10 @@ class Session:
         return self.engine.blocks.evictions
 
     def lens(self, token_ids: Iterable[int] | None = None) -> Callable[[Tensor], Tensor]:
-        """Reads hidden states of any layer as logits; see `Decoder.lens`. Kept, since making it copies the head.
+        """Reads hidden states of any layer as logits; see `Decoder.lens`. Made once, since that copies the head.
 
         Args:
-            token_ids: whose logits; None: all of the vocabulary.
+            token_ids: tokens whose logits are read; None: all of the vocabulary.
 
         Raises:
             PromptError: a token id is none.
@@ -405,10 +305,10 @@ def raise_named(error: Exception | None, what: str, index: int, count: int) -> N
     """Raises an error, if there is one; of several things, it says which one it is about.
 
     Args:
-        error: of one of them.
-        what: they are.
-        index: of the one.
-        count: of all.
+        error: error of one of them.
+        what: name of what they are.
+        index: place of the one.
+        count: number of all.
     """
     if error is not None:
         raise error if count == 1 else named(error, f"{what} {index}")

@@ -1,13 +1,13 @@
 """What an engine has done and what it runs on, as plain data."""
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from minirksc.cache.rsbcm import BlockBytes, BlockManager
-from minirksc.engine.depth import Depth
+from minirksc.engine.gated_pass import GatedPass
 from minirksc.engine.runner import Runner
 from minirksc.engine.scheduler import ScheduledRequest, Scheduler
 from minirksc.kernels.native.ops import why_not
@@ -17,17 +17,17 @@ Stats = dict[str, Any]
 
 @dataclass(slots=True)
 class Counters:
-    """Of an engine since its start.
+    """What an engine has done since its start.
 
     Attributes:
-        num_steps: that computed something.
-        num_prefilled_tokens: computed, but for those that were sampled by the request that computes them.
-        num_decoded_tokens: sampled.
+        num_steps: steps that computed something.
+        num_prefilled_tokens: tokens that were computed, but for those that their own request has sampled.
+        num_decoded_tokens: tokens that were sampled.
         num_layer_rows: tokens times the layers that computed them.
-        num_saved_layer_rows: the same of what gates made unnecessary.
-        prefill_s: of steps that computed some prompt.
-        decode_s: of all others.
-        num_tokens_in_decode_s: sampled in these.
+        num_saved_layer_rows: the same, for what gates made unnecessary.
+        prefill_s: time of steps that computed some prompt.
+        decode_s: time of all others.
+        num_tokens_in_decode_s: tokens that were sampled in these.
     """
 
     num_steps: int = 0
@@ -40,23 +40,21 @@ class Counters:
     num_tokens_in_decode_s: int = 0
 
     def count_step(
-        self, scheduled: SequenceOf[ScheduledRequest], depth: Depth | None, num_layers: int, seconds: float
+        self, scheduled: SequenceOf[ScheduledRequest], gated: GatedPass, num_layers: int, seconds: float
     ) -> None:
         """Adds one step; what it sampled is counted token by token.
 
         Args:
             scheduled: what it computed.
-            depth: its gates.
-            num_layers: of the model.
-            seconds: that it took.
+            gated: what its gates have spared it.
+            num_layers: layers of the model.
+            seconds: time that it took.
         """
-        self.num_steps += 1
         num_rows = sum(item.num_tokens for item in scheduled)
-        num_prefilled = sum(item.num_tokens for item in scheduled if not item.is_decode)
-        if depth is not None:
-            num_prefilled -= depth.num_dropped_rows
-            self.num_saved_layer_rows += num_rows * num_layers - depth.num_layer_rows
-        self.num_layer_rows += num_rows * num_layers if depth is None else depth.num_layer_rows
+        num_prefilled = sum(item.num_tokens for item in scheduled if not item.is_decode) - gated.num_departed_rows
+        self.num_steps += 1
+        self.num_layer_rows += num_rows * num_layers - gated.num_saved_layer_rows
+        self.num_saved_layer_rows += gated.num_saved_layer_rows
         self.num_prefilled_tokens += num_prefilled
         if num_prefilled:
             self.prefill_s += seconds
@@ -69,28 +67,23 @@ def work_done(counters: Counters, scheduler: Scheduler, blocks: BlockManager, si
     """Counters since start and the state of the cache.
 
     num_layer_rows are tokens times the layers that computed them, num_saved_layer_rows those that gates made
-    unnecessary; tokens that left between layers are not in num_prefilled_tokens.
+    unnecessary; tokens that departed between layers are not in num_prefilled_tokens.
 
     Where layers with a window have a pool apart, `num_window_blocks_*` count its blocks, and `kv_bytes_used_window`
     is what they hold; all other layers are in `num_blocks_*` and `kv_bytes_used_full`.
 
     Args:
-        counters: of the engine.
-        scheduler: its own.
-        blocks: its own.
-        size: of one block.
+        counters: counters of the engine.
+        scheduler: scheduler of the engine.
+        blocks: block manager of the engine.
+        size: bytes of one block.
     """
-    windows, decode_s = blocks.windows, counters.decode_s
+    windows, done = blocks.window_counts, asdict(counters)
+    num_timed = done.pop("num_tokens_in_decode_s")
     return {
-        "num_steps": counters.num_steps,
-        "num_prefilled_tokens": counters.num_prefilled_tokens,
-        "num_decoded_tokens": counters.num_decoded_tokens,
+        **done,
+        "decode_tokens_per_s": num_timed / counters.decode_s if counters.decode_s else 0.0,
         "num_cached_tokens": scheduler.num_cached_tokens,
-        "num_layer_rows": counters.num_layer_rows,
-        "num_saved_layer_rows": counters.num_saved_layer_rows,
-        "prefill_s": counters.prefill_s,
-        "decode_s": decode_s,
-        "decode_tokens_per_s": counters.num_tokens_in_decode_s / decode_s if decode_s else 0.0,
         "num_evicted_blocks": blocks.num_evicted_blocks,
         "num_recomputed_tokens": blocks.num_recomputed_tokens,
         "num_blocks_pinned": blocks.num_pinned,
@@ -100,13 +93,13 @@ def work_done(counters: Counters, scheduler: Scheduler, blocks: BlockManager, si
         "num_blocks_cached": blocks.num_cached,
         "num_blocks_free": blocks.num_free,
         "block_size": blocks.block_size,
-        "num_window_blocks_total": windows.num_blocks,
-        "num_window_blocks_used": windows.num_used,
-        "num_window_blocks_cached": windows.num_cached,
-        "num_window_blocks_free": windows.num_free,
-        "kv_cache_bytes": blocks.num_blocks * size.full + windows.num_blocks * size.window,
+        "num_window_blocks_total": windows.total,
+        "num_window_blocks_used": windows.used,
+        "num_window_blocks_cached": windows.cached,
+        "num_window_blocks_free": windows.free,
+        "kv_cache_bytes": blocks.num_blocks * size.full + windows.total * size.window,
         "kv_bytes_used_full": blocks.num_used * size.full,
-        "kv_bytes_used_window": windows.num_used * size.window,
+        "kv_bytes_used_window": windows.used * size.window,
     }
 
 
@@ -114,9 +107,9 @@ def runs_on(runner: Runner, quantize: str, ignored_config_keys: SequenceOf[str])
     """What computes, in which precision, and what was chosen for it.
 
     Args:
-        runner: of the engine.
-        quantize: as of `EngineConfig`.
-        ignored_config_keys: as of `EngineConfig`.
+        runner: runner of the engine.
+        quantize: option of `EngineConfig`.
+        ignored_config_keys: fields of config.json that the options say to ignore.
     """
     model, spec = runner.model, runner.model.spec
     head_dims = {layer.head_dim for layer in spec.layers}

@@ -33,16 +33,16 @@ class StopChecker:
     """Follows one generation token by token.
 
     Args:
-        params: with max_tokens set.
-        eos_token_ids: end it, unless params.ignore_eos.
-        detokenizer: None: token ids only, text stays empty.
+        params: sampling parameters, with max_tokens set.
+        eos_token_ids: tokens that end it, unless params.ignore_eos.
+        detokenizer: what makes text of tokens; None: token ids only, text stays empty.
 
     Attributes:
         finish_reason: "stop" or "length" once it has ended.
         stop_reason: the stop string or the stop token id that ended it; None for EOS and length.
         text: final text so far; whole once it has ended.
         pieces: the same, as it was given out.
-        detokenizer: as the last token left it.
+        detokenizer: the same, in its state after the last token.
         num_provisional: characters at the end of the text that stand for half a character: another generation that
             goes on from here may complete it.
     """
@@ -94,19 +94,13 @@ class StopChecker:
     def flush(self) -> str:
         """The held-back text of a generation that is cut short from outside; nothing more the second time."""
         if self.finish_reason is None and not self.num_provisional:
-            self._take_rest()
+            self._held, self.num_provisional = self.held()
         return self._show()
 
     def held(self) -> tuple[str, int]:
         """(what `flush` would give out, its provisional characters); nothing changes."""
         rest = "" if self.detokenizer is None else self.detokenizer.flush()
         return self._held + rest, len(rest)
-
-    def _take_rest(self) -> None:
-        if self.detokenizer is not None:
-            rest = self.detokenizer.flush()
-            self._held += rest
-            self.num_provisional = len(rest)
 
     def _ends_at(self, token_id: int) -> bool:
         if token_id in self._params.stop_token_ids:
@@ -116,7 +110,7 @@ class StopChecker:
 
     def _end(self, reason: str) -> str:
         """Ends it after the tokens so far; the last half character, if any, comes out as it is."""
-        self._take_rest()
+        self._held, self.num_provisional = self.held()
         if self._num_tokens > self._params.min_tokens and self._find_stop():
             reason = "stop"
         if reason == "stop":
@@ -126,15 +120,11 @@ class StopChecker:
 
     def _find_stop(self) -> bool:
         """Cuts the text at the match that ends first (the longest of those that end there)."""
-        best: tuple[int, int] | None = None  # (end, begin)
-        for stop in self._stops:
-            begin = self._held.find(stop, max(0, self._num_decided - len(stop) + 1))
-            if begin >= 0 and (best is None or (begin + len(stop), begin) < best):
-                best = (begin + len(stop), begin)
-                self.stop_reason = stop
-        if best is None:
+        begins = {stop: self._held.find(stop, max(0, self._num_decided - len(stop) + 1)) for stop in self._stops}
+        matches = [(begin + len(stop), begin, stop) for stop, begin in begins.items() if begin >= 0]
+        if not matches:
             return False
-        end, begin = best
+        end, begin, self.stop_reason = min(matches)
         self._held = self._held[: end if self._params.include_stop_str_in_output else begin]
         return True
 

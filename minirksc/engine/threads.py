@@ -2,7 +2,7 @@
 
 By default one a physical core, of the CPUs that the process may run on: a second one on the same core has no
 multiplier of its own and waits for the same memory, and one without a CPU makes all others wait at every barrier.
-Whoever wants fewer has told torch already (OMP_NUM_THREADS, MKL_NUM_THREADS, torch.set_num_threads) and is obeyed.
+Where fewer are wanted torch has been told (OMP_NUM_THREADS, MKL_NUM_THREADS, torch.set_num_threads), and that counts.
 Pure functions: facts and the environment are arguments, and nothing is set here.
 """
 
@@ -18,11 +18,11 @@ BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 
 
 @dataclass(frozen=True)
-class ThreadPlan:
-    """What to do.
+class ThreadChoice:
+    """How many threads to set, and what to say.
 
     Attributes:
-        threads: to set.
+        threads: number of threads.
         warnings: what the caller should know, each with its remedy.
     """
 
@@ -30,14 +30,14 @@ class ThreadPlan:
     warnings: tuple[str, ...] = ()
 
 
-def plan_threads(asked: int | None, current: int, cpus: Cpus, environ: Mapping[str, str]) -> ThreadPlan:
+def choose_threads(asked: int | None, current: int, cpus: Cpus, environ: Mapping[str, str]) -> ThreadChoice:
     """Decides how many threads to compute with.
 
     Args:
-        asked: the option; None: choose.
-        current: what torch is set to.
-        cpus: of the process.
-        environ: variables that OpenMP has read.
+        asked: number that the option gives; None: choose.
+        current: number that torch is set to.
+        cpus: CPUs of the process.
+        environ: environment variables that OpenMP has read.
     """
     allowed = cpus.allowed
     if cpus.cores and any((environ.get(name) or "false").lower() != "false" for name in BINDING):
@@ -56,7 +56,7 @@ def plan_threads(asked: int | None, current: int, cpus: Cpus, environ: Mapping[s
     else:
         threads = min(num_cores, current)
         if told is not None and current >= num_cores < told <= num_cpus:
-            threads = told  # somebody wants two a core; torch may not say so, as MKL counts cores
+            threads = told  # two a core are wanted; torch may not say so, as MKL counts cores
         if told is not None and told > num_cpus:
             warnings.append(
                 f"OMP_NUM_THREADS={told} is more than the {_count(num_cpus)} that this process may use, so threads is "
@@ -67,7 +67,7 @@ def plan_threads(asked: int | None, current: int, cpus: Cpus, environ: Mapping[s
         if limit < wanted:
             warnings.append(f"{setting} {effect}, and there are {wanted} to use; unset it, or use threads={limit}")
             threads = threads if asked is not None else min(threads, limit)
-    return ThreadPlan(threads, tuple(warnings))
+    return ThreadChoice(threads, tuple(warnings))
 
 
 def _at_most(number: int, quota: float | None) -> int:

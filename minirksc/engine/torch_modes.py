@@ -1,4 +1,4 @@
-"""What a thread has switched on in torch, so that a step that was left half way does not leave it on for good."""
+"""What a thread has switched on in torch, so that a step that breaks off does not leave it on for good."""
 
 import torch
 

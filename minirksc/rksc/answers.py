@@ -16,6 +16,7 @@ import reprlib
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from fractions import Fraction
 from typing import Any
@@ -57,18 +58,22 @@ MAX_STATEMENTS = 4
 MAX_FRACTION_DIGITS = 30
 """Above a stroke: fractions of longer numbers are not reduced."""
 
+MAX_DECIMALS = 2000
+"""More than a number here can have: its digits, and an exponent of three."""
+
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
 _BARE_CHOICE = re.compile(r"[\s*]*(?:option\s+|choice\s+)?(?:\(([A-Ja-j])\)|([A-J])(?![\w'’]))", re.I)
 _BRACKETED_CHOICE = re.compile(r"\(([A-Ja-j])\)")
-_BOOLEAN = re.compile(r"\b(yes|no|true|false)\b", re.IGNORECASE)
-_LEADING_BOOLEAN = re.compile(r"[\s*:\"']*(yes|no|true|false)\b", re.IGNORECASE)
+_YES_OR_NO = r"(yes|no|true|false)\b"
+_BOOLEAN = re.compile(rf"\b{_YES_OR_NO}", re.IGNORECASE)
+_LEADING_BOOLEAN = re.compile(rf"[\s*:\"']*{_YES_OR_NO}", re.IGNORECASE)
 
 
 def parse_answer(text: str, kind: AnswerParser = "auto") -> str | None:
     """The answer that a text gives, in a normal form that can be compared with ==.
 
     Args:
-        text: generated text, or a reference answer.
+        text: Generated text, or a reference answer.
         kind: "number" ("$1,234.50" -> "1234.5"), "choice" ("(b)" -> "B"), "boolean" (true and yes
             -> "yes", false and no -> "no"), "text" (case and whitespace folded), "auto" (the first
             kind that fits), or a function that replaces all this.
@@ -85,7 +90,7 @@ def parse_answer(text: str, kind: AnswerParser = "auto") -> str | None:
             raise ConfigError(f"answer_parser gave {reprlib.repr(answer)}; it must give text, or None for no answer")
         return answer
     check_parser(kind)
-    return _PARSERS[kind](_plain(text))
+    return _PARSERS[kind](_read(text))
 
 
 def check_parser(kind: AnswerParser) -> None:
@@ -104,8 +109,8 @@ def choose(answers: Sequence[str | None], scores: Sequence[float], rule: str) ->
     """Which candidate to give as the answer.
 
     Args:
-        answers: parsed answer of each candidate; None does not vote.
-        scores: of the same candidates, larger is better; NaN is worse than any.
+        answers: Parsed answer of each candidate; None does not vote.
+        scores: Score of each candidate, larger is better; NaN is worse than any.
         rule: "score" (the best one), "vote" (the commonest answer; ties go to the larger sum of
             scores) or "weighted_vote" (the answer with the largest sum of scores). A vote is
             represented by the best candidate that gives the winning answer; the earlier one of
@@ -165,17 +170,29 @@ def _seen(match: re.Match[str]) -> str:
     return char if digit is None else str(digit)
 
 
-def _marked(text: str) -> tuple[str | None, bool]:
-    """What the last statement of an answer says, to the end of its box or sentence, and whether it is in a box.
+@dataclass(frozen=True)
+class _Read:
+    """A text in plain characters, and what it states.
 
-    One that says nothing is none: the text may have been cut off there.
+    Attributes:
+        text: All of it.
+        statement: What the last statement of an answer says, to the end of its box or sentence; None: there is none.
+        is_boxed: whether that is in a box.
     """
+
+    text: str
+    statement: str | None = None
+    is_boxed: bool = False
+
+
+def _read(text: str) -> _Read:
+    """Looks for a statement that says something: of the others the text may have been cut off there."""
+    text = _plain(text)
     for marker in reversed(list(_MARKER.finditer(text))[-MAX_STATEMENTS:]):
-        rest = text[marker.end() :]
-        stated = _in_box(rest) if marker["boxed"] else _sentence(rest)
-        if stated:
-            return stated, marker["boxed"] is not None
-    return None, False
+        rest, is_boxed = text[marker.end() :], marker["boxed"] is not None
+        if statement := _in_box(rest) if is_boxed else _sentence(rest):
+            return _Read(text, statement, is_boxed)
+    return _Read(text)
 
 
 def _sentence(text: str) -> str:
@@ -209,7 +226,7 @@ def _normal_number(match: re.Match[str]) -> str:
         fraction = int(match["whole"] or 0) + Fraction(value) / int(match["below"])
         if not _ends(fraction):
             return f"{sign}{fraction}"
-        with localcontext(prec=2000):  # more than it can have
+        with localcontext(prec=MAX_DECIMALS):
             value = Decimal(fraction.numerator) / Decimal(fraction.denominator)
     number = format(value, "f")
     if "." in number:
@@ -218,20 +235,14 @@ def _normal_number(match: re.Match[str]) -> str:
 
 
 def _ends(fraction: Fraction) -> bool:
-    """Whether its decimals do."""
-    below = fraction.denominator
-    for prime in (2, 5):
-        while below % prime == 0:
-            below //= prime
-    return below == 1
+    """Whether its decimals do: then its denominator divides a power of ten."""
+    return pow(10, MAX_DECIMALS, fraction.denominator) == 0
 
 
-def _number(text: str) -> str | None:
-    marked, _ = _marked(text)
-    found = None if marked is None else _stated_number(marked)
+def _number(read: _Read) -> str | None:
+    found = None if read.statement is None else _stated_number(read.statement)
     if found is None:
-        for found in _NUMBER.finditer(text):  # noqa: B007 - the last one is wanted
-            pass
+        found = next(reversed(list(_NUMBER.finditer(read.text))), None)
     return _normal_number(found) if found else None
 
 
@@ -240,29 +251,35 @@ def _stated_number(statement: str) -> re.Match[str] | None:
     return _NUMBER.search(_SPACED_SIGN.sub(r"\1", statement.rpartition("=")[2]))
 
 
-def _choice(text: str) -> str | None:
-    marked, _ = _marked(text)
-    for part in (marked, text):
-        match = _BARE_CHOICE.match(part) if part else None
-        # Without brackets only capitals: "answer is a dog" chooses nothing.
-        if match and (match[1] or match[2].isupper()) and not (part is text and _is_word(match, text)):
-            return str(match[1] or match[2]).upper()
-    letters = _BRACKETED_CHOICE.findall(text)
+def _choice(read: _Read) -> str | None:
+    for part in (read.statement, read.text):
+        match = _bare_choice(part or "")
+        if match and not (part is read.text and _is_word(match)):
+            return _letter(match)
+    letters = _BRACKETED_CHOICE.findall(read.text)
     return str(letters[-1]).upper() if letters else None
 
 
-def _is_word(match: re.Match[str], text: str) -> bool:
+def _bare_choice(text: str) -> re.Match[str] | None:
+    """Without brackets only capitals: "answer is a dog" chooses nothing."""
+    match = _BARE_CHOICE.match(text)
+    return match if match and (match[1] or match[2].isupper()) else None
+
+
+def _letter(match: re.Match[str]) -> str:
+    return str(match[1] or match[2]).upper()
+
+
+def _is_word(match: re.Match[str]) -> bool:
     """Whether a letter is none that was chosen: "A train leaves", "I think"."""
-    return match[2] in ("A", "I") and _ARTICLE.match(text, match.end()) is not None
+    return match[2] in ("A", "I") and _ARTICLE.match(match.string, match.end()) is not None
 
 
-def _boolean(text: str) -> str | None:
-    marked, _ = _marked(text)
-    for part in (marked, text):
-        match = _LEADING_BOOLEAN.match(part) if part else None
-        if match:
+def _boolean(read: _Read) -> str | None:
+    for part in (read.statement, read.text):
+        if match := _LEADING_BOOLEAN.match(part or ""):
             return _yes_or_no(match[1])
-    words = _BOOLEAN.findall(text)
+    words = _BOOLEAN.findall(read.text)
     return _yes_or_no(words[-1]) if words else None
 
 
@@ -270,36 +287,29 @@ def _yes_or_no(word: str) -> str:
     return "yes" if word.lower() in ("yes", "true") else "no"
 
 
-def _text(text: str) -> str | None:
-    marked, _ = _marked(text)
-    return _folded(marked or text)
+def _text(read: _Read) -> str | None:
+    return " ".join((read.statement or read.text).casefold().split()) or None
 
 
-def _folded(text: str) -> str | None:
-    return " ".join(text.casefold().split()) or None
-
-
-def _auto(text: str) -> str | None:
+def _auto(read: _Read) -> str | None:
     """The kind that the statement of the answer has; without one, that of the text."""
-    marked, is_boxed = _marked(text)
-    stated = marked or text
-    choice = _BARE_CHOICE.match(stated)
-    if choice and (choice[1] or (choice[2].isupper() and stated[choice.end() :].strip(" .):*") == "")):
-        return str(choice[1] or choice[2]).upper()
-    leading = _LEADING_BOOLEAN.match(stated)
-    if leading:
+    stated = read.statement or read.text
+    choice = _bare_choice(stated)
+    if choice and (choice[1] or stated[choice.end() :].strip(" .):*") == ""):
+        return _letter(choice)
+    if leading := _LEADING_BOOLEAN.match(stated):
         return _yes_or_no(leading[1])
-    if marked is None:
-        return _number(text) or _choice(text) or _folded(text)
-    found = _stated_number(marked)
-    if found is not None and is_boxed:
+    if read.statement is None:
+        return _number(read) or _choice(read) or _text(read)
+    found = _stated_number(read.statement)
+    if found is not None and read.is_boxed:
         value = found.string
         beside = value[: found.start()] + value[found.end() :]
         found = None if _NO_UNIT.search(beside) else found
-    return _normal_number(found) if found else _folded(marked)
+    return _normal_number(found) if found else _text(read)
 
 
-_PARSERS: dict[str, Callable[[str], str | None]] = {
+_PARSERS: dict[str, Callable[[_Read], str | None]] = {
     "auto": _auto,
     "number": _number,
     "choice": _choice,

@@ -1,29 +1,30 @@
-"""CGEE: what need not be computed because the outcome is clear. Cheapest gate first:
+"""CGEE (confidence-gated early exit): what need not be computed because the outcome is clear. Cheapest gate first:
 
     while decoding   consensus   no outcome of the branches under way can change the vote: they stop
-                     decode_exit one branch leads decisively: the others stop (or all do, as published), nobody is asked
-    before asking    agreement   every branch that could win gives the same answer: nobody is asked
-                     skip (G1)   one branch leads decisively by confidence: nobody is asked
-    asking (G2)      bound       the most confident are asked first; who cannot win any more, or could win only with
-                                 the answer that leads already, is not asked at all
-    inside the pass  layer_exit  (G3) a row leaves between layers once its YES - NO is clear
+                     decode exit one branch leads decisively: the others stop (or all do, as published), none is asked
+                                 about
+    before asking    agreement   every branch that could win gives the same answer: none is asked about
+                     skip        one branch leads decisively by confidence: none is asked about
+    asking           bound       the most confident are asked about first; those that cannot win any more, or could win
+                                 only with the answer that leads already, are not asked about at all
+    inside the pass  layer exit  a row leaves between layers once its YES - NO is clear
 
-consensus, agreement and bound are exact for the parsed answer: it is the one that asking everybody would give, since
+Consensus, agreement and bound are exact for the parsed answer: it is the one that asking about all would give, since
 p(YES) <= 1 and a score is p(YES) sqrt(confidence). Which of the branches that give it is named is another matter, and
-hangs on who was asked: of those who were, the best; where nobody was, the surest (the most confident). Asking everybody
-may name another one. Where no branch gives an answer, branches are what is chosen among, and exact too.
+hangs on which were asked about: of those the best; where there were none, the surest (the most confident). Asking about
+all may name another one. Where no branch gives an answer, branches are what is chosen among, and exact too.
 
-skip, decode_exit and layer_exit are approximations with thresholds, chosen by `minirksc.calibrate` so that they change
-few decisions, and reported for each result. After a decode_exit nobody is asked, unless the leader failed.
+Skip, decode exit and layer exit are approximations with thresholds, chosen by `minirksc.calibrate` so that they change
+few decisions, and reported for each result. After a decode exit none is asked about, unless the leader failed.
 
-Where this differs from the paper (arXiv 2606.09937), and `PAPER_GATES` for its own rules: a lead is over the best
-branch with *another* answer, not over the second best branch; layer exit looks at the sign and the margin of YES - NO
-through the final norm, not at the entropy of the whole vocabulary, which is low or high with the norm of the stream;
-the leader of a decode exit finishes its answer.
+Where this differs from the paper (Sekar 2026, arXiv 2606.09937), and `PAPER_GATES` for its own rules: a lead is over
+the best branch with *another* answer, not over the second best branch; layer exit looks at the sign and the margin of
+YES - NO through the final norm, not at the entropy of the whole vocabulary, which is low or high with the norm of the
+stream; the leader of a decode exit finishes its answer.
 
-Here are leads, who must still be asked, what stops decoding, and `Gates` with all thresholds; layer exits are in
-`minirksc.rksc.exits`, the order in which gates are tried in `minirksc.rksc.judge`. Nothing here knows tensors or the
-engine: a decode rule is handed the progress of each branch.
+Here are leads, which branches must still be asked about, what stops decoding, and `Gates` with all thresholds; layer
+exits are in `minirksc.rksc.exits`, the order in which gates are tried in `minirksc.rksc.judge`. Nothing here knows
+tensors or the engine: a decode rule is handed the progress of each branch.
 """
 
 import math
@@ -35,8 +36,7 @@ from typing import Protocol
 from minirksc.engine.signals import SIGNALS, TokenSignals
 from minirksc.errors import ConfigError, brief
 from minirksc.rksc.answers import choose
-from minirksc.rksc.exits import EntropyRule, MarginRule
-from minirksc.rksc.thresholds import is_count, is_number
+from minirksc.rksc.exits import EntropyRule, MarginRule, is_count, is_number
 
 # Leading
 
@@ -46,8 +46,8 @@ class Lead:
     """When the best of some values is decisive: it is at least `top`, and ahead of the rest by at least `gap`.
 
     Attributes:
-        top: least value of the best one.
-        gap: least distance to the next one.
+        top: Least value of the best one.
+        gap: Least distance to the next one.
         is_relative: the distance is relative to the best one.
     """
 
@@ -73,49 +73,48 @@ def best_and_rest(values: Sequence[float], answers: Sequence[str | None] | None)
     """(index of the largest value, that value, the largest value of a rival or 0 where there is none).
 
     Args:
-        values: of each branch.
-        answers: of each branch: one with the best one's answer is no rival. None: every other branch is.
+        values: Confidence of each branch, or another signal.
+        answers: Answer of each branch: one with the best one's answer is no rival. None: every other branch is.
     """
     best = max(range(len(values)), key=lambda i: -math.inf if math.isnan(values[i]) else values[i])
-    rivals = (value for i, value in enumerate(values) if i != best and not _same(answers, i, best))
+    own: Sequence[str | None] = [None] * len(values) if answers is None else answers
+    rivals = (value for i, value in enumerate(values) if i != best and (own[i] is None or own[i] != own[best]))
     return best, values[best], max(rivals, default=0.0)
 
 
 def leader_of(values: Sequence[float], answers: Sequence[str | None] | None, leads: Sequence[Lead]) -> int | None:
-    """Who leads by any of the rules; None: nobody does, or a value is not finite.
+    """Index of the branch that leads by any of the rules; None: there is none, or a value is not finite.
+
+    With `PAPER_GATES` this is CGEE-1, the paper's condition for skipping verification.
 
     Args:
-        values: of each branch.
-        answers: see `best_and_rest`.
-        leads: rules; none: nobody ever leads.
+        values: Confidence of each branch, or another signal.
+        answers: Answer of each branch, see `best_and_rest`.
+        leads: Rules; none: no branch ever leads.
     """
     best, top, rest = best_and_rest(values, answers)
     is_decided = all(map(math.isfinite, values)) and any(lead.holds(top, rest) for lead in leads)
     return best if is_decided else None
 
 
-def _same(answers: Sequence[str | None] | None, one: int, other: int) -> bool:
-    return answers is not None and answers[one] is not None and answers[one] == answers[other]
-
-
-# Who must still be asked
+# Which must still be asked about
 
 
 def standing(
     answers: Sequence[str | None], scores: Sequence[float | None], bounds: Sequence[float], rule: str
 ) -> tuple[int, list[int]]:
-    """Where the choice stands while some branches have not been asked.
+    """Where the choice stands while some branches have not been asked about.
 
     Args:
-        answers: of each branch; None does not vote, and under "score" is an answer of its own.
-        scores: of each branch, 0 or more; None where it has not been asked.
-        bounds: the most that each branch's score can be.
-        rule: how the answer is chosen, see `answers.choose`.
+        answers: Answer of each branch; None does not vote, and under "score" is an answer of its own.
+        scores: Score of each branch, 0 or more; None where it has not been asked about.
+        bounds: The most that each branch's score can be.
+        rule: Rule by which the answer is chosen, see `answers.choose`.
 
     Returns:
-        (the branch that leads, those that must still be asked, highest bound first). Once nobody must be asked, the
-        leader's answer is the one that `choose` would give if all scores were known; of those that give it the leader
-        is the best with a score, else the one with the highest bound.
+        (the branch that leads, those that must still be asked about, highest bound first). Once there are none of
+        these, the leader's answer is the one that `choose` would give if all scores were known; of those that give it
+        the leader is the best with a score, else the one with the highest bound.
     """
     unknown = {i for i, score in enumerate(scores) if score is None}
     low = [score or 0.0 for score in scores]
@@ -162,17 +161,17 @@ class Progress(Protocol):
 
     @property
     def num_tokens(self) -> int:
-        """Generated so far."""
+        """Number of tokens that it has generated so far."""
         ...
 
     @property
     def signals(self) -> TokenSignals:
-        """Of its tokens."""
+        """How sure the model was of each token."""
         ...
 
     @property
     def text(self) -> str:
-        """Generated so far."""
+        """Text that it has generated so far."""
         ...
 
     @property
@@ -185,14 +184,14 @@ class DecodeRule:
     """Stops branches while they are decoded: `LLM.extend` calls it after every step.
 
     Args:
-        gates: thresholds.
+        gates: Thresholds.
         mode: "keep_leader": the others stop; "stop_all" (the paper): all stop, and the answer is cut off; "off".
-        select: how the answer is chosen; under "vote" the vote may be over early.
-        parse: the answer that a finished text gives.
+        select: Rule by which the answer is chosen; under "vote" the vote may be over early.
+        parse: Reader of the answer that a finished text gives.
 
     Attributes:
-        leader: index of the branch that led decisively; None: none did.
-        consensus: the answer that the vote could not take back any more; None: it never came to that.
+        leader: Index of the branch that led decisively; None: none did.
+        consensus: Answer that the vote could not take back any more; None: it never came to that.
     """
 
     def __init__(self, gates: "Gates", mode: str, select: str, parse: Callable[[str], str | None]) -> None:
@@ -208,7 +207,7 @@ class DecodeRule:
         """Names branches to stop.
 
         Args:
-            progress: of each branch.
+            progress: Progress of each branch.
 
         Returns:
             index -> finish_reason: "early_exit" or "consensus".
@@ -247,12 +246,12 @@ class Gates:
 
     Attributes:
         exact: agreement, bound and consensus; exact for the parsed answer.
-        signal: what leads are measured on, a key of `signals.SIGNALS`.
-        skip: G1; none: never.
+        signal: Key of `signals.SIGNALS` that leads are measured on.
+        skip: Leads before which no branch is asked about; none: never.
         compares_answers: a lead is over the best branch with another answer.
-        layer_exit: G3; None: never.
-        decode_exit: leads that end decoding, after which nobody is asked; none: never.
-        decode_min_tokens: that every branch under way must have before.
+        layer_exit: Rule by which rows leave the pass of the question; None: never.
+        decode_exit: Leads that end decoding, after which no branch is asked about; none: never.
+        decode_min_tokens: Tokens that every branch under way must have before.
         source: "exact", "paper", "uncalibrated" or, of a calibration file, "calibrated".
 
     Raises:
@@ -284,7 +283,7 @@ class Gates:
 
     @property
     def is_calibrated(self) -> bool:
-        """False where an approximate gate has thresholds that nobody has tested on this model."""
+        """False where an approximate gate has thresholds that were not tested on this model."""
         return self.source in ("exact", "calibrated")
 
 

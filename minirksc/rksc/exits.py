@@ -1,16 +1,16 @@
-"""Layer exits (G3): rows leave the pass of the question once its answer is clear.
+"""Layer exit: rows leave the pass of the question between two layers, once its answer is clear (CGEE-2 of the paper).
 
 A rule holds thresholds and makes the gate of one pass. Deciding is apart from reading: `MarginExit` is fed numbers,
 `LayerExit` reads them out of hidden rows through a lens. All gates are listed in `minirksc.rksc.cgee`.
 """
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
-from minirksc.engine.gates import LEAVE, GateRows, Verdicts
-from minirksc.rksc.thresholds import is_count, is_number
+from minirksc.engine.gates import LEAVE, Decisions, GateRows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,14 +19,43 @@ if TYPE_CHECKING:
     MakeLens = Callable[[Sequence[int] | None], Lens]
 
 
+def is_number(value: object) -> bool:
+    """Whether a threshold is a finite number; True and False are none."""
+    # NaN compares false, and an int beyond all floats compares where math.isfinite would raise.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_count(value: object) -> bool:
+    """Whether a threshold is a whole number, 0 or more."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+class _Exits:
+    """What a layer exit has decided so far.
+
+    Attributes:
+        margins: row that left -> YES - NO in logits, as it was there.
+        exit_layers: row that left -> layers that it went through.
+        problems: Rows at which a number was not finite, and which went on.
+    """
+
+    def __init__(self) -> None:
+        self.margins: dict[int, float] = {}
+        self.exit_layers: dict[int, int] = {}
+        self.problems: set[int] = set()
+
+    def _leave(self, row: int, layer: int, margin: float) -> None:
+        self.margins[row], self.exit_layers[row] = margin, layer + 1
+
+
 @dataclass(frozen=True)
 class MarginRule:
     """Thresholds of `MarginExit`.
 
     Attributes:
-        margin: least |YES - NO|, in logits.
-        patience: layers in a row that it must hold with one sign.
-        start: first layer that is looked at, counted from 0; None: half of them.
+        margin: Least |YES - NO|, in logits.
+        patience: Layers in a row that it must hold with one sign.
+        start: First layer that is looked at, counted from 0; None: half of them.
         correction: (slope, offset) of each layer, from the lens's margin to an estimate of the last layer's: a lens in
             the middle of a model is biased, and has another scale (Belrose et al. 2023, arXiv 2303.08112); None: as it
             is read.
@@ -46,36 +75,26 @@ class MarginRule:
 
     def gate(self, make_lens: "MakeLens", choices: tuple[int, int], num_layers: int) -> "LayerExit":
         """The gate of one pass."""
-        return LayerExit(
-            make_lens(choices),
-            num_layers,
-            margin=self.margin,
-            patience=self.patience,
-            start=self.start,
-            correction=self.correction,
-        )
+        return LayerExit(make_lens(choices), num_layers, **asdict(self))
 
 
-class MarginExit:
+class MarginExit(_Exits):
     """Says which rows leave, by their margins of YES over NO after each layer.
 
     Args:
-        rule: thresholds.
-        num_layers: of the model.
+        rule: Thresholds.
+        num_layers: Layers of the model.
 
     Attributes:
-        layers: after which it is to be fed, counted from 0.
-        margins: of each row that left, YES - NO, corrected.
-        exit_layers: of each row that left, layers that it went through.
-        problems: rows whose margin was not finite, and so went on.
+        layers: Layers after which it is to be fed, counted from 0.
+        margins: Row that left -> YES - NO in logits, corrected.
+        exit_layers, problems: Layers of rows that left, and rows that went on, see `_Exits`.
     """
 
     def __init__(self, rule: MarginRule, num_layers: int) -> None:
+        super().__init__()
         # After the last layer there is nothing left to save.
         self.layers = range(num_layers // 2 if rule.start is None else rule.start, num_layers - 1)
-        self.margins: dict[int, float] = {}
-        self.exit_layers: dict[int, int] = {}
-        self.problems: set[int] = set()
         self._rule = rule
         self._streaks: dict[int, int] = {}  # layers in a row, negative for NO
 
@@ -83,12 +102,12 @@ class MarginExit:
         """Names the rows that leave.
 
         Args:
-            layer: that has just been computed.
-            margins: of each row that is still under way, YES - NO in logits, as the lens reads it.
+            layer: Index of the layer that has just been computed.
+            margins: row that is still under way -> YES - NO in logits, as the lens reads it.
         """
         rule = self._rule
         slope, offset = (1.0, 0.0) if rule.correction is None else rule.correction[layer]
-        left = []
+        departed = []
         for row, read in margins.items():
             margin = slope * read + offset
             is_finite = math.isfinite(margin)
@@ -100,9 +119,9 @@ class MarginExit:
             before = 0 if layer == self.layers.start else self._streaks.get(row, 0)
             self._streaks[row] = sign * (max(before * sign, 0) + 1) if is_clear else 0
             if abs(self._streaks[row]) >= rule.patience:
-                self.margins[row], self.exit_layers[row] = margin, layer + 1
-                left.append(row)
-        return left
+                self._leave(row, layer, margin)
+                departed.append(row)
+        return departed
 
 
 class LayerExit(MarginExit):
@@ -110,26 +129,16 @@ class LayerExit(MarginExit):
 
     Args:
         lens: `[rows, hidden]` of any layer -> logits `[rows, 2]` of YES and NO.
-        num_layers: of the model.
-        margin, patience, start, correction: as of `MarginRule`.
+        num_layers: Layers of the model.
+        **thresholds: Fields of `MarginRule`.
     """
 
-    def __init__(
-        self,
-        lens: "Lens",
-        num_layers: int,
-        *,
-        margin: float,
-        patience: int,
-        start: int | None = None,
-        correction: Sequence[tuple[float, float]] | None = None,
-    ) -> None:
-        lines = None if correction is None else tuple(correction)
-        super().__init__(MarginRule(margin, patience, start, lines), num_layers)
+    def __init__(self, lens: "Lens", num_layers: int, **thresholds: Any) -> None:
+        super().__init__(MarginRule(**thresholds), num_layers)
         self._lens = lens
 
-    def after_layer(self, layer: int, rows: GateRows) -> Verdicts:
-        """See `minirksc.engine.gates.DepthGate`."""
+    def after_layer(self, layer: int, rows: GateRows) -> Decisions:
+        """Lets rows leave whose last token is among these."""
         read = self._lens(rows.last()).tolist()  # [rows][2]
         margins = {row: yes - no for row, is_end, (yes, no) in zip(rows.rows, rows.ends, read, strict=True) if is_end}
         return dict.fromkeys(self.leaving(layer, margins), LEAVE)
@@ -137,7 +146,13 @@ class LayerExit(MarginExit):
 
 @dataclass(frozen=True)
 class EntropyRule:
-    """Thresholds of `EntropyExit`, see there."""
+    """Thresholds of `EntropyExit`.
+
+    Attributes:
+        entropy: The row leaves below it, nats (theta).
+        stability: Most that it may differ from the layer before, nats (epsilon).
+        start: First layer that may be left, counted from 1.
+    """
 
     entropy: float
     stability: float
@@ -150,50 +165,40 @@ class EntropyRule:
 
     def gate(self, make_lens: "MakeLens", choices: tuple[int, int], num_layers: int) -> "EntropyExit":
         """The gate of one pass."""
-        lens = make_lens(None)
-        return EntropyExit(lens, choices, num_layers, entropy=self.entropy, stability=self.stability, start=self.start)
+        return EntropyExit(make_lens(None), choices, num_layers, **asdict(self))
 
 
-class EntropyExit:
-    """The paper's layer exit: the entropy of the whole vocabulary under the lens is low and stable.
+class EntropyExit(_Exits):
+    """CGEE-2 as published: the entropy H of the whole vocabulary under the lens is low and stable.
+
+    A row leaves after layer l (counted from 1) when l >= start, H_l < theta and |H_l - H_{l-1}| < epsilon.
 
     Args:
         lens: `[rows, hidden]` of any layer -> logits `[rows, vocab]`.
-        choices: token ids of YES and NO.
-        num_layers: of the model.
-        entropy: the row leaves below it, nats (theta).
-        stability: most that it may differ from the layer before, nats (epsilon).
-        start: first layer that may be left, counted from 1.
+        choices: Token ids of YES and NO.
+        num_layers: Layers of the model.
+        **thresholds: Fields of `EntropyRule`.
 
     Attributes:
-        layers, margins, exit_layers, problems: as of `MarginExit`.
+        layers: Layers after which it is asked, counted from 0.
+        margins, exit_layers, problems: What it has decided, see `_Exits`.
     """
 
-    def __init__(
-        self,
-        lens: "Lens",
-        choices: tuple[int, int],
-        num_layers: int,
-        *,
-        entropy: float,
-        stability: float,
-        start: int,
-    ) -> None:
-        self.layers = range(max(start - 2, 0), num_layers - 1)  # one before the first, to compare with
-        self.margins: dict[int, float] = {}
-        self.exit_layers: dict[int, int] = {}
-        self.problems: set[int] = set()
+    def __init__(self, lens: "Lens", choices: tuple[int, int], num_layers: int, **thresholds: Any) -> None:
+        super().__init__()
+        self._rule = rule = EntropyRule(**thresholds)
+        self.layers = range(max(rule.start - 2, 0), num_layers - 1)  # one before the first, to compare with
         self._lens = lens
         self._choices = choices
-        self._entropy, self._stability, self._start = entropy, stability, start
         self._before: dict[int, float] = {}
 
-    def after_layer(self, layer: int, rows: GateRows) -> Verdicts:
-        """See `minirksc.engine.gates.DepthGate`."""
+    def after_layer(self, layer: int, rows: GateRows) -> Decisions:
+        """Lets rows leave whose last token is among these."""
+        rule = self._rule
         logprobs = self._lens(rows.last()).log_softmax(-1)  # [rows, vocab]
-        entropies = -(logprobs.exp() * logprobs).sum(-1)
+        entropies = -(logprobs.exp() * logprobs).sum(-1)  # [rows]
         yes, no = (logprobs[:, token_id].tolist() for token_id in self._choices)
-        left = []
+        departed = []
         for i, (row, entropy) in enumerate(zip(rows.rows, entropies.tolist(), strict=True)):
             if not rows.ends[i]:
                 continue
@@ -201,7 +206,7 @@ class EntropyExit:
                 self.problems.add(row)
             change = abs(entropy - self._before.get(row, math.inf))
             self._before[row] = entropy
-            if layer + 1 >= self._start and entropy < self._entropy and change < self._stability:
-                self.margins[row], self.exit_layers[row] = yes[i] - no[i], layer + 1
-                left.append(row)
-        return dict.fromkeys(left, LEAVE)
+            if layer + 1 >= rule.start and entropy < rule.entropy and change < rule.stability:
+                self._leave(row, layer, yes[i] - no[i])
+                departed.append(row)
+        return dict.fromkeys(departed, LEAVE)

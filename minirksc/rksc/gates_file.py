@@ -8,10 +8,10 @@ accidents, not against people who can compute one.
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from minirksc.errors import ConfigError, MinirkscError, brief
 from minirksc.json_file import read_json_object
@@ -37,12 +37,11 @@ WHOLE_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-MAX_FILE_BYTES = 16 * 1024 * 1024
-"""Of a gates file: a thousand times what one has."""
+MAX_FILE_BYTES = 10 << 20
+"""Size of a gates file, a thousand times what one has."""
 
 NUM_SAMPLES = 64
 SAMPLE_BYTES = 64 * 1024
-MAX_FILE_BYTES = 10 << 20
 MAX_HEADER_BYTES = 100 * 1024 * 1024
 
 
@@ -51,14 +50,14 @@ class GatesFile:
     """What a calibration found.
 
     Attributes:
-        gates: with source "calibrated".
-        budget: most decisions that change, as a share of problems, ...
-        confidence: ... with this probability over the calibration problems.
-        counts: problems, changed decisions and upper bound of each tested step, and what was saved.
-        data: of the calibration problems: sha256, number.
-        settings: that it holds for, see `settings_of`.
-        model: fingerprint, see `fingerprint`.
-        minirksc_version: that wrote it.
+        gates: Gates, of source "calibrated".
+        budget: Most decisions that change, as a share of problems, ...
+        confidence: Probability over the calibration problems that it is kept.
+        counts: Problems, changed decisions and upper bound of each tested step, and what was saved.
+        data: sha256 and number of the calibration problems.
+        settings: Settings that it holds for, see `settings_of`.
+        model: Fingerprint of the model, see `fingerprint`.
+        minirksc_version: Version that wrote it.
     """
 
     gates: Gates
@@ -79,18 +78,14 @@ class GatesFile:
         ]
 
 
-class HasStats(Protocol):
-    """An LLM, or a session on one."""
-
-    def stats(self) -> dict[str, Any]:
-        """What it runs on, among other things."""
-        ...
-
-
-def settings_of(config: "SolverConfig", llm: HasStats) -> dict[str, Any]:
+def settings_of(config: "SolverConfig", llm: Any) -> dict[str, Any]:
     """Everything that decides what branches say, what they are asked and how one is chosen; plain data.
 
     Neither the seed, since problems are what is drawn at random, nor what changes rounding alone.
+
+    Args:
+        config: Options of a solve.
+        llm: An `LLM`, or a session on one.
     """
     values = config.to_dict()
     sampling = {name: value for name, value in values["sampling"].items() if name not in ("seed", "max_tokens")}
@@ -111,9 +106,9 @@ def read_gates(path: str | Path, model_path: str | Path, settings: Mapping[str, 
     """The gates in a file.
 
     Args:
-        path: of the file.
-        model_path: folder of the model that they are to be used on.
-        settings: at hand, see `settings_of`; None: not compared.
+        path: Path of the file.
+        model_path: Folder of the model that they are to be used on.
+        settings: Settings at hand, see `settings_of`; None: not compared.
 
     Returns:
         The gates, source "calibrated"; "uncalibrated" where a setting is another one.
@@ -128,7 +123,7 @@ def read_gates(path: str | Path, model_path: str | Path, settings: Mapping[str, 
 
 
 def read_gates_file(path: str | Path, model_path: str | Path) -> GatesFile:
-    """All that a file says.
+    """All that a file says; see `read_gates`.
 
     Raises:
         ConfigError: there is no such file, it is none of ours, of another version, was changed, or is of another model.
@@ -154,16 +149,7 @@ def read_gates_file(path: str | Path, model_path: str | Path) -> GatesFile:
             f"calibration, and says what nobody tested; {REMEDY}"
         )
     try:
-        file = GatesFile(
-            gates=_gates(content["gates"]),
-            budget=_share(content["budget"]),
-            confidence=_share(content["confidence"]),
-            counts=_of_kind(content["counts"], dict),
-            data=_of_kind(content["data"], dict),
-            settings=_of_kind(content["settings"], dict),
-            model={name: _of_kind(digest, str) for name, digest in _of_kind(content["model"], dict).items()},
-            minirksc_version=_of_kind(content["minirksc_version"], str),
-        )
+        file: GatesFile = _read(GatesFile, content, _FILE)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:  # ConfigError is a ValueError
         raise ConfigError(f"gates {path}: a field is missing or has another form ({error}); {REMEDY}") from error
     if different := model_differences(file.model, fingerprint(model_path)):
@@ -254,22 +240,14 @@ def _weights_hash(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _gates(values: Mapping[str, Any]) -> Gates:
-    layer_exit = values["layer_exit"]
-    return Gates(
-        exact=values["exact"],
-        signal=values["signal"],
-        skip=_leads(values["skip"]),
-        compares_answers=values["compares_answers"],
-        layer_exit=None if layer_exit is None else _margin_rule(layer_exit),
-        decode_exit=_leads(values["decode_exit"]),
-        decode_min_tokens=values["decode_min_tokens"],
-        source="calibrated",
-    )
+def _read(kind: Any, values: Any, readers: Mapping[str, Callable[[Any], Any]]) -> Any:
+    """A dataclass out of plain data, which must have every field; those without a reader the class checks itself."""
+    values = _object(values)
+    return kind(**{one.name: readers.get(one.name, lambda value: value)(values[one.name]) for one in fields(kind)})
 
 
-def _leads(values: Any) -> tuple[Lead, ...]:
-    return tuple(Lead(one["top"], one["gap"], one["is_relative"]) for one in _of_kind(values, list))
+def _object(value: Any) -> dict[str, Any]:
+    return dict(_of_kind(value, dict))
 
 
 def _of_kind(value: Any, kind: type) -> Any:
@@ -284,7 +262,27 @@ def _share(value: Any) -> float:
     return value
 
 
-def _margin_rule(values: Mapping[str, Any]) -> MarginRule:
-    lines = values["correction"]
-    correction = None if lines is None else tuple((slope, offset) for slope, offset in _of_kind(lines, list))
-    return MarginRule(values["margin"], values["patience"], values["start"], correction)
+def _leads(values: Any) -> tuple[Lead, ...]:
+    return tuple(_read(Lead, one, {}) for one in _of_kind(values, list))
+
+
+def _margin_rule(values: Any) -> MarginRule | None:
+    return None if values is None else _read(MarginRule, values, {"correction": _lines})
+
+
+def _lines(values: Any) -> tuple[tuple[float, float], ...] | None:
+    return None if values is None else tuple((slope, offset) for slope, offset in _of_kind(values, list))
+
+
+_GATES = {"skip": _leads, "layer_exit": _margin_rule, "decode_exit": _leads}
+_FILE: Mapping[str, Callable[[Any], Any]] = {
+    "gates": lambda values: _read(Gates, _object(values) | {"source": "calibrated"}, _GATES),
+    "budget": _share,
+    "confidence": _share,
+    "counts": _object,
+    "data": _object,
+    "settings": _object,
+    "model": lambda values: {name: _of_kind(digest, str) for name, digest in _object(values).items()},
+    "minirksc_version": lambda value: _of_kind(value, str),
+}
+"""How each field of a file is read."""

@@ -1,9 +1,9 @@
-"""The content guard: may one wording of a problem stand for another, as far as that can be read off the text?
+"""The content guard: may one phrasing of a problem stand for another, as far as that can be read off the text?
 
-It is no statistic. Out of each wording it reads the facts on which an answer may hang, in their order: numbers,
+It is no statistic. Out of each phrasing it reads the facts on which an answer may hang, in their order: numbers,
 operators, brackets, quoted strings, option letters, and every word but a short list of those that English can
 exchange without saying something else. Each fact has one normal form: "three" is 3, "isn't" is "is not", "5 km" is
-"5 kilometers". Two wordings pass only if they give the same sequence. A fact too many is another problem, so is one
+"5 kilometers". Two phrasings pass only if they give the same sequence. A fact too many is another problem, so is one
 that is missing, and so are the same facts in another order: "Tom gives Anna 3" is not "Anna gives Tom 3".
 
 Where in doubt it refuses. Synonyms, moved clauses and other languages than English come out as differences, which
@@ -34,11 +34,11 @@ class Fact(NamedTuple):
 
 
 def refusal(root: str, branch: str) -> str | None:
-    """Why the first wording must not stand for the second.
+    """Why the first phrasing must not stand for the second.
 
     Args:
-        root: the wording whose KV would be used.
-        branch: the wording that it would stand for.
+        root: Phrasing whose KV would be used.
+        branch: Phrasing that it would stand for.
 
     Returns:
         A short reason that names what differs; None if nothing does. It is None either way round or neither.
@@ -55,7 +55,7 @@ def refusal(root: str, branch: str) -> str | None:
 
 
 def facts(text: str) -> list[Fact]:
-    """The facts of one wording, in their order."""
+    """The facts of one phrasing, in their order."""
     found: list[Fact] = []
     for pattern, replacement in _PHRASES:
         text = pattern.sub(replacement, text)

@@ -1,7 +1,7 @@
-"""Who wins: which branches of the last round to ask about, as far as the gates leave anything to ask, and which wins.
+"""Which branches of the last round to ask about, as far as the gates leave anything to ask, and which one wins.
 
-The gates themselves are in `minirksc.rksc.cgee`; here is the order in which they are tried. Indices and values go in,
-decisions come out; whoever asks is the caller.
+The gates themselves are in `minirksc.rksc.cgee`; here is the order in which they are tried, and the score. Indices and
+values go in, rulings come out; the caller does the asking.
 """
 
 import math
@@ -12,10 +12,15 @@ from minirksc.rksc.answers import choose
 from minirksc.rksc.cgee import Gates, best_and_rest, leader_of, standing
 
 ASK_FIRST = 2
-"""Branches that are asked before it is looked who can still win: one alone settles little, all settle nothing."""
+"""Branches that are asked about before it is looked which can still win: one alone settles little, all nothing."""
 
 FAILED = -math.inf
 """The score of a branch that failed while it was asked about: it gives no answer, and is worse than all others."""
+
+
+def score_of(verification: float, confidence: float | None) -> float:
+    """The paper's score: p(YES) sqrt(confidence); 0 where there is no confidence, since nothing was generated."""
+    return verification * math.sqrt(confidence or 0.0)
 
 
 @dataclass(frozen=True)
@@ -24,10 +29,10 @@ class GateNote:
 
     Attributes:
         gate: "agreement", "skip" or "bound".
-        decision: in words.
-        reason: for it, in words.
-        value: that the gate looked at; None: it looks at no number.
-        threshold: that it was held against; None: there is none.
+        decision: What it decided, in words.
+        reason: Why, in words.
+        value: Number that the gate looked at; None: it looks at none.
+        threshold: Number that it was held against; None: there is none.
         calibrated: whether the threshold was tested on this model; None: there is none.
     """
 
@@ -44,8 +49,8 @@ class Ruling:
     """Where the choice stands.
 
     Attributes:
-        best: index of the branch that wins; while some are to be asked, of one that leads.
-        ask: indices of branches to be asked about next, in this order; empty: the choice is made.
+        best: Index of the branch that wins; while some are to be asked about, of one that leads.
+        ask: Indices of branches to be asked about next, in this order; empty: the choice is made.
         notes: what gates saw and decided since the last ruling, in order.
     """
 
@@ -61,12 +66,12 @@ class Judge:
     ruling names none.
 
     Args:
-        gates: which are on.
-        select: how the answer is chosen, see `answers.choose`.
-        answers: of each branch; None: it gives none.
-        confidences: of each branch, mean probability of the likeliest token; None: it has no tokens.
-        values: of each branch, what leads are measured on: `gates.signal` of its tokens.
-        leader: index of the branch that led decisively while all were decoded, so that nobody is asked; None: none
+        gates: Gates that are on.
+        select: Rule by which the answer is chosen, see `answers.choose`.
+        answers: Answer of each branch; None: it gives none.
+        confidences: Mean probability of the likeliest token, of each branch; None: it has no tokens.
+        values: What leads are measured on: `gates.signal` of each branch's tokens.
+        leader: Index of the branch that led decisively while all were decoded, so that none is asked about; None: none
             did.
     """
 
@@ -83,16 +88,16 @@ class Judge:
         self._gates = gates
         self._select = select
         self._answers = answers
-        self._bounds = [math.sqrt(confidence or 0.0) for confidence in confidences]  # p(YES) is at most 1
+        self._bounds = [score_of(1.0, confidence) for confidence in confidences]  # p(YES) is at most 1
         self._values = values
         self._leader = leader
         self._asked: set[int] = set()
 
     def ruling(self, scores: Sequence[float | None]) -> Ruling:
-        """Says who is to be asked about next, or who wins.
+        """Says which are to be asked about next, or which one wins.
 
         Args:
-            scores: of each branch, p(YES) sqrt(confidence) or `FAILED`; None: it has not been asked, or in vain.
+            scores: Score of each branch, see `score_of`, or `FAILED`; None: it has not been asked about, or in vain.
         """
         if self._leader is not None:
             return Ruling(self._leader)
@@ -107,7 +112,7 @@ class Judge:
         return ruling
 
     def _standing(self, scores: Sequence[float | None]) -> tuple[int, list[int]]:
-        """Who leads, and who is still to be asked: whoever can change the answer, or without exact gates everybody."""
+        """Which leads, and which are still to be asked about: those that can change the answer, or all of them."""
         known = [0.0 if score is None and i in self._asked else score for i, score in enumerate(scores)]
         answers = [None if score == FAILED else answer for score, answer in zip(known, self._answers, strict=True)]
         if self._gates.exact:

@@ -2,9 +2,9 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from minirksc.engine.signals import SIGNALS, TokenSignals, mean_top1
+from minirksc.engine.signals import TokenSignals, mean_top1
 
 if TYPE_CHECKING:
     from minirksc.engine.branch import Branch
@@ -15,26 +15,26 @@ class Node:
     """One branch of the tree.
 
     Attributes:
-        node_id: its index in `Tree.nodes`.
-        parent_id: of the node that it was forked from; None in the first round.
-        branch: its tokens; pruned when it did not go on.
-        depth: round in which it was made, from 1.
-        hint: text that its answer was made to begin with.
-        num_prompt_tokens: where the answer, hint included, begins in the branch's tokens.
-        num_cached_tokens: of its prompt, found in the prefix cache.
-        num_shared_tokens: whose KV it took from others when it started.
-        num_saved_tokens: prompt tokens, counted by layers, that semantic sharing did not compute.
-        is_semantic: it runs on KV of another wording.
+        node_id: Index in `Tree.nodes`.
+        parent_id: Node that it was forked from; None in the first round.
+        branch: Branch with its tokens; pruned when it did not go on.
+        depth: Round in which it was made, from 1.
+        hint: Text that its answer was made to begin with.
+        num_prompt_tokens: Place in the branch's tokens where the answer, hint included, begins.
+        num_cached_tokens: Tokens of its prompt that were found in the prefix cache.
+        num_shared_tokens: Tokens whose KV it took from others when it started.
+        num_saved_tokens: Prompt tokens, counted by layers, that semantic sharing did not compute.
+        is_semantic: it runs on KV of another phrasing.
         is_approximate: some of its KV is not what its own tokens would give.
-        similarity: of its wording to the first; None where they were not compared, or hold NaN.
-        output_ids: generated tokens, its ancestors' included.
-        text: of output_ids.
-        signals: how sure the model was of each of output_ids.
-        verification: p(YES); None where nobody asked.
-        exit_layer: layers that the pass of the question went through, where it left early.
+        similarity: Likeness of its phrasing to the first; None where they were not compared, or hold NaN.
+        output_ids: Generated tokens, its ancestors' included.
+        text: Text of output_ids.
+        signals: Signals of how sure the model was of each of output_ids.
+        verification: p(YES); None where it was not asked about.
+        exit_layer: Layers that the pass of the question went through, where it left early.
         score: None until it has been scored.
-        error: why it failed; a failed node is not among those that go on.
-        num_tokens: prompt, hint and output_ids.
+        error: Reason why it failed; a failed node is not among those that go on.
+        num_tokens: Number of tokens: prompt, hint and output_ids.
     """
 
     node_id: int
@@ -58,6 +58,34 @@ class Node:
     error: str | None = None
     num_tokens: int = 0
 
+    def child(self, node_id: int, branch: "Branch") -> "Node":
+        """A node that goes on from here, in the next round."""
+        return Node(
+            node_id,
+            self.node_id,
+            branch,
+            depth=self.depth + 1,
+            hint="",
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_cached_tokens=self.num_cached_tokens,
+            is_semantic=self.is_semantic,
+            is_approximate=self.is_approximate,
+            similarity=self.similarity,
+            output_ids=list(self.output_ids),
+            signals=self.signals,
+        )
+
+    def read_branch(self) -> None:
+        """Takes over what the branch has generated since the node was made."""
+        self.num_tokens = self.branch.num_tokens
+        self.output_ids, self.signals = list(self.branch.output_token_ids), self.branch.signals
+        self.text = self.branch.text
+
+    @property
+    def answer_ids(self) -> list[int]:
+        """Tokens of the answer: hint and all that was generated, perhaps an end-of-sequence token last."""
+        return self.branch.token_ids[self.num_prompt_tokens :]
+
     @property
     def finished(self) -> bool:
         """True when it ended by itself."""
@@ -65,7 +93,7 @@ class Node:
 
     @property
     def confidence(self) -> float | None:
-        """Mean probability of the likeliest token over output_ids; None where there are none."""
+        """Mean probability of the likeliest token over output_ids (the paper's); None where there are none."""
         return mean_top1(self.signals) if self.signals.top1 else None
 
     @property
@@ -74,33 +102,6 @@ class Node:
         if self.is_semantic:
             return "semantic"
         return "exact" if self.num_shared_tokens else "none"
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data, without the branch; see `minirksc.trace.schema`."""
-        return {
-            "id": self.node_id,
-            "parent": self.parent_id,
-            "path": list(self.branch.path),
-            "depth": self.depth,
-            "hint": self.hint,
-            "text": self.text,
-            "token_ids": list(self.output_ids),
-            "num_tokens": self.num_tokens,
-            "num_output_tokens": len(self.output_ids),
-            "num_shared_tokens": self.num_shared_tokens,
-            "num_own_tokens": self.num_tokens - self.num_shared_tokens,
-            "num_saved_tokens": self.num_saved_tokens,
-            "sharing": self.sharing,
-            "similarity": self.similarity,
-            "confidence": self.confidence,
-            "signals": {name: finite(signal(self.signals)) for name, signal in SIGNALS.items()},
-            "verified": self.verification is not None,
-            "verification": self.verification,
-            "exit_layer": self.exit_layer,
-            "score": self.score,
-            "finish_reason": self.branch.finish_reason,
-            "error": self.error,
-        }
 
 
 def finite(value: float | None) -> float | None:

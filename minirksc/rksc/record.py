@@ -1,21 +1,15 @@
-"""What happened in a solve: noted while it runs, and put together as the trace, which is plain data.
+"""What happens in a solve, noted while it runs, as plain data.
 
-`minirksc.trace.schema` says what each key means.
+docs/trace.md says what each key means; `minirksc.rksc.results` puts the trace together.
 """
 
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from minirksc.rksc.answers import agreement
 from minirksc.rksc.node import Node, finite
-from minirksc.rksc.solver_config import SolverConfig, Tokens, plain
-from minirksc.trace.schema import SCHEMA_NAME
-from minirksc.version import __version__
 
 if TYPE_CHECKING:
     from minirksc.engine.session import Session
@@ -27,13 +21,13 @@ class Record:
     """The record of one solve, on its own clock.
 
     Args:
-        session: whose counters it reads.
+        session: Session whose counters it reads.
         on_event: called with each event as it happens.
 
     Attributes:
         events: what happened, in order; plain data, at_s and seconds since the solve began.
         gates: what each gate decided, in order; plain data.
-        stats: seconds by phase, and after `finish` what was counted meanwhile.
+        stats: Seconds by phase, and after `finish` what was counted meanwhile.
     """
 
     def __init__(self, session: "Session", on_event: Callable[[dict[str, Any]], None] | None = None) -> None:
@@ -103,60 +97,3 @@ class Record:
             for name, value in self._session.stats().items()
             if name.startswith("num_") and not name.startswith("num_blocks_")
         }
-
-
-def make_trace(
-    record: Record,
-    session: "Session",
-    nodes: Sequence[Node],
-    best: Node,
-    parsed: dict[int, str | None],
-    *,
-    config: SolverConfig,
-    seed: int,
-    problem: Tokens,
-    phrasings: Sequence[Tokens] | None,
-) -> dict[str, Any]:
-    """Puts together what happened.
-
-    Args:
-        record: finished.
-        session: that the solve ran in.
-        nodes: all that were ever made, in order.
-        best: the chosen node.
-        parsed: answers of the nodes that were left at the end, by node_id.
-        config: of the solve.
-        seed: of all branches.
-        problem: as given.
-        phrasings: as given.
-
-    Returns:
-        Data that JSON can hold, as `minirksc.trace.schema` describes it.
-    """
-    return {
-        "schema": SCHEMA_NAME,
-        "versions": {"minirksc": __version__, "torch": version("torch"), "python": platform.python_version()},
-        "model": str(session.config.model),
-        "config": config.to_dict(),
-        "seed": seed,
-        "problem": plain(problem),
-        "phrasings": plain(phrasings),
-        "nodes": [
-            {
-                **node.to_dict(),
-                # Each token as text; half a character is shown as the tokenizer does.
-                "tokens": [session.decode([token_id]) for token_id in node.output_ids],
-                "parsed": parsed.get(node.node_id),
-                "pruned": node.node_id not in parsed,
-            }
-            for node in nodes
-        ],
-        "best": best.node_id,
-        "answer": best.text,
-        "parsed": parsed[best.node_id],
-        "agreement": agreement(list(parsed.values())),
-        "events": record.events,
-        "gates": record.gates,
-        "blocks": record.blocks(),
-        "stats": dict(record.stats),
-    }

@@ -6,11 +6,12 @@ call that it belongs to in the same breath, so that all blocks go back with the 
 With share=False no branch takes a token of KV from another: each is prefilled from scratch, also
 when a deeper round begins. Paths, and with them the random numbers, are those of the shared tree.
 
-With semantic sharing a wording may run on the KV of the first one (`minirksc.rksc.asks`). Whoever is to judge such a
-branch gets `exact_branch` instead: the first wording's own KV, and the answer computed on it.
+With semantic sharing a phrasing may run on the KV of the first one (`minirksc.rksc.asks`). Verification of such a
+branch reads `exact_branch` instead: the first phrasing's own KV, and the answer computed on it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -31,21 +32,56 @@ OnStep = Callable[[Sequence["BranchProgress"]], Mapping[int, str]]
 """See `LLM.extend`."""
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a branch of the first round begins with.
+
+    Attributes:
+        prompt: Token ids of its prompt.
+        hint: Text or token ids that its answer begins with.
+        refusal: Reason why its prompt is not even compared with the first one; None: it is.
+    """
+
+    prompt: Sequence[int]
+    hint: str | Sequence[int]
+    refusal: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Plant:
+    """A branch of the first round, once its prompt has been computed.
+
+    Attributes:
+        index: Index of the branch.
+        start: What it begins with.
+        row: Index of the first branch with the same prompt, by which a probe knows the prompt.
+        root: Branch of the prompt, which all that begin with it share; a probe may have ended its prefill.
+        ground: Root that it is forked from: its own, or that of the first phrasing, which is substituted for it.
+    """
+
+    index: int
+    start: Start
+    row: int
+    root: "Branch"
+    ground: "Branch"
+
+
 class Tree:
     """Nodes and branches of one solve.
 
     Args:
-        session: computes the branches.
-        call: with whose end all its branches are released.
+        session: Session that computes the branches.
+        call: Call with whose end all its branches are released.
         share: False: every branch computes all its tokens.
-        seed: of all branches, whose paths tell their random numbers apart.
-        salt: of all branches, see `LLM.branches`.
+        seed: Seed of all branches, whose paths tell their random numbers apart.
+        salt: Salt of all branches, see `LLM.branches`.
         on_event: called with each event as it happens.
 
     Attributes:
         nodes: all that were ever made, in order.
         record: what happened.
-        seed: as given.
+        session: Session that computes the branches.
+        seed: Seed of all branches.
     """
 
     def __init__(
@@ -60,74 +96,66 @@ class Tree:
     ) -> None:
         self.nodes: list[Node] = []
         self.record = Record(session, on_event)
-        self._session = session
+        self.session = session
         self.seed = seed
         self._share = share
         self._salt = salt
         self._call = call
         self._first_root: Branch | None = None  # that others may run on
 
-    def plant(
-        self,
-        prompts: Sequence[list[int]],
-        hints: Sequence[str | Sequence[int]],
-        probe: "Probe | None" = None,
-        refusals: Sequence[str | None] = (),
-    ) -> list[Node]:
-        """The first round: one branch a prompt; equal prompts are computed once.
+    def plant(self, starts: Sequence[Start], probe: "Probe | None" = None) -> list[Node]:
+        """The first round: equal prompts are computed once, and each branch is forked from its own.
 
         Args:
-            prompts: token ids, one a branch; the first is the one that others may run on.
-            hints: how each branch's answer begins.
-            probe: compares the others with the first; None: each is computed.
-            refusals: of each prompt, why it is not even compared; None: it is.
+            starts: What each branch begins with; the first one's prompt is the one that others may run on.
+            probe: compares the other prompts with the first; None: each is computed.
         """
         nodes: list[Node] = []
         with self.record.phase("prefill", nodes) as event:
-            groups: dict[Any, list[int]] = {}
-            for index, prompt in enumerate(prompts):
-                groups.setdefault(tuple(prompt) if self._share else index, []).append(index)
-            members = list(groups.values())
-            if probe is None:
-                roots = self._roots([prompts[indices[0]] for indices in members])
-            else:
-                roots = self._probed_roots([prompts[indices[0]] for indices in members], probe, members, refusals)
-            grown: dict[int, tuple[Branch, Branch]] = {}  # index -> branch, its root
-            substituted = [place for place, root in enumerate(roots) if root.exit_layer is not None]
-            for place, (root, indices) in enumerate(zip(roots, members, strict=True)):
-                if place in substituted:
-                    continue
-                stands_for = substituted if place == 0 else []
-                own = sorted([*indices, *(i for other in stands_for for i in members[other])])
-                branches = self._fork(root, own)
-                grown.update((i, (b, root)) for i, b in zip(own, branches, strict=True))
-            for index, hint in enumerate(hints):
-                branch, root = grown[index]
-                nodes.append(self._node(branch, None, self._text_of(hint), root.num_tokens, root.num_cached_tokens))
-            if probe is not None:
-                self._note_probes(nodes, members, roots, probe, refusals)
-            self._prune([root for root in roots if not (root is roots[0] and any(n.is_approximate for n in nodes))])
+            plants = self._compute_prompts(starts, probe)
+            grown: dict[int, Branch] = {}
+            for ground in dict.fromkeys(plant.ground for plant in plants):
+                indices = [plant.index for plant in plants if plant.ground is ground]
+                grown.update(zip(indices, self._fork(ground, indices), strict=True))
+            for plant in plants:
+                hint = plant.start.hint
+                node = Node(
+                    node_id=plant.index,
+                    parent_id=None,
+                    branch=grown[plant.index],
+                    depth=1,
+                    hint=hint if isinstance(hint, str) else self.session.decode(hint),
+                    num_prompt_tokens=plant.ground.num_tokens,
+                    num_cached_tokens=plant.ground.num_cached_tokens,
+                )
+                nodes.append(node)
+                self.nodes.append(node)
+                if probe is not None and plant.row > 0:
+                    self._note_probe(plant, node, probe)
+            roots = list(dict.fromkeys(plant.root for plant in plants))
+            is_lent = any(node.is_approximate for node in nodes)
+            self._prune(roots[1:] if is_lent else roots)
             self._measure_sharing(nodes)
-            for node, hint in zip(nodes, hints, strict=True):
-                node.branch.append(hint)
-            event["num_prompts"] = len(groups)
+            for plant, node in zip(plants, nodes, strict=True):
+                node.branch.append(plant.start.hint)
+            event["num_prompts"] = len(roots)
         return nodes
 
     def exact_branch(self, node: Node) -> "Branch":
-        """A branch for whoever judges: the node's own where that is exact, else its answer on the first wording."""
+        """A branch to verify: the node's own where that is exact, else its answer on the first phrasing."""
         if not node.is_approximate:
             return node.branch
         assert self._first_root is not None
         (branch,) = self._fork(self._first_root, [0])
-        branch.append(node.branch.token_ids[node.num_prompt_tokens :])
+        branch.append(node.answer_ids)
         return branch
 
     def extend(self, nodes: Sequence[Node], params: "SamplingParams", on_step: OnStep | None = None) -> None:
         """Decodes nodes together; one that fails has an error then, and its branch is pruned.
 
         Args:
-            nodes: that go on.
-            params: of all.
+            nodes: Nodes that go on.
+            params: Sampling parameters of all.
             on_step: may stop some early, see `LLM.extend`.
 
         Raises:
@@ -136,11 +164,11 @@ class Tree:
         with self.record.phase("extend", nodes):
             error = None
             try:
-                self._session.extend([node.branch for node in nodes], params, on_step)
+                self.session.extend([node.branch for node in nodes], params, on_step)
             except NumericalError as one:
                 error = one
             for node in nodes:
-                self._read(node)
+                node.read_branch()
                 if node.branch.finish_reason == "error":
                     node.error = str(error)
         failed = [node.branch for node in nodes if node.error is not None]
@@ -152,9 +180,9 @@ class Tree:
         """The next round: survivors are forked up to `width` nodes, the others pruned.
 
         Args:
-            nodes: of this round.
-            survivors: those that go on, best first. A finished one stays as it is.
-            width: nodes of the next round.
+            nodes: Nodes of this round.
+            survivors: Nodes that go on, best first. A finished one stays as it is.
+            width: Number of nodes of the next round.
         """
         self._prune([node.branch for node in nodes if node not in survivors])
         finished = [node for node in survivors if node.finished]
@@ -165,62 +193,67 @@ class Tree:
             for index, parent in enumerate(parents):
                 num_kids = num_slots // len(parents) + (index < num_slots % len(parents))
                 for branch in self._children(parent.branch, num_kids):
-                    kids.append(self._node(branch, parent, "", parent.num_prompt_tokens, parent.num_cached_tokens))
+                    kids.append(parent.child(len(self.nodes), branch))
+                    self.nodes.append(kids[-1])
             self._prune([parent.branch for parent in parents])
             self._measure_sharing(kids)
             event["survivors"] = [node.node_id for node in survivors]
         return finished + kids
 
+    def _compute_prompts(self, starts: Sequence[Start], probe: "Probe | None") -> list[_Plant]:
+        """Computes the prompts, equal ones once where that is allowed."""
+        firsts: dict[Any, int] = {}  # prompt -> index of the first branch that has it
+        rows = [firsts.setdefault(tuple(one.prompt) if self._share else i, i) for i, one in enumerate(starts)]
+        distinct = {row: starts[row] for row in rows}
+        if probe is None:
+            roots = self._roots([start.prompt for start in distinct.values()])
+        else:
+            roots = self._probed_roots(distinct, probe)
+        root_of = dict(zip(distinct, roots, strict=True))
+        plants = []
+        for index, (start, row) in enumerate(zip(starts, rows, strict=True)):
+            root = root_of[row]
+            ground = root if root.exit_layer is None else roots[0]
+            plants.append(_Plant(index, start, row, root, ground))
+        return plants
+
+    def _probed_roots(self, starts: Mapping[int, Start], probe: "Probe") -> list["Branch"]:
+        """The first prompt is computed; the others start, and leave where the probe says so."""
+        for row, start in starts.items():
+            probe.watch(row, start.prompt)
+        (first,) = self._roots([starts[0].prompt], [Seat(probe, 0, sees_all=True)])
+        self._first_root = probe.root = first
+        others = {row: start for row, start in starts.items() if row > 0}
+        seats = [Seat(probe, row) if start.refusal is None else None for row, start in others.items()]
+        return [first, *(self._roots([start.prompt for start in others.values()], seats) if others else [])]
+
     def _roots(self, prompts: Sequence[Sequence[int]], seats: Sequence[Seat | None] | None = None) -> list["Branch"]:
         options: dict[str, Any] = {"share": self._share, "seed": self.seed, "seats": seats, "salt": self._salt}
-        self._call.sequences.extend(map(attrgetter("sequence"), roots := self._session.branches(prompts, **options)))
+        self._call.sequences.extend(map(attrgetter("sequence"), roots := self.session.branches(prompts, **options)))
         return roots
 
-    def _probed_roots(
-        self, prompts: Sequence[list[int]], probe: "Probe", members: Sequence[list[int]], refusals: Sequence[str | None]
-    ) -> list["Branch"]:
-        """The first prompt is computed; the others start, and leave where the probe says so."""
-        for row, prompt in enumerate(prompts):
-            probe.watch(row, prompt)
-        (first,) = self._roots(prompts[:1], [Seat(probe, 0, sees_all=True)])
-        self._first_root = probe.root = first
-        is_refused = [refusals[indices[0]] is not None for indices in members]
-        seats = [None if refused else Seat(probe, row) for row, refused in enumerate(is_refused)]
-        return [first, *(self._roots(prompts[1:], seats[1:]) if len(prompts) > 1 else [])]
-
-    def _note_probes(
-        self,
-        nodes: Sequence[Node],
-        members: Sequence[list[int]],
-        roots: Sequence["Branch"],
-        probe: "Probe",
-        refusals: Sequence[str | None],
-    ) -> None:
-        num_layers = self._session.spec.num_layers
-        for row, (indices, root) in enumerate(zip(members, roots, strict=True)):
-            if row == 0:
-                continue
-            is_accepted = row in probe.accepted
-            for node in (nodes[i] for i in indices):
-                node.similarity = finite(probe.similarities.get(row))
-                node.is_semantic = is_accepted
-                node.is_approximate = is_accepted and root.exit_layer is None
-                if is_accepted:
-                    node.num_saved_tokens = root.num_saved_layer_rows / num_layers
-            node, refusal = nodes[indices[0]], refusals[indices[0]]
-            if refusal is not None:
-                self.record.note("guard", decision="computed", reason=refusal, node=node)
-                continue
-            saved = f"{root.num_saved_layer_rows / num_layers:.1f} prompt tokens saved"
-            self.record.note(
-                "share",
-                decision=probe.mode if is_accepted else "computed",
-                reason=saved if is_accepted else probe.why_not(row),
-                node=node,
-                value=node.similarity,
-                threshold=probe.tau,
-                layer=probe.depth,
-            )
+    def _note_probe(self, plant: _Plant, node: Node, probe: "Probe") -> None:
+        """Puts into the node, and for the first with its prompt into the record, what the probe decided."""
+        is_accepted = plant.row in probe.accepted
+        num_saved = plant.root.num_saved_layer_rows / self.session.spec.num_layers if is_accepted else 0.0
+        node.similarity = finite(probe.similarities.get(plant.row))
+        node.is_semantic = is_accepted
+        node.is_approximate = is_accepted and plant.root.exit_layer is None
+        node.num_saved_tokens = num_saved
+        if plant.index != plant.row:
+            return
+        if plant.start.refusal is not None:
+            self.record.note("guard", decision="computed", reason=plant.start.refusal, node=node)
+            return
+        self.record.note(
+            "share",
+            decision=probe.mode if is_accepted else "computed",
+            reason=f"{num_saved:.1f} prompt tokens saved" if is_accepted else probe.why_not(plant.row),
+            node=node,
+            value=node.similarity,
+            threshold=probe.tau,
+            layer=probe.num_layers,
+        )
 
     def _fork(self, branch: "Branch", indices: Sequence[int]) -> list["Branch"]:
         """The forks with these indices: a path must not depend on what else was planted."""
@@ -244,38 +277,11 @@ class Tree:
         child.take_over(branch)
         return child
 
-    def _node(self, branch: "Branch", parent: Node | None, hint: str, num_prompt: int, num_cached: int) -> Node:
-        node = Node(
-            node_id=len(self.nodes),
-            parent_id=None if parent is None else parent.node_id,
-            branch=branch,
-            depth=1 if parent is None else parent.depth + 1,
-            hint=hint,
-            num_prompt_tokens=num_prompt,
-            num_cached_tokens=num_cached,
-        )
-        if parent is not None:
-            node.output_ids, node.signals = list(parent.output_ids), parent.signals
-            node.is_semantic, node.is_approximate = parent.is_semantic, parent.is_approximate
-            node.similarity = parent.similarity
-        self.nodes.append(node)
-        return node
-
-    def _read(self, node: Node) -> None:
-        """Takes over what the branch has generated since the node was made."""
-        branch = node.branch
-        node.num_tokens = branch.num_tokens
-        node.output_ids, node.signals = list(branch.output_token_ids), branch.signals
-        node.text = branch.text
-
     def _measure_sharing(self, nodes: Sequence[Node]) -> None:
-        """Before the first own token: a partial block is shared until someone writes into it."""
+        """Before the first own token: a partial block is shared until one of its branches writes into it."""
         for node in nodes:
             node.num_shared_tokens = max(node.branch.num_shared_tokens, node.num_cached_tokens)
 
     def _prune(self, branches: Sequence["Branch"]) -> None:
         for branch in branches:
             branch.prune()
-
-    def _text_of(self, hint: str | Sequence[int]) -> str:
-        return hint if isinstance(hint, str) else self._session.decode(hint)

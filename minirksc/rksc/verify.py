@@ -20,11 +20,12 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from minirksc.errors import ChatTemplateError, ConfigError, NumericalError
+from minirksc.errors import ChatTemplateError, NumericalError
+from minirksc.rksc.problem import Problem
+from minirksc.rksc.solver_config import SolverConfig
 
 if TYPE_CHECKING:
     from minirksc.engine.branch import Branch
-    from minirksc.engine.request import Salt
     from minirksc.engine.session import Session
     from minirksc.rksc.exits import EntropyExit, EntropyRule, LayerExit, MarginRule
     from minirksc.text.tokenizer import Tokenizer
@@ -41,8 +42,8 @@ class Candidate:
     """An answer to verify.
 
     Attributes:
-        branch: whose tokens end with the answer.
-        answer_ids: hint and generated tokens alone, without an end-of-sequence token.
+        branch: Branch whose tokens end with the answer.
+        answer_ids: Tokens of the answer alone, hint included, perhaps with an end-of-sequence token last.
     """
 
     branch: "Branch"
@@ -54,11 +55,11 @@ class Verdict:
     """What the model says about one answer.
 
     Attributes:
-        probability: p(YES) of the two answers; None where the pass failed.
-        exit_layer: layers that its row went through, where it left the pass early.
+        probability: p(YES) of the two choices; None where the pass failed.
+        exit_layer: Layers that its row went through, where it left the pass early.
         margin: YES - NO in logits, as it was there.
         saw_nan: a gate saw a hidden state that was not finite, and let the row go on.
-        error: why the pass failed.
+        error: Reason why the pass failed.
     """
 
     probability: float | None
@@ -69,82 +70,62 @@ class Verdict:
 
 
 class Verifier:
-    """Asks about answers in one style.
+    """Asks about the answers of one problem.
 
     Args:
-        session: with a tokenizer.
-        style: "append" or "standalone".
-        chat: ask in the checkpoint's chat format; plain text where it has none that can be used.
-        share: False: nothing is shared between branches.
-        salt: of the prompts that it asks with, as of the branches.
+        session: Session with a tokenizer.
+        config: Options of the solve; "none" for sharing: neither do the questions share anything.
+        problem: Problem that was solved. Where its prompt is a conversation and the checkpoint's chat format can be
+            used, the questions are one too.
 
     Raises:
-        ConfigError: the checkpoint has no tokenizer.
+        TokenizerError: the checkpoint has no tokenizer.
     """
 
-    def __init__(self, session: "Session", style: str, *, chat: bool, share: bool, salt: "Salt | None" = None) -> None:
-        if session.tokenizer is None:
-            raise ConfigError(f"{session.model_path} has no tokenizer, so nothing can be asked; use verify='never'")
+    def __init__(self, session: "Session", config: SolverConfig, problem: Problem) -> None:
+        tokenizer, style = session.need_tokenizer("a verification"), config.verify_style
         self._session = session
-        self._tokenizer = session.tokenizer
-        self._style = style
-        self._share = share
-        self._salt = salt
-        parts = _chat_parts(session.tokenizer, style) if chat and session.tokenizer.has_chat_template else None
+        self._tokenizer = tokenizer
+        self._share = config.sharing != "none"
+        self._salt = problem.salt
+        parts = _chat_parts(tokenizer, style) if problem.is_chat and tokenizer.has_chat_template else None
         self._choices = self._choice_ids(_PLAIN_CHOICES if parts is None else _CHAT_CHOICES)
         before, between, after = parts or _plain_parts(style)
-        # Only a prompt starts with BOS; the other parts continue one.
-        self._before = session.tokenizer.encode(before)
-        self._between = self._encode(between)
+        # Only a prompt starts with BOS; the other parts continue one. None: the question follows the branch.
+        self._prompt: list[int] | None = None
+        if style == "standalone":
+            self._prompt = [*tokenizer.encode(before), *self._problem_ids(problem.prompt), *self._encode(between)]
         # An answer that stopped by itself has closed its turn; the others' turns are closed here.
-        self._closing, self._question = _split_after_eos(self._encode(after), session.tokenizer)
+        self._closing, self._question = _split_after_eos(self._encode(after), tokenizer)
 
-    def ask(
-        self,
-        problem: str | Sequence[int],
-        candidates: Sequence[Candidate],
-        rule: "MarginRule | EntropyRule | None" = None,
-    ) -> list["Verdict"]:
+    def ask(self, candidates: Sequence[Candidate], rule: "MarginRule | EntropyRule | None" = None) -> list["Verdict"]:
         """Asks about candidates in one pass; the branches stay as they were.
 
         Args:
-            problem: for the standalone style: text or token ids.
-            candidates: distinct branches. One whose pass fails has an error for a verdict, and harms no other.
-            rule: lets rows leave the pass early; needs answers of one token each, see `can_exit`.
+            candidates: Distinct branches. One whose pass fails has an error for a verdict, and harms no other.
+            rule: lets rows leave the pass early; only where each choice is one token: a layer has a margin of these.
 
         Raises:
             PromptError, CacheFullError: as `LLM.score`.
         """
         gate = None
-        if rule is not None and self.can_exit:
+        if rule is not None and all(len(choice) == 1 for choice in self._choices):
             choices = (self._choices[0][0], self._choices[1][0])
             gate = rule.gate(self._session.lens, choices, self._session.spec.num_layers)
-        if self._style == "append":
-            branches = [candidate.branch for candidate in candidates]
-            closings = [[] if self._is_closed(branch) else self._closing for branch in branches]
-            return self._score(branches, [[*closing, *self._question] for closing in closings], gate)
-        return self._standalone(problem, candidates, gate)
+        if self._prompt is not None:
+            return self._standalone(self._prompt, candidates, gate)
+        branches = [candidate.branch for candidate in candidates]
+        closings = [[] if self._is_closed(branch.token_ids) else self._closing for branch in branches]
+        return self._score(branches, [[*closing, *self._question] for closing in closings], gate)
 
-    def num_tokens(self, num_prompt: int, problem: str | Sequence[int]) -> int:
-        """Tokens that stand around an answer when it is asked about.
-
-        Args:
-            num_prompt: tokens of its branch's prompt.
-            problem: as of `ask`.
-        """
-        if self._style == "standalone":
-            num_prompt = len(self._before) + len(self._problem_ids(problem)) + len(self._between)
-        return num_prompt + len(self._closing) + len(self._question)
-
-    @property
-    def can_exit(self) -> bool:
-        """True when the answers are one token each: only then does a layer have a margin between them."""
-        return all(len(choice) == 1 for choice in self._choices)
+    def num_tokens(self, num_prompt: int) -> int:
+        """Tokens that stand around an answer when it is asked about, where its branch's prompt has `num_prompt`."""
+        num_before = num_prompt if self._prompt is None else len(self._prompt)
+        return num_before + len(self._closing) + len(self._question)
 
     def _standalone(
-        self, problem: str | Sequence[int], candidates: Sequence[Candidate], gate: "LayerExit | EntropyExit | None"
+        self, prompt: list[int], candidates: Sequence[Candidate], gate: "LayerExit | EntropyExit | None"
     ) -> list[Verdict]:
-        prompt = [*self._before, *self._problem_ids(problem), *self._between]
         options: dict[str, Any] = {"share": self._share, "seed": 0, "salt": self._salt}  # any seed: nothing is sampled
         prompts = [prompt] if self._share else [prompt] * len(candidates)
         with self._session.engine.call() as call:
@@ -152,7 +133,8 @@ class Verifier:
             if self._share:
                 call.sequences.extend(map(attrgetter("sequence"), asked := asked[0].fork(len(candidates))))
             for branch, candidate in zip(asked, candidates, strict=True):
-                branch.append(candidate.answer_ids)
+                is_closed = self._is_closed(candidate.answer_ids)
+                branch.append(candidate.answer_ids[:-1] if is_closed else candidate.answer_ids)
             return self._score(asked, [[*self._closing, *self._question]] * len(asked), gate)
 
     def _score(
@@ -180,8 +162,8 @@ class Verifier:
         firsts = [ids[:1] for ids in token_ids]
         return token_ids if firsts[0] == firsts[1] else firsts
 
-    def _is_closed(self, branch: "Branch") -> bool:
-        return branch.token_ids[-1] in self._tokenizer.eos_token_ids
+    def _is_closed(self, token_ids: Sequence[int]) -> bool:
+        return bool(token_ids) and token_ids[-1] in self._tokenizer.eos_token_ids
 
     def _problem_ids(self, problem: str | Sequence[int]) -> list[int]:
         if isinstance(problem, str):

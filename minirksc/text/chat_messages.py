@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from minirksc.errors import ChatTemplateError
+from minirksc.errors import ChatTemplateError, brief
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """What messages call the text before an answer; the first that is there goes by the first two names."""
@@ -31,8 +31,8 @@ class ToolArguments(dict[str, Any]):
     """Arguments of a tool call: an object, and JSON text wherever a template takes them as text.
 
     Args:
-        values: the object.
-        text: as which they came.
+        values: The object.
+        text: JSON text as which they came.
     """
 
     def __init__(self, values: Mapping[str, Any], text: str) -> None:
@@ -60,8 +60,8 @@ class TextParts(list[TextPart]):
     """A content in parts.
 
     Attributes:
-        is_taken_apart: a template has looked at single parts.
-        is_shown: a template has shown the list as it is.
+        is_taken_apart: Whether a template has looked at single parts.
+        is_shown: Whether a template has shown the list as it is.
     """
 
     is_taken_apart = False
@@ -75,7 +75,7 @@ class Text(str):
     """A content that is text.
 
     Attributes:
-        is_taken_apart: a template has looked at it as if it were parts.
+        is_taken_apart: Whether a template has looked at it as if it were parts.
     """
 
     is_taken_apart = False
@@ -96,14 +96,14 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
     for place, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ChatTemplateError(
-                f"message {place} is {short(message)}; it must be an object with a role (text) and a content"
+                f"message {place} is {brief(message)}; it must be an object with a role (text) and a content"
             )
         content = message.get("content")
         if isinstance(content, list | tuple):
             for part in content:
                 if _text_of(part) is None:
                     raise ChatTemplateError(
-                        f'message {place} has the part {short(part)}; only {{"type": "text", "text": ...}} is taken'
+                        f'message {place} has the part {brief(part)}; only {{"type": "text", "text": ...}} is taken'
                     )
         elif content is None and not any(
             value not in (None, "", [], {}) for key, value in message.items() if key not in SILENT_FIELDS
@@ -111,7 +111,7 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
             raise ChatTemplateError(f"message {place} ({message['role']:.80}) has no content")
         elif content is not None and not isinstance(content, str):
             raise ChatTemplateError(
-                f"content of message {place} is {short(content)}; it must be text or a list of text parts"
+                f"content of message {place} is {brief(content)}; it must be text or a list of text parts"
             )
         if message.get("audio") is not None:
             raise ChatTemplateError(f"message {place} holds audio, and only text is taken; give its transcript")
@@ -124,15 +124,15 @@ def check_tools(tools: Sequence[Mapping[str, Any]] | None) -> None:
         ChatTemplateError: names it.
     """
     if tools is not None and not (isinstance(tools, list | tuple) and all(isinstance(t, Mapping) for t in tools)):
-        raise ChatTemplateError(f"tools are a list of objects, each of which describes a function, not {short(tools)}")
+        raise ChatTemplateError(f"tools are a list of objects, each of which describes a function, not {brief(tools)}")
 
 
 def template_message(message: Mapping[str, Any], knows_developer: bool) -> dict[str, Any]:
     """A checked message as plain data in the form that templates expect.
 
     Args:
-        message: as `check_messages` lets it pass.
-        knows_developer: the template has the role of that name.
+        message: Message that has passed `check_messages`.
+        knows_developer: Whether the template has the role of that name.
     """
     plain = {key: value for key, value in plain_data(message).items() if value is not None}
     refusal, call = plain.pop("refusal", None), plain.pop("function_call", None)
@@ -159,8 +159,8 @@ def suit_contents(messages: Sequence[dict[str, Any]], render: Callable[[list[dic
     """Gives contents the form that a template was seen to want, text or parts; whether any has changed.
 
     Args:
-        messages: of `template_message`, after they were rendered; changed in place.
-        render: what the template makes of others.
+        messages: Messages of `template_message`, after they were rendered; changed in place.
+        render: Function that gives what the template makes of others.
     """
     contents = [message["content"] for message in messages]
     marks = {}
@@ -199,13 +199,7 @@ def plain_data(value: Any) -> Any:
         return {str(plain_data(key)): plain_data(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain_data(item) for item in value]
-    raise ChatTemplateError(f"a chat template takes plain data only, not {type(value).__name__}: {short(value)}")
-
-
-def short(value: Any) -> str:
-    """A value for a message: its beginning."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    raise ChatTemplateError(f"a chat template takes plain data only, not {type(value).__name__}: {brief(value)}")
 
 
 def _text_of(part: Any) -> str | None:

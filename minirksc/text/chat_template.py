@@ -13,17 +13,15 @@ from typing import Any
 
 from jinja2 import TemplateError, nodes
 
-from minirksc.errors import ChatTemplateError
+from minirksc.errors import ChatTemplateError, brief
 from minirksc.json_file import read_json, read_text
-from minirksc.text.chat_messages import check_messages, check_tools, plain_data, short, suit_contents, template_message
-from minirksc.text.template_guard import MAX_CHARS, Guard, new_deadline
+from minirksc.text.chat_messages import check_messages, check_tools, plain_data, suit_contents, template_message
+from minirksc.text.template_guard import MAX_CHARS, MAX_SOURCE_CHARS, Guard, new_deadline
 from minirksc.text.template_sandbox import GUARD, Sandbox
-
-MAX_SOURCE_CHARS = 200_000
-"""Of a template; the longest published ones have 20 000."""
+from minirksc.text.tokenizer_checks import token_text
 
 MAX_FILES = 100
-"""Of a folder of templates."""
+"""Files of a folder of templates."""
 
 MAX_ERROR_CHARS = 500
 ADDRESS = re.compile(r" (object )?at 0x[0-9a-fA-F]+")
@@ -36,8 +34,8 @@ class ChatTemplate:
     """One compiled template.
 
     Args:
-        source: jinja2 text.
-        special_tokens: variables such as bos_token.
+        source: Text in jinja2's language.
+        special_tokens: Values of variables such as bos_token.
 
     Raises:
         ChatTemplateError: a syntax error, with its line.
@@ -73,10 +71,10 @@ class ChatTemplate:
         ends where the template does not take it apart.
 
         Args:
-            messages: each {"role": ..., "content": ...}.
-            add_generation_prompt: end with the beginning of the assistant's turn.
-            tools: functions that the model may call, each described by a JSON schema.
-            variables: others that the template knows, such as enable_thinking.
+            messages: Messages, each {"role": ..., "content": ...}.
+            add_generation_prompt: Whether to end with the beginning of the assistant's turn.
+            tools: Functions that the model may call, each described by a JSON schema.
+            variables: Other variables that the template knows, such as enable_thinking.
 
         Raises:
             ChatTemplateError: the messages are malformed, or the template does not know a variable or tools; it
@@ -106,12 +104,12 @@ class ChatTemplate:
 
     def _check_variables(self, variables: Mapping[str, Any], has_tools: bool) -> None:
         if not isinstance(variables, Mapping):
-            raise ChatTemplateError(f"variables of a chat template are names with values, not {short(variables)}")
+            raise ChatTemplateError(f"variables of a chat template are names with values, not {brief(variables)}")
         if taken := [name for name in ARGUMENTS if name in variables]:
             raise ChatTemplateError(f"{taken[0]} is an argument of its own, not one of the chat template's variables")
         for name in [*variables, *["tools"] * has_tools]:
             if name not in self._names:
-                raise ChatTemplateError(f"the chat template makes no use of {short(name)}; leave it out")
+                raise ChatTemplateError(f"the chat template makes no use of {brief(name)}; leave it out")
 
     def _render(self, context: dict[str, Any]) -> str:
         """The text, once contents have the form that the template wants: at first they have that which they came in."""
@@ -151,27 +149,22 @@ def load_chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, 
     tokenizer_config.json.
 
     Args:
-        folder: the checkpoint.
-        settings: content of its tokenizer_config.json.
+        folder: Folder of the checkpoint.
+        settings: Content of its tokenizer_config.json.
 
     Raises:
         ChatTemplateError: one cannot be read or has a syntax error.
     """
     sources = dict(_sources(folder, settings))
-    special = {}
-    for name, token in settings.items():
-        token = token.get("content") if isinstance(token, Mapping) else token
-        if name.endswith("_token") and isinstance(token, str):
-            special[name] = token
+    named = {name: token_text(token) for name, token in settings.items() if name.endswith("_token")}
+    special = {name: text for name, text in named.items() if text is not None}
     return {name: ChatTemplate(source, special) for name, source in sources.items()}
 
 
 def _sources(folder: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Names and texts of the templates of a folder."""
-    files = _files(folder)
-    if files:
-        for key, file in files.items():
-            yield key, read_text(file, ChatTemplateError)
+    if files := _files(folder):
+        yield from ((name, read_text(file, ChatTemplateError)) for name, file in files.items())
         return
     source, place = settings.get("chat_template"), folder / "tokenizer_config.json"
     if os.path.lexists(folder / "chat_template.json"):
@@ -187,7 +180,7 @@ def _sources(folder: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str, s
         name, text = named.get("name"), named.get("template")
         if not isinstance(name, str) or not isinstance(text, str):
             raise ChatTemplateError(
-                f"{place} has a chat template that is {short(template)}; it must be text, or a list of objects with "
+                f"{place} has a chat template that is {brief(template)}; it must be text, or a list of objects with "
                 "a name and a template"
             )
         yield name, text
@@ -195,16 +188,14 @@ def _sources(folder: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str, s
 
 def _files(folder: Path) -> dict[str, Path]:
     """Files with a template of their own, by the template's name."""
-    files = {}
     others = folder / "additional_chat_templates"
     try:
-        for file in itertools.islice(others.iterdir(), MAX_FILES) if others.is_dir() else ():
-            if file.suffix == ".jinja":
-                files[file.stem] = file
+        found = list(itertools.islice(others.iterdir(), MAX_FILES)) if others.is_dir() else []
     except OSError as error:
         raise ChatTemplateError(f"the chat templates in {others} cannot be read: {error.strerror}") from error
     default = folder / "chat_template.jinja"
-    return ({"default": default} if os.path.lexists(default) else {}) | dict(sorted(files.items()))
+    files = {"default": default} if os.path.lexists(default) else {}
+    return files | {file.stem: file for file in sorted(found) if file.suffix == ".jinja"}
 
 
 def _said(error: Exception) -> str:

@@ -11,21 +11,22 @@ a conversion, wrong in several published checkpoints. tokenizer.json comes befor
 itself what that leaves to other files: added tokens and what stands in front of a prompt.
 
 Text that spells a special token is that token, in every kind: chat templates write them so (unless
-tokenizer_config.json has `split_special_tokens`). Whoever wants text from
-strangers to be safe from this must take such spellings out of it.
+tokenizer_config.json has `split_special_tokens`). If text from strangers must be safe from this, such spellings have to
+be taken out of it first.
 """
 
 import operator
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from minirksc.errors import TokenizerError
 from minirksc.json_file import MAX_TOKENIZER_BYTES, read_bytes, read_json_object, read_text
 from minirksc.text.tekken import NAMED_TOKENS, mend_split, read_tekken
-from minirksc.text.tokenizer_checks import MAX_PREFIX_IDS, check_backend, declared_tokens, library_errors
+from minirksc.text.tokenizer_checks import MAX_PREFIX_IDS, check_backend, declared_tokens, library_errors, token_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -34,14 +35,14 @@ TOKENIZER_FILES = ("tekken.json", "tokenizer.json", "tokenizer.model")
 """What `load_codec` reads, the first of them that is there."""
 
 
-class Codec(Protocol):
+class Codec(ABC):
     """One kind of tokenizer file.
 
     Attributes:
-        vocab_size: number of tokens.
-        prefix_ids: what the file asks for in front of a prompt: BOS, as a rule.
-        special_ids: tokens that stand for no text.
-        named_tokens: bos_token, eos_token and so on, as far as the file itself says.
+        vocab_size: Number of tokens.
+        prefix_ids: Ids that the file asks for in front of a prompt: BOS, as a rule.
+        special_ids: Tokens that stand for no text.
+        named_tokens: Texts of bos_token, eos_token and so on, as far as the file itself says.
     """
 
     vocab_size: int
@@ -50,32 +51,55 @@ class Codec(Protocol):
     named_tokens: Mapping[str, str]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids without any that the text does not name."""
-        ...
+        """Token ids without any that the text does not name.
+
+        Raises:
+            TokenizerError: the library fails on it.
+        """
+        with library_errors(f"a text of {len(text)} characters cannot be encoded"):
+            return self._encode(text)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
-        """Text of token ids; unknown ids are skipped."""
-        ...
+        """Text of token ids; unknown ids are skipped.
 
-    def token_id(self, token: str) -> int | None:
-        """Id of one token; None when there is no such token."""
-        ...
+        Raises:
+            TokenizerError: they are no ids.
+        """
+        with library_errors(f"{len(token_ids)} token ids cannot be decoded"):
+            return self._decode(token_ids, skip_special_tokens)
 
+    def token_id(self, token: Any) -> int | None:
+        """Id of one token as tokenizer_config.json names it (see `token_text`); None when there is no such token."""
+        text = token_text(token)
+        if text is None:
+            return None
+        with library_errors(f"the token {text[:80]!r} cannot be looked up"):
+            return self._find(text)
+
+    @abstractmethod
     def token(self, token_id: int) -> str:
         """The vocabulary's own spelling of a token; "" for an unknown id."""
-        ...
 
+    @abstractmethod
     def max_text_id(self) -> int:
         """Largest id that text can have without naming a special or added token; -1 when there is none."""
-        ...
+
+    @abstractmethod
+    def _encode(self, text: str) -> list[int]: ...
+
+    @abstractmethod
+    def _decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str: ...
+
+    @abstractmethod
+    def _find(self, token: str) -> int | None: ...
 
 
-class BackendCodec:
+class BackendCodec(Codec):
     """A tokenizer of the `tokenizers` library.
 
     Args:
-        backend: the tokenizer.
-        named_tokens: bos_token and so on, where its file says them.
+        backend: The tokenizer.
+        named_tokens: Texts of bos_token and so on, where its file says them.
     """
 
     MAX_ID = 2**31  # the library takes no larger and no negative one
@@ -99,46 +123,38 @@ class BackendCodec:
                 f"the tokenizer puts {len(self.prefix_ids)} tokens in front of a prompt, {MAX_PREFIX_IDS} are allowed"
             )
 
-    def encode(self, text: str) -> list[int]:
-        """See `Codec`."""
-        with library_errors(f"a text of {len(text)} characters cannot be encoded"):
-            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        return ids
-
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
-        """See `Codec`."""
-        with library_errors(f"{len(token_ids)} token ids cannot be decoded"):
-            valid = [i for i in token_ids if 0 <= i < self.MAX_ID]
-            text: str = self._backend.decode(valid, skip_special_tokens=skip_special_tokens)
-        return text
-
-    def token_id(self, token: str) -> int | None:
-        """See `Codec`."""
-        with library_errors(f"the token {token[:80]!r} cannot be looked up"):
-            found: int | None = self._backend.token_to_id(token)
-            return found
-
     def token(self, token_id: int) -> str:
-        """See `Codec`."""
+        """The vocabulary's own spelling of a token; "" for an unknown id."""
         return (self._backend.id_to_token(token_id) or "") if 0 <= token_id < self.MAX_ID else ""
 
     def max_text_id(self) -> int:
-        """See `Codec`."""
+        """Largest id that text can have without naming a special or added token; -1 when there is none."""
         added = self._backend.get_added_tokens_decoder()
         vocab = self._backend.get_vocab(with_added_tokens=False)
         return max((i for i in vocab.values() if i not in added), default=-1)
 
+    def _encode(self, text: str) -> list[int]:
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
 
-class SentencePieceCodec:
+    def _decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        valid = [i for i in token_ids if 0 <= i < self.MAX_ID]
+        return str(self._backend.decode(valid, skip_special_tokens=skip_special_tokens))
+
+    def _find(self, token: str) -> int | None:
+        found: int | None = self._backend.token_to_id(token)
+        return found
+
+
+class SentencePieceCodec(Codec):
     """tokenizer.model through the `sentencepiece` library.
 
     That library knows neither control tokens in text nor tokens that were added later: text is cut at both, and
     the pieces between them are its own work.
 
     Args:
-        file: tokenizer.model.
-        settings: content of tokenizer_config.json.
-        added: tokens that were added later, by id, each described as in tokenizer_config.json.
+        file: The file, tokenizer.model.
+        settings: Content of tokenizer_config.json.
+        added: Tokens that were added later, by id, each described as in tokenizer_config.json.
     """
 
     def __init__(self, file: Path, settings: Mapping[str, Any], added: Mapping[int, Mapping[str, Any]]) -> None:
@@ -157,9 +173,8 @@ class SentencePieceCodec:
         self.special_ids = frozenset(special | {i for i, token in added.items() if token.get("special")})
         self._has_legacy_spaces = bool(settings.get("legacy", True))
         ids = {"bos_token": self._backend.bos_id(), "eos_token": self._backend.eos_id()}
-        named = {name: str(self._backend.id_to_piece(i)) for name, i in ids.items() if i >= 0}
-        self.named_tokens: Mapping[str, str] = named
-        bos = token_id_of(self, settings.get("bos_token"))
+        self.named_tokens = {name: str(self._backend.id_to_piece(i)) for name, i in ids.items() if i >= 0}
+        bos = self.token_id(settings.get("bos_token"))
         bos = self._backend.bos_id() if bos is None else bos
         self.prefix_ids = [bos] if bos >= 0 and settings.get("add_bos_token", True) else []
         # A private character that is no piece: nothing can merge with it.
@@ -167,16 +182,24 @@ class SentencePieceCodec:
         self._lead = next((c for c in private if self._backend.is_unknown(self._backend.piece_to_id(c))), "")
         self._num_lead_ids = len(self._backend.encode(self._lead))
 
-    def encode(self, text: str) -> list[int]:
-        """See `Codec`."""
+    def token(self, token_id: int) -> str:
+        """The vocabulary's own spelling of a token; "" for an unknown id."""
+        if token_id in self._verbatim:
+            return self._verbatim[token_id]
+        return str(self._backend.id_to_piece(token_id)) if 0 <= token_id < self._num_pieces else ""
+
+    def max_text_id(self) -> int:
+        """Largest id that text can have without naming a special or added token; -1 when there is none."""
+        return max((i for i in range(self._num_pieces) if i not in self._verbatim), default=-1)
+
+    def _encode(self, text: str) -> list[int]:
         ids: list[int] = []
         start = 0
-        with library_errors(f"a text of {len(text)} characters cannot be encoded"):
-            for cut in self._cut.finditer(text):
-                ids += self._encode_between(text, start, cut.start())
-                ids.append(self._ids[cut[cut.lastindex or 0]])
-                start = cut.end()
-            return ids + self._encode_between(text, start, len(text))
+        for cut in self._cut.finditer(text):
+            ids += self._encode_between(text, start, cut.start())
+            ids.append(self._ids[cut[cut.lastindex or 0]])
+            start = cut.end()
+        return ids + self._encode_between(text, start, len(text))
 
     def _encode_between(self, text: str, start: int, end: int) -> list[int]:
         part = text[start:end]
@@ -186,20 +209,18 @@ class SentencePieceCodec:
         # other text takes it and goes away again.
         return list(self._backend.encode(self._lead + part))[self._num_lead_ids :]
 
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
-        """See `Codec`."""
+    def _decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         text = ""
         run: list[int] = []
-        with library_errors(f"{len(token_ids)} token ids cannot be decoded"):
-            for i in token_ids:
-                if skip_special_tokens and i in self.special_ids:
-                    continue
-                if i in self._verbatim:
-                    text += self._decode_run(run, bool(text)) + self._verbatim[i]
-                    run = []
-                elif 0 <= i < self._num_pieces:
-                    run.append(operator.index(i))
-            return text + self._decode_run(run, bool(text))
+        for i in token_ids:
+            if skip_special_tokens and i in self.special_ids:
+                continue
+            if i in self._verbatim:
+                text += self._decode_run(run, bool(text)) + self._verbatim[i]
+                run = []
+            elif 0 <= i < self._num_pieces:
+                run.append(operator.index(i))
+        return text + self._decode_run(run, bool(text))
 
     def _decode_run(self, run: list[int], is_inside: bool) -> str:
         if not is_inside:
@@ -207,68 +228,42 @@ class SentencePieceCodec:
         lead = list(self._backend.encode("a"))  # the space before a text's first piece would be lost
         return str(self._backend.decode(lead + run))[len(str(self._backend.decode(lead))) :]
 
-    def token_id(self, token: str) -> int | None:
-        """See `Codec`."""
+    def _find(self, token: str) -> int | None:
         if token in self._ids:
             return self._ids[token]
-        with library_errors(f"the token {token[:80]!r} cannot be looked up"):
-            found = int(self._backend.piece_to_id(token))
-            return found if self._backend.id_to_piece(found) == token else None
-
-    def token(self, token_id: int) -> str:
-        """See `Codec`."""
-        if token_id in self._verbatim:
-            return self._verbatim[token_id]
-        return str(self._backend.id_to_piece(token_id)) if 0 <= token_id < self._num_pieces else ""
-
-    def max_text_id(self) -> int:
-        """See `Codec`."""
-        return max((i for i in range(self._num_pieces) if i not in self._verbatim), default=-1)
+        found = int(self._backend.piece_to_id(token))
+        return found if self._backend.id_to_piece(found) == token else None
 
 
 def load_codec(folder: Path, settings: Mapping[str, Any]) -> Codec:
     """Reads the first of `TOKENIZER_FILES` in a checkpoint folder.
 
     Args:
-        folder: the checkpoint.
-        settings: content of its tokenizer_config.json.
+        folder: Folder of the checkpoint.
+        settings: Content of its tokenizer_config.json.
 
     Raises:
         TokenizerError: there is none, or it cannot be read.
     """
     file = next((folder / name for name in TOKENIZER_FILES if os.path.lexists(folder / name)), None)
+    if file is None:
+        raise TokenizerError(f"{folder} has none of {', '.join(TOKENIZER_FILES)}; give token ids instead")
     splits_special = bool(settings.get("split_special_tokens"))
-    if file is not None and splits_special and file.name != "tokenizer.json":
+    if splits_special and file.name != "tokenizer.json":
         raise TokenizerError(
             f"{folder}: split_special_tokens is true, which only a tokenizer.json can follow, not {file.name}; set it "
             "to false in tokenizer_config.json: special tokens in a text are then taken for what they spell"
         )
-    if file is not None and file.name == "tekken.json":
+    if file.name == "tekken.json":
         return BackendCodec(read_tekken(file), NAMED_TOKENS)
-    in_file = read_json_object(folder / "added_tokens.json", TokenizerError)
-    added = declared_tokens(in_file, settings, folder)
-    if file is not None and file.name == "tokenizer.json":
+    added = declared_tokens(read_json_object(folder / "added_tokens.json", TokenizerError), settings, folder)
+    if file.name == "tokenizer.json":
         backend = _read_json(file, settings, added)
         mend_split(backend, settings, read_json_object(folder / "config.json", TokenizerError))
         backend.encode_special_tokens = splits_special
         return BackendCodec(backend, {})
-    if file is not None:
-        with library_errors(f"{file} cannot be read"):
-            return SentencePieceCodec(file, settings, added)
-    raise TokenizerError(f"{folder} has none of {', '.join(TOKENIZER_FILES)}; give token ids instead")
-
-
-def token_id_of(codec: Codec, token: Any) -> int | None:
-    """Id of a special token as tokenizer_config.json names it: a string, or an object with its content."""
-    text = token_text(token)
-    return None if text is None else codec.token_id(text)
-
-
-def token_text(token: Any) -> str | None:
-    """Text of a special token as tokenizer_config.json names it; None when it names none."""
-    if isinstance(token, Mapping):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
+    with library_errors(f"{file} cannot be read"):
+        return SentencePieceCodec(file, settings, added)
 
 
 def _read_json(file: Path, settings: Mapping[str, Any], added: Mapping[int, Mapping[str, Any]]) -> "Backend":
@@ -289,12 +284,9 @@ def _read_json(file: Path, settings: Mapping[str, Any], added: Mapping[int, Mapp
         known = {token.content for token in [*backend.get_added_tokens_decoder().values(), *tokens]}
         extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or ()
         named = [value for name, value in settings.items() if name.endswith("_token")]
-        for token in [*named, *(extra.values() if isinstance(extra, Mapping) else extra)]:
-            text = token_text(token)
-            if text and text not in known:
-                tokens.append(AddedToken(text, special=True))
-                known.add(text)
-        backend.add_tokens(tokens)
+        named += extra.values() if isinstance(extra, Mapping) else extra
+        texts = dict.fromkeys(map(token_text, named))  # each once
+        backend.add_tokens([*tokens, *(AddedToken(text, special=True) for text in texts if text and text not in known)])
     return backend
 
 

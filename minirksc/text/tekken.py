@@ -82,16 +82,13 @@ def mend_split(backend: "Backend", settings: Mapping[str, Any], config: Mapping[
 
     The model was trained with the original, so that its ids are the right ones. `fix_mistral_regex` true or false in
     tokenizer_config.json decides; else a file is mended that has the wrong pattern, word for word. Files that
-    transformers 5 or newer wrote are left alone: whoever trained with them may have trained with the wrong one.
+    transformers 5 or newer wrote are left alone: a model may have been trained with them, and so with the wrong one.
 
     Args:
-        backend: from tokenizer.json; changed in place.
-        settings: content of tokenizer_config.json.
-        config: content of config.json.
+        backend: Tokenizer of tokenizer.json; changed in place.
+        settings: Content of tokenizer_config.json.
+        config: Content of config.json.
     """
-    from tokenizers import Regex
-    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
-
     zero_byte = _letters()[0]
     if backend.token_to_id("[INST]") != 3 or backend.id_to_token(NUM_SPECIAL) != zero_byte:
         return  # no tekken vocabulary
@@ -103,14 +100,12 @@ def mend_split(backend: "Backend", settings: Mapping[str, Any], config: Mapping[
         patterns = [split.get("pattern") for split in state.get("pretokenizers", []) if split["type"] == "Split"]
         wanted = patterns == [{"Regex": FAULTY_PATTERN}] and not is_recent
     if wanted:
-        split = Split(Regex(PATTERN), "isolated")
-        backend.pre_tokenizer = Sequence([split, ByteLevel(add_prefix_space=False, use_regex=False)])
+        backend.pre_tokenizer = _split_at(PATTERN)
 
 
 def _build(table: list[bytes], special: list[str], pattern: str) -> "Backend":
-    from tokenizers import AddedToken, Regex, decoders, models
+    from tokenizers import AddedToken, decoders, models
     from tokenizers import Tokenizer as Backend
-    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
     from tokenizers.processors import TemplateProcessing
 
     letters = _letters()
@@ -120,12 +115,20 @@ def _build(table: list[bytes], special: list[str], pattern: str) -> "Backend":
     merges = [(spelled[left], spelled[right]) for left, right in _pairs(table)]
     # A piece that is in the table is one token, whatever the pairs in it: ignore_merges.
     backend = Backend(models.BPE(vocab, merges, ignore_merges=True))
-    backend.pre_tokenizer = Sequence([Split(Regex(pattern), "isolated"), ByteLevel(False, use_regex=False)])
+    backend.pre_tokenizer = _split_at(pattern)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
     bos = NAMED_TOKENS["bos_token"]
     backend.post_processor = TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, vocab[bos])])
     return backend
+
+
+def _split_at(pattern: str) -> Any:
+    """What cuts text into pieces, and makes letters of their bytes."""
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+
+    return Sequence([Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _table(entries: list[dict[str, Any]], num_ranks: int) -> list[bytes]:

@@ -1,21 +1,10 @@
-"""The jinja2 environment of chat templates: immutable, instrumented, and stopped beyond its limits.
+"""The jinja2 environment of chat templates: immutable, instrumented, and stopped beyond the limits of `template_guard`.
 
-Nothing but what is listed here can be reached: statements, filters, and attributes of values. Each takes time and
-memory in proportion to its operands, or looks at them first. The limits:
-
-- MAX_TOKENS and MAX_DEPTH of the source, so that compiling it ends;
-- MAX_RENDER_S seconds of the thread's CPU time for a rendering, looked at with every loop iteration and operation;
-- MAX_CHARS characters of any one text, or of what a value shows (an item of a container counts as ITEM_CHARS);
-- MAX_ITEMS items of a list;
-- MAX_TOTAL_BYTES of all values that a rendering makes in passing;
-- jinja2's own limit of 100 000 items for a `range`, and Python's for recursion.
-
-They hold for each rendering by itself, so that any thread may render. Only data can be shown: a function in a text,
-or a generator, would be shown as an address.
+Nothing but what is listed here can be reached: statements, filters, and attributes of values.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from functools import wraps
 from typing import Any
@@ -32,26 +21,19 @@ from jinja2.utils import Cycler
 from jinja2.visitor import NodeTransformer
 
 from minirksc.errors import ChatTemplateError
-from minirksc.text.chat_messages import Text, TextParts
+from minirksc.text.chat_messages import TextParts
 from minirksc.text.template_guard import (
-    COMPARING,
-    CONTAINERS,
-    FROM_THE_END,
-    MAX_CHARS,
-    MAX_ITEMS,
-    PADDING,
-    SELECTING,
-    SHOWING,
+    FILTERS,
+    MAX_DATE_CHARS,
+    MAX_NESTING,
+    MAX_TOKENS,
+    TEXT_METHODS,
     Guard,
     TemplateNamespace,
-    children,
+    names,
+    refuse,
+    take_apart,
 )
-
-MAX_TOKENS = 20_000
-"""Of a source; the longest published ones have 4 000."""
-
-MAX_DEPTH = 100
-"""Of expressions and blocks within each other; published ones have up to 28. Python's own parser ends at 200."""
 
 GUARD = "_minirksc_guard"
 """Variable that carries a rendering's limits; templates may not mention it."""
@@ -60,46 +42,16 @@ STATEMENTS = (
     *(nodes.Output, nodes.For, nodes.If, nodes.Assign, nodes.AssignBlock, nodes.Macro, nodes.CallBlock),
     *(nodes.FilterBlock, nodes.With, nodes.Scope, nodes.Break, nodes.Continue),
 )
-FILTERS = (
-    SHOWING
-    | COMPARING
-    | SELECTING
-    | frozenset(
-        ["abs", "count", "d", "default", "first", "float", "int", "items", "last", "length", "reverse", "round"]
-    )
-)
-COMPARING_TESTS = frozenset(
-    [
-        *("==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", ">=", "ge", "<", "lt", "lessthan", "<=", "le"),
-        *("in",),
-    ]
-)
-ATTRIBUTES: Sequence[tuple[Any, frozenset[str]]] = (
-    (
-        str,
-        frozenset(
-            [
-                *("capitalize", "casefold", "count", "endswith", "find", "format", "index", "isalnum", "isalpha"),
-                *("isascii", "isdecimal", "isdigit", "islower", "isnumeric", "isspace", "istitle", "isupper", "join"),
-                *("lower", "partition", "removeprefix", "removesuffix", "replace", "split", "splitlines"),
-                *("startswith", "swapcase", "title", "upper", *PADDING, *FROM_THE_END),
-            ]
-        ),
+ATTRIBUTES: dict[type[Any], frozenset[str]] = {
+    str: TEXT_METHODS,
+    dict: names("copy get items keys values"),
+    list: names("copy count index"),
+    tuple: names("count grouper index list"),
+    LoopContext: names(
+        "changed cycle depth depth0 first index index0 last length nextitem previtem revindex revindex0"
     ),
-    (dict, frozenset(["copy", "get", "items", "keys", "values"])),
-    (list, frozenset(["copy", "count", "index"])),
-    (tuple, frozenset(["count", "grouper", "index", "list"])),
-    (
-        LoopContext,
-        frozenset(
-            [
-                *("changed", "cycle", "depth", "depth0", "first", "index", "index0", "last", "length", "nextitem"),
-                *("previtem", "revindex", "revindex0"),
-            ]
-        ),
-    ),
-    (Cycler, frozenset(["current", "next", "reset"])),
-)
+    Cycler: names("current next reset"),
+}
 """What a template can reach of a value; beside it, the keys of objects and of namespaces."""
 
 
@@ -112,16 +64,17 @@ class Sandbox(ImmutableSandboxedEnvironment):
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
-            extensions=[_Limits, _GenerationTag, loopcontrols],
-            finalize=_shown,
+            extensions=[_Source, loopcontrols],
+            finalize=_by_guard(Guard.shown),
             optimized=False,  # it would compute constants while compiling, unguarded
         )
         known = {**self.filters, "join": _join, "replace": _replace, "sum": _sum, "tojson": _tojson}
-        self.filters = {name: _guarded_filter(name, known[name]) for name in FILTERS}
-        self.filters |= {"_each": _each, "_charged": _charged, "_compared": _compared, "_concat": _concat}
+        self.filters = {name: _guarded(name, known[name], Guard.check_filter) for name in FILTERS}
+        for method in (Guard.each, Guard.charge, Guard.compared, Guard.concatenated):
+            self.filters[f"_{method.__name__}"] = _by_guard(method)
         tests: dict[str, Any] = dict(self.tests)
         del tests["upper"], tests["lower"]  # all that would read a whole text
-        self.tests = {name: _guarded_test(name, function) for name, function in tests.items()}
+        self.tests = {name: _guarded(name, function, Guard.check_test) for name, function in tests.items()}
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now
         self.globals["namespace"] = TemplateNamespace
@@ -136,32 +89,24 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         """Whether a template can reach an attribute of a value."""
-        names = next((names for kind, names in ATTRIBUTES if isinstance(obj, kind)), frozenset[str]())
-        return super().is_safe_attribute(obj, attr, value) and (isinstance(obj, TemplateNamespace) or attr in names)
+        known = next((known for kind, known in ATTRIBUTES.items() if isinstance(obj, kind)), frozenset[str]())
+        return super().is_safe_attribute(obj, attr, value) and (isinstance(obj, TemplateNamespace) or attr in known)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         """An item of a list or object, or an attribute."""
         if isinstance(obj, TextParts):
-            _take_apart(obj)
+            take_apart(obj)
         return super().getitem(obj, argument)
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Calls a function, method or macro for the template."""
         guard = _guard(context)
         guard.tick()
-        if isinstance(obj, LoopContext) and args:  # a recursive loop
-            args = (_each(context, args[0]), *args[1:])
-        name = getattr(obj, "__name__", "")
         subject = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)  # jinja2 wraps str.format
-        if isinstance(subject, str):
-            if name == "join" and args and not isinstance(args[0], str):
-                args = (list(args[0]), *args[1:])
-            elif name in ("split", "rsplit") and len(args) < 2 and not kwargs:
-                args = (*(args or (None,)), MAX_ITEMS)
-            if name == "format":
-                guard.check_braces(subject, [*args, *kwargs.values()])
-            else:
-                guard.check_method(name, subject, (*args, *kwargs.values()))
+        if isinstance(obj, LoopContext) and args:  # a recursive loop
+            args = (guard.each(args[0]), *args[1:])
+        elif isinstance(subject, str):
+            args = guard.check_method(getattr(obj, "__name__", ""), subject, args, kwargs)
         elif isinstance(subject, list | tuple | LoopContext):
             guard.weigh([subject if isinstance(subject, list | tuple) else None, *args], is_shown=False)  # compares
         return guard.charge(super().call(context, obj, *args, **kwargs), with_items=True)
@@ -170,75 +115,50 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """Computes what one of `intercepted_binops` gives."""
         guard = _guard(context)
         guard.tick()
-        if operator == "**":
-            if abs(left) > 1000 or abs(right) > 100:
-                raise ChatTemplateError("the chat template computes a power that is too large")
-        elif operator == "*":
-            for items, times in ((left, right), (right, left)):
-                is_long = isinstance(items, str | bytes | list | tuple) and isinstance(times, int)
-                limit = MAX_CHARS if isinstance(items, str | bytes) else MAX_ITEMS
-                if is_long and len(items) * times > limit:
-                    raise ChatTemplateError(f"the chat template repeats text to more than {limit} characters or items")
-        elif operator == "%" and isinstance(left, str):
-            guard.check_percent(left, right)
+        guard.check_operator(operator, left, right)
         return guard.charge(super().call_binop(context, operator, left, right))
 
 
 class _Instrument(NodeTransformer):
     """Puts the guard into a template's tree, where the environment has no hook for it."""
 
-    def visit_For(self, node: nodes.For) -> nodes.Node:
+    def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
+        """The node that takes the place of one, or the same; what is in it first."""
         self.generic_visit(node)
-        node.iter = _filter("_each", node.iter)
+        match node:
+            case nodes.For():
+                node.iter = _filter("_each", node.iter)
+            case nodes.TemplateData():
+                return nodes.Const(node.data, lineno=node.lineno)  # so that it passes through finalize
+            case nodes.Concat():
+                return _filter("_concatenated", nodes.List(node.nodes, lineno=node.lineno))
+            case nodes.Compare():
+                operands: list[nodes.Compare | nodes.Operand] = [node, *node.ops]
+                for operand in operands:
+                    if not isinstance(operand.expr, nodes.Const):
+                        operand.expr = _filter("_compared", operand.expr)
+            case nodes.List() | nodes.Dict() | nodes.Tuple(ctx="load") | nodes.Getitem(arg=nodes.Slice()):
+                return _filter("_charge", node)
         return node
 
-    def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:
-        return nodes.Const(node.data, lineno=node.lineno)  # so that it passes through finalize
 
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        self.generic_visit(node)
-        return _filter("_concat", nodes.List(node.nodes, lineno=node.lineno))
+class _Source(Extension):
+    """What is done while a source is read.
 
-    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
-        self.generic_visit(node)
-        node.expr = _compared_operand(node.expr)
-        for operand in node.ops:
-            operand.expr = _compared_operand(operand.expr)
-        return node
+    `{% generation %}` marks the assistant's tokens for training; here it is plain text.
+    """
 
-    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
-        self.generic_visit(node)
-        return _filter("_charged", node) if isinstance(node.arg, nodes.Slice) else node
-
-    def visit_List(self, node: nodes.List) -> nodes.Node:
-        self.generic_visit(node)
-        return _filter("_charged", node)
-
-    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
-        self.generic_visit(node)
-        return _filter("_charged", node)
-
-    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
-        self.generic_visit(node)
-        return _filter("_charged", node) if node.ctx == "load" else node
-
-
-class _Limits(Extension):
-    """Ends the reading of a source that is too long to be compiled in time."""
+    tags = {"generation"}  # noqa: RUF012
 
     def filter_stream(self, stream: TokenStream) -> Iterator[Token]:
+        """Ends the reading of a source that is too long to be compiled in time."""
         for place, token in enumerate(stream):
             if place > MAX_TOKENS:
                 raise TemplateSyntaxError(f"it has more than {MAX_TOKENS} words and signs", token.lineno)
             yield token
 
-
-class _GenerationTag(Extension):
-    """`{% generation %}` marks the assistant's tokens for training; here it is plain text."""
-
-    tags = {"generation"}  # noqa: RUF012
-
     def parse(self, parser: Parser) -> nodes.Node:
+        """The statement `{% generation %}`."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.Scope(body, lineno=line)
@@ -247,7 +167,7 @@ class _GenerationTag(Extension):
 def _check_tree(tree: nodes.Template) -> None:
     """Refuses statements that chat templates have no use for, the reserved name, and what Python would not compile."""
     level: list[nodes.Node] = [tree]
-    for _ in range(MAX_DEPTH):
+    for _ in range(MAX_NESTING):
         level = [child for node in level for child in node.iter_child_nodes()]
         for node in level:
             if getattr(node, "name", None) == GUARD:
@@ -256,16 +176,12 @@ def _check_tree(tree: nodes.Template) -> None:
                 kind = type(node).__name__.lower()
                 raise TemplateSyntaxError(f"a chat template has no use for {kind!r}", node.lineno)
     if level:
-        raise TemplateSyntaxError(f"it is nested more than {MAX_DEPTH} deep", level[0].lineno)
+        raise TemplateSyntaxError(f"it is nested more than {MAX_NESTING} deep", level[0].lineno)
 
 
 def _filter(name: str, node: nodes.Node) -> nodes.Filter:
     assert isinstance(node, nodes.Expr)
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
-
-
-def _compared_operand(node: nodes.Expr) -> nodes.Expr:
-    return node if isinstance(node, nodes.Const) else _filter("_compared", node)
 
 
 def _guard(context: Context) -> Guard:
@@ -274,61 +190,26 @@ def _guard(context: Context) -> Guard:
     return guard
 
 
-@pass_context
-def _each(context: Context, items: Iterable[Any]) -> Iterator[Any]:
-    """The items of a loop, one by one against the clock."""
-    guard = _guard(context)
-    _take_apart(items)
-    for item in items:
-        guard.tick()
-        yield item
+def _by_guard(method: Callable[[Guard, Any], Any]) -> Callable[[Context, Any], Any]:
+    """A method of the guard as a filter."""
+    return pass_context(lambda context, value: method(_guard(context), value))
 
 
-@pass_context
-def _charged(context: Context, value: Any) -> Any:
-    return _guard(context).charge(value)
+def _guarded(name: str, function: Callable[..., Any], check: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter or test within the guard; called as jinja2 calls those that take the context.
 
-
-@pass_context
-def _shown(context: Context, value: Any) -> Any:
-    guard = _guard(context)
-    if not isinstance(value, str):
-        guard.weigh(value)
-    return guard.charge(value)
-
-
-@pass_context
-def _compared(context: Context, value: Any) -> Any:
-    """An operand of a comparison, which may go through all of it."""
-    guard = _guard(context)
-    guard.tick()
-    if isinstance(value, CONTAINERS):
-        guard.weigh(value, is_shown=False)
-    return value
-
-
-@pass_context
-def _concat(context: Context, values: list[Any]) -> str:
-    """What the operator ~ gives."""
-    guard = _guard(context)
-    guard.weigh(values)
-    text: str = guard.charge("".join(map(str, values)))
-    return text
-
-
-def _guarded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter within the guard; called as jinja2 calls filters that take the context."""
+    Args:
+        name: Name of the filter or test.
+        function: What jinja2 has by that name.
+        check: Method of the guard that looks at its operands first, and returns the value that it gets.
+    """
     wanted = getattr(getattr(function, "jinja_pass_arg", None), "name", None)
 
     @wraps(function)
     def guarded(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
         guard = _guard(context)
         guard.tick()
-        if name in SHOWING | COMPARING and isinstance(value, Iterator):
-            value = list(value)
-        if name in SELECTING or (name in ("first", "last") and isinstance(value, TextParts)):
-            _take_apart(value)
-        guard.check_filter(name, value, args, kwargs)
+        value = check(guard, name, value, args, kwargs)
         first = {"context": context, "eval_context": context.eval_ctx, "environment": context.environment}
         leading = (first[wanted],) if wanted else ()
         return guard.charge(function(*leading, value, *args, **kwargs), with_items=True)
@@ -336,38 +217,17 @@ def _guarded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
     return pass_context(guarded)
 
 
-def _guarded_test(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The test within the guard; called as jinja2 calls tests that take the context."""
-    wanted = getattr(getattr(function, "jinja_pass_arg", None), "name", None)
-
-    @wraps(function)
-    def guarded(context: Context, value: Any, *args: Any) -> Any:
-        guard = _guard(context)
-        guard.tick()
-        if name in COMPARING_TESTS:
-            guard.weigh([value, *args], is_shown=False)
-        leading = (context.environment,) if wanted == "environment" else ()
-        return function(*leading, value, *args)
-
-    return pass_context(guarded)
-
-
+@pass_context
 def _tojson(
+    context: Context,
     value: Any,
     ensure_ascii: bool = False,
-    indent: int | None = None,
+    indent: int | str | None = None,
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
     """JSON without the HTML escapes of jinja2's own filter."""
-    if max([len(s) for s in separators or ()] + [indent if isinstance(indent, int) else len(indent or "")]) > 16:
-        raise ChatTemplateError("the chat template writes JSON with more than 16 blanks a step")
-    if indent is not None:
-        level = [value]
-        for _ in range(64):
-            level = [child for item in level if isinstance(item, CONTAINERS) for child in children(item)]
-        if level:
-            raise ChatTemplateError("the chat template writes indented JSON that is nested more than 64 deep")
+    _guard(context).check_json(value, indent, separators or ())
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -377,16 +237,14 @@ def _join(context: Context, value: Iterable[Any], d: str = "", attribute: str | 
     items = list(value)
     if attribute is not None:
         items = list(map(make_attrgetter(context.environment, attribute), items))
-    _guard(context).weigh(items)
-    if len(items) * len(str(d)) > MAX_CHARS:
-        raise ChatTemplateError(f"the chat template joins to more than {MAX_CHARS} characters")
+    _guard(context).check_join(str(d), items)
     return str(d).join(map(str, items))
 
 
 @pass_context
 def _replace(context: Context, s: str, old: str, new: str, count: int | None = None) -> str:
     s, old, new = str(s), str(old), str(new)
-    _guard(context).check_method("replace", s, (old, new))
+    _guard(context).check_method("replace", s, (old, new), {})
     return s.replace(old, new, -1 if count is None else count)
 
 
@@ -395,13 +253,12 @@ def _sum(environment: Environment, iterable: Iterable[Any], attribute: str | Non
     """Numbers are added, and lists to a list, which takes Python the square of their number."""
     items = list(iterable if attribute is None else map(make_attrgetter(environment, attribute), iterable))
     if not isinstance(start, list):
-        if wrong := next((item for item in items if not isinstance(item, int | float)), None):
-            raise ChatTemplateError(f"the chat template adds up a {type(wrong).__name__}, which is no number")
+        for item in items:
+            refuse(not isinstance(item, int | float), f"adds up a {type(item).__name__}, which is no number")
         return sum(items, start)
     total = list(start)
     for item in items:
-        if not isinstance(item, list):
-            raise ChatTemplateError(f"the chat template adds a {type(item).__name__} to a list")
+        refuse(not isinstance(item, list), f"adds a {type(item).__name__} to a list")
         total += item
     return total
 
@@ -413,11 +270,6 @@ def _raise_exception(context: Context, message: Any) -> None:
 
 
 def _strftime_now(form: str) -> str:
-    if len(form) > 100:
-        raise ChatTemplateError(f"the chat template writes the date in {len(form)} characters, 100 are allowed")
+    num_chars = len(form)
+    refuse(num_chars > MAX_DATE_CHARS, f"writes the date in {num_chars} characters, {MAX_DATE_CHARS} are allowed")
     return datetime.now().strftime(form)
-
-
-def _take_apart(value: Any) -> None:
-    if isinstance(value, Text | TextParts):
-        value.is_taken_apart = True

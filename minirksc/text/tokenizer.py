@@ -12,7 +12,7 @@ from typing import Any, Self
 from minirksc.errors import ChatTemplateError, PromptError, TokenizerError
 from minirksc.json_file import read_json_object
 from minirksc.text.chat_template import ChatTemplate, load_chat_templates
-from minirksc.text.codecs import Codec, load_codec, token_id_of
+from minirksc.text.codecs import Codec, load_codec
 from minirksc.text.tokenizer_checks import check_settings, eos_ids
 
 REPLACEMENT = "\ufffd"
@@ -23,16 +23,16 @@ class Tokenizer:
     """A checkpoint's tokenizer and chat templates.
 
     Args:
-        codec: the tokenizer file.
-        eos_token_ids: all that the checkpoint's files name.
-        chat_templates: by name; or the error that reading them gave, kept for whoever renders a chat.
-        folder: the checkpoint, for messages.
+        codec: The tokenizer file.
+        eos_token_ids: Ids that end a text, all that the checkpoint's files name.
+        chat_templates: Templates by name; or the error that reading them gave, which rendering a chat raises.
+        folder: Folder of the checkpoint, for messages.
 
     Attributes:
-        vocab_size: of the tokenizer, which may differ from the model's.
-        bos_token_id: begins a prompt; None when prompts have no BOS.
-        eos_token_ids: all that the checkpoint's files name.
-        special_ids: tokens that stand for no text.
+        vocab_size: Number of the tokenizer's tokens, which may differ from the model's.
+        bos_token_id: Id that begins a prompt; None when prompts have no BOS.
+        eos_token_ids: Ids that end a text, all that the checkpoint's files name.
+        special_ids: Tokens that stand for no text.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Tokenizer:
         settings = _read_settings(folder)
         codec = load_codec(folder, settings)
         settings = {**codec.named_tokens, **settings}
-        eos = {token_id_of(codec, settings.get("eos_token"))}
+        eos = {codec.token_id(settings.get("eos_token"))}
         others = (read_json_object(folder / name, TokenizerError) for name in ("config.json", "generation_config.json"))
         for file in (settings, *others):
             eos |= eos_ids(file, folder)
@@ -113,7 +113,7 @@ class Tokenizer:
         does: text has their ids only when it names them, and a request with such an id is refused.
 
         Args:
-            vocab_size: tokens that the model has embeddings for.
+            vocab_size: Number of tokens that the model has embeddings for.
 
         Raises:
             TokenizerError: ordinary text can have an id that the model does not know.
@@ -141,10 +141,10 @@ class Tokenizer:
         Of several templates, "tool_use" is taken where tools are given and "default" otherwise.
 
         Args:
-            messages: each {"role": ..., "content": ...}.
-            add_generation_prompt: end with the beginning of the assistant's turn.
-            tools: functions that the model may call, each described by a JSON schema.
-            chat_template_kwargs: other variables that the template knows, such as enable_thinking.
+            messages: Messages, each {"role": ..., "content": ...}.
+            add_generation_prompt: Whether to end with the beginning of the assistant's turn.
+            tools: Functions that the model may call, each described by a JSON schema.
+            chat_template_kwargs: Other variables that the template knows, such as enable_thinking.
 
         Raises:
             ChatTemplateError: there is no template, the messages are malformed, or it fails or does not know a
@@ -156,8 +156,7 @@ class Tokenizer:
         remedy = "use the plain prompt (--no-chat), or put a chat_template.jinja into the folder"
         if not templates:
             raise ChatTemplateError(f"{self._folder} has no chat template; {remedy}")
-        has_tools = tools is not None and "tool_use" in templates
-        name = "tool_use" if has_tools else "default"
+        name = "tool_use" if tools is not None and "tool_use" in templates else "default"
         if name not in templates:
             raise ChatTemplateError(
                 f"{self._folder} has no default chat template, only {', '.join(templates)}; {remedy}"
@@ -185,8 +184,8 @@ class Detokenizer:
     a text may lose a space that it has anywhere else.
 
     Args:
-        tokenizer: whose tokens come.
-        skip_special_tokens: leave them out.
+        tokenizer: Tokenizer of the tokens that come.
+        skip_special_tokens: Whether special tokens are left out.
     """
 
     MAX_WINDOW = 12
@@ -263,10 +262,8 @@ class Detokenizer:
 
 def _num_final(text: str) -> int:
     """Characters that no further token can change."""
-    held = 0
-    while held < min(3, len(text)) and text[-1 - held] == REPLACEMENT:
-        held += 1
-    return len(text) - held
+    end = text[-3:]
+    return len(text) - len(end) + len(end.rstrip(REPLACEMENT))
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

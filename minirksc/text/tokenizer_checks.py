@@ -18,24 +18,24 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 MAX_TOKEN_ID = 2**24
-"""Of tokens that are declared beside a vocabulary; the largest published vocabularies have 262 000."""
+"""Bound of the ids of tokens that are declared beside a vocabulary; the largest published vocabularies have 262 000."""
 
 MAX_GROWTH = 64
 """Characters that one may become in all steps together; NFKC makes 18 of one."""
 
 MAX_ADDED_CHARS = 1000
-"""That a step may put in front of a text, or around each piece of it."""
+"""Characters that a step may put in front of a text, or around each piece of it."""
 
 MAX_PREFIX_IDS = 16
 MAX_STEPS = 64
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+TOKEN_FIELDS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class library_errors:
     """In a `with` block: whatever a tokenizer library raises, panics too, is a `TokenizerError`.
 
     Args:
-        failure: for the message, "FILE cannot be read" for example.
+        failure: Beginning of the message, "FILE cannot be read" for example.
     """
 
     __slots__ = ("_failure",)
@@ -53,13 +53,19 @@ class library_errors:
             raise TokenizerError(f"{self._failure}: {type(error).__name__}: {str(error)[:300]}") from error
 
 
+def token_text(token: Any) -> str | None:
+    """Text of a token as tokenizer_config.json names it, a string or an object with its content; None for neither."""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    return text if isinstance(text, str) else None
+
+
 def check_settings(settings: Mapping[str, Any], source: Any) -> None:
     """Refuses fields of tokenizer_config.json whose type cannot be.
 
     Raises:
         TokenizerError: names the field and its value.
     """
-    for name in NAMED_TOKENS:
+    for name in TOKEN_FIELDS:
         if settings.get(name) is not None:
             _check_token(settings[name], name, source)
     for name in ("extra_special_tokens", "additional_special_tokens"):
@@ -76,9 +82,9 @@ def declared_tokens(in_file: Mapping[str, Any], settings: Mapping[str, Any], sou
     """Tokens that a checkpoint has beside its tokenizer file: id -> description as in tokenizer_config.json.
 
     Args:
-        in_file: content of added_tokens.json: text -> id.
-        settings: content of tokenizer_config.json.
-        source: the folder, for messages.
+        in_file: Content of added_tokens.json: text -> id.
+        settings: Content of tokenizer_config.json.
+        source: Folder of the checkpoint, for messages.
 
     Raises:
         TokenizerError: one is malformed.
@@ -165,8 +171,7 @@ def _longest_entry(charsmap: Any, source: Any) -> int:
 
 
 def _check_token(token: Any, name: str, source: Any) -> None:
-    text = token.get("content") if isinstance(token, Mapping) else token
-    if not isinstance(text, str):
+    if token_text(token) is None:
         raise _wrong(name, token, "text, or an object whose content is text", source)
 
 

@@ -1,140 +1,112 @@
-"""The branches of a trace as folded sections: what each said, and all that is known about it."""
+"""The branches of a trace: what each wrote itself, and where it stands among the others."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from minirksc.trace.html import Markup, Part, join, tag
-from minirksc.trace.parts import DASH, facts, fold, meter, number, one_line, some
-from minirksc.trace.tree import Node, given_up, name_of
+from minirksc.trace.figures import is_number
 
-_LONG = 900
-"""Characters of a text that are shown without unfolding."""
-_PREVIEW = 400
-"""Of a longer one."""
-_MANY = 16
-"""Branches of a round before the last that are shown without unfolding."""
-_ENDS = {
-    "stop": "ended by itself",
-    "length": "cut at the limit of tokens",
-    "early_exit": "stopped: another branch led",
-    "consensus": "stopped: enough branches agreed",
-    "abort": "aborted",
-    "error": "failed",
+NUM_SHADES = 5
+NODE: dict[str, Any] = {
+    **dict.fromkeys(("parent", "path", "hint", "text", "tokens", "parsed", "error", "finish_reason", "exit_layer")),
+    **dict.fromkeys(("score", "confidence", "signals", "verification", "similarity", "pruned", "num_tokens")),
+    **dict.fromkeys(("num_output_tokens", "num_shared_tokens", "num_own_tokens", "num_saved_tokens")),
+    "depth": 1,
+    "sharing": "none",
 }
-_SHARING = {
-    "exact": "exact",
-    "none": "none",
-    "semantic": "semantic: another wording's prefix, an approximation",
-}
+"""What a node says by a key that it does not have."""
 
 
-def branch_sections(trace: Mapping[str, Any]) -> list[Markup]:
-    """All branches, the last round first, and in a round the best first; the chosen one is open."""
-    nodes: Sequence[Node] = trace["nodes"]
-    pruned = given_up(nodes)
-    rounds: dict[int, list[Node]] = {}
-    for node in nodes:
-        rounds.setdefault(node.get("depth", 1), []).append(node)
-    parts: list[Part] = [tag("h2", "Branches, in full"), tag("div", class_="tools")]
-    for depth in sorted(rounds, reverse=True):
-        ranked = sorted(rounds[depth], key=partial(_rank, best=trace["best"]))
-        sections = [_branch(node, nodes, node["id"] == trace["best"], node["id"] in pruned) for node in ranked]
-        title = f"Round {depth}: {some(len(ranked), 'branch', 'branches')}"
-        if depth < len(rounds) and len(ranked) > _MANY:
-            parts.append(fold(title, sections))
-        else:
-            parts += [tag("h3", title) if len(rounds) > 1 else None, *sections]
-    return [tag("section", parts, id="branches")]
+@dataclass(eq=False)
+class PageBranch:
+    """A node of the trace, and where it stands in its tree.
+
+    Attributes:
+        node: The node's keys, of `NODE` those too that the trace does not have.
+        parent: The branch that it was forked from, if any.
+        is_best: Whether it was chosen.
+        is_on_path: Whether it or a branch that came of it was chosen.
+        is_given_up: Whether it was pruned: not one that failed, and one that was forked went on in its children.
+        shade: Step of its score among those of the tree, 0 (lowest) to NUM_SHADES - 1; None without a score.
+    """
+
+    node: Mapping[str, Any]
+    parent: "PageBranch | None" = None
+    is_best: bool = False
+    is_on_path: bool = False
+    is_given_up: bool = False
+    shade: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Its path, from 1: branch 3.1 is the first fork of branch 3."""
+        return ".".join(str(index + 1) for index in self.node["path"] or [self.node["id"]])
+
+    @property
+    def was_asked(self) -> bool:
+        """Whether the model was asked about its answer."""
+        return bool(self.node.get("verified", self.node["verification"] is not None))
+
+    @cached_property
+    def texts(self) -> tuple[str, str]:
+        """The text that it was given, its hint or what its parent wrote, and the text that it wrote itself."""
+        text = self.node["text"] or ""
+        if self.parent is None:
+            return self.node["hint"] or "", text
+        inherited = self.parent.node["text"] or ""
+        return (inherited, text[len(inherited) :]) if text.startswith(inherited) else ("", text)
+
+    @property
+    def own_tokens(self) -> Sequence[str]:
+        """The tokens that it generated itself."""
+        tokens: Sequence[str] = self.node["tokens"] or []
+        num_inherited = len(self.parent.node["tokens"] or ()) if self.parent else 0
+        return tokens[num_inherited:] if len(tokens) >= num_inherited else tokens
 
 
-def _rank(node: Node, best: int) -> tuple[float, ...]:
-    """The chosen one first, then by score, and by confidence where nobody was asked."""
-    values: list[Any] = [node.get("score"), node.get("confidence")]
-    return (node["id"] != best, *(0.0 if number(value) == DASH else -value for value in values))
+def branches_of(nodes: Sequence[Mapping[str, Any]], best: int) -> list[PageBranch]:
+    """The branches, in the order of the nodes.
+
+    Args:
+        nodes: Nodes of a trace.
+        best: Place of the chosen one.
+    """
+    branches = [PageBranch({**NODE, **node}) for node in nodes]
+    by_id = {branch.node["id"]: branch for branch in branches}
+    for branch in branches:
+        branch.parent = by_id.get(branch.node["parent"])
+    forked = {branch.parent for branch in branches}
+    scores = [branch.node["score"] for branch in branches if is_number(branch.node["score"])]
+    for branch in branches:
+        branch.is_given_up = bool(branch.node["pruned"] and not branch.node["error"]) and branch not in forked
+        branch.shade = _shade(branch.node["score"], scores)
+    branches[best].is_best = True
+    at: PageBranch | None = branches[best]
+    while at is not None and not at.is_on_path:
+        at.is_on_path = True
+        at = at.parent
+    return branches
 
 
-def folded_text(text: str) -> Markup:
-    """A text; the rest of a long one is a click away."""
-    if len(text) <= _LONG:
-        return join(text)
-    preview = tag("span", f"{text[:_PREVIEW]}\u2026 ", class_="preview")
-    summary = tag("summary", preview, tag("span", f"all {len(text):,} characters", class_="small quiet"))
-    return tag("details", summary, text)
+def by_round(branches: Sequence[PageBranch]) -> dict[int, list[PageBranch]]:
+    """The branches of each round, the last round first, and in a round the best first."""
+    rounds: dict[int, list[PageBranch]] = {}
+    for branch in sorted(branches, key=_rank):
+        rounds.setdefault(branch.node["depth"], []).append(branch)
+    return dict(sorted(rounds.items(), reverse=True))
 
 
-def _branch(node: Node, nodes: Sequence[Node], is_best: bool, is_pruned: bool) -> Markup:
-    tags = ["chosen"] * is_best + ["pruned"] * is_pruned + ["failed"] * bool(node.get("error"))
-    tags += ["approximate"] * (node.get("sharing") == "semantic")
-    name = tag("span", tag("span", name_of(node), class_="name"), tag("span", f" {', '.join(tags)}", class_="tag"))
-    confidence: Any = node.get("confidence")
-    bar = meter(confidence if number(confidence) != DASH else 0.0, 44)
-    # Answers are read at the end alone, so who was pruned has none.
-    answer = one_line(node.get("parsed")) or ("" if node.get("pruned") else tag("span", "no answer", class_="quiet"))
-    summary = tag(
-        "summary",
-        name,
-        tag("span", tag("span", "score ", class_="quiet small"), number(node.get("score"))),
-        tag("span", tag("span", "conf", class_="quiet small"), bar, number(confidence), class_="measure"),
-        tag("bdi", answer, class_="cut"),
-        tag("bdi", one_line(node.get("text"))[:300], class_="cut quiet small"),
-    )
-    parent = nodes[node["parent"]] if node.get("parent") is not None else None
-    body = tag(
-        "div",
-        tag("p", node["error"], class_="note approximate") if node.get("error") else None,
-        tag("div", _text(node, parent), class_="text", dir="auto"),
-        facts(_known(node, parent)),
-        _tokens(node, parent),
-        class_="body",
-        id=f"branch-{node['id']}",
-    )
-    return tag("details", summary, body, open=is_best, class_="branch best" if is_best else "branch")
+def _rank(branch: PageBranch) -> tuple[float, ...]:
+    """The chosen one first, then by score, and by confidence where the model was not asked."""
+    values = (branch.node["score"], branch.node["confidence"])
+    return (not branch.is_best, *(-value if is_number(value) else 0.0 for value in values))
 
 
-def _text(node: Node, parent: Node | None) -> Part:
-    """Hint and text; what was given to it is paler than what it wrote."""
-    text, inherited = node.get("text") or "", (parent or {}).get("text") or ""
-    if not text.startswith(inherited):
-        inherited = ""
-    given = node.get("hint") or "" if parent is None else inherited
-    own = text[len(inherited) :]
-    pale = tag("span", given, class_="quiet") if given else None
-    return pale, folded_text(own) if own else tag("span", "(nothing generated)", class_="quiet")
-
-
-def _known(node: Node, parent: Node | None) -> list[tuple[str, Part]]:
-    verification = node.get("verification")
-    asked = node.get("verified", verification is not None)
-    sharing = str(node.get("sharing", "none"))
-    known: list[tuple[str, Part]] = [
-        ("score", number(node.get("score"), 3)),
-        ("verification, p(YES)", number(verification, 3) if asked else "not asked"),
-        ("confidence", number(node.get("confidence"), 3)),
-        *((name.replace("_", " "), number(value, 3)) for name, value in (node.get("signals") or {}).items()),
-        ("end", _ENDS.get(str(node.get("finish_reason")), node.get("finish_reason") or DASH)),
-        ("sharing", _SHARING.get(sharing, sharing)),
-        ("similarity to the first wording", number(node.get("similarity"), 3)),
-        ("verified up to layer", number(node.get("exit_layer"))),
-        ("tokens, in all", number(node.get("num_tokens"))),
-        ("generated", number(node.get("num_output_tokens"))),
-        ("shared at the start", number(node.get("num_shared_tokens"))),
-        ("its own", number(node.get("num_own_tokens"))),
-        ("not computed, thanks to semantic sharing", number(node.get("num_saved_tokens") or None, 1)),
-    ]
-    if parent is not None:
-        known.append(("forked from", tag("a", name_of(parent), href=f"#branch-{parent['id']}")))
-    known.append(("id in the JSON", number(node["id"])))
-    return [(term, value) for term, value in known if value != DASH]
-
-
-def _tokens(node: Node, parent: Node | None) -> Markup | None:
-    """Those that it generated itself, each set off from the next."""
-    tokens = node.get("tokens") or []
-    inherited = len((parent or {}).get("tokens") or ())
-    own = tokens[inherited:] if len(tokens) >= inherited else tokens
-    if not own:
+def _shade(score: Any, scores: Sequence[float]) -> int | None:
+    if not is_number(score):
         return None
-    pieces = [tag("i", piece.replace("\n", "\u21b5\n")) for piece in own]
-    title = some(len(own), "token", "tokens") + ("" if len(own) == len(tokens) else " of this round")
-    return fold(title, tag("div", pieces, class_="tokens"), class_="fold small")
+    low, high = min(scores), max(scores)
+    if low == high:
+        return NUM_SHADES // 2
+    return min(int((score - low) / (high - low) * NUM_SHADES), NUM_SHADES - 1)

@@ -1,19 +1,21 @@
 """Mistral's own layout: params.json and consolidated.safetensors, in the terms of config.json and Hugging Face names.
 
-Pure functions; reading files is `safetensors_file`'s work. Rows of q and k are stored with rotary pairs side by
+Tensors are read by `safetensors_file`. Rows of q and k are stored with rotary pairs side by
 side. Defaults of params.json that published readers of it disagree about are asked for, not guessed.
 
 Source: the conversions of transformers (convert_mistral_weights_to_hf, convert_ministral3_weights_to_hf) and
 mistral-inference's TransformerArgs, for what the fields and names mean.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from minirksc.errors import CheckpointError, UnsupportedModelError, listing
 from minirksc.json_file import read_json_object
-from minirksc.models.config.quantised import refusal
+from minirksc.models.config.fields import positive
+from minirksc.models.config.quantised import NEUTRAL, refusal
 
 PARAMS_FILE = "params.json"
 MAX_PARAMS_BYTES = 10 << 20
@@ -42,9 +44,6 @@ YARN = {
     "alpha": "beta_slow",
 }
 DEFAULT_LENGTH = 32768
-MAX_NUMBER = 1e12
-"""More than any of params.json; what is made of them is checked again by its own limit."""
-
 TOP_NAMES = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
@@ -62,13 +61,27 @@ LAYER_NAMES = {
     "feed_forward.w3": "mlp.up_proj",
 }
 KINDS = {"weight": "weight", "qscale_weight": "weight_scale_inv", "qscale_act": "activation_scale"}
-"""Of the tensors of a layer's module."""
+"""Last parts of the names of a layer's tensors."""
 
 SCHEMES: tuple[dict[str, Any], ...] = ({}, *({"qscheme_act": scheme} for scheme in (None, "TENSOR", "NO_SCALES")))
 """What is done to activations elsewhere."""
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
 Params = Mapping[str, Any]
+
+
+def load_config(folder: Path) -> dict[str, Any]:
+    """Reads config.json, or params.json where there is none.
+
+    Raises:
+        CheckpointError: it is absent, too large, not JSON or not an object.
+    """
+    path = folder / "config.json"
+    if os.path.lexists(path):
+        return read_json_object(path)
+    if (folder / PARAMS_FILE).is_file():
+        return config_from_params(read_params(folder))
+    raise CheckpointError(f"{path} does not exist, and it is where a checkpoint says what it is")
 
 
 def read_params(folder: Path) -> dict[str, Any]:
@@ -90,7 +103,7 @@ def config_from_params(params: Params) -> dict[str, Any]:
         params: content of params.json.
 
     Returns:
-        One of model_type mistral; ministral where layers have different windows, ministral3 with YaRN. The text
+        A config of model_type mistral; ministral where layers have different windows, ministral3 with YaRN. The text
         model of a multimodal one is inside a mistral3.
 
     Raises:
@@ -103,7 +116,7 @@ def config_from_params(params: Params) -> dict[str, Any]:
         raise CheckpointError(f"{PARAMS_FILE} lacks {', '.join(missing)}")
     for name in SIZES:
         if name in params:
-            _number(params[name], name)
+            positive(params[name], f"{PARAMS_FILE}: {name}")
     length = params.get("max_position_embeddings") or params.get("max_seq_len") or _default_length(params)
     text = {
         "model_type": "mistral",
@@ -133,7 +146,7 @@ def hf_name(name: str, params: Params) -> tuple[str, int | None]:
     """How Hugging Face names a tensor, and how many heads have rows with rotary pairs side by side.
 
     Args:
-        name: in consolidated.safetensors.
+        name: name in consolidated.safetensors.
         params: content of params.json.
 
     Returns:
@@ -169,7 +182,7 @@ def _check(params: Params) -> None:
     for name, neutral in (("model_type", "transformer"), ("activation", "silu"), ("causal", True)):
         if params.get(name, neutral) != neutral:
             raise UnsupportedModelError(f"{PARAMS_FILE}: {name} {params[name]!r:.80} is not supported")
-    unread = {name: value for name, value in params.items() if name not in READ and value not in (None, False, [], {})}
+    unread = {name: value for name, value in params.items() if name not in READ and value not in NEUTRAL}
     if unread:
         listed = listing([f"{name}={value!r:.60}" for name, value in unread.items()], ", ")
         raise UnsupportedModelError(
@@ -196,7 +209,7 @@ def _yarn(params: Params) -> dict[str, Any]:
     if not isinstance(yarn, Mapping) or set(yarn) != {*YARN, "apply_scale"}:
         raise CheckpointError(f"{PARAMS_FILE}: yarn {yarn!r:.200} must have {', '.join(YARN)} and apply_scale")
     for name in YARN:
-        _number(yarn[name], f"yarn: {name}")
+        positive(yarn[name], f"{PARAMS_FILE}: yarn: {name}")
     rope = {"rope_type": "yarn", "rope_theta": _rope_theta(params), **{hf: yarn[name] for name, hf in YARN.items()}}
     if not yarn["apply_scale"]:
         rope |= {"mscale": 1.0, "mscale_all_dim": 1.0}  # their ratio multiplies cosines and sines
@@ -242,11 +255,6 @@ def _windows(params: Params, length: int) -> dict[str, Any]:
         "sliding_window": window,
         "layer_types": kinds * (num_layers // len(pattern)),
     }
-
-
-def _number(value: Any, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_NUMBER:
-        raise CheckpointError(f"{PARAMS_FILE}: {name} {value!r:.80} must be a number above 0, at most {MAX_NUMBER:g}")
 
 
 def _window(value: Any) -> int:

@@ -1,18 +1,14 @@
-"""Reading config.json field by field: each value checked where it is read, and what nobody read is known.
+"""Reading config.json field by field: each value checked where it is read, and what nothing read is known.
 
 A field that is absent takes the family's default; null counts as a value where null means something, and as absent
 where it does not.
 """
 
-import os
 import re
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from minirksc.errors import CheckpointError, UnsupportedModelError, listing
-from minirksc.json_file import read_json_object
-from minirksc.models.config.consolidated import PARAMS_FILE, config_from_params, read_params
 
 MAX_SIZE = 10**8
 """No real model has a dimension as large; a config that says so is damaged or hostile."""
@@ -92,12 +88,13 @@ class Fields:
     """The fields of one config.json.
 
     Args:
-        config: its content.
-        where: "config.json", or the object inside it, for messages.
-        ignored: names of fields that are passed over where nothing reads them, since somebody said so.
+        config: content of the file.
+        where: name of the file or of an object inside it, for messages.
+        ignored: names of fields that are passed over where nothing reads them, since the caller said so.
 
     Attributes:
-        passed: those of `ignored` that were met.
+        where: see above.
+        passed: names out of `ignored` that were met.
     """
 
     def __init__(
@@ -138,13 +135,21 @@ class Fields:
             raise CheckpointError(f"{self.where}: {name} {value!r:.80} must be an integer from {minimum} to {limit}")
         return value
 
-    def number(self, name: str, default: float | None = None) -> float:
+    def count(self, name: str) -> int:
+        """How many or how large something is that need not be there: an integer, null and absent are 0.
+
+        Raises:
+            CheckpointError: it is something else.
+        """
+        return 0 if self.get(name) is None else self.size(name, minimum=0)
+
+    def number(self, name: str) -> float:
         """A positive, finite number.
 
         Raises:
             CheckpointError: it is absent without a default, or not such a number.
         """
-        return positive(self._value(name, default), f"{self.where}: {name}")
+        return positive(self._value(name), f"{self.where}: {name}")
 
     def optional_number(self, name: str) -> float | None:
         """A positive number; null and absent are None.
@@ -214,7 +219,7 @@ class Fields:
         """Refuses a field that changes the mathematics in a way that is not implemented.
 
         Args:
-            name: of the field.
+            name: name of the field.
             neutral: values that change nothing, besides absent, null and false.
 
         Raises:
@@ -225,7 +230,7 @@ class Fields:
             raise UnsupportedModelError(f"{self.where}: {name} {value!r:.80} is not supported")
 
     def pass_over(self, names: Collection[str]) -> list[str]:
-        """Of names that nothing reads, those that nobody allowed to be ignored, sorted."""
+        """Of names that nothing reads, those that are not to be ignored, sorted."""
         self.passed.update(name for name in names if name in self._ignored)
         return sorted(name for name in names if name not in self._ignored)
 
@@ -245,11 +250,11 @@ class Fields:
                 f"ignore_config_keys=({unread[0]!r:.200},), --ignore-config-key {unread[0]:.200}"
             )
 
-    def _value(self, name: str, default: Any) -> Any:
-        value = self.given(name)
-        if value is None and default is None:
+    def _value(self, name: str, default: Any = None) -> Any:
+        value = default if self.given(name) is None else self.given(name)
+        if value is None:
             raise CheckpointError(f"{self.where} lacks {name}")
-        return default if value is None else value
+        return value
 
 
 def _is_neutral(name: str, value: Any) -> bool:
@@ -274,17 +279,3 @@ def positive(value: Any, what: str) -> float:
     if not is_number or not 0 < value <= MAX_NUMBER:
         raise CheckpointError(f"{what} {value!r:.80} must be a positive number")
     return float(value)
-
-
-def load_config(folder: Path) -> dict[str, Any]:
-    """Reads config.json, or Mistral's params.json where there is none.
-
-    Raises:
-        CheckpointError: it is absent, too large, not JSON or not an object.
-    """
-    path = folder / "config.json"
-    if os.path.lexists(path):
-        return read_json_object(path)
-    if (folder / PARAMS_FILE).is_file():
-        return config_from_params(read_params(folder))
-    raise CheckpointError(f"{path} does not exist, and it is where a checkpoint says what it is")

@@ -23,7 +23,7 @@ NEEDED = {
     "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
     "proportional": ("factor", "partial_rotary_factor"),
 }
-"""Parameters of each kind."""
+"""Names of the parameters of each kind."""
 
 LISTS = ("short_factor", "long_factor")
 """Parameters that are lists, with a number a pair."""
@@ -54,10 +54,10 @@ def read_rope(
     """The rotation of a layer.
 
     Args:
-        fields: of config.json; `rope_theta` and, if the family has one, `rope_parameters` have defaults.
-        head_dim: of the layer.
+        fields: fields of config.json; `rope_theta` and, if the family has one, `rope_parameters` have defaults.
+        head_dim: width of the layer's heads.
         layer_type: entry of a `rope_parameters` that has one a layer type.
-        is_partial: the family honours `partial_rotary_factor`.
+        is_partial: whether the family honours `partial_rotary_factor`.
         others: names inside rope_parameters that the family reads itself.
 
     Raises:
@@ -85,12 +85,7 @@ def _of_layer(fields: Fields, raw: Any, layer_type: str | None) -> Mapping[str, 
 
 def _read(fields: Fields, raw: Mapping[str, Any], head_dim: int, is_partial: bool, others: tuple[str, ...]) -> RopeSpec:
     given = {name: value for name, value in raw.items() if value is not None}
-    kinds = [given.pop(name) for name in ("rope_type", "type") if name in given] or ["default"]
-    kind = ALIASES.get(kinds[0], kinds[0]) if isinstance(kinds[0], str) else kinds[0]
-    if kind == "yarn" and "short_factor" in given:  # as the first files with a factor a pair called it
-        kind = "longrope"
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise UnsupportedModelError(f"rope type {kind!r:.80} is not supported; known: {', '.join(KINDS)}")
+    kind = _kind([given.pop(name) for name in ("rope_type", "type") if name in given], "short_factor" in given)
     where = f"{fields.where}: {kind} rope:"
     theta = positive(given.pop("rope_theta", fields.given("rope_theta")), f"{where} rope_theta")
     max_len = fields.size("max_position_embeddings")
@@ -125,6 +120,17 @@ def _read(fields: Fields, raw: Mapping[str, Any], head_dim: int, is_partial: boo
     checked = {name: _parameter(value, f"{where} {name}", name) for name, value in parameters.items()}
     factor = _attention_factor(kind, given, where, max_len / original, original)
     return RopeSpec(kind, theta, rotary_dim, tuple(checked.items()), factor)
+
+
+def _kind(names: list[Any], has_factors: bool) -> str:
+    """The kind by the first of the names that it was given; `has_factors`: there is a factor a pair."""
+    kind = names[0] if names else "default"
+    if kind == "yarn" and has_factors:  # as the first files with a factor a pair called it
+        kind = "longrope"
+    kind = ALIASES.get(kind, kind) if isinstance(kind, str) else kind
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise UnsupportedModelError(f"rope type {kind!r:.80} is not supported; known: {', '.join(KINDS)}")
+    return kind
 
 
 def _is_neutral(name: str, value: Any) -> bool:

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from minirksc.models.explain.explain import Difference, departures, differences, family_of, flatten
-from minirksc.models.families import FAMILIES, REFUSED, WRAPPERS, spec_from_config
+from minirksc.models.explain.explain import Difference, departures, differences, family_of, flatten, sizes_of
+from minirksc.models.families import FAMILIES, REASONS, WRAPPERS, spec_from_config
 from minirksc.models.spec import ArchSpec
 
 SAMPLE_SIZES = {
@@ -34,13 +34,13 @@ class TypeRow:
     """A supported model_type.
 
     Attributes:
-        model_type: config.json's name for it.
-        models: which ones say so.
-        words: what its family function says of it.
-        text_type: of the text model, where the type is a multimodal one; None for others.
-        changes: how it departs from the plainest Llama by its defaults.
-        tested: how, in a word or two.
-        real_weights: model whose own weights were compared; None for none.
+        model_type: name of the type in config.json.
+        models: models that say so.
+        words: sentence that its family function says of it.
+        text_type: type of the text model, where the type is a multimodal one; None for others.
+        changes: fields in which it departs from the plainest Llama by its defaults.
+        tested: kinds of tests that it has, in a word or two.
+        real_weights: model with weights of its own that were compared; None for none.
     """
 
     model_type: str
@@ -57,9 +57,8 @@ def type_rows() -> list[TypeRow]:
     rows = []
     for model_type in FAMILIES:
         changes, real = departures(type_spec(model_type)), REAL_WEIGHTS.get(model_type)
-        rows.append(
-            TypeRow(model_type, *family_of(model_type), None, changes, "random, real" if real else "random", real)
-        )
+        tested = "random, real" if real else "random"
+        rows.append(TypeRow(model_type, *family_of(model_type), None, changes, tested, real))
     for model_type, text_type in WRAPPERS.items():
         tested = "random" if model_type in TESTED_WRAPPERS else "text alone"
         rows.append(TypeRow(model_type, "multimodal ones", family_of(model_type)[1], text_type, (), tested, None))
@@ -68,18 +67,15 @@ def type_rows() -> list[TypeRow]:
 
 def refused_types() -> dict[str, list[str]]:
     """Reason -> types that are refused for it."""
-    groups: dict[str, list[str]] = {}
-    for model_type, reason in REFUSED.items():
-        groups.setdefault(reason, []).append(model_type)
-    return groups
+    return {reason: types.split() for reason, types in REASONS.items()}
 
 
 def type_spec(model_type: str, like: ArchSpec | None = None) -> ArchSpec:
     """A type by its defaults.
 
     Args:
-        model_type: config.json's name for it.
-        like: the model whose sizes it gets; None for sample sizes.
+        model_type: name of the type in config.json.
+        like: model that has the sizes; None for sample sizes.
 
     Raises:
         UnsupportedModelError: the type is not implemented.
@@ -87,14 +83,9 @@ def type_spec(model_type: str, like: ArchSpec | None = None) -> ArchSpec:
     """
     sizes = SAMPLE_SIZES
     if like is not None:
-        first = like.layers[0]
         sizes = {
-            "vocab_size": like.vocab_size,
-            "hidden_size": like.hidden_size,
-            "intermediate_size": first.intermediate_size,
-            "num_hidden_layers": like.num_layers,
-            "num_attention_heads": like.num_heads,
-            "num_key_value_heads": first.num_kv_heads,
+            **sizes_of(like),
+            "num_key_value_heads": like.layers[0].num_kv_heads,
             "max_position_embeddings": like.max_position_embeddings,
             "rms_norm_eps": like.norm_eps,
         }

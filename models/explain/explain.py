@@ -4,6 +4,7 @@ Everything follows from the `ArchSpec` and, where there are weights, from the he
 loaded. `page.py` makes text of it.
 """
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
@@ -45,10 +46,10 @@ class Difference:
     """A field that has another value than in something else.
 
     Attributes:
-        field: its name, a key of `reasons.WHY`.
-        values: here.
-        others: there.
-        reasons: what the field is good for; one for each RoPE kind that is not the plain one.
+        field: name of the field, a key of `reasons.WHY`.
+        values: values here.
+        others: values there.
+        reasons: purposes of the field; one for each RoPE kind that is not the plain one.
     """
 
     field: str
@@ -62,7 +63,7 @@ class LayerKind:
     """Layers that are alike.
 
     Attributes:
-        layers: their indices.
+        layers: indices of the layers.
         layer: one of them; where they read the cache of others, which others may differ.
         kv_numbers: keys and values that one token leaves in the cache of each.
     """
@@ -77,14 +78,14 @@ class Weights:
     """What the files of a checkpoint hold.
 
     Attributes:
-        num_tensors: that are used.
-        num_bytes: of these, as stored.
-        stored: dtype -> number of tensors, skipped ones included.
+        num_tensors: number of tensors that are used.
+        num_bytes: bytes of these, as stored.
+        stored: number of tensors by dtype, skipped ones included.
         skipped: names of tensors without use.
-        has_own_head: there is a head unlike the embedding, though config.json ties the two.
-        run_dtype: what the numbers are computed in where nobody asks for something else.
-        run_bytes: of the parameters in it.
-        packed_head_bytes: of the head's own copy of a tied embedding, packed for the processor; 0 where there is none.
+        has_own_head: whether there is a head unlike the embedding, though config.json ties the two.
+        run_dtype: dtype that is computed in where no other is asked for.
+        run_bytes: bytes of the parameters in it.
+        packed_head_bytes: bytes of the head's own copy of a tied embedding, packed for the processor; 0 for none.
     """
 
     num_tensors: int
@@ -104,10 +105,10 @@ class KvBytes:
     A window frees memory only where other layers have none: else all layers keep all tokens, and count as full.
 
     Attributes:
-        token_full: of a token, in all layers that keep every token.
-        token_window: of a token in view, in all layers that keep a window.
-        window_limit: most that the latter ever take.
-        longest: of a sequence of the model's longest length.
+        token_full: bytes of a token, in all layers that keep every token.
+        token_window: bytes of a token in view, in all layers that keep a window.
+        window_limit: most bytes that the latter ever take.
+        longest: bytes of a sequence of the model's longest length.
     """
 
     token_full: int
@@ -121,13 +122,13 @@ class Explanation:
     """All about one model.
 
     Attributes:
-        name: what the reader called it.
+        name: name that it was asked for by.
         spec: its architecture.
-        departures: from the plainest Llama of the same sizes.
-        layer_kinds: in the order of their first layers.
-        parameters: part -> count.
-        kv_bytes: dtype -> what the cache takes in it.
-        weights: None where there are none.
+        departures: fields in which it departs from the plainest Llama of the same sizes.
+        layer_kinds: kinds of layers, in the order of their first layers.
+        parameters: number of parameters by part.
+        kv_bytes: size of the cache by dtype.
+        weights: what its files hold; None where there are none.
     """
 
     name: str
@@ -178,17 +179,20 @@ def departures(spec: ArchSpec) -> tuple[Difference, ...]:
 def plainest_llama(spec: ArchSpec) -> ArchSpec:
     """Llama 1 with the sizes of a spec: as many KV heads as query heads, and a head of its own."""
     per_head = spec.hidden_size / spec.num_heads
-    sizes = {
-        "model_type": "llama",
+    # Where the width does not divide there is no plain value.
+    head_dim = int(per_head) if per_head % 2 == 0 else spec.layers[0].head_dim
+    return spec_from_config({"model_type": "llama", **sizes_of(spec), "head_dim": head_dim})
+
+
+def sizes_of(spec: ArchSpec) -> dict[str, int]:
+    """The sizes that every config.json has."""
+    return {
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.hidden_size,
         "intermediate_size": spec.layers[0].intermediate_size,
         "num_hidden_layers": spec.num_layers,
         "num_attention_heads": spec.num_heads,
-        # Where the width does not divide there is no plain value.
-        "head_dim": int(per_head) if per_head % 2 == 0 else spec.layers[0].head_dim,
     }
-    return spec_from_config(sizes)
 
 
 def flatten(spec: ArchSpec) -> dict[str, Values]:
@@ -248,8 +252,8 @@ def kv_bytes(spec: ArchSpec, dtype: torch.dtype) -> KvBytes:
     """What the cache takes.
 
     Args:
-        spec: the architecture.
-        dtype: of keys and values.
+        spec: architecture of the model.
+        dtype: dtype of keys and values.
     """
     window = spec.retained_window
     full = windowed = 0
@@ -268,14 +272,14 @@ def parameter_counts(spec: ArchSpec, has_own_head: bool = False) -> dict[str, in
     """Part -> number of parameters; a tied head is not counted again.
 
     Args:
-        spec: the architecture.
-        has_own_head: the checkpoint has a head although its config ties it.
+        spec: architecture of the model.
+        has_own_head: whether the checkpoint has a head although its config ties it.
     """
     counts: Counter[str] = Counter()
     for rule in weight_rules(spec, has_own_head):
         name = rule.parameter
         key = name.split(".")[2] if name.startswith("layers.") else name
-        counts[PARTS.get(key, "norms")] += torch.Size(rule.shape).numel()
+        counts[PARTS.get(key, "norms")] += math.prod(rule.shape)
     order = dict.fromkeys([*PARTS.values(), "norms"])
     return {part: counts[part] for part in order if counts[part]}
 
@@ -305,7 +309,7 @@ def _weights(folder: Path, spec: ArchSpec, dtype: torch.dtype) -> Weights:
 
 
 def _dtype_name(code: str) -> str:
-    """A dtype as people call it; the file's code for one that holds no weights."""
+    """A dtype by its common name; the file's code for one that holds no weights."""
     return _name(DTYPES[code]) if code in DTYPES else code
 
 

@@ -1,5 +1,6 @@
 """Explanations as text for a terminal: no colours, no line longer than the given width."""
 
+import itertools
 import re
 import textwrap
 from collections import Counter
@@ -28,14 +29,9 @@ TESTED = (
     "tokens that transformers gives; text alone = so does its text model, but no checkpoint with the whole; real = "
     "real weights, imported from GGUF files, were compared as well: "
 )
-PARTS = {
-    "embedding": "embedding",
-    "head": "head",
-    "attention": "attention",
-    "mlp": "MLP",
-    "layer scales": "layer scales",
-    "norms": "norms",
-}
+PARTS = {"mlp": "MLP"}
+"""Parts of the parameters that a page calls otherwise than JSON does."""
+
 UNLISTED = {"rope.parameters", "rope.attention_factor", "layout.mlp_norm"}
 """Fields too fine for the table; each comes with another one that is in it."""
 
@@ -109,21 +105,20 @@ def compare_page(names: tuple[str, str], differences: Sequence[Difference], widt
 
 
 def _sizes(spec: ArchSpec, width: int) -> list[str]:
-    first = spec.layers[0]
+    shared = spec.num_heads // spec.layers[0].num_kv_heads
+    sharing = f" ({shared} query heads share one)" if shared > 1 else ""
     rows = [
         ("layers", _number(spec.num_layers)),
         ("hidden size", _number(spec.hidden_size)),
         ("MLP width", show("intermediate_size", tuple(layer.intermediate_size for layer in spec.layers))),
         ("query heads", _number(spec.num_heads)),
-        ("KV heads", show("num_kv_heads", tuple(layer.num_kv_heads for layer in spec.layers))),
+        ("KV heads", show("num_kv_heads", tuple(layer.num_kv_heads for layer in spec.layers)) + sharing),
         ("width of a head", show("head_dim", tuple(layer.head_dim for layer in spec.layers))),
         ("vocabulary", _number(spec.vocab_size)),
         ("longest sequence", f"{_number(spec.max_position_embeddings)} tokens"),
         ("begin token", "none" if spec.bos_token_id is None else str(spec.bos_token_id)),
         ("end tokens", ", ".join(map(str, spec.eos_token_ids)) or "none in config.json"),
     ]
-    if first.num_kv_heads < spec.num_heads:
-        rows[4] = ("KV heads", f"{rows[4][1]} ({spec.num_heads // first.num_kv_heads} query heads share one)")
     return _rows(rows, width)
 
 
@@ -178,7 +173,10 @@ def _describe(layer: LayerSpec, others: Sequence[LayerSpec]) -> list[str]:
 
 def _parameters(model: Explanation, width: int) -> list[str]:
     total = sum(model.parameters.values())
-    lines = [f"{INDENT}{PARTS[part]:<18}{count:>16,}{count / total:>8.1%}" for part, count in model.parameters.items()]
+    lines = [
+        f"{INDENT}{PARTS.get(part, part):<18}{count:>16,}{count / total:>8.1%}"
+        for part, count in model.parameters.items()
+    ]
     lines.append(f"{INDENT}{'total':<18}{total:>16,}")
     if model.spec.tie_word_embeddings and "head" not in model.parameters:
         lines += _wrap("The head is the embedding and is counted once.", width, INDENT)
@@ -360,14 +358,13 @@ def _wrap(text: str, width: int, indent: str = "", hanging: str | None = None) -
 
 
 def _table(rows: Iterable[Sequence[str]], widths: Sequence[int]) -> list[str]:
-    """Columns two blanks apart, cells wrapped, a rule below the first row and a gap between the others."""
+    """Columns two blanks apart, cells wrapped, and a rule below the first row."""
     lines: list[str] = []
     for number, row in enumerate(rows):
-        cells = [_wrap(cell, width) or [""] for cell, width in zip(row, widths, strict=True)]
-        height = max(map(len, cells))
-        for i in range(height):
-            line = [(cell[i] if i < len(cell) else "").ljust(width) for cell, width in zip(cells, widths, strict=True)]
-            lines.append("  ".join(line).rstrip())
+        cells = [_wrap(cell, width) for cell, width in zip(row, widths, strict=True)]
+        for line in itertools.zip_longest(*cells, fillvalue=""):
+            padded = (part.ljust(width) for part, width in zip(line, widths, strict=True))
+            lines.append("  ".join(padded).rstrip())
         if number == 0:
             lines.append("  ".join("-" * width for width in widths))
     return lines

@@ -11,9 +11,9 @@ class Reason:
     """About one field.
 
     Attributes:
-        title: what the field is, in a few words.
+        title: name of the field in a few words.
         text: formula and purpose, in a sentence or two.
-        source: paper or file that describes it; "" where there is none to name.
+        source: paper or file that describes it; "" for none.
     """
 
     title: str

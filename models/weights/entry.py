@@ -9,14 +9,14 @@ class TensorEntry:
     """Where one tensor lies.
 
     Attributes:
-        file: that holds it.
-        name: that it has there.
-        dtype: its code in the header.
+        file: file that holds it.
+        name: name that it has there.
+        dtype: code of its dtype in the header.
         shape: its dimensions.
-        begin, end: absolute byte range.
-        interleaved_heads: how many heads the rows belong to, where the rows of each have rotary pairs side by side
-            and are put halves apart by `read_into`; None for all other tensors.
-        scale: what an FP8 weight is multiplied with by `read_into`; None for all other tensors.
+        begin, end: range of its bytes in the file.
+        interleaved_heads: number of heads that the rows belong to, where the rows of each have rotary pairs side by
+            side and are put halves apart by `read_into`; None for all other tensors.
+        scale: scales by which `read_into` multiplies an FP8 weight; None for all other tensors.
     """
 
     file: Path
@@ -34,9 +34,9 @@ class Scale:
     """The scales of one weight.
 
     Attributes:
-        entry: the tensor; all its numbers in order are `[rows / extent[0], columns / extent[1]]`, rounded up.
+        entry: place of the scales; in order they are `[rows / extent[0], columns / extent[1]]`, rounded up.
         extent: rows and columns of the weight that share one.
-        first_row: of the weight, where only a part of its rows is read.
+        first_row: index of the first row that is read, where only some rows of the weight are.
     """
 
     entry: TensorEntry

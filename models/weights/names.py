@@ -1,4 +1,4 @@
-"""What people's tools put before the names of a model's tensors, taken off again.
+"""What tools put before the names of a model's tensors, taken off again.
 
 A model may have been saved inside another module (DDP's `module.`, torch.compile's `_orig_mod.`, a multimodal
 model's `language_model.`), or from inside (`AutoModel` saves without `model.`). One beginning is found, by where the
@@ -21,17 +21,17 @@ INNER = "language_model"
 """Where a multimodal model has its text model."""
 
 PARTS = ("model", INNER, *WRAPPERS)
-"""What a beginning is made of."""
+"""Modules that a beginning is made of."""
 
-Entries = dict[str, "TensorEntry"]
+Entries = dict[str, TensorEntry]
 
 
-def renamed(entries: Mapping[str, "TensorEntry"], is_wrapped: bool) -> tuple[Entries, Entries]:
+def renamed(entries: Mapping[str, TensorEntry], is_wrapped: bool) -> tuple[Entries, Entries]:
     """The tensors of the text model by the names that it has alone (`model.layers.0...`, `lm_head.weight`).
 
     Args:
-        entries: by the names in the files.
-        is_wrapped: the text model must be inside a multimodal one.
+        entries: places of tensors, by the names in the files.
+        is_wrapped: whether the text model must be inside a multimodal one.
 
     Returns:
         (its tensors by their new names, all others by their own).
@@ -60,7 +60,7 @@ def renamed(entries: Mapping[str, "TensorEntry"], is_wrapped: bool) -> tuple[Ent
     return own, others
 
 
-def _beginning(entries: Mapping[str, "TensorEntry"]) -> str | None:
+def _beginning(entries: Mapping[str, TensorEntry]) -> str | None:
     for anchor in ANCHORS:
         found = sorted({name.removesuffix(anchor) for name in entries if _is_known(name, anchor)})
         if len(found) > 1:
@@ -73,7 +73,7 @@ def _beginning(entries: Mapping[str, "TensorEntry"]) -> str | None:
     return None
 
 
-def _beginning_of_head(entries: Mapping[str, "TensorEntry"], body: str) -> str | None:
+def _beginning_of_head(entries: Mapping[str, TensorEntry], body: str) -> str | None:
     """The head lies beside the body or above it, inside the same wrappers."""
     parts = body.split(".")[:-1]
     outer = next((i for i, part in enumerate(parts) if part not in WRAPPERS), len(parts))

@@ -34,7 +34,7 @@ class WeightRule:
     """One parameter and the checkpoint tensors that it is made of, concatenated along dimension 0.
 
     Attributes:
-        parameter: the decoder's name for it.
+        parameter: name that it has in the decoder.
         sources: (checkpoint name, shape) of each part.
     """
 
@@ -43,7 +43,7 @@ class WeightRule:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the parameter."""
+        """Shape of the parameter."""
         return (sum(shape[0] for _, shape in self.sources), *self.sources[0][1][1:])
 
 
@@ -52,10 +52,10 @@ class CheckpointReport:
     """What a checkpoint holds.
 
     Attributes:
-        num_tensors: that the decoder uses.
+        num_tensors: number of tensors that the decoder uses.
         num_parameters: numbers in them.
-        num_bytes: of them, as stored.
-        skipped: names that are known to be of no use.
+        num_bytes: bytes of them, as stored.
+        skipped: names of tensors that are known to be of no use.
     """
 
     num_tensors: int
@@ -68,8 +68,8 @@ def weight_rules(spec: ArchSpec, has_own_head: bool = False) -> list[WeightRule]
     """The rules of a spec, in the order in which the decoder takes its parameters.
 
     Args:
-        spec: the architecture.
-        has_own_head: the checkpoint has a head although its config ties it to the embedding.
+        spec: architecture of the model.
+        has_own_head: whether the checkpoint has a head although its config ties it to the embedding.
     """
     embed = (spec.vocab_size, spec.hidden_size)
     rules = [_rule("embed.weight", ("model.embed_tokens.weight", embed))]
@@ -77,9 +77,7 @@ def weight_rules(spec: ArchSpec, has_own_head: bool = False) -> list[WeightRule]
         total = spec.num_layers * spec.layer_input_size
         rules += [
             _rule("layer_inputs.embed.weight", ("model.embed_tokens_per_layer.weight", (spec.vocab_size, total))),
-            _rule(
-                "layer_inputs.project.weight", ("model.per_layer_model_projection.weight", (total, spec.hidden_size))
-            ),
+            _rule("layer_inputs.project.weight", ("model.per_layer_model_projection.weight", (total, embed[1]))),
             _rule("layer_inputs.norm.weight", ("model.per_layer_projection_norm.weight", (spec.layer_input_size,))),
         ]
     for index, layer in enumerate(spec.layers):
@@ -95,52 +93,60 @@ def _rule(parameter: str, *sources: tuple[str, tuple[int, ...]]) -> WeightRule:
 
 
 def _layer_rules(spec: ArchSpec, layer: LayerSpec, to: str, source: str) -> list[WeightRule]:
-    hidden, inner, layout = spec.hidden_size, layer.intermediate_size, spec.layout
-    q_size, kv_size = spec.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
-    kv_parts = [("k_proj", kv_size), ("v_proj", kv_size)]
-    if layer.kv_layer is not None:
-        kv_parts = []
-    elif layer.value_is_key:
-        kv_parts = kv_parts[:1]
-    qkv, gate_up = [("q_proj", q_size), *kv_parts], [("gate_proj", inner), ("up_proj", inner)]
-    if layout.fused_qkv:
-        qkv = [("qkv_proj", sum(rows for _, rows in qkv))]
-    if layout.fused_gate_up:
-        gate_up = [("gate_up_proj", 2 * inner)]
-
-    def norm(name: str, of: str, size: int = hidden) -> WeightRule:
-        return _rule(f"{to}{name}.weight", (f"{source}{of}.weight", (size,)))
-
-    rules = [norm("attn_norm", "input_layernorm"), norm("mlp_norm", layout.mlp_norm)]
-    if spec.sandwich_norms:
-        rules.append(norm("attn_post_norm", "post_attention_layernorm"))
-        rules.append(norm("mlp_post_norm", "post_feedforward_layernorm"))
-    if spec.qk_norm:
-        rules.append(norm("q_norm", "self_attn.q_norm", layer.head_dim))
-        if layer.kv_layer is None:
-            rules.append(norm("k_norm", "self_attn.k_norm", layer.head_dim))
+    """The rules of a layer, of which the parameters' names begin with `to` and the checkpoint's with `source`."""
+    norms = _norms(spec, layer)
+    rules = [_rule(f"{to}{name}.weight", (f"{source}{of}.weight", (size,))) for name, (of, size) in norms.items()]
     if spec.layer_scale:
         rules.append(_rule(f"{to}scale", (f"{source}layer_scalar", (1,))))
-    # parameter: (module that it is in, parts of (name, rows), columns, whether it has a bias)
-    linears = {
-        "qkv": ("self_attn", qkv, hidden, spec.qkv_bias),
-        "o": ("self_attn", [("o_proj", hidden)], q_size, spec.o_bias),
-        "gate_up": ("mlp", gate_up, hidden, spec.mlp_bias),
-        "down": ("mlp", [("down_proj", hidden)], inner, spec.mlp_bias),
-    }
-    if spec.layer_input_size is not None:
-        size = spec.layer_input_size
-        rules.append(norm("input_norm", "post_per_layer_input_norm"))
-        rules.append(_rule(f"{to}input_gate.weight", (f"{source}per_layer_input_gate.weight", (size, hidden))))
-        rules.append(_rule(f"{to}input_project.weight", (f"{source}per_layer_projection.weight", (hidden, size))))
-    for name, (module, parts, columns, has_bias) in linears.items():
-        weights = [(f"{source}{module}.{part}.weight", (rows, columns)) for part, rows in parts]
-        rules.append(_rule(f"{to}{name}.weight", *weights))
-        if has_bias:
+    for name, (parts, columns, has_bias) in _linears(spec, layer).items():
+        kinds = {"weight": (columns,), "bias": ()} if has_bias else {"weight": (columns,)}
+        for kind, rest in kinds.items():
             rules.append(
-                _rule(f"{to}{name}.bias", *((f"{source}{module}.{part}.bias", (rows,)) for part, rows in parts))
+                _rule(f"{to}{name}.{kind}", *((f"{source}{part}.{kind}", (rows, *rest)) for part, rows in parts))
             )
     return rules
+
+
+def _norms(spec: ArchSpec, layer: LayerSpec) -> dict[str, tuple[str, int]]:
+    """Name of each norm of a layer -> (name in the checkpoint, size)."""
+    hidden = spec.hidden_size
+    norms = {"attn_norm": ("input_layernorm", hidden), "mlp_norm": (spec.layout.mlp_norm, hidden)}
+    if spec.sandwich_norms:
+        norms["attn_post_norm"] = ("post_attention_layernorm", hidden)
+        norms["mlp_post_norm"] = ("post_feedforward_layernorm", hidden)
+    if spec.qk_norm:
+        norms["q_norm"] = ("self_attn.q_norm", layer.head_dim)
+        if layer.kv_layer is None:
+            norms["k_norm"] = ("self_attn.k_norm", layer.head_dim)
+    if spec.layer_input_size is not None:
+        norms["input_norm"] = ("post_per_layer_input_norm", hidden)
+    return norms
+
+
+def _linears(spec: ArchSpec, layer: LayerSpec) -> dict[str, tuple[list[tuple[str, int]], int, bool]]:
+    """Name of each projection of a layer -> (parts of it as (name in the checkpoint, rows), columns, has a bias)."""
+    hidden, inner, layout = spec.hidden_size, layer.intermediate_size, spec.layout
+    q_size, kv_size = spec.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
+    qkv = [("self_attn.q_proj", q_size)]
+    if layer.kv_layer is None:
+        qkv.append(("self_attn.k_proj", kv_size))
+        if not layer.value_is_key:
+            qkv.append(("self_attn.v_proj", kv_size))
+    if layout.fused_qkv:
+        qkv = [("self_attn.qkv_proj", sum(rows for _, rows in qkv))]
+    gate_up = [("mlp.gate_up_proj", 2 * inner)]
+    if not layout.fused_gate_up:
+        gate_up = [("mlp.gate_proj", inner), ("mlp.up_proj", inner)]
+    linears = {
+        "qkv": (qkv, hidden, spec.qkv_bias),
+        "o": ([("self_attn.o_proj", hidden)], q_size, spec.o_bias),
+        "gate_up": (gate_up, hidden, spec.mlp_bias),
+        "down": ([("mlp.down_proj", hidden)], inner, spec.mlp_bias),
+    }
+    if spec.layer_input_size is not None:
+        linears["input_gate"] = ([("per_layer_input_gate", spec.layer_input_size)], hidden, False)
+        linears["input_project"] = ([("per_layer_projection", hidden)], spec.layer_input_size, False)
+    return linears
 
 
 def iter_weights(
@@ -149,23 +155,23 @@ def iter_weights(
     """Streams (parameter name, tensor) in layer order, cast to dtype; FP8 weights are widened to it one by one.
 
     Args:
-        folder: of the checkpoint.
-        spec: the architecture.
-        dtype: of the parameters.
-        max_numbers: that there is room for; None for any.
+        folder: folder of the checkpoint.
+        spec: architecture of the model.
+        dtype: dtype of the parameters.
+        max_numbers: most numbers that there is room for; None for any.
 
     Raises:
         CheckpointError: files are damaged or absent, tensors do not fit the spec (lists them), or there are more
             numbers than allowed.
     """
-    tensors = _tensors(folder, spec)
-    if max_numbers is not None and tensors.num_parameters > max_numbers:
+    entries, _ = _tensors(folder, spec)
+    count = sum(math.prod(rule.shape) for rule in weight_rules(spec))  # before a head of its own is looked for
+    if max_numbers is not None and count > max_numbers:
         raise CheckpointError(
-            f"the weights of {folder} are {tensors.num_parameters} numbers, and all memory has room for "
-            f"{max_numbers} in {str(dtype).removeprefix('torch.')}; take a smaller model"
+            f"the weights of {folder} are {count} numbers, and all memory has room for {max_numbers} in "
+            f"{str(dtype).removeprefix('torch.')}; take a smaller model"
         )
-    rules = weight_rules(spec, _has_own_head(tensors.entries, spec))
-    return _stream(tensors.entries, rules, dtype)
+    return _stream(entries, weight_rules(spec, _has_own_head(entries, spec)), dtype)
 
 
 def checkpoint_report(folder: Path, spec: ArchSpec) -> CheckpointReport:
@@ -174,37 +180,25 @@ def checkpoint_report(folder: Path, spec: ArchSpec) -> CheckpointReport:
     Raises:
         CheckpointError: as `iter_weights`.
     """
-    tensors = _tensors(folder, spec)
-    has_own_head = _has_own_head(tensors.entries, spec)
-    rules = weight_rules(spec, has_own_head)
-    copy = [HEAD] if spec.tie_word_embeddings and HEAD in tensors.entries and not has_own_head else []
-    used = [tensors.entries[name] for rule in rules for name, _ in rule.sources]
+    entries, skipped = _tensors(folder, spec)
+    has_own_head = _has_own_head(entries, spec)
+    copy = [HEAD] if spec.tie_word_embeddings and HEAD in entries and not has_own_head else []
+    used = [entries[name] for rule in weight_rules(spec, has_own_head) for name, _ in rule.sources]
     stored = [*used, *(entry.scale.entry for entry in used if entry.scale is not None)]
     return CheckpointReport(
         num_tensors=len(used),
         num_parameters=sum(math.prod(entry.shape) for entry in used),
         num_bytes=sum(entry.end - entry.begin for entry in stored),
-        skipped=(*tensors.skipped, *copy),
+        skipped=(*skipped, *copy),
     )
 
 
-@dataclass(frozen=True)
-class _Tensors:
-    """Those of a text model, which fit its spec.
+def _tensors(folder: Path, spec: ArchSpec) -> tuple[dict[str, TensorEntry], list[str]]:
+    """(tensors by the names that they have in a model of text alone, names of those without use).
 
-    Attributes:
-        entries: by the names that they have in a model of text alone.
-        skipped: names of those that are of no use.
-        num_parameters: numbers in those that every model of the spec has.
+    Raises:
+        CheckpointError: one with everything that does not fit the spec.
     """
-
-    entries: dict[str, TensorEntry]
-    skipped: tuple[str, ...]
-    num_parameters: int
-
-
-def _tensors(folder: Path, spec: ArchSpec) -> _Tensors:
-    """Raises one error with everything that does not fit."""
     layout = spec.layout
     entries, foreign = renamed(read_entries(folder, layout.fp8 is not None), layout.is_wrapped)
     files = sorted({str(entry.file) for entry in (*entries.values(), *foreign.values())})
@@ -212,8 +206,7 @@ def _tensors(folder: Path, spec: ArchSpec) -> _Tensors:
     problems: list[str] = []
     if layout.fp8 is not None:
         entries, skipped, problems = with_scales(entries, layout.fp8)
-    rules = weight_rules(spec)
-    expected = {name: shape for rule in rules for name, shape in rule.sources}
+    expected = {name: shape for rule in weight_rules(spec) for name, shape in rule.sources}
     may_be_there = expected | ({HEAD: (spec.vocab_size, spec.hidden_size)} if spec.tie_word_embeddings else {})
     unused = _unused(spec)
     missing = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in entries]
@@ -234,14 +227,18 @@ def _tensors(folder: Path, spec: ArchSpec) -> _Tensors:
         skipped += foreign
     else:
         unexpected += [f"unexpected {shown(name)} in {entry.file.name}" for name, entry in foreign.items()]
-    if groups := [group for group in (missing, problems, unexpected) if group]:
-        count = sum(map(len, groups))
-        share = count if count <= MAX_LISTED else MAX_LISTED // len(groups)
-        lines = [line for group in groups for line in _at_most(group, share)]
-        listed = "".join(f"\n  {line}" for line in lines)
-        held = ", ".join(_at_most(files, MAX_FILES))
-        raise CheckpointError(f"the tensors of {held} do not fit config.json ({count} problems):{listed}")
-    return _Tensors(entries, tuple(skipped), sum(math.prod(shape) for shape in expected.values()))
+    if missing or problems or unexpected:
+        raise _misfit(files, [group for group in (missing, problems, unexpected) if group])
+    return entries, skipped
+
+
+def _misfit(files: list[str], groups: list[list[str]]) -> CheckpointError:
+    """The error that says in which ways some files do not fit, as many of each as there is room for."""
+    count = sum(map(len, groups))
+    share = count if count <= MAX_LISTED else MAX_LISTED // len(groups)
+    listed = "".join(f"\n  {line}" for group in groups for line in _at_most(group, share))
+    held = ", ".join(_at_most(files, MAX_FILES))
+    return CheckpointError(f"the tensors of {held} do not fit config.json ({count} problems):{listed}")
 
 
 def _at_most(lines: list[str], count: int) -> list[str]:

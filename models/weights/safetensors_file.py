@@ -1,34 +1,36 @@
 """Safetensors files of a checkpoint folder: which there are, what is in them, and reading one tensor.
 
 Layouts: model.safetensors; an index with shards, or shards without one; Mistral's consolidated.safetensors, read
-only where there is none of the others. Links are followed, as the hub's cache is made of them. A header is checked
-whole before a byte of data is read; nothing is mapped, so that peak memory is what the caller allocates.
-
-Format: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSON header, the data).
+only where there is none of the others. Links are followed, as the hub's cache is made of them. The safetensors library
+checks each header whole before a byte of data is read: its byte ranges fill the file, without overlap and without a
+gap. Data is read in order and never mapped, so that peak memory is what the caller allocates.
 """
 
 import json
 import math
 import os
-import stat
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minirksc.errors import CheckpointError
-from minirksc.json_file import read_json_object
+from minirksc.json_file import open_regular, read_json_object
 from minirksc.models.config.consolidated import hf_name, read_params
 from minirksc.models.config.quantised import quantisation_of, refusal, shown
 from minirksc.models.weights.entry import Scale, TensorEntry
 
 MAX_HEADER_BYTES = 16 << 20
-"""Of all headers of a folder, and of an index: over 100 000 tensors, read in seconds and less than 1 GB of memory."""
+"""Bytes of all headers of a folder, and of an index: over 100 000 tensors, read in seconds and under 1 GB of memory."""
 
-LFS_BEGIN = b"version "
-"""Of the pointer that Git LFS leaves in place of a file."""
+CONSOLIDATED = "consolidated"
+"""How the names of files in Mistral's own layout begin."""
+
+BESIDE = (CONSOLIDATED, ".", "optimizer")
+"""How names begin of files beside the weights: of that layout, of a system (`._model.safetensors`), of a training."""
 
 MAX_DIMENSIONS = 16
 DTYPES = {
@@ -38,23 +40,21 @@ DTYPES = {
     "BF16": torch.bfloat16,
 }
 FP8_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu}
-"""Of FP8 weights, and of what may scale them."""
+"""Dtypes of FP8 weights, and of what may scale them."""
+
+OTHER_DTYPES = ("I64", "I32", "I16", "I8", "U8", "BOOL", "U16", "U32", "U64", "F8_E5M2")
+"""Dtypes that tensors may have which are skipped, or tell of a quantised checkpoint."""
 
 PIECE_NUMBERS = 1 << 18
-"""That are converted at a time: what lies between the two dtypes stays in the processor's cache."""
-
-ITEM_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-    "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-}  # fmt: skip
+"""Numbers that are converted at a time: what lies between the two dtypes stays in the processor's cache."""
 
 
 def read_entries(folder: Path, is_fp8: bool = False) -> dict[str, TensorEntry]:
     """All tensors of a checkpoint folder by their Hugging Face names, from the headers of its safetensors files.
 
     Args:
-        folder: of the checkpoint.
-        is_fp8: config.json says so; tensors that tell of FP8 are refused without.
+        folder: folder of the checkpoint.
+        is_fp8: whether config.json says so; tensors that tell of FP8 are refused without.
 
     Raises:
         CheckpointError: no safetensors, a missing shard, a damaged header, or a tensor in two files.
@@ -75,7 +75,7 @@ def read_entries(folder: Path, is_fp8: bool = False) -> dict[str, TensorEntry]:
         method, name = quantised
         unsaid = "; config.json has no quantization_config that says how" if method == "fp8" else ""
         raise refusal(str(entries[name].file), f"{method}: tensor {shown(name)} of {entries[name].dtype}{unsaid}")
-    return _from_consolidated(entries, folder) if _is_consolidated(files[0]) else entries
+    return _from_consolidated(entries, folder) if files[0].name.startswith(CONSOLIDATED) else entries
 
 
 def _from_consolidated(entries: dict[str, TensorEntry], folder: Path) -> dict[str, TensorEntry]:
@@ -97,33 +97,19 @@ def _from_consolidated(entries: dict[str, TensorEntry], folder: Path) -> dict[st
 def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder")
-    others = sorted(file for file in folder.glob("*.safetensors") if not _is_foreign(file))
-    for prefix, unindexed in (("model", others), ("consolidated", sorted(folder.glob("consolidated*.safetensors")))):
+    all_files = sorted(folder.glob("*.safetensors"))
+    others = [file for file in all_files if not file.name.startswith(BESIDE)]
+    own = [file for file in all_files if file.name.startswith(CONSOLIDATED)]
+    for prefix, unindexed in (("model", others), (CONSOLIDATED, own)):
         single, index = folder / f"{prefix}.safetensors", folder / f"{prefix}.safetensors.index.json"
         if single.is_file():
             return [single]
-        if index.is_symlink() and not index.exists():
-            raise CheckpointError(f"{index} is a link to a file that does not exist, or to itself")
-        if index.exists():
+        if os.path.lexists(index):
+            _check_link(index)
             return _indexed_files(folder, index)
         if unindexed:
             return unindexed
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
-    if pickles:
-        raise CheckpointError(
-            f"{folder} has only pickle files ({', '.join(pickles[:3])}), which can run any code when they are "
-            "loaded; they are never read. Convert the checkpoint to safetensors"
-        )
     raise CheckpointError(f"{folder} has no .safetensors file")
-
-
-def _is_consolidated(file: Path) -> bool:
-    return file.name.startswith("consolidated")
-
-
-def _is_foreign(file: Path) -> bool:
-    """Files beside the weights: of Mistral's own layout, of a system (`._model.safetensors`), of a training run."""
-    return _is_consolidated(file) or file.name.startswith((".", "optimizer"))
 
 
 def _indexed_files(folder: Path, index: Path) -> list[Path]:
@@ -137,10 +123,7 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
         if not name or Path(name).name != name or "\\" in name:
             raise CheckpointError(f"{index} names {name!r:.200}, which is not a file of its own folder")
         file = folder / name
-        if os.path.islink(file) and not os.path.exists(file):
-            raise CheckpointError(
-                f"{file}, which {index.name} names, is a link to a file that does not exist, or to itself"
-            )
+        _check_link(file)
         if not os.path.isfile(file):
             what = "is not a regular file" if os.path.exists(file) else f"is not in {folder}; fetch it again"
             raise CheckpointError(f"{index.name} names the shard {shown(name)}, which {what}")
@@ -148,60 +131,44 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
     return files
 
 
+def _check_link(file: Path) -> None:
+    if os.path.islink(file) and not os.path.exists(file):
+        raise CheckpointError(f"{file} is a link to a file that does not exist, or to itself; fetch it again")
+
+
 def _read_header(file: Path, room: int) -> tuple[dict[str, TensorEntry], int]:
-    """Parses and checks one file's header: its byte ranges fill the file, without overlap and without a gap.
+    """Reads one file's header.
 
     Args:
-        file: to read.
+        file: file to read.
         room: bytes that the header may have.
 
     Returns:
         (the tensors, bytes of the header).
     """
     try:
-        status = file.stat()
-        size = status.st_size
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-            raise CheckpointError(f"{file} is not a regular file")
-        with file.open("rb") as stream:
-            begin = stream.read(8)
-            if begin == LFS_BEGIN:
-                raise CheckpointError(
-                    f"{file} is a pointer of Git LFS, not the file itself; in its folder, type: git lfs pull"
-                )
+        with open_regular(file) as stream:
+            if stream is None:
+                raise CheckpointError(f"{file} is not a regular file")
+            begin, size = stream.read(8), os.fstat(stream.fileno()).st_size
             length = int.from_bytes(begin, "little")
-            if size < 8 or not 2 <= length <= size - 8:
-                raise CheckpointError(
-                    f"{file} is not a safetensors file or is truncated: its header claims {length} bytes, "
-                    f"the file has {size}"
-                )
-            if length > room:
+            if room < length <= size:  # a length beyond the end is told below: the file is none, or damaged
                 left = f", what the files before it leave of {MAX_HEADER_BYTES}" if room < MAX_HEADER_BYTES else ""
                 raise CheckpointError(
                     f"{file} has a header of {length} bytes, more than {room}{left}; no supported model needs as much. "
                     "Save it again without metadata"
                 )
-            raw = stream.read(length)
+            with safe_open(file, framework="numpy"):  # maps the file, checks the header, and touches no data
+                header = json.loads(stream.read(length), object_pairs_hook=_unique_names)
     except OSError as error:  # for example a link whose target is gone
         raise CheckpointError(f"{file} cannot be read: {error}") from error
-    try:
-        header = json.loads(raw.decode(), object_pairs_hook=_unique_names)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: the header is not valid JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{file}: the header is not a JSON object")
-    start = 8 + length
-    entries = {name: _entry(file, name, value, start, size) for name, value in header.items() if name != "__metadata__"}
-    end = start
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if entry.begin < end:
-            raise CheckpointError(f"{file}: tensor {shown(name)} overlaps the data of another one")
-        if entry.begin > end:
-            raise CheckpointError(f"{file}: {entry.begin - end} bytes before tensor {shown(name)} belong to no tensor")
-        end = entry.end
-    if end != size:
-        raise CheckpointError(f"{file}: the last {size - end} bytes belong to no tensor")
-    return entries, length
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} is truncated, damaged or not a safetensors file: {shown(str(error))}; it has {size} bytes and "
+            f"gives {length} of them to its header. Fetch or save it again"
+        ) from error
+    header.pop("__metadata__", None)
+    return {name: _entry(file, name, value, 8 + length) for name, value in header.items()}, length
 
 
 def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -213,28 +180,13 @@ def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return named
 
 
-def _entry(file: Path, name: str, value: Any, start: int, size: int) -> TensorEntry:
-    try:
-        dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        numbers = (*shape, begin, end)
-        if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**63 for n in numbers):
-            raise ValueError("its numbers must be integers from 0 to 2**63 - 1")
-        if dtype not in ITEM_BYTES:
-            raise ValueError(f"dtype {dtype!r:.80} is unknown")
-        if len(shape) > MAX_DIMENSIONS:
-            raise ValueError(f"{len(shape)} dimensions, more than {MAX_DIMENSIONS}")
-        num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: the entry of tensor {shown(name)} is malformed: {error!r:.300}") from error
-    if end - begin != num_bytes:
-        raise CheckpointError(
-            f"{file}: tensor {shown(name)} of {dtype} {list(shape)} needs {num_bytes} bytes, its offsets give "
-            f"{end - begin}"
-        )
-    if start + end > size:
-        raise CheckpointError(
-            f"{file} is truncated: tensor {shown(name)} ends at byte {start + end}, the file has {size}"
-        )
+def _entry(file: Path, name: str, value: Any, start: int) -> TensorEntry:
+    """What a header that has been checked says of one tensor; `start` is the first byte of data in the file."""
+    dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+    if dtype not in DTYPES and dtype not in FP8_DTYPES and dtype not in OTHER_DTYPES:
+        raise CheckpointError(f"{file}: tensor {shown(name)}: dtype {dtype!r:.80} is unknown; save it in another one")
+    if len(shape) > MAX_DIMENSIONS:
+        raise CheckpointError(f"{file}: tensor {shown(name)} has {len(shape)} dimensions, more than {MAX_DIMENSIONS}")
     return TensorEntry(file, name, dtype, shape, start + begin, start + end)
 
 
@@ -242,8 +194,8 @@ def read_into(entry: TensorEntry, out: Tensor) -> None:
     """Reads one tensor into place: FP8 weights times their scales, halves of each head apart.
 
     Args:
-        entry: the tensor.
-        out: contiguous, of its shape, and of any floating-point dtype.
+        entry: place of the tensor.
+        out: tensor to fill: contiguous, of the entry's shape, and of any floating-point dtype.
 
     Raises:
         CheckpointError: the file has changed since its header was read, or an FP8 weight or scale is no number.
@@ -254,8 +206,12 @@ def read_into(entry: TensorEntry, out: Tensor) -> None:
         return
     rows = torch.empty(entry.shape, dtype=out.dtype)
     _read(entry, rows)
-    pairs = rows.view(heads, -1, 2, *entry.shape[1:])  # [heads, head_dim / 2, 2, ...]
-    out.view(heads, 2, -1, *entry.shape[1:]).copy_(pairs.transpose(1, 2))
+    out.view(heads, 2, -1, *entry.shape[1:]).copy_(halves_apart(rows, heads))
+
+
+def halves_apart(rows: Tensor, num_heads: int) -> Tensor:
+    """Rows of each head from (x0, y0, x1, y1, ...) to (x0, x1, ..., y0, y1, ...): `[heads, 2, head_dim / 2, ...]`."""
+    return rows.view(num_heads, -1, 2, *rows.shape[1:]).transpose(1, 2)
 
 
 def _read(entry: TensorEntry, out: Tensor) -> None:
@@ -287,7 +243,7 @@ def _read(entry: TensorEntry, out: Tensor) -> None:
 
 
 def _scales(scale: Scale) -> Tensor:
-    """`[row blocks, column blocks]` float32."""
+    """The scales of a weight, checked: `[row blocks, column blocks]` float32."""
     entry = scale.entry
     scales = torch.empty(entry.shape, dtype=torch.float32)
     _read(entry, scales)
@@ -303,9 +259,9 @@ def widened(values: Tensor, scales: Tensor, extent: tuple[int, int], first_row: 
 
     Args:
         values: `[rows, columns]` e4m3, some rows of a weight.
-        scales: `[row blocks, column blocks]` float32, of the whole weight.
+        scales: `[row blocks, column blocks]` float32, scales of the whole weight.
         extent: rows and columns that share one.
-        first_row: which row of the weight the first of them is.
+        first_row: index in the weight of the first of these rows.
 
     Returns:
         `[rows, columns]` float32.

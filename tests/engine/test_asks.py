@@ -3,13 +3,14 @@
 import math
 
 import pytest
+from integrity import check_integrity
 
 from minirksc import LLM, Solver, SolverConfig
 from minirksc.engine.gates import Seat
 from minirksc.errors import ConfigError
 from minirksc.options import SamplingParams
-from minirksc.rksc.asks import AFTER_SPLICE, MIN_RUN, Probe, probe_depth, reusable
-from minirksc.rksc.similarity import GATES
+from minirksc.rksc.asks import AFTER_SPLICE, MIN_RUN, Probe, num_probe_layers, reusable
+from minirksc.rksc.similarity import MEASURES
 
 STORY = "a baker bakes 12 loaves on monday and 7 on tuesday, and then gives 3 of them to a school nearby."
 FIRST = f"please read this carefully: {STORY} how many are left?"
@@ -26,7 +27,7 @@ def llm(tiny_llama):
     with LLM(tiny_llama(layers=LAYERS, tokenizer=True), block_size=8, kv_cache_bytes="4MiB") as llm:
         yield llm
         assert llm.stats()["num_blocks_used"] == 0
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
 
 
 def solve(llm, wordings=WORDINGS, **options):
@@ -60,7 +61,7 @@ def test_substitute_is_the_first_wording_and_saves_the_rest_of_the_prefill(llm):
     _, alike, other, _ = result.branches
     assert alike.similarity is not None and other.similarity is None
     num_rows = len(llm.tokenizer.encode(ALIKE))  # it shares no block with the first
-    assert alike.num_saved_tokens == pytest.approx(num_rows * (LAYERS - probe_depth(LAYERS)) / LAYERS)
+    assert alike.num_saved_tokens == pytest.approx(num_rows * (LAYERS - num_probe_layers(LAYERS)) / LAYERS)
     assert result.stats["num_saved_layer_rows"] == pytest.approx(alike.num_saved_tokens * LAYERS)
 
 
@@ -69,7 +70,7 @@ def test_the_guard_comes_first_and_says_why(llm):
     (guard,) = (gate for gate in result.trace["gates"] if gate["gate"] == "guard")
     assert guard["node"] == 2 and "13" in guard["reason"]
     (share,) = (gate for gate in result.trace["gates"] if gate["gate"] == "share")
-    assert share["node"] == 1 and share["decision"] == "substitute" and share["layer"] == probe_depth(LAYERS)
+    assert share["node"] == 1 and share["decision"] == "substitute" and share["layer"] == num_probe_layers(LAYERS)
     assert share["threshold"] == -9.0 and share["value"] == result.branches[1].similarity
 
 
@@ -124,7 +125,7 @@ def test_private_branches_are_no_ones_business(llm):
 
 def test_states_that_are_not_finite_let_the_wording_go_on(llm, monkeypatch):
     exact = solve(llm, sharing="exact")
-    gate = GATES["alignment"]
+    gate = MEASURES["alignment"]
     monkeypatch.setattr(type(gate), "similarity", lambda *_: math.nan)
     result = solve(llm, tau=-9.0)
     assert tokens_and_scores(result) == tokens_and_scores(exact)
@@ -149,7 +150,7 @@ def test_rope_that_cannot_be_moved_refuses_aligned_mode(tiny_llama):
 
 def test_a_root_whose_blocks_were_taken_lends_nothing(llm):
     ids = [llm.tokenizer.encode(wording) for wording in (FIRST, ALIKE)]
-    probe = Probe(GATES["alignment"], 2, -9.0, aligned=True)
+    probe = Probe(MEASURES["alignment"], 2, -9.0, aligned=True)
     for row, token_ids in enumerate(ids):
         probe.watch(row, token_ids)
     (root,) = llm.branches(ids[:1], seats=[Seat(probe, 0, sees_all=True)])
@@ -176,6 +177,17 @@ def test_a_cached_first_wording_is_looked_at_all_the_same(llm):
     assert again.branches[1].similarity == pytest.approx(first.branches[1].similarity, abs=0.05)
 
 
+def test_what_the_cache_holds_beyond_the_end_of_the_first_phrasing_is_like_nothing(llm):
+    phrasings = [FIRST, f"{ALIKE} {STORY}"]
+    options = {"branches": 2, "tokens_per_step": 6, "sampling": SEEDED}
+    exact = solve(llm, phrasings[1:])  # its prompt lies in the cache from now on
+    semantic = SolverConfig(**options, sharing="semantic", policy="paper", tau=0.5)
+    result = Solver(llm, semantic).solve(phrasings[0], phrasings)
+    (share,) = (gate for gate in result.trace["gates"] if gate["gate"] == "share")
+    assert (share["value"], share["decision"]) == (0.0, "computed")
+    assert result.branches[1].sharing == "exact" and exact.branches[0].num_saved_tokens == 0
+
+
 def test_probes_over_several_chunks(tiny_llama):
     results = []
     for max_batch_tokens in (2048, 64):
@@ -187,10 +199,10 @@ def test_probes_over_several_chunks(tiny_llama):
     assert whole.branches[1].similarity == pytest.approx(chunks.branches[1].similarity, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", sorted(GATES))
+@pytest.mark.parametrize("name", sorted(MEASURES))
 def test_every_gate_works_in_a_probe(llm, name):
     ids = [llm.tokenizer.encode(wording) for wording in (FIRST, FIRST[:40] + FIRST[41:], STORY[::-1])]
-    probe = Probe(GATES[name], 3, 2.0, aligned=False)
+    probe = Probe(MEASURES[name], 3, 2.0, aligned=False)
     for row, token_ids in enumerate(ids):
         probe.watch(row, token_ids)
     roots = llm.branches(ids[:1], seats=[Seat(probe, 0, sees_all=True)])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from integrity import check_integrity
 
 from minirksc import LLM, SamplingParams
 from minirksc.engine.gates import Borrow, Seat
@@ -29,7 +30,7 @@ def llm(tiny_llama, request):
     options = {"backend": backend, "kv_cache_dtype": kv, "block_size": 8, "kv_cache_bytes": "2MiB"}
     with LLM(tiny_llama(layers=LAYERS), **options) as llm:
         yield llm
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
 
 
 def branch_that_borrows(llm, prompt, root, offsets, positions):
@@ -89,7 +90,7 @@ def test_borrowed_kv_is_shared_with_forks_and_with_nobody_else(llm):
     llm.extend(forks, PARAMS)
     for one in (branch, *forks):
         one.prune()
-    llm.engine.blocks.check_integrity()
+    check_integrity(llm.engine.blocks)
     (out,) = llm.generate([[*prompt, *forks[0].output_token_ids, 7]], PARAMS)
     assert out.num_cached_tokens <= 20  # what it computed itself, before the first borrowed token
     with LLM(llm.config.model, kv_cache_dtype=llm.config.kv_cache_dtype, backend=llm.config.backend) as fresh:

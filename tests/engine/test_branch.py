@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from integrity import check_integrity
 
 from minirksc import LLM, SamplingParams
 from minirksc.errors import BranchError, ConfigError, EngineClosedError, PromptError
@@ -16,7 +17,7 @@ SAMPLED = SamplingParams(temperature=1.0, max_tokens=12, ignore_eos=True, detoke
 def llm(tiny_llama):
     with LLM(tiny_llama(), block_size=8, kv_cache_bytes="2MiB") as llm:
         yield llm
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
 
 
 def test_forks_compute_the_root_once_and_own_only_their_tokens(llm):
@@ -152,7 +153,7 @@ def test_a_branch_survives_an_interruption_before_its_copies_are_made(llm, monke
                 patch.setattr(llm.engine.runner, "forward", interrupted)
                 with pytest.raises(KeyboardInterrupt):
                     llm.extend(kids, SAMPLED)
-            llm.engine.blocks.check_integrity()
+            check_integrity(llm.engine.blocks)
             assert not llm.engine.has_work
             root.prune()
             llm.reset_prefix_cache()

@@ -5,6 +5,7 @@ import random
 import shutil
 
 import pytest
+from integrity import check_integrity
 
 from minirksc import LLM, SamplingParams
 from minirksc.errors import BranchError, ConfigError
@@ -26,7 +27,7 @@ def llm(tiny_llama, tmp_path_factory):
     (folder / "tokenizer.json").write_text(json.dumps(file))
     with LLM(folder, block_size=4, kv_cache_bytes="2MiB") as llm:
         yield llm
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
         assert llm.stats()["num_blocks_used"] == 0
 
 
@@ -205,13 +206,13 @@ def test_without_its_stop_a_branch_goes_on_as_if_that_had_never_been(
     assert branch.output_token_ids == ids(llm, *stays)
     assert branch.token_ids == [*prompt, *ids(llm, *stays, *again)]
     assert len(branch.logprobs) == len(branch.signals.top1) == len(branch.signals.self_certainty) == len(stays)
-    llm.engine.blocks.check_integrity()
+    check_integrity(llm.engine.blocks)
     # Its KV is that of the tokens that are left.
     fresh = llm.branch([*branch.token_ids], share=False)
     llm.extend([branch, sibling], greedy(detokenize=False))
     llm.extend([fresh], greedy(detokenize=False))
     assert branch.token_ids == fresh.token_ids
-    llm.engine.blocks.check_integrity()
+    check_integrity(llm.engine.blocks)
     for one in (branch, sibling, fresh):
         one.prune()
 

@@ -67,7 +67,7 @@ def test_a_size_is_recorded_once(llm):
     outputs(llm)
     first = recorder.num_recorded
     outputs(llm)
-    assert recorder.num_recorded == first == graphs.num_graphs
+    assert recorder.num_recorded == first == graphs.num_recordings
     outputs(llm, PROMPTS[:3])  # 3 rows are served by the graph of 4
     assert recorder.num_recorded == first
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from minirksc import LLM, SamplingParams
-from minirksc.engine.engine import MASS_INTERVAL
 from minirksc.engine.gates import Seat
+from minirksc.engine.mass import MASS_INTERVAL
 from minirksc.engine.tapes import MAX_ROWS
 from minirksc.errors import ConfigError
 from minirksc.kernels.native.ops import has_bf16_products, native, rms_norm_native
@@ -71,7 +71,7 @@ def test_steps_that_no_tape_serves_are_counted(tiny_llama):
 
 
 class Watching:
-    """A depth gate at which nobody leaves."""
+    """A layer gate at which nobody leaves."""
 
     def __init__(self, layers):
         self.layers = layers

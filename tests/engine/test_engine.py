@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from integrity import check_integrity
 
 from minirksc import LLM, SamplingParams
 from minirksc.engine.sampling import Delivery, Sampled
@@ -84,12 +85,12 @@ def test_abort_at_any_moment_gives_every_block_back(llm):
                 done = victim.finished
                 engine.abort(victim)
                 assert victim.finish_reason == ("length" if done else "abort")
-                engine.blocks.check_integrity()
+                check_integrity(engine.blocks)
         for request in live:
             engine.abort(request)
         assert not engine.has_work
         assert engine.blocks.num_used == 0
-        engine.blocks.check_integrity()
+        check_integrity(engine.blocks)
 
 
 def test_an_interrupted_generate_leaves_nothing_behind(llm, monkeypatch):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from integrity import check_integrity
 
 from minirksc import LLM, SamplingParams
 from minirksc.engine.gates import LEAVE, Seat
@@ -38,7 +39,7 @@ def llm(tiny_llama, request):
     options = {"backend": request.param, "block_size": 8, "kv_cache_bytes": "2MiB"}
     with LLM(tiny_llama(layers=LAYERS, heads=4, kv_heads=2), **options) as llm:
         yield llm
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
 
 
 @pytest.fixture()
@@ -103,7 +104,7 @@ def test_hidden_rows_are_those_of_the_whole_pass(llm, kids):
 def test_what_left_half_made_is_never_found(llm, kids):
     cached = llm.stats()["num_blocks_cached"]
     llm.score(kids, QUESTION * 4, CHOICES, gate=LeaveAt(dict.fromkeys(range(4), 2)))
-    llm.engine.blocks.check_integrity()
+    check_integrity(llm.engine.blocks)
     assert llm.stats()["num_blocks_cached"] == cached
     (out,) = llm.generate(
         [kids[0].token_ids + QUESTION * 4],
@@ -128,7 +129,7 @@ def test_a_kept_sequence_goes_on_after_its_prefill_left(llm):
     assert request.finish_reason == "gate" and request.exit_layer == 2
     assert engine.blocks.num_tokens(sequence.seq_id) == 0
     assert engine.stats()["num_blocks_used"] == 0
-    engine.blocks.check_integrity()
+    check_integrity(engine.blocks)
     request = run()
     expected = llm.generate([PROMPT], params)[0].outputs[0].token_ids
     assert request.output_token_ids == expected
@@ -159,7 +160,7 @@ def test_a_request_at_a_gate_is_not_cut_where_a_whole_step_can_take_it(tiny_llam
         gate = LeaveAt({0: 1, 1: 1, 2: 1})
         llm.score(branches, PROMPT, CHOICES, gate=gate)
         assert len(gate.seen) == 3 * 2  # each once a layer, though a step has room for one and a half
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
 
 
 def test_a_question_longer_than_a_step_is_decided_at_its_end(tiny_llama):
@@ -179,6 +180,20 @@ def test_a_question_longer_than_a_step_is_decided_at_its_end(tiny_llama):
 def test_choices_of_several_tokens_have_no_gate(llm, kids):
     with pytest.raises(ConfigError, match="more than one token"):
         llm.score(kids, QUESTION, [[1, 2], [3]], gate=LeaveAt({}))
+
+
+@pytest.mark.parametrize("decisions", [{1: None}, {1: "leave"}, {9: LEAVE}])
+def test_a_decision_that_is_none_or_about_another_row_is_refused_by_name(llm, kids, decisions):
+    class Wrong(LeaveAt):
+        def after_layer(self, layer, rows):
+            return decisions
+
+    (row, decision), *_ = decisions.items()
+    with pytest.raises(
+        ConfigError, match=f"a gate decided .*{'Leave' if row == 9 else decision}.* for row {row} after"
+    ):
+        llm.score(kids, QUESTION, CHOICES, gate=Wrong({}))
+    assert torch.equal(llm.score(kids, QUESTION, CHOICES), llm.score(kids, QUESTION, CHOICES))
 
 
 def test_one_question_a_branch(llm, kids):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from integrity import check_integrity
 
 from minirksc import LLM, SamplingParams
 
@@ -74,7 +75,7 @@ def test_alone_batched_and_cached(case, block_size):
         cached = llm.generate(PROMPTS, GREEDY)
         assert tokens(cached) == expected
         assert any(output.num_cached_tokens for output in cached)
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
 
 
 @pytest.mark.parametrize("max_batch_tokens", [1, 7])
@@ -100,7 +101,7 @@ def test_forked_within_a_block(case, block_size):
         again.append(TAILS[1])
         llm.extend([again], GREEDY)
         assert again.output_token_ids == expected[1]
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
 
 
 def test_preempted(case):
@@ -110,7 +111,7 @@ def test_preempted(case):
     with open_llm(folder, block_size=4, kv_cache_bytes=scarce) as llm:
         assert tokens(llm.generate(PROMPTS, GREEDY)) == expected
         assert llm.stats()["num_preemptions"] > 0
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
 
 
 def smallest_pool(folder, num_blocks):

@@ -11,6 +11,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from integrity import check_integrity
 from torch.overrides import _len_torch_function_stack
 
 from minirksc import LLM, SamplingParams, Solver, SolverConfig
@@ -116,7 +117,7 @@ def memory_error():
 
 def is_whole(llm, num_used=0):
     """No block, table, request or mode is left behind."""
-    llm.engine.blocks.check_integrity()
+    check_integrity(llm.engine.blocks)
     stats = llm.stats()
     assert not llm.engine.has_work
     assert stats["num_blocks_used"] == num_used
@@ -166,7 +167,7 @@ def test_branches_and_streams_outlive_an_interruption_of_another_call(model):
     for number in sorted(rng.randint(1, total) for _ in range(10)):
         with suppress(*LEFT):  # with more of it cached it has fewer lines
             at_line(lambda: CALLS["generate"](llm), number, memory_error)
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
     llm.extend([branch], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
     assert branch.output_token_ids == expected
     token_ids += [token_id for chunk in stream for token_id in chunk.token_ids]
@@ -183,7 +184,7 @@ def test_an_interrupted_extend_leaves_the_tokens_so_far(model):
         branch = llm.branch(PROMPT)
         with pytest.raises(LEFT):
             at_line(lambda branch=branch: llm.extend([branch], GREEDY), min(number, total // 2), memory_error)
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
         done = branch.output_token_ids
         assert done == expected[: len(done)] and branch.token_ids == PROMPT + done
         assert len(branch.logprobs) == len(done) == len(branch.signals.top1)
@@ -208,7 +209,7 @@ def test_a_stop_that_is_taken_out_is_taken_out_whole_or_not_at_all(model):
         with suppress(*LEFT):
             number = total - rng.randint(0, 200)
             at_line(lambda branch=branch: llm.extend([branch], stop, keep_stop=False), number, memory_error)
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
         assert branch.token_ids == PROMPT + branch.output_token_ids
         assert branch.output_token_ids == expected[: len(branch.output_token_ids)]
         llm.extend([branch], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
@@ -275,7 +276,7 @@ def test_what_a_callback_may_do(model, what):
         llm.extend([first], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
     else:
         llm.extend([first, second], GREEDY, on_step)
-    llm.engine.blocks.check_integrity()
+    check_integrity(llm.engine.blocks)
     if what.startswith("prune"):
         assert first.output_token_ids == expected[:3] and first.finish_reason == "abort"
     else:

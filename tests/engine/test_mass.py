@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from integrity import check_integrity
 
 from minirksc import LLM, SamplingParams
-from minirksc.engine.engine import MASS_INTERVAL, _mass_layers
+from minirksc.engine.mass import MASS_INTERVAL, measured_layers
 
 PROMPT = [(7 * i) % 89 + 5 for i in range(60)]
 PARAMS = SamplingParams(temperature=0, max_tokens=2 * MASS_INTERVAL + 3, ignore_eos=True, detokenize=False)
@@ -18,7 +19,7 @@ def run(model, prompts, **options):
         observe = llm.engine.blocks.observe
         llm.engine.blocks.observe = lambda seq_id, mass: (seen.append((seq_id, mass)), observe(seq_id, mass))
         tokens = [out.outputs[0].token_ids for out in llm.generate(prompts, PARAMS)]
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
         importances = [block.importance for block in llm.engine.blocks._pool._blocks if block.digest]
     return tokens, seen, importances
 
@@ -61,4 +62,4 @@ def test_mass_is_what_the_softmax_gives(tiny_llama, backend):
 )
 def test_layers_that_see_everything_are_measured_where_there_are_some(windows, expected):
     spec = SimpleNamespace(layers=[SimpleNamespace(window=window) for window in windows], num_layers=len(windows))
-    assert _mass_layers(spec) == expected
+    assert measured_layers(spec) == expected

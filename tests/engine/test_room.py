@@ -1,6 +1,7 @@
 """A pool that is too small: refused at once, used to its last token, and nothing that was decoded is lost."""
 
 import pytest
+from integrity import check_integrity
 
 from minirksc import LLM, SamplingParams
 from minirksc.errors import CacheFullError, TokenizerError
@@ -88,5 +89,5 @@ def test_a_tokenizer_that_fails_at_the_end_fails_that_request_alone(tiny_llama, 
         while engine.has_work:
             engine.step()
         assert well.finish_reason == "length" and len(well.output_token_ids) == 4
-        engine.blocks.check_integrity()
+        check_integrity(engine.blocks)
         assert llm.stats()["num_blocks_used"] == 0

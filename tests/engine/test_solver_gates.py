@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from integrity import check_integrity
 
 from minirksc import LLM, SamplingParams, Solver, SolverConfig
 from minirksc.errors import NumericalError
@@ -27,7 +28,7 @@ def llm(tiny_llama):
     with LLM(tiny_llama(layers=LAYERS, tokenizer=True), block_size=8, kv_cache_bytes="4MiB") as llm:
         yield llm
         assert llm.stats()["num_blocks_used"] == 0
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
 
 
 def solve(llm, problem=PROBLEM, **options):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from integrity import check_integrity
 
 from minirksc import LLM, SamplingParams, Solver, SolverConfig
 from minirksc.errors import ConfigError, EngineClosedError, MinirkscError, PromptError
@@ -23,7 +24,7 @@ def llm(model):
     with LLM(model, block_size=8, kv_cache_bytes="2MiB") as llm:
         yield llm
         assert llm.stats()["num_blocks_used"] == 0
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
 
 
 def solve(llm, problem=PROBLEM, phrasings=None, on_event=None, salt=None, **options):
@@ -157,6 +158,11 @@ def test_gates_of_a_model_with_fewer_layers_are_refused(llm):
     gates = Gates(layer_exit=MarginRule(1.0, correction=()))
     with pytest.raises(ConfigError, match="corrects 0 layers of 2"):
         solve(llm, verify="auto", gates=gates)
+
+
+def test_a_session_does_for_an_llm(llm):
+    config = SolverConfig(branches=2, tokens_per_step=4, verify="never", sampling=SEEDED)
+    assert tokens(Solver(llm.session(), config).solve(PROBLEM)) == tokens(solve(llm))
 
 
 def test_params_may_be_a_dict(llm):

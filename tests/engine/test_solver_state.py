@@ -4,13 +4,15 @@ import random
 import sys
 
 import pytest
+from integrity import check_integrity
 
 from minirksc import LLM, SamplingParams, Solver, SolverConfig
 
 PROBLEM = "please: a baker bakes 12 loaves on monday and 7 on tuesday, and gives 3 away. how many are left?"
 WORDINGS = [PROBLEM, f"{PROBLEM} ", PROBLEM.replace("please: ", "")]
 SEEDED = SamplingParams(temperature=1.0, seed=3, ignore_eos=True)
-OWN = ("solver.py", "tree.py", "verify.py", "judge.py", "trace.py", "answers.py", "guard.py", "asks.py")
+FILES = "problem solver tree node verify judge record results answers guard asks similarity"
+OWN = tuple(f"{name}.py" for name in FILES.split())
 LINES = 25
 """Of each kind of solve, at which it is left."""
 KINDS = {
@@ -78,6 +80,6 @@ def test_nothing_is_left_of_a_solve_that_is_left_at_any_line(llm, kind):
         )
         assert isinstance(caught, BaseException) or number > caught
         assert llm.stats()["num_blocks_used"] == 0, number  # while the error and all its frames live
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
     llm.reset_prefix_cache()
     assert solve(llm, kind) == expected

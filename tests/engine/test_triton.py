@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from integrity import check_integrity
 
 from minirksc import LLM, SamplingParams
 from minirksc.errors import CacheFullError, ConfigError
@@ -99,7 +100,7 @@ def test_batched_chunked_and_cached(case):
         assert tokens(llm.generate(PROMPTS[:2], GREEDY)) == expected["auto"][:2]
         assert tokens(llm.generate(PROMPTS[2:], GREEDY)) == expected["auto"][2:]
         assert llm.stats()["num_cached_tokens"] > 0
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
 
 
 def test_keys_split_by_how_much_there_is_to_do(zoo_dir):
@@ -121,7 +122,7 @@ def test_an_int8_cache_chunked_and_forked_within_a_block(case):
             kid.append(tail)
         llm.extend(kids, GREEDY)
         assert [kid.output_token_ids for kid in kids] == expected["int8"]
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text"])  # one pool, two pools
@@ -133,7 +134,7 @@ def test_preempted(zoo_dir, model_type):
     with open_llm(folder, kv_cache_bytes=smallest_pool(folder, 4)) as llm:
         assert tokens(llm.generate(OTHERS, GREEDY)) == expected
         assert llm.stats()["num_preemptions"] > 0
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
 
 
 def smallest_pool(folder, num_blocks):

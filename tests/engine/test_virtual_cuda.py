@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+from integrity import check_integrity
 
 from minirksc import LLM, SamplingParams, Solver, SolverConfig
 from minirksc.calibrate.collect import Recorder
@@ -121,7 +122,7 @@ def test_the_tokens_are_those_of_the_cpu(tiny_llama, cuda, use):
         found, found_numbers = run(llm)
         assert found == tokens and found_numbers == pytest.approx(numbers, abs=1e-3)
         assert llm.stats()["backend"] == "triton" and llm.stats()["device"] == "cuda:0"
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
     assert cuda.num_launches > 0
 
 

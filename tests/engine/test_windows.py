@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from integrity import check_integrity
 
 from minirksc import LLM, SamplingParams
-from minirksc.cache.windows import min_blocks
+from minirksc.cache.hybrid import min_blocks
 from minirksc.errors import CacheFullError, PromptError
 
 pytest.importorskip("transformers")
@@ -101,7 +102,7 @@ def tokens(outputs):
 
 def check_idle(llm):
     """Nothing is used and nothing is lost."""
-    llm.engine.blocks.check_integrity()
+    check_integrity(llm.engine.blocks)
     stats = llm.stats()
     assert stats["num_blocks_used"] == stats["num_window_blocks_used"] == 0
     assert stats["kv_bytes_used_full"] == stats["kv_bytes_used_window"] == 0
@@ -176,7 +177,7 @@ def test_forked_beyond_the_window_and_pruned(case, block_size):
         for kid in kids[len(TAILS) :]:
             kid.prune()
         root.prune()
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
         llm.generate(OTHERS, GREEDY)  # whoever takes what the pruned ones gave back must harm nobody
         grandchild = kids[2].fork(1)[0]
         llm.extend([kids[3], grandchild, kids[0], kids[1]], half)
@@ -184,7 +185,7 @@ def test_forked_beyond_the_window_and_pruned(case, block_size):
         assert [kid.output_token_ids for kid in kids[: len(TAILS)]] == expected
         for kid in kids:
             kid.prune()
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
 
 
 @pytest.mark.oracle
@@ -220,7 +221,7 @@ def test_score(case, question, choices, num_rooms):
                 torch.testing.assert_close(row, truth, atol=1e-4, rtol=1e-3)
         llm.extend(branches[1:], GREEDY)  # the question is gone again
         assert branches[1].output_token_ids == expected[2]
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
 
 
 def oracle_logits(oracle):
@@ -267,7 +268,7 @@ def test_interrupted_steps_leave_no_block_that_was_promised_a_copy(case):
             more = greedy(missing)
             with contextlib.suppress(Interrupted):
                 llm.extend([kid for kid in kids if len(kid.output_token_ids) == NEW_TOKENS - missing], more)
-            llm.engine.blocks.check_integrity()
+            check_integrity(llm.engine.blocks)
             missing = NEW_TOKENS - min(len(kid.output_token_ids) for kid in kids)
         assert [kid.output_token_ids for kid in kids] == expected
         assert sum(1 for batch in calls if batch.copies) > 0
@@ -326,7 +327,7 @@ def run_random_session(llm, plain, num_operations, seed):
         for branch in [branch for branch in branches if branch.num_tokens > 90]:
             branch.prune()
             branches.remove(branch)
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
 
 
 @pytest.mark.parametrize(("block_size", "spare", "max_batch_tokens"), [(1, 9, 9), (4, 1, 2048), (4, 20, 30)])
@@ -407,7 +408,7 @@ def test_nothing_leaks_after_a_thousand_sequences(zoo_dir):
             for branch in (kids[0], root, *kids[1:]):
                 branch.prune()
             num_sequences += 20 + 7 + 2
-            llm.engine.blocks.check_integrity()
+            check_integrity(llm.engine.blocks)
         assert llm.stats()["num_evicted_blocks"] > 0
         check_idle(llm)
 
@@ -494,7 +495,7 @@ def test_a_branch_whose_append_crosses_the_switch(longrope):
             torch.testing.assert_close(row, truth, atol=1e-4, rtol=1e-3)
         llm.extend([root], few)
         assert root.output_token_ids == generated(START, 8)
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
 
 
 def test_logprobs_of_a_prompt_are_those_of_the_prompt_alone(longrope):
@@ -556,7 +557,7 @@ def test_a_branch_is_cut_by_less_and_by_more_than_its_window_still_has(case):
             ways.add(llm.engine.blocks.can_rewind(branch.seq_id, branch.num_tokens - num_cut))
             llm.engine.cut_kv(sequence, branch.num_tokens - num_cut)
             del sequence.token_ids[-num_cut:]
-            llm.engine.blocks.check_integrity()
+            check_integrity(llm.engine.blocks)
             fresh = llm.branch(branch.token_ids, share=False)
             llm.extend([branch, sibling, fresh], GREEDY)
             assert branch.token_ids == fresh.token_ids

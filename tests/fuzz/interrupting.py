@@ -17,10 +17,11 @@ import torch
 import torch.overrides
 import torch.utils._contextlib
 import torch.utils._device
-from children import Fault
+from children import Fault, load
 
 import minirksc
 
+check_integrity = load("unit/integrity.py").check_integrity
 # Where lines are counted and interrupted: the project, and what it runs in whose state outlives a call.
 _PACKAGE = Path(minirksc.__file__).parent
 FOLDERS = tuple(
@@ -167,7 +168,7 @@ def check_engine(llm: Any, is_owned: bool, most_used: int) -> None:
         Fault: names what is wrong.
     """
     try:
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
     except AssertionError as error:
         text = "".join(letter for letter in str(error) if not letter.isdigit())
         raise Fault(f"integrity: {text}") from error

@@ -3,10 +3,16 @@
 import pytest
 import torch
 
+from minirksc.kernels.kv.placement import HeadNorms, Placement
 from minirksc.kernels.native.ops import DTYPES, has_bf16_products, native, why_not
 
 needs_native = pytest.mark.skipif(native is None, reason=f"nothing is compiled: {why_not(torch.float32, [])}")
 needs_bf16 = pytest.mark.skipif(not has_bf16_products, reason="this processor does not multiply bfloat16 numbers")
+
+
+def store(form, qkv, rope, query_growth, cache, slots, **norms):
+    """Calls a form of `kv_store` with what its two values are made of."""
+    form(qkv, HeadNorms(**norms), Placement(rope, query_growth, cache, slots))
 
 
 def is_compiled(form):

@@ -57,13 +57,6 @@ def test_rows_are_read_128_bits_at_a_time(rows, kernel):
         assert loads["LDG.128"] == loads["LDG"], (row["case"], row["target"], loads)
 
 
-def test_hidden_states_are_read_128_bits_at_a_time(rows):
-    for row in of_kernel(rows, "similarity"):
-        loads = row["loop"]  # beside a weight a layer
-        assert loads.get("LDG.128", 0) + loads.get("LDGSTS.128", 0) >= 2, (row["case"], row["target"], loads)
-        assert not any(f"{name}.{bits}" in loads for name in ("LDG", "LDGSTS") for bits in (8, 16)), loads
-
-
 def test_rows_are_written_128_bits_at_a_time(rows):
     for kernel in ("rms_norm", "gated_act"):
         for row in of_kernel(rows, kernel):

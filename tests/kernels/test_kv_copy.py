@@ -23,6 +23,7 @@ from minirksc.kernels.kv.kv_copy import (
 )
 from minirksc.kernels.kv.kv_store import kv_store_reference
 from minirksc.kernels.kv.layer_cache import LayerCache, multiply_out
+from minirksc.kernels.kv.placement import HeadNorms, Placement
 from minirksc.kernels.rope import rope_tables
 
 sys.path.append(str(Path(__file__).parent))  # in importlib mode pytest does not add it
@@ -189,7 +190,8 @@ def stored(slots, positions, rotary_dim, heads=(1, 3), head_dim=16, dtype=torch.
     activations = torch.float32 if dtype == torch.int8 else dtype
     qkv = randn(len(slots), num_heads + 2 * num_kv_heads, head_dim, dtype=activations)
     rope = tables(positions, rotary_dim, activations)
-    kv_store_reference(qkv, num_heads, None, None, False, 1e-6, rope, None, cache, torch.tensor(slots))
+    placement = Placement(rope, None, cache, torch.tensor(slots))
+    kv_store_reference(qkv, HeadNorms(num_heads, None, None, False, 1e-6), placement)
     return cache
 
 

@@ -3,7 +3,6 @@
 import importlib
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,9 +29,9 @@ DTYPES = list(TOLERANCE)
 def tiled_native(*, cache, **case):
     """What a cache holds slot by slot, one of tiles holds in its own order."""
     if cache is None or cache.scales is not None:
-        kv_store_native(**case, cache=cache)
+        forms.store(kv_store_native, **case, cache=cache)
     else:
-        attention.run_in_tiles(lambda tiles: kv_store_native(**case, cache=tiles), cache)
+        attention.run_in_tiles(lambda tiles: forms.store(kv_store_native, **case, cache=tiles), cache)
 
 
 ALL = [kv_store_torch, kv_store_triton, kv_store_native, tiled_native]
@@ -95,7 +94,8 @@ def run(form, case):
     memory = case["qkv"]._base.clone()
     qkv = memory[1:-1, 1:-1]
     cache = None if case["cache"] is None else LayerCache(*(None if x is None else x.clone() for x in case["cache"]))
-    form(**{**case, "qkv": qkv, "cache": cache})
+    given = {**case, "qkv": qkv, "cache": cache}
+    form(**given) if form is tiled_native else forms.store(form, **given)
     return qkv, memory, cache
 
 
@@ -300,7 +300,9 @@ def test_offsets_beyond_32_bits(slots_dtype):
 
         return tensor.as_subclass(Earlier)
 
-    kv_store_triton(**{**case, "cache": LayerCache(earlier(kv), earlier(scales)), "slots": case["slots"] + shift})
+    forms.store(
+        kv_store_triton, **{**case, "cache": LayerCache(earlier(kv), earlier(scales)), "slots": case["slots"] + shift}
+    )
     assert torch.equal(kv, expected.kv)
     torch.testing.assert_close(scales, expected.scales, equal_nan=True)
 
@@ -337,7 +339,7 @@ def test_one_launch_and_only_for_what_changes(flags, grid, monkeypatch):
             return lambda *args, **kwargs: None
 
     monkeypatch.setattr(kv_store, "_kv_store_kernel", Recorder())
-    kv_store_triton(**meta(make_case(**flags)))
+    forms.store(kv_store_triton, **meta(make_case(**flags)))
     assert launches == grid
 
 
@@ -392,12 +394,12 @@ def test_what_the_kernel_cannot_serve_is_refused_before_anything_is_written(chan
     change(case)
     before = case["qkv"].clone()
     with pytest.raises(ConfigError, match=r"must be|takes"):
-        kv_store_triton(**case)
+        forms.store(kv_store_triton, **case)
     torch.testing.assert_close(case["qkv"], before, atol=0, rtol=0, equal_nan=True)
 
 
 def test_odd_and_huge_head_dims_are_refused():
     for head_dim in (15, 1026):
-        case = SimpleNamespace(**make_case())
+        case = make_case() | {"qkv": torch.empty(3, 8, head_dim)}
         with pytest.raises(ConfigError, match=f"head_dim is {head_dim}"):
-            kv_store_triton(torch.empty(3, 8, head_dim), 4, None, None, False, 1e-6, None, None, case.cache, case.slots)
+            forms.store(kv_store_triton, **case)

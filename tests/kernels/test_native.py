@@ -334,7 +334,7 @@ def test_other_dtypes_never_reach_the_compiled_code(dtype):
     with pytest.raises(ConfigError, match="float32 or bfloat16"):
         gated_act_native(x, "silu")
     with pytest.raises(ConfigError, match="float32 or bfloat16"):
-        kv_store_native(**stores.make_case(dtype=dtype))
+        forms.store(kv_store_native, **stores.make_case(dtype=dtype))
     for queries in ([1, 1], [3, 2]):
         case = attention.make_case(queries, [5, 9], dtype=dtype)
         with pytest.raises(ConfigError, match="float32 or bfloat16"):

@@ -11,6 +11,7 @@ import torch
 from minirksc.errors import ConfigError
 from minirksc.kernels.attention.paged_attention_native import paged_attention_native
 from minirksc.kernels.kv.layer_cache import LayerCache
+from minirksc.kernels.kv.placement import HeadNorms, Placement
 from minirksc.kernels.native.ops import kv_store_native
 from minirksc.kernels.weights.int8_weight import Int8Weight
 from minirksc.kernels.weights.native_weight import Bf16Weight, WidenedWeight
@@ -36,7 +37,7 @@ def test_a_slot_that_the_cache_has_not_is_refused_before_anything_is_written(is_
     before = qkv.clone()
     slots = torch.tensor([3, 5, slot])
     with pytest.raises(ConfigError, match=f"slot {slot} of token 2 is none of the cache, which has 0 to 47"):
-        kv_store_native(qkv, 4, None, None, True, 1e-5, None, None, LayerCache(kv), slots)
+        kv_store_native(qkv, HeadNorms(4, None, None, True, 1e-5), Placement(None, None, LayerCache(kv), slots))
     assert torch.equal(qkv, before) and not kv.any()
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minirksc.errors import ConfigError
-from minirksc.kernels.attention.block_mass import block_mass_reference, block_mass_triton
+from minirksc.kernels.attention.block_mass import attend_with_mass, block_mass_reference
 from minirksc.kernels.attention.launch_table import max_head_dim, max_short_rows
 from minirksc.kernels.attention.paged_attention import attend, paged_attention_reference, paged_attention_triton
 from minirksc.kernels.attention.prefix_attention import (
@@ -18,7 +18,7 @@ from minirksc.kernels.attention.prefix_attention import (
     merge_partials_reference,
     merge_partials_triton,
 )
-from minirksc.kernels.attention.work_list import Shape, adaptive_chunk, make_work_list
+from minirksc.kernels.attention.work_list import Shape, adaptive_chunk, find_work, make_work_list
 from minirksc.kernels.kv.layer_cache import LayerCache
 
 sys.path.append(str(Path(__file__).parent))  # in importlib mode pytest does not add it
@@ -36,6 +36,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, w
 
 def shape_of(q, cache):
     return Shape(q.shape[1], cache.kv.shape[3], q.shape[2], q.dtype, cache.kv.dtype, "sm_90")
+
+
+def with_lse(q, cache, batch, softcap):
+    """The result, and the log-sum-exp of each query's scores."""
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+    return attend(q, cache, batch, find_work(q, cache, batch), SCALE, softcap, lse), lse
 
 
 def check(case, softcap=None, scale=SCALE, chunk=None):
@@ -91,14 +97,14 @@ def test_nan_in_what_a_query_sees_makes_its_result_nan(is_int8, position, where)
         for at in range(130) if where == "all keys" else [position] if where != "query" else []:
             numbers = cache.kv if cache.scales is None else cache.scales
             numbers[batch.kv_tables[0][at // 64], at % 64, int(where == "value")] = NAN
-        found = attend(q, cache, batch, SCALE, None, with_lse=True)
+        out, lse = with_lse(q, cache, batch, None)
         if where == "query":
-            assert found.out[0, 1].isnan().all() and found.lse[0, 1].isnan()
-            assert torch.equal(found.out[0, 0], clean[0, 0]) and torch.equal(found.out[1:], clean[1:])
+            assert out[0, 1].isnan().all() and lse[0, 1].isnan()
+            assert torch.equal(out[0, 0], clean[0, 0]) and torch.equal(out[1:], clean[1:])
             continue
         sees = [130 - num_queries + row >= position or where == "all keys" for row in range(num_queries)]
-        assert found.out[:-1][sees].isnan().all() and torch.equal(found.out[-1], clean[-1])
-        assert where == "value" or found.lse[:-1][sees].isnan().all()
+        assert out[:-1][sees].isnan().all() and torch.equal(out[-1], clean[-1])
+        assert where == "value" or lse[:-1][sees].isnan().all()
 
 
 @pytest.mark.parametrize("chunk", [64, 256])
@@ -257,7 +263,7 @@ def test_more_sharers_than_a_program_has_rows():
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_log_sum_exp(softcap):
     q, _, cache, batch = make_case([1, 1, 3, 70], [301, 20, 33, 75], block_size=16, heads=(2, 1))
-    lse = attend(q, cache, batch, SCALE, softcap, with_lse=True).lse
+    _, lse = with_lse(q, cache, batch, softcap)
     row = 0
     for n, context, table in zip([1, 1, 3, 70], [301, 20, 33, 75], batch.kv_tables, strict=True):
         keys = cache.kv[table].flatten(0, 1)[:context, 0, 0]
@@ -275,10 +281,9 @@ def test_block_mass(block_size, window):
     tables = [[*prefix, 100 + i, 200 + i, 300 + i] for i in range(3)]
     options = {"block_size": block_size, "heads": (4, 2), "window": window, "tables": tables}
     q, kv, cache, batch = make_case([1, 1, 3], [520, 517, 519], **options)
-    attended = attend(q, cache, batch, SCALE, None, with_mass=True)
+    out, mass = attend_with_mass(q, cache, batch, SCALE, None)
     expected = paged_attention_reference(q, kv, cache, batch, SCALE, None)
-    torch.testing.assert_close(attended.out, expected, atol=3e-6, rtol=3e-6)
-    mass = block_mass_triton(attended, batch)
+    torch.testing.assert_close(out, expected, atol=3e-6, rtol=3e-6)
     torch.testing.assert_close(mass, block_mass_reference(q, cache, batch, SCALE, None), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(mass.sum(-1), torch.ones(5))
 

@@ -13,6 +13,7 @@ import importlib
 import math
 import random
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ from minirksc.kernels.weights.linear import PlainWeight
 from minirksc.kernels.weights.native_weight import Bf16Weight, WidenedWeight
 
 sys.path.append(str(Path(__file__).parent))
-attention = importlib.import_module("attention_cases")
+attention, forms = importlib.import_module("attention_cases"), importlib.import_module("forms")
 
 GUARD = 4096  # bytes
 REFUSALS = (
@@ -118,15 +119,16 @@ def store_call(rng):
     args["rope"] = tuple(
         torch.cat((sign * x[..., :8], x[..., :8]), -1) for x, sign in zip(args["rope"], (1, -1), strict=True)
     )
-    return Call(kv_store_native, plain_store, args)
+    return Call(partial(forms.store, kv_store_native), partial(forms.store, plain_store), args)
 
 
-def plain_store(qkv, num_heads, q_norm, k_norm, v_norm, eps, rope, query_growth, cache, slots):
+def plain_store(qkv, norms, placement):
+    cache, slots = placement.cache, placement.slots
     if cache is None or not cache.is_tiled:
-        return kv_store_torch(qkv, num_heads, q_norm, k_norm, v_norm, eps, rope, query_growth, cache, slots)
+        return kv_store_torch(qkv, norms, placement)
     blocks, tiles, _, kv_heads, tile, size = cache.kv.shape
     flat = torch.zeros(blocks, tiles * tile, 2, kv_heads, size, dtype=cache.kv.dtype)
-    kv_store_torch(qkv, num_heads, q_norm, k_norm, v_norm, eps, rope, query_growth, LayerCache(flat), slots)
+    kv_store_torch(qkv, norms, placement._replace(cache=LayerCache(flat)))
     write_slots(cache.kv, slots, read_slots(flat, slots))
 
 

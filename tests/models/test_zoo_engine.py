@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from integrity import check_integrity
 
 from minirksc import LLM, SamplingParams
 from minirksc.kernels.native.ops import native, why_not
@@ -84,7 +85,7 @@ def test_alone_batched_and_cached(case, block_size, backend):
         cached = llm.generate(PROMPTS, GREEDY)
         assert tokens(cached) == expected
         assert any(output.num_cached_tokens for output in cached)
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
 
 
 @pytest.mark.parametrize("max_batch_tokens", [1, 7])
@@ -92,7 +93,7 @@ def test_chunked_prefill(case, max_batch_tokens):
     folder, expected = case
     with open_llm(folder, max_batch_tokens=max_batch_tokens, block_size=4) as llm:
         assert tokens(llm.generate(PROMPTS, GREEDY)) == expected
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
 
 
 def test_logits_of_chunks_are_those_of_the_whole(case):
@@ -115,12 +116,12 @@ def test_forked(case, block_size, backend):
             kid.append(tail)
         llm.extend(kids, GREEDY)
         assert [kid.output_token_ids for kid in kids] == expected
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
         again = root.fork(1)[0]  # what the branches wrote is not the root's
         again.append(TAILS[1])
         llm.extend([again], GREEDY)
         assert again.output_token_ids == expected[1]
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
 
 
 def test_forked_while_decoding(case):
@@ -135,7 +136,7 @@ def test_forked_while_decoding(case):
         assert branch.output_token_ids == expected[1][: NEW_TOKENS // 2]
         for kid in (kids[0], kids[2]):
             assert kid.output_token_ids[-NEW_TOKENS // 2 :] == expected[1][NEW_TOKENS // 2 :]
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
 
 
 @pytest.mark.parametrize(("prefix_caching", "backend"), [(True, "auto"), (False, "torch")])
@@ -148,7 +149,7 @@ def test_preempted(case, prefix_caching, backend):
         # Longrope starts requests anew at the original length, which may make all the room that is needed.
         assert llm.stats()["num_preemptions"] > 0 or llm.spec.switch_len is not None
         assert llm.stats()["num_blocks_used"] == 0
-        llm.engine.blocks.check_integrity()
+        check_integrity(llm.engine.blocks)
 
 
 def smallest_pool(folder, num_blocks):
@@ -200,14 +201,14 @@ def check_random_traffic(zoo_dir, num_examples):
                 outputs = tokens(llm.generate([list(prompt) for prompt, _ in wave], params))
                 for (prompt, n), output in zip(wave, outputs, strict=True):
                     assert output == alone(row_id, prompt)[:n]
-                llm.engine.blocks.check_integrity()
+                check_integrity(llm.engine.blocks)
             kids = llm.branch(list(root_prompt)).fork(len(tails))
             for kid, tail in zip(kids, tails, strict=True):
                 kid.append(list(tail))
             llm.extend(kids, GREEDY)
             for kid, tail in zip(kids, tails, strict=True):
                 assert kid.output_token_ids == alone(row_id, root_prompt + tail)
-            llm.engine.blocks.check_integrity()
+            check_integrity(llm.engine.blocks)
 
     check()
 

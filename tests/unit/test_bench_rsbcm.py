@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from integrity import check_integrity
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -87,7 +88,7 @@ def test_tokens_are_the_same_for_every_policy_and_pool(kind, policy, share, seed
     assert reference.blocks.num_evicted_blocks == reference.scheduler.num_preemptions == 0
     num_blocks = max(30, round(share * reference.blocks.num_cached))
     engine, got = rsbcm_eviction.count(work, num_blocks, policy, recorder)
-    engine.blocks.check_integrity()
+    check_integrity(engine.blocks)
     assert got == tokens and engine.blocks.num_used == 0
     assert engine.num_decoded_tokens == reference.num_decoded_tokens
     assert max(b.num_awaited for b in engine.blocks._pool._blocks) == 0

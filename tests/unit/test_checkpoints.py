@@ -169,6 +169,8 @@ def test_pre_tokenizers_cut_text(tmp_path, pre, pieces):
         ({"tensors": {"rope_freqs.weight": (4,)}}, r"rope_freqs\.weight.*not those of Llama 3"),
         ({"tensors": {"blk.0.attn_v.weight": ()}}, r"blk\.0\.attn_v\.weight is missing"),
         ({"tensors": {"blk.0.attn_q.bias": "bias"}}, r"blk\.0\.attn_k\.bias is missing"),
+        ({"tensors": {"token_embd.weight": ()}}, r"token_embd\.weight is missing"),
+        ({"extra": {"attention.head_count_kv": 3}}, r"m\.gguf is of a model that cannot be: .* share 3 KV heads"),
         ({"tensors": {"blk.1.ffn_up.weight": (5, HIDDEN)}}, r"ffn_up\.weight is \[5, 32\] and should be \[48, 32\]"),
         ({"extra": {"expert_count": 8}}, "expert_count = 8"),
         ({"extra": {"attention.sliding_window": 8}}, "sliding_window = 8"),

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from integrity import check_integrity
 
-from minirksc.cache import eviction_log
+from minirksc.cache import eviction
 from minirksc.cache.eviction import POLICIES, cost, rksc
 from minirksc.cache.rsbcm import BlockBytes, BlockManager
 from minirksc.engine.request import Request, Sequence
@@ -24,7 +25,7 @@ def filled(blocks, seq_id, tokens, **options):
     blocks.add(seq_id, tokens, **options)
     blocks.reserve(seq_id, len(tokens))
     blocks.commit(seq_id, tokens[blocks.num_tokens(seq_id) :])
-    blocks.check_integrity()
+    check_integrity(blocks)
 
 
 def importance(blocks, seq_id):
@@ -163,20 +164,20 @@ def test_an_expectation_ends_with_the_branch_and_outlives_the_block():
     blocks.free(1, returns=True)
     cached = next(b for b in blocks._pool._blocks if b.digest)
     assert cached.num_awaited == 2
-    blocks.forget(1)
+    blocks.free(1)
     assert cached.num_awaited == 1
     filled(blocks, 2, [8, 9])  # evicts it
     blocks.free(2)
     assert blocks.match([1, 0]) == 0
     filled(blocks, 3, [1])
     assert blocks._pool[blocks.block_table(3)[0]].num_awaited == 1
-    blocks.await_fork(0, 4)
+    blocks.fork(0, 4)
     assert blocks._pool[blocks.block_table(3)[0]].num_awaited == 2
     blocks.add(0, [1, 5])
-    blocks.forget(4)
-    blocks.forget(4)  # of a sequence that is not expected: nothing
+    blocks.free(4)
+    blocks.free(4)  # of a sequence that is not expected: nothing
     assert blocks._pool[blocks.block_table(3)[0]].num_awaited == 0
-    blocks.check_integrity()
+    check_integrity(blocks)
 
 
 def test_a_table_that_is_taken_back_early_is_still_expected_for_all_that_it_had():
@@ -204,7 +205,7 @@ def test_the_scheduler_says_who_comes_back():
         step = scheduler.schedule()
         scheduler.commit(step.scheduled)
         scheduler.finish(request)
-        blocks.check_integrity()
+        check_integrity(blocks)
         return step
 
     def awaited():
@@ -237,7 +238,7 @@ def test_pinned_blocks_stay_until_they_are_unpinned():
     assert blocks.match([1, 2, 3, 4, 5]) == 4
     blocks.unpin(0)
     blocks.unpin(0)
-    blocks.check_integrity()
+    check_integrity(blocks)
     filled(blocks, 9, [7] * 7)
     assert blocks.match([1, 2, 3, 4, 5]) == 0
 
@@ -255,7 +256,7 @@ def test_a_sequence_that_is_pinned_while_it_runs_keeps_what_it_computes_later():
     blocks.commit(0, [5, 6])
     blocks.free(0)
     assert blocks.num_pinned == 3
-    blocks.check_integrity()
+    check_integrity(blocks)
 
 
 def test_nobody_writes_into_a_pinned_block():
@@ -268,7 +269,7 @@ def test_nobody_writes_into_a_pinned_block():
     (copy,) = blocks.reserve(1, 2)
     assert copy.source != copy.destination
     blocks.commit(1, [9])
-    blocks.check_integrity()
+    check_integrity(blocks)
     assert blocks.match([1, 2, 0]) == 2
 
 
@@ -289,7 +290,7 @@ def test_a_cache_that_is_full_of_pinned_blocks_says_so():
     assert "2 blocks of 2 pinned sequences" in str(failed.error)
     blocks.reset()
     assert blocks.num_pinned == 0 and blocks.can_reserve(3, 2)
-    blocks.check_integrity()
+    check_integrity(blocks)
 
 
 # What is remembered
@@ -326,7 +327,7 @@ def test_what_a_reset_forgot_was_not_evicted():
 
 
 def test_the_log_is_bounded(monkeypatch):
-    monkeypatch.setattr(eviction_log, "MAX_EVICTIONS", 5)
+    monkeypatch.setattr(eviction, "MAX_EVICTIONS", 5)
     blocks = BlockManager(1, 1)
     for seq_id in range(12):
         filled(blocks, seq_id, [seq_id])

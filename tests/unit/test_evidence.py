@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from integrity import check_integrity
 
 from minirksc import LLM, SamplingParams
 from minirksc.calibrate.collect import Collector
@@ -149,7 +150,7 @@ def test_collecting_leaves_nothing_behind_and_a_failure_harms_nobody(llm):
     assert "1000" in found[1].error or "512" in found[1].error
     assert [found[0].reference, found[2].reference] == [None, "7"]
     assert llm.stats()["num_blocks_used"] == 0
-    llm.engine.blocks.check_integrity()
+    check_integrity(llm.engine.blocks)
     alone, other = (collector.collect([(PROBLEMS[1], "7")], [seed])[0] for seed in (5, 6))
     assert [b.token_ids for b in alone.branches] == [b.token_ids for b in found[2].branches]
     assert [b.token_ids for b in alone.branches] != [b.token_ids for b in other.branches]

@@ -9,15 +9,17 @@ import hashlib
 import math
 import random
 import struct
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from integrity import check_integrity, pinned_in_view
 
 from minirksc.cache.eviction import POLICIES
+from minirksc.cache.hybrid import HybridManager, WindowCopy, WindowPool, min_blocks
 from minirksc.cache.rsbcm import BlockManager
-from minirksc.cache.windows import WindowPool, min_blocks
 from minirksc.errors import CacheFullError, ConfigError
 
 SALTS = (b"", b"tenant")
@@ -30,9 +32,12 @@ class Simulation:
     """
 
     def __init__(self, num_blocks, block_size, policy, window=None, spare=0):
-        num_rooms = 0 if window is None else min_blocks(window, block_size) + spare
-        self.windows = WindowPool(num_rooms, window, block_size)
-        self.blocks = BlockManager(num_blocks, block_size, policy, self.windows)
+        if window is None:
+            self.windows = SimpleNamespace(num_blocks=0, num_free=0, num_cached=0, num_used=0)
+            self.blocks = BlockManager(num_blocks, block_size, policy)
+        else:
+            self.windows = WindowPool(min_blocks(window, block_size) + spare, window, block_size)
+            self.blocks = HybridManager(num_blocks, block_size, self.windows, policy)
         self.size, self.window = block_size, window
         # (salt, history) stands for the KV of a token: it depends on every token before it.
         self.kv, self.window_kv = {}, {}
@@ -140,7 +145,7 @@ class Simulation:
 
     def forget(self, seq_id):
         del self.away[seq_id]
-        self.blocks.forget(seq_id)
+        self.blocks.free(seq_id)
 
     def pin(self, seq_id):
         self.blocks.pin(seq_id)
@@ -156,11 +161,11 @@ class Simulation:
         assert self.blocks.num_cached == self.blocks.num_pinned == 0
 
     def copy(self, copies):
-        self.kv |= {(c.destination, i): self.kv.get((c.source, i)) for c in copies for i in range(self.size)}
-        if self.window is not None:
-            assert all(c.window_source >= 0 and c.window_destination >= 0 for c in copies)
-            moves = [(c.window_source, c.window_destination) for c in copies]
-            self.window_kv |= {(new, i): self.window_kv.get((old, i)) for old, new in moves for i in range(self.size)}
+        moves = [tuple(c) for c in copies if not isinstance(c, WindowCopy)]
+        self.kv |= {(new, i): self.kv.get((old, i)) for old, new in moves for i in range(self.size)}
+        in_window = [tuple(c) for c in copies if isinstance(c, WindowCopy)]
+        assert len(in_window) == (0 if self.window is None else len(moves)) and all(min(c) >= 0 for c in in_window)
+        self.window_kv |= {(new, i): self.window_kv.get((old, i)) for old, new in in_window for i in range(self.size)}
 
     def check_reads(self, seq_id, tokens, first_query):
         """What the queries at positions from first_query on find, each with the tokens up to its own stored."""
@@ -174,7 +179,7 @@ class Simulation:
                 assert self.window_kv[window_table[place], offset] == expected
 
     def check(self):
-        self.blocks.check_integrity()
+        check_integrity(self.blocks)
         for pool in (self.blocks, self.windows):
             assert pool.num_free + pool.num_cached + pool.num_used == pool.num_blocks
         in_view = set()
@@ -189,8 +194,8 @@ class Simulation:
             for kept in filter(None, self.pinned.values()):
                 assert self.blocks.match([*kept[0], -1], kept[1]) >= len(kept[0])
         else:
-            for pin in self.blocks._pins._pins.values():
-                in_view.update(block.block_id for block in pin.blocks[pin.window_begin :] if pin.in_view)
+            for seq_id in self.blocks._pinned:
+                in_view.update(self.blocks._index.get(d).block_id for d in pinned_in_view(self.blocks, seq_id))
         assert self.windows.num_used <= len(in_view), "room that no window needs is held"
 
 
@@ -380,7 +385,7 @@ def test_no_salt_can_be_spelt_to_continue_anothers_history(root_tag, block_tag):
     assert blocks.match([3, 4, 5], salt) == 0
     blocks.add(1, [3, 4, 5], salt=salt)
     assert blocks.num_tokens(1) == 0
-    blocks.check_integrity()
+    check_integrity(blocks)
 
 
 def test_bookkeeping_does_not_grow_with_the_number_of_sequences():
@@ -389,7 +394,7 @@ def test_bookkeeping_does_not_grow_with_the_number_of_sequences():
         filled(blocks, seq_id, list(range(9)))
         blocks.reserve(seq_id, 40)
         blocks.free(seq_id)
-        blocks.check_integrity()
+        check_integrity(blocks)
     assert blocks.num_evicted_blocks == 0
 
 
@@ -425,7 +430,7 @@ def test_the_parent_may_write_first():
     (copy,) = blocks.reserve(0, 12)
     assert copy.source == blocks.block_table(1)[1]
     assert reserved in blocks.block_table(0) and len(blocks.block_table(0)) == 3
-    blocks.check_integrity()
+    check_integrity(blocks)
 
 
 def test_rewinding_into_an_indexed_block_never_changes_what_others_find():
@@ -437,7 +442,7 @@ def test_rewinding_into_an_indexed_block_never_changes_what_others_find():
     blocks.commit(0, [9])
     assert copy.source == blocks.block_table(1)[1]
     assert blocks.match([1, 2, 3, 4, 0]) == 4 and blocks.match([1, 2, 3, 9, 0]) == 4
-    blocks.check_integrity()
+    check_integrity(blocks)
 
 
 def test_only_leaves_are_evicted_and_what_runs_is_pinned():
@@ -476,7 +481,7 @@ def test_a_partial_block_is_not_taken_from_the_only_evictable_source():
     blocks.free(0)
     assert blocks.add(1, [1, 2, 9]) == []
     assert blocks.num_tokens(1) == 0 and blocks.match([1, 2, 9]) == 2
-    blocks.check_integrity()
+    check_integrity(blocks)
 
 
 def test_runs_of_blocks_are_consecutive_when_there_is_room():

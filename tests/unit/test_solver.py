@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from integrity import check_integrity
 
 from minirksc.engine.signals import TokenSignals, mean_top1
 from minirksc.errors import ChatTemplateError, ConfigError
@@ -605,7 +606,7 @@ def test_on_the_engine_sharing_changes_the_cost_alone(tiny_llama):
                 verify="never",
             )
             results[sharing] = Solver(llm, config).solve(prompt)
-            llm.engine.blocks.check_integrity()
+            check_integrity(llm.engine.blocks)
             assert llm.stats()["num_blocks_used"] == 0
     none, exact = results["none"], results["exact"]
     assert [b.token_ids for b in none.branches] == [b.token_ids for b in exact.branches]

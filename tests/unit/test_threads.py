@@ -6,7 +6,7 @@ import torch
 from minirksc import LLM
 from minirksc.cli.generate import SPIN_COUNT, let_threads_sleep
 from minirksc.engine.host import Cpus
-from minirksc.engine.threads import plan_threads
+from minirksc.engine.threads import choose_threads
 from minirksc.errors import CheckpointError
 
 
@@ -17,7 +17,7 @@ def machine(num_cores, ways=1, allowed=None, quota=None):
 
 
 def chosen(cpus, current=1024, **environ):
-    plan = plan_threads(None, current, cpus, environ)
+    plan = choose_threads(None, current, cpus, environ)
     assert plan.warnings == ()
     return plan.threads
 
@@ -54,15 +54,15 @@ def test_two_a_core_where_openmp_was_told_so():
 def test_what_is_asked_for_is_done_and_too_much_of_it_is_said():
     cpus = machine(2, ways=2, quota=3.0)
     for asked in (1, 2, 3):
-        assert plan_threads(asked, 1, cpus, {}) == plan_threads(asked, 64, cpus, {"OMP_NUM_THREADS": "64"})
-        assert plan_threads(asked, 1, cpus, {}).threads == asked and not plan_threads(asked, 1, cpus, {}).warnings
-    plan = plan_threads(4, 1, cpus, {})
+        assert choose_threads(asked, 1, cpus, {}) == choose_threads(asked, 64, cpus, {"OMP_NUM_THREADS": "64"})
+        assert choose_threads(asked, 1, cpus, {}).threads == asked and not choose_threads(asked, 1, cpus, {}).warnings
+    plan = choose_threads(4, 1, cpus, {})
     (warning,) = plan.warnings
     assert plan.threads == 4 and "threads 4" in warning and "3 CPUs" in warning and "threads=2" in warning
 
 
 def test_an_openmp_that_was_told_too_many_is_named():
-    plan = plan_threads(None, 8, machine(2), {"OMP_NUM_THREADS": "8"})
+    plan = choose_threads(None, 8, machine(2), {"OMP_NUM_THREADS": "8"})
     (warning,) = plan.warnings
     assert plan.threads == 2 and "OMP_NUM_THREADS=8" in warning and "2 CPUs" in warning and "unset it" in warning
 
@@ -77,13 +77,13 @@ def test_an_openmp_that_was_told_too_many_is_named():
 )  # fmt: skip
 def test_settings_that_hold_openmp_back_are_named(variable, value, limit):
     cpus = machine(4)
-    plan = plan_threads(None, 4, cpus, {variable: value})
+    plan = choose_threads(None, 4, cpus, {variable: value})
     (warning,) = plan.warnings
     assert plan.threads == limit and f"{variable}={value}" in warning and "4 to use" in warning
     assert "unset it" in warning and f"threads={limit}" in warning
-    plan = plan_threads(4, 4, cpus, {variable: value})
+    plan = choose_threads(4, 4, cpus, {variable: value})
     assert plan.threads == 4 and plan.warnings == (warning,)
-    assert plan_threads(limit, 4, cpus, {variable: value}).warnings == ()
+    assert choose_threads(limit, 4, cpus, {variable: value}).warnings == ()
 
 
 @pytest.mark.parametrize(
