@@ -206,7 +206,7 @@ def timed_arms(llm: Any, shape: Shape, options: argparse.Namespace) -> dict[str,
 
     def run(num_blocks: int, policy: str) -> Row:
         blocks = BlockManager(num_blocks, work.block_size, policy)
-        limits = (llm.config, loaded.block_bytes, loaded.max_model_len, frozenset(), tokenizer, {})
+        limits = (llm.config, loaded.block_bytes, frozenset(), tokenizer, {})
         engine = Engine(runner, blocks, *limits)
         begin = time.perf_counter()
         tokens = Service(engine, work.prompts, work.shape, work.hint).run()
