@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from minirksc.calibrate.evidence import BranchEvidence, Evidence, Failed
@@ -133,13 +134,11 @@ class Collector(Solver):
             self._branch(node.branch, verdict, noted.get(row, []))
             for row, (node, verdict) in enumerate(zip(nodes, verdicts, strict=True))
         ]
-        found, begin = [], 0
-        for one in solves:
-            end = begin + len(one.nodes)
-            num_layers = self.session.spec.num_layers
-            found.append(Evidence(branches[begin:end], num_layers, num_question_tokens, one.reference))
-            begin = end
-        return found
+        rest, num_layers = iter(branches), self.session.spec.num_layers
+        return [
+            Evidence(list(islice(rest, len(one.nodes))), num_layers, num_question_tokens, one.reference)
+            for one in solves
+        ]
 
     def _branch(self, branch: "Branch", verdict: Verdict, margins: list[float]) -> BranchEvidence:
         if verdict.probability is None:
