@@ -9,7 +9,6 @@ other one:
 - safe: the lowest that accepts at most 1% of the adversarial wordings, with an upper bound of at most 2%
   (Clopper-Pearson, two-sided 95%);
 - loose: what 95% of the minor paraphrases reach. It shows what a gate is worth that is not to cost anything.
-Then what the answers do: the greedy ones under the first wording and under the branch's own, of accepted pairs.
 
 States are those of transformers, in float32, from the first token on that differs, as the engine's probe sees them;
 the last one (depth = all layers) is taken after the final norm. What it does not show: the cost of a probe, wordings
@@ -17,7 +16,6 @@ that people write, and adversarial ones by somebody who knows the guard.
 """
 
 import argparse
-import json
 import math
 import sys
 from bisect import bisect_left, bisect_right
@@ -29,14 +27,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.harness import environment, load_transformers
+from bench.harness import make_parser, parse_with_quick, positive, run_or_exit
 from bench.intervals import clopper_pearson
+from bench.peer_transformers import load_transformers
 from bench.phrasings import KINDS, LEVELS, Wording, wordings
+from bench.report import Page, write_run
 from bench.similarity_measures import MEASURES
 from bench.word_problems import read_problems
-from minirksc import LLM, SamplingParams
 from minirksc.checkpoints.sources import resolve_model
-from minirksc.rksc.answers import parse_answer
 from minirksc.rksc.asks import num_probe_layers
 from minirksc.rksc.guard import refusal
 from minirksc.rksc.similarity import PrefixStates
@@ -50,10 +48,10 @@ class Row:
     """One wording against the first one of its problem.
 
     Attributes:
-        model, split: whose states, and "calibration" or "test".
-        problem, kind, rule: see `Wording`.
+        model, split: Model that the states are of, and "calibration" or "test".
+        problem, kind, rule: Fields of `Wording`.
         guard: why the content guard refuses it; None if it does not.
-        num_tokens: of this wording.
+        num_tokens: Length of this wording.
         similarities: gate -> depth -> similarity.
     """
 
@@ -128,24 +126,18 @@ def auroc(alike: Sequence[float], other: Sequence[float]) -> float:
     return below / (2 * len(alike) * len(other))
 
 
-def bound(accepted: int, total: int, level: float = 0.95) -> tuple[float, float]:
-    """Clopper-Pearson interval of a share."""
-    interval = clopper_pearson(accepted, total, level)
-    return interval.low, interval.high
-
-
 def threshold(similarities: Sequence[float], total: int) -> float:
     """The lowest that accepts few enough of adversarial wordings.
 
     Args:
-        similarities: of those that nothing else refuses.
+        similarities: Similarities of those that nothing else refuses.
         total: how many there are, refused ones included.
 
     Returns:
         A similarity to be reached; -inf where nothing needs to be refused, inf where nothing may be accepted.
     """
     allowed = -1
-    while allowed + 1 <= MAX_ACCEPTED * total and bound(allowed + 1, total)[1] <= MAX_BOUND:
+    while allowed + 1 <= MAX_ACCEPTED * total and clopper_pearson(allowed + 1, total).high <= MAX_BOUND:
         allowed += 1
     descending = sorted(similarities, reverse=True)
     if allowed < 0:
@@ -157,8 +149,8 @@ def summarise(rows: Sequence[Row], gate: str, depth: int, has_guard: bool, polic
     """One gate at one depth: threshold of the calibration rows, figures of the test rows.
 
     Args:
-        rows: of one model.
-        gate: its name; "none" leaves the guard alone.
+        rows: Rows of one model.
+        gate: Name of the gate; "none" leaves the guard alone.
         depth: layers that the probe went through.
         has_guard: whether the content guard refuses first.
         policy: "safe" or "loose", how the threshold is chosen.
@@ -182,6 +174,7 @@ def summarise(rows: Sequence[Row], gate: str, depth: int, has_guard: bool, polic
     wrong, total = sum(accepted[kind] for kind in KINDS), sum(len(test[kind]) for kind in KINDS)
     values = {kind: [value(r) for r in some] for kind, some in test.items()}
     others = [one for kind in KINDS for one in values[kind]]
+    interval = clopper_pearson(wrong, total)
     return {
         "gate": gate,
         "depth": depth,
@@ -189,181 +182,80 @@ def summarise(rows: Sequence[Row], gate: str, depth: int, has_guard: bool, polic
         "policy": policy,
         "threshold": at_least,
         "accepted": {kind: [count, len(test[kind])] for kind, count in accepted.items()},
-        "adversarial": [wrong, total, *bound(wrong, total)],
+        "adversarial": [wrong, total, interval.low, interval.high],
         "auroc": {level: auroc(values[level], others) for level in LEVELS},
         "auroc_minor": {kind: auroc(values["minor"], values[kind]) for kind in KINDS},
     }
 
 
-def best(summaries: Sequence[dict[str, Any]], depth: int) -> dict[str, Any]:
-    """What accepts most minor paraphrases with the guard at a safe threshold; no gate, where none does better."""
-    candidates = [one for one in summaries if one["guard"] and one["policy"] == "safe" and one["depth"] in (0, depth)]
-    good = [one for one in candidates if one["gate"] != "none" or one["adversarial"][3] <= MAX_BOUND]
-    return max(good, key=lambda one: (one["accepted"]["minor"][0], one["gate"] == "none"))
-
-
-def is_accepted(row: Row, summary: dict[str, Any]) -> bool:
-    """Whether a gate and the guard let the first wording stand for this one."""
-    is_alike = summary["gate"] == "none" or row.similarities[summary["gate"]][summary["depth"]] >= summary["threshold"]
-    return is_alike and (not summary["guard"] or row.guard is None)
-
-
-def compare_answers(folder: Path, pairs: Sequence[Wording], num_tokens: int, threads: int) -> list[dict[str, Any]]:
-    """Greedy answers under both wordings.
-
-    Returns:
-        One entry a pair: kind, the two answers (None: none found), and whether the first 8 tokens are the same.
-    """
-    texts = list(dict.fromkeys(text for pair in pairs for text in (pair.root, pair.text)))
-    with LLM(folder, threads=threads, kv_cache_bytes="1GiB") as llm:
-        outs = llm.generate(texts, SamplingParams(temperature=0, max_tokens=num_tokens), use_tqdm=False)
-    found = {text: out.outputs[0] for text, out in zip(texts, outs, strict=True)}
-    return [
-        {
-            "kind": pair.kind,
-            "problem": pair.problem,
-            "root_answer": parse_answer(found[pair.root].text, "number"),
-            "own_answer": parse_answer(found[pair.text].text, "number"),
-            "same_beginning": found[pair.root].token_ids[:8] == found[pair.text].token_ids[:8],
-        }
-        for pair in pairs
-    ]
-
-
-# ---- report ----------------------------------------------------------------------------------------------------------
-
-
-def page(name: str, num_layers: int, summaries: Sequence[dict[str, Any]], answers: Sequence[Any]) -> str:
-    """Markdown of one model."""
+def add_model(page: Page, name: str, num_layers: int, summaries: Sequence[dict[str, Any]]) -> None:
+    """The part of one model."""
     depth = num_probe_layers(num_layers)
-    lines = [f"## {name}: {num_layers} layers, probe of {depth}", ""]
-    lines += _table(["gate", "guard", "policy", "threshold", "adversarial accepted (95%)", *LEVELS, *KINDS])
+    page.heading(f"{name}: {num_layers} layers, probe of {depth}")
+    table = []
     for one in summaries:
         if one["depth"] in (0, depth):
             count, total, low, high = one["adversarial"]
             shares = [f"{a / max(n, 1):.0%}" for a, n in (one["accepted"][level] for level in LEVELS)]
             wrong = [f"{a}/{n}" for a, n in (one["accepted"][kind] for kind in KINDS)]
             cells = [one["gate"], "yes" if one["guard"] else "no", one["policy"], f"{one['threshold']:.4f}"]
-            cells += [f"{count}/{total} = {count / max(total, 1):.1%} ({low:.1%} .. {high:.1%})", *shares, *wrong]
-            lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "AUROC without guard; minor paraphrases against each kind, the other levels against all kinds:", ""]
-    lines += _table(["gate", "depth", "all", *KINDS, *LEVELS[1:]])
+            accepted = f"{count}/{total} = {count / max(total, 1):.1%} ({low:.1%} .. {high:.1%})"
+            table.append([*cells, accepted, *shares, *wrong])
+    page.table(["gate", "guard", "policy", "threshold", "adversarial accepted (95%)", *LEVELS, *KINDS], table)
+    page.text("AUROC without guard; minor paraphrases against each kind, the other levels against all kinds:")
+    table = []
     for one in summaries:
         if not one["guard"] and one["policy"] == "safe":
-            figures = [
-                one["auroc"]["minor"],
-                *one["auroc_minor"].values(),
-                *(one["auroc"][level] for level in LEVELS[1:]),
-            ]
-            lines.append("| " + " | ".join([one["gate"], str(one["depth"]), *(f"{x:.3f}" for x in figures)]) + " |")
-    chosen = best(summaries, depth)
-    lines += ["", f"Most minor paraphrases at a safe threshold: guard and {chosen['gate']}. Accepted pairs:", ""]
-    for kind in (*LEVELS, *KINDS):
-        if mine := [one for one in answers if one["kind"] == kind]:
-            same = sum(one["root_answer"] == one["own_answer"] for one in mine)
-            lines.append(f"- {kind}: {same}/{len(mine)} with the same parsed answer under both wordings")
-    return "\n".join(lines) + "\n"
+            levels = [one["auroc"][level] for level in LEVELS[1:]]
+            figures = [one["auroc"]["minor"], *one["auroc_minor"].values(), *levels]
+            table.append([one["gate"], one["depth"], *(f"{x:.3f}" for x in figures)])
+    page.table(["gate", "depth", "all", *KINDS, *LEVELS[1:]], table)
 
 
-def _table(headings: Sequence[str]) -> list[str]:
-    return ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
-
-
-def _line(entry: dict[str, Any]) -> str:
-    """As JSON, which has no infinity and no NaN: they become strings."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(one) for key, one in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(one) for one in value]
-        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(plain(entry), allow_nan=False) + "\n"
-
-
-def draw(file: Path, by_model: dict[str, Sequence[dict[str, Any]]]) -> None:
-    """AUROC by depth, and what is accepted with and without the guard."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, len(by_model), figsize=(6 * len(by_model), 8), squeeze=False)
-    for column, (name, summaries) in enumerate(by_model.items()):
-        for gate in MEASURES:
-            for row, (has_guard, pick) in enumerate(((False, "auroc"), (True, "accepted"))):
-                mine = [
-                    one for one in summaries if (one["gate"], one["guard"], one["policy"]) == (gate, has_guard, "safe")
-                ]
-                minor = [one[pick]["minor"] for one in mine]
-                values = minor if pick == "auroc" else [a / max(n, 1) for a, n in minor]
-                axes[row][column].plot([one["depth"] for one in mine], values, marker="o", label=gate)
-        axes[0][column].set(title=name, ylabel="AUROC, minor v. adversarial, no guard", ylim=(0, 1))
-        axes[1][column].set(xlabel="layers of the probe", ylabel="minor accepted, with guard", ylim=(0, 1))
-        axes[0][column].legend()
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
-
-
-def main() -> None:
-    """Runs the study; writes JSONL, a PNG and a page of Markdown."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m bench.asks_gates", description=__doc__, formatter_class=formatter)
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = make_parser("bench.asks_gates", __doc__, "threads quick output", threads=1)
     parser.add_argument("--data", type=Path, required=True, help="JSONL with question and answer: what is reported")
     parser.add_argument("--calibration", type=Path, required=True, help="the same, for the thresholds")
     parser.add_argument("--model", action="append", help="alias or checkpoint folder; may be repeated (smollm2-135m)")
     count_help = "to report on (%(default)s); a third as many calibrate"
-    parser.add_argument("--problems", type=int, default=165, help=count_help)
+    parser.add_argument("--problems", type=positive, default=165, help=count_help)
     parser.add_argument("--deepest", type=int, help="layers of the deepest probe; fewer take less time (all)")
-    parser.add_argument("--quick", action="store_true", help="12 problems: to see that it runs")
-    parser.add_argument(
-        "--answers", type=int, default=60, help="accepted pairs of a kind that are answered (%(default)s)"
-    )
-    parser.add_argument("--answer-tokens", type=int, default=48, help="of each answer (%(default)s)")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the results")
-    options = parser.parse_args()
+    parser.add_argument("--seed", type=int, default=0, help="another one chooses other wordings (%(default)s)")
+    return parse_with_quick(parser, arguments, problems=12)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs the study; writes JSONL and a page."""
     torch.set_num_threads(options.threads)
-    options.output.mkdir(parents=True, exist_ok=True)
-    count = 12 if options.quick else options.problems
-    splits = {"calibration": (options.calibration, count // 3), "test": (options.data, count)}
+    splits = {
+        "calibration": (options.calibration, options.problems // 3),
+        "test": (options.data, options.problems),
+    }
     pairs = {split: wordings(read_problems(file)[:some], options.seed) for split, (file, some) in splits.items()}
-    by_model: dict[str, list[dict[str, Any]]] = {}
-    pages = [__doc__.split("\n")[0] + "\n"]
-    with (options.output / "asks_gates.jsonl").open("w", encoding="utf-8") as stream:
-        stream.write(_line({"environment": environment(options.threads), "problems": count}))
-        for name in options.model or ["smollm2-135m"]:
-            folder = resolve_model(name)
-            model, tokenizer = load_transformers(folder, "float32"), Tokenizer.from_folder(folder)
-            short = Path(name).name
-            num_layers = model.config.num_hidden_layers
-            probes = depths(num_layers, options.deepest or num_layers)
-            rows: list[Row] = []
-            for split, some in pairs.items():
-                for row in measure(model, tokenizer, some, short, split, probes):
-                    rows.append(row)
-                    stream.write(_line(asdict(row)))
-            del model
-            summaries = [summarise(rows, "none", 0, True)]
-            for policy, has_guard in (("safe", False), ("safe", True), ("loose", False), ("loose", True)):
-                summaries += [summarise(rows, g, d, has_guard, policy) for g in MEASURES for d in probes]
-            chosen = best(summaries, num_probe_layers(num_layers))
-            test = [row for row in rows if row.split == "test"]
-            accepted = [pair for pair, row in zip(pairs["test"], test, strict=True) if is_accepted(row, chosen)]
-            some = [
-                pair
-                for kind in (*LEVELS, *KINDS)
-                for pair in [p for p in accepted if p.kind == kind][: options.answers]
-            ]
-            answers = compare_answers(folder, some, options.answer_tokens, options.threads) if some else []
-            stream.writelines(_line({"model": short, **one}) for one in [*summaries, *answers])
-            by_model[short] = summaries
-            pages.append(page(short, num_layers, summaries, answers))
-            (options.output / "asks_gates.md").write_text("\n".join(pages), encoding="utf-8")
-    draw(options.output / "asks_gates.png", by_model)
-    print("\n".join(pages))
+    page = Page("Which gate tells a paraphrase from a problem that only looks alike")
+    lines: list[dict[str, Any]] = []
+    for name in options.model or ["smollm2-135m"]:
+        folder = resolve_model(name)
+        model, tokenizer = load_transformers(folder, "float32"), Tokenizer.from_folder(folder)
+        short = Path(name).name
+        num_layers = model.config.num_hidden_layers
+        probes = depths(num_layers, options.deepest or num_layers)
+        rows: list[Row] = []
+        for split, some in pairs.items():
+            rows += measure(model, tokenizer, some, short, split, probes)
+        summaries = [summarise(rows, "none", 0, True)]
+        for policy, has_guard in (("safe", False), ("safe", True), ("loose", False), ("loose", True)):
+            summaries += [summarise(rows, g, d, has_guard, policy) for g in MEASURES for d in probes]
+        lines += [asdict(row) for row in rows] + [{"model": short, **one} for one in summaries]
+        add_model(page, short, num_layers, summaries)
+    write_run("asks-gates", options, lines, page)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the benchmark."""
+    options = parse(arguments)
+    run_or_exit(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ the solver; what they refuse is counted and left out of the rest. Where aligned 
 wording is computed: its row leaves such pairs out, and says how many are left.
 """
 
-import argparse
 import itertools
 import time
 from collections.abc import Sequence
@@ -26,11 +25,11 @@ from typing import Any
 
 import torch
 
-from bench.harness import environment, summarise
+from bench.harness import make_parser, parse_with_quick, summarise
 from bench.intervals import clopper_pearson
 from bench.phrasings import wordings
 from bench.prompts import EXAMPLES
-from bench.report import Page, new_stem, plain_options, write_jsonl, write_page
+from bench.report import Page, write_run
 from bench.word_problems import read_problems
 from minirksc import LLM, SamplingParams, SolverConfig
 from minirksc.engine.gates import Seat
@@ -81,7 +80,7 @@ class Pair:
         llm: the model.
         first: wording that is computed before.
         other: wording that may run on it.
-        tokens: decoded greedily.
+        tokens: Number of tokens decoded greedily.
     """
 
     def __init__(self, llm: LLM, first: str, other: str, tokens: int) -> None:
@@ -146,9 +145,8 @@ def measure(llm: LLM, pairs: Sequence[tuple[str, str, str]], tokens: int) -> lis
             for mode in (*MODES[index % 4 :], *MODES[: index % 4]):
                 row[mode] = pair.run(REJECT if mode == "rejected" else ACCEPT, mode)
         rows.append(row)
-        print(
-            f"{index + 1}/{len(pairs)} {kind}: {'accepted' if row['accepted'] else reason or 'not alike'}", flush=True
-        )
+        outcome = "accepted" if row["accepted"] else reason or "not alike"
+        print(f"{index + 1}/{len(pairs)} {kind}: {outcome}", flush=True)
     return rows
 
 
@@ -190,33 +188,22 @@ def page_of(model: str, rows: Sequence[dict[str, Any]]) -> Page:
 
 def main() -> None:
     """Runs the benchmark; prints the page, writes JSONL and markdown."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.asks_sharing", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("bench.asks_sharing", __doc__, "model dtype threads quick output")
     parser.add_argument("--data", type=Path, required=True, help="JSONL with question and answer")
-    parser.add_argument("--model", default="smollm2-135m", help="alias or checkpoint folder (%(default)s)")
     parser.add_argument("--limit", type=int, default=60, help="problems (%(default)s)")
     parser.add_argument("--long", type=int, help="long pairs (a third of the problems)")
-    parser.add_argument("--dtype", default="auto", help="of the model (%(default)s)")
     parser.add_argument("--tokens", type=int, default=48, help="decoded of each (%(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="4 problems")
-    parser.add_argument("--output", type=Path, default=Path("bench/results"), help="folder (%(default)s)")
-    options = parser.parse_args()
-    limit = 4 if options.quick else options.limit
+    options = parse_with_quick(parser, None, limit=4)
     torch.set_num_threads(options.threads)
     with LLM(options.model, threads=options.threads, dtype=options.dtype, kv_cache_bytes="1GiB") as llm:
-        num_long = max(limit // 3, 2) if options.long is None else options.long
-        pairs = [*short_pairs(options.data, limit), *long_pairs(options.data, num_long)]
+        num_long = max(options.limit // 3, 2) if options.long is None else options.long
+        pairs = [*short_pairs(options.data, options.limit), *long_pairs(options.data, num_long)]
         rows = measure(llm, pairs, options.tokens)
         dtype = llm.stats()["dtype"]
     other = "bfloat16" if dtype == "float32" else "float32"
     with LLM(options.model, threads=options.threads, dtype=other, kv_cache_bytes="1GiB") as llm:
         add_rounding(llm, rows, pairs, options.tokens)
-    stem = new_stem(options.output, "asks_sharing")
-    write_jsonl(stem.with_suffix(".jsonl"), rows, {**plain_options(options), **environment(options.threads)})
-    page = page_of(f"{options.model}, {dtype}, rounding: {other}", rows)
-    write_page(stem, page, options.threads)
+    write_run("asks_sharing", options, rows, page_of(f"{options.model}, {dtype}, rounding: {other}", rows))
 
 
 if __name__ == "__main__":

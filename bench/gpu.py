@@ -6,8 +6,8 @@
     python -m bench.gpu engine --only "^(?!.*transformers)"
 
 Attention: decode, shared prefixes and prompts of one layer against the kernels of flash-attn, FlashInfer, vLLM and
-SGLang. Small kernels: against torch's ops, plain and compiled. Engine: solve, decode and prefill of a checkpoint
-against transformers, vLLM and SGLang.
+SGLang. Small kernels: against torch's ops, plain and compiled. Engine: solve, decode and prefill of a checkpoint by
+`bench.peers`, against transformers and what else is installed in this environment; --only is then of its arms.
 
 Results are compared with the plain specification first; an arm that is wrong is not timed. Kernels are timed with
 events, from a cold L2 cache, all arms of a case in turns. Bytes are those that must move at least (what is shared
@@ -19,12 +19,12 @@ Exit status 1: something of ours failed or was wrong. 2: there is no GPU, or the
 
 import argparse
 import importlib.util
-import json
 import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from bench.gpu_device import Clock, Peak
     from bench.gpu_rivals import FoundRival
     from bench.gpu_small import SmallCase
-    from bench.harness import Arm
+    from bench.report import Page
 
 # Nothing else is imported before a GPU is found.
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,8 +48,10 @@ Row = dict[str, Any]
 
 NO_GPU = """\
 bench.gpu: {reason}. It needs an NVIDIA or AMD GPU, a build of torch for it, and Triton (pip install -e '.[gpu,bench]').
-Without a GPU: `python -m bench.static_kernels` says what the kernels take of one, `python -m bench.solve` and
-`python -m bench.decode` measure the engine on a CPU."""
+Without a GPU: `python -m bench.static_kernels` says what the kernels take of one, `python -m bench.peers` measures the
+engine on a CPU."""
+
+HEADINGS = ("case", "arm", "us: median (p10 .. p90)", "x best other (p10 .. p90)", "bandwidth", "FLOPs", "error")
 
 
 def main() -> int:
@@ -64,14 +66,19 @@ def main() -> int:
     import torch
 
     file = options.output or ROOT / "bench" / "results" / f"gpu-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
-    rows = list(write(file, run(options, torch.device("cuda", torch.cuda.current_device())), environment(options)))
-    from bench import gpu_report
+    from bench.report import write_lines
 
-    gpu_report.print_rows(rows)
+    device = torch.device("cuda", torch.cuda.current_device())
+    common = {"bench": "gpu", "environment": environment(options)}
+    rows = list(write_lines(file, run(options, device), common))
+    print(make_page(rows))
     print(f"{len(rows)} results: {file}")
+    if "engine" in options.parts:
+        rows += run_engines(options, file.parent)
     bad = [row for row in rows if "failed" in row and row["arm"].startswith(OURS)]
     for row in bad:
-        print(f"{row['part']}: {row['case']}: {row['arm']}: {row['failed']}", file=sys.stderr)
+        where = f"{row['part']}: {row['case']}" if "part" in row else row["workload"]
+        print(f"{where}: {row['arm']}: {row['failed']}", file=sys.stderr)
     return 1 if bad else 0
 
 
@@ -113,13 +120,11 @@ def parse_options() -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace, device: "Device") -> Iterator[Row]:
-    """Everything that is wanted, part by part."""
-    import torch
-
+    """All kernels that are wanted, part by part."""
     from bench import gpu_attention, gpu_device, gpu_rivals, gpu_small
 
     clock = gpu_device.cuda_clock(device)
-    peak = gpu_device.known_peak(torch.cuda.get_device_name(device)) or gpu_device.measured_peak(device, clock)
+    peak = gpu_device.measured_peak(device, clock)
     measure = Measure(device, clock, peak, options.repeats, options.warmup, options.only)
     if "attention" in options.parts:
         found, missing = gpu_rivals.discover(gpu_rivals.RIVALS)
@@ -130,8 +135,6 @@ def run(options: argparse.Namespace, device: "Device") -> Iterator[Row]:
     if "small" in options.parts:
         for small in gpu_small.all_cases(options.quick):
             yield from measure.small(small)
-    if "engine" in options.parts:
-        yield from run_engines(options, device)
 
 
 class Measure:
@@ -140,7 +143,7 @@ class Measure:
     Args:
         device: where tensors are.
         clock: times one call.
-        peak: of the device.
+        peak: Peak of the device.
         repeats, warmup: runs of each arm.
         only: regular expression of "part: case: arm".
     """
@@ -150,22 +153,25 @@ class Measure:
         self.repeats, self.warmup, self.only = repeats, warmup, only
 
     def attention(self, case: "AttentionCase", rivals: Sequence["FoundRival"]) -> Iterator[Row]:
-        """One case of the attention, all arms."""
+        """One case of the attention, all arms; one that memory does not hold is skipped."""
+        import torch
+
         from bench import gpu_attention as attention
+        from bench.gpu_rivals import describe
 
         versions: dict[str, str | None] = {attention.OURS: None, attention.OURS_INT8: None}
         versions |= {found.rival.name: found.version for found in rivals if case.kind in found.rival.kinds}
         wanted = [arm for arm in versions if self._is_wanted("attention", case.name, arm)]
         if not wanted:
             return
-        needed = attention.needed_bytes(case, num_layouts=0 if all(arm.startswith(OURS) for arm in wanted) else 2)
-        if (free := self._free_bytes()) < needed:
-            reason = f"needs about {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
-            yield {"part": "attention", "case": case.name, "arm": "all", **attention.sizes(case), "skipped": reason}
+        try:
+            inputs = attention.AttentionInputs(case, self.device)
+        except torch.OutOfMemoryError as error:
+            common = {"part": "attention", "case": case.name, "arm": "all", **attention.sizes(case)}
+            yield {**common, "skipped": describe(error)}
             return
-        inputs = attention.AttentionInputs(case, self.device)
         makers: dict[str, Callable[[], Callable[[], Any]]] = dict(attention.arms_of_ours(inputs))
-        makers |= {found.rival.name: _preparer(found, inputs) for found in rivals}
+        makers |= {found.rival.name: partial(found.prepare, inputs) for found in rivals}
 
         def prepare(arm: str) -> tuple[Callable[[], Any], float]:
             call = makers[arm]()
@@ -201,8 +207,9 @@ class Measure:
         tolerance: float,
     ) -> list[Row]:
         """Prepares, checks and times the arms; what fails is a row with its reason."""
-        from bench.gpu_device import interleave, read_smi
+        from bench.gpu_device import read_smi
         from bench.gpu_rivals import describe
+        from bench.harness import take_turns
 
         print(f"{part}: {case}", file=sys.stderr, flush=True)
         rows: dict[str, Row] = {arm: {"part": part, "case": case, "arm": arm} for arm in arms}
@@ -219,7 +226,8 @@ class Measure:
             else:
                 rows[arm]["failed"] = f"wrong result: relative error {error:.2g}, {tolerance:.2g} is tolerated"
         try:
-            times = interleave(calls, self.clock, self.repeats, self.warmup)
+            arms_us = {arm: lambda _, call=call: {"us": self.clock(call)} for arm, call in calls.items()}
+            times = list(take_turns(arms_us, range(self.repeats), self.warmup, is_quiet=True))
         except Exception as reason:
             for arm in calls:
                 rows[arm]["failed"] = f"while {', '.join(calls)} took turns: {describe(reason)}"
@@ -240,82 +248,74 @@ class Measure:
     def _is_wanted(self, part: str, case: str, arm: str) -> bool:
         return re.search(self.only, f"{part}: {case}: {arm}") is not None
 
-    def _free_bytes(self) -> float:
-        import torch
 
-        if self.device.type != "cuda":
-            return float("inf")
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(self.device)[0]
-
-
-def _preparer(found: "FoundRival", inputs: Any) -> Callable[[], Callable[[], Any]]:
-    return lambda: found.prepare(inputs)
-
-
-def add_times(rows: dict[str, Row], times: dict[str, list[float]]) -> None:
+def add_times(rows: dict[str, Row], times: Sequence[Row]) -> None:
     """Writes microseconds into the rows of a case, and into ours how they compare with the best other arm.
 
-    A ratio is taken within a repetition; above 1 ours is faster.
+    Args:
+        rows: Rows by arm.
+        times: One row an arm and repetition.
     """
-    from bench.harness import summarise
+    from bench.harness import names, ratios, summarise, values
 
-    for arm, values in times.items():
-        summary = summarise(values)
-        rows[arm] |= {"us": summary.median, "us_p10": summary.p10, "us_p90": summary.p90, "repeats": len(values)}
-    others = [arm for arm in times if not arm.startswith(OURS)]
-    if not others:
-        return
-    best = min(others, key=lambda arm: rows[arm]["us"])
-    for arm in times:
-        if arm.startswith(OURS):
-            ratio = summarise([theirs / own for own, theirs in zip(times[arm], times[best], strict=True)])
+    arms = names(times)
+    for arm in arms:
+        us = values(times, arm, "us")
+        summary = summarise(us)
+        rows[arm] |= {"us": summary.median, "us_p10": summary.p10, "us_p90": summary.p90, "repeats": len(us)}
+    others = [arm for arm in arms if not arm.startswith(OURS)]
+    best = min(others, key=lambda arm: rows[arm]["us"], default=None)
+    for arm in arms:
+        if best is not None and arm.startswith(OURS):
+            ratio = summarise(ratios(times, arm, best, "us"))
             rows[arm] |= {"best_rival": best, "ratio": ratio.median, "ratio_p10": ratio.p10, "ratio_p90": ratio.p90}
 
 
-def run_engines(options: argparse.Namespace, device: "Device") -> Iterator[Row]:
-    """W1 to W3, in microseconds too."""
-    from bench import gpu_engine, harness
+def run_engines(options: argparse.Namespace, folder: Path) -> list[Row]:
+    """W1 to W3 by `bench.peers`, with the engines of this environment; its rows, which are in files of its own."""
+    from bench import peers
 
-    def wanted(name: str) -> bool:
-        return re.search(options.only, name) is not None
-
-    parts = gpu_engine.all_arms(options.model, options.kv_cache_bytes, device, options.quick, wanted)
-    for workload, arms, failures in parts:
-        for arm, reason in failures.items():
-            yield {"part": workload, "case": "all", "arm": arm, "failed": reason}
-        harness.measure(arms, repeats=max(1, options.repeats // 10), warmup=1)
-        yield from engine_rows(workload, arms)
-
-
-def engine_rows(workload: str, arms: Sequence["Arm"]) -> Iterator[Row]:
-    """Rows of the arms of one workload, compared case by case."""
-    from bench import gpu_engine, harness
-
-    metric = gpu_engine.METRICS[workload]
-    cases: dict[str, dict[str, Arm]] = {}
-    for arm in arms:
-        case, name = gpu_engine.case_and_arm(workload, arm)
-        cases.setdefault(case, {})[name] = arm
-    for case, named in cases.items():
-        rows: dict[str, Row] = {
-            name: {"part": workload, "case": case, "arm": name, "metric": metric, "measured": arm.measured}
-            for name, arm in named.items()
-        }
-        first = next(iter(named.values()))
-        for name, arm in named.items():
-            rows[name]["same_tokens"] = harness.agreement(arm, first)
-            if unequal := unequal_work(arm, first):
-                rows[name]["failed"] = unequal
-        equal = {name: arm for name, arm in named.items() if "failed" not in rows[name]}
-        add_times(rows, {name: [1e6 * s for s in arm.values(metric)] for name, arm in equal.items()})
-        yield from rows.values()
+    arguments = ["--device", "cuda", "--modes", "recorded,eager", "--output", str(folder), "--only", options.only]
+    arguments += ["--model", options.model, "--kv-cache-bytes", options.kv_cache_bytes]
+    arguments += ["--repeats", str(max(1, options.repeats // 10))]
+    arguments += ["--prefill", "1024"] if options.quick else []
+    for name in ("vllm", "sglang"):
+        arguments += [f"--{name}", sys.executable] if importlib.util.find_spec(name) else []
+    try:
+        return peers.run(peers.parse(arguments))
+    except SystemExit as reason:  # of no arm that --only leaves
+        print(f"engine: {reason}", file=sys.stderr)
+        return []
 
 
-def unequal_work(arm: "Arm", first: "Arm") -> str | None:
-    """What an arm did otherwise than the first one, where the lengths of what they generated differ."""
-    lengths = [[len(ids) for ids in one.measured[-1]["token_ids"]] for one in (arm, first)]
-    return None if lengths[0] == lengths[1] else f"generated {lengths[0]} tokens, {first.name} {lengths[1]}"
+def make_page(rows: Sequence[Row]) -> "Page":
+    """A table a part, in the order of the rows; what failed or is missing stands in it with its reason."""
+    from bench.report import Page
+
+    page = Page("Kernels on a GPU")
+    for part in dict.fromkeys(row["part"] for row in rows):
+        page.heading(part)
+        page.text("Ratios above 1: ours is faster; shares of the device's peak.")
+        page.table(HEADINGS, [cells(row) for row in rows if row["part"] == part])
+    return page
+
+
+def cells(row: Row) -> list[str]:
+    """One row, as it stands in the table."""
+    reason = row.get("failed") or row.get("skipped")
+    if reason:
+        return [row["case"], row["arm"], str(reason)[:80]]
+    ratio = f"{row['ratio']:.2f} ({row['ratio_p10']:.2f} .. {row['ratio_p90']:.2f})" if "ratio" in row else ""
+    best = f" {row['best_rival']}" if "best_rival" in row else ""
+    return [
+        row["case"],
+        row["arm"],
+        f"{row['us']:.4g} ({row['us_p10']:.4g} .. {row['us_p90']:.4g})",
+        ratio + best,
+        f"{row['bandwidth_share']:.0%}" if "bandwidth_share" in row else "",
+        f"{row['flop_share']:.0%}" if "flop_share" in row else "",
+        f"{row['error']:.1e}" if "error" in row else "",
+    ]
 
 
 def environment(options: argparse.Namespace) -> Row:
@@ -328,17 +328,11 @@ def environment(options: argparse.Namespace) -> Row:
     facts = harness.environment(torch.get_num_threads())
     installed = {name: gpu_rivals.version(name) for name in packages}
     facts["versions"] |= {name: None if version == "unknown" else version for name, version in installed.items()}
-    given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    return {**facts, "options": given, **gpu_device.device_facts(torch.device("cuda", torch.cuda.current_device()))}
-
-
-def write(file: Path, rows: Iterator[Row], environment: Row) -> Iterator[Row]:
-    """Hands the rows on, each written as a JSONL line, complete in itself, as soon as it is there."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", encoding="utf-8", buffering=1) as stream:
-        for row in rows:
-            stream.write(json.dumps({"bench": "gpu", "environment": environment, **row}) + "\n")
-            yield row
+    return {
+        **facts,
+        "options": vars(options),
+        **gpu_device.device_facts(torch.device("cuda", torch.cuda.current_device())),
+    }
 
 
 if __name__ == "__main__":

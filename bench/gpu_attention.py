@@ -6,7 +6,7 @@ batch are made before the clock starts, as ours is. Blocks are shuffled.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import product
 from typing import Any, NamedTuple
@@ -36,12 +36,12 @@ class AttentionCase:
         batch: sequences.
         num_queries: new tokens of each.
         context_len: keys of each, the new ones included.
-        prefix_len: of those, how many leading ones all share.
-        head_dim: of queries, keys and values.
+        prefix_len: Number of leading keys that all share.
+        head_dim: Size of a query, key or value.
         block_size: tokens a block.
-        num_heads: of queries.
-        num_kv_heads: of keys and values.
-        dtype: of activations and of the cache.
+        num_heads: Heads of queries.
+        num_kv_heads: Heads of keys and values.
+        dtype: Numbers of activations and of the cache.
     """
 
     kind: str
@@ -129,10 +129,10 @@ class AttentionInputs:
     """The tensors of a case, and what rivals are given of them.
 
     Attributes:
-        case: whose they are.
+        case: Case that they are made for.
         q: `[tokens, num_heads, head_dim]`.
         cache: one layer of the engine's cache.
-        batch: of all sequences.
+        batch: Batch of all sequences.
         scale: multiplied to scores.
     """
 
@@ -181,7 +181,7 @@ class AttentionInputs:
         """The same tokens in larger blocks, for a library that needs them; what is shared stays shared."""
         per = size // self.case.block_size
         assert self.case.prefix_len % size == 0, "only whole blocks are shared"
-        # What pads a table lies beyond the context, where nobody looks.
+        # What pads a table lies beyond the context, which nothing reads.
         padded = [table + [table[-1]] * (-len(table) % per) for table in self.tables]
         groups = [[tuple(table[i : i + per]) for i in range(0, len(table), per)] for table in padded]
         ids = {group: i for i, group in enumerate(dict.fromkeys(group for row in groups for group in row))}
@@ -245,24 +245,6 @@ def arms_of_ours(inputs: AttentionInputs) -> dict[str, Callable[[], Callable[[],
     return {OURS: inputs.ours, OURS_INT8: inputs.ours_int8}
 
 
-def needed_bytes(case: AttentionCase, num_layouts: int) -> int:
-    """Of memory: the cache, its int8 form, copies of it in other layouts, and the check in float32."""
-    exact = 6 * 4 * case.context_len * case.num_heads * case.head_dim
-    scores = 4 * 4 * case.num_heads * case.num_queries * case.context_len
-    return (1 + num_layouts) * case.kv_bytes() + case.kv_bytes(int8=True) + exact + scores
-
-
 def sizes(case: AttentionCase) -> dict[str, Any]:
     """The case as plain data, for the results."""
-    return {
-        "kind": case.kind,
-        "batch": case.batch,
-        "num_queries": case.num_queries,
-        "context_len": case.context_len,
-        "prefix_len": case.prefix_len,
-        "num_heads": case.num_heads,
-        "num_kv_heads": case.num_kv_heads,
-        "head_dim": case.head_dim,
-        "block_size": case.block_size,
-        "dtype": str(case.dtype).removeprefix("torch."),
-    }
+    return {**asdict(case), "dtype": str(case.dtype).removeprefix("torch.")}

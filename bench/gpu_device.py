@@ -1,15 +1,17 @@
 """The GPU under test: what it is, what it could do at most, and a clock on it."""
 
-import random
-import re
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 FLUSH_BYTES = 256 << 20
 """More than the L2 of any GPU of today."""
+
+COPY_BYTES = 1 << 30
+PRODUCT_SIZE = 8192
+"""Of what is copied and multiplied to measure a peak."""
 
 FLUSHES = 4
 """One empties the cache. The others keep the GPU busy while Python launches, so that launches are not what is timed."""
@@ -21,58 +23,25 @@ SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "pow
 
 
 class Peak(NamedTuple):
-    """What a device can do at most.
+    """What a device can do at most, as far as a plain copy and a large product reach it.
 
     Attributes:
-        bandwidth: of its memory, bytes a second.
-        flops: dense bfloat16 products accumulated in float32, operations a second.
-        source: "data sheet" or "measured".
+        bandwidth: Bytes of its memory a second.
+        flops: Operations a second, of dense bfloat16 products accumulated in float32.
     """
 
     bandwidth: float
     flops: float
-    source: str
-
-
-# First match wins. TB/s and TFLOP/s of the vendors' data sheets, without sparsity.
-PEAKS = (
-    (r"\bB200\b", 8.0, 2250),
-    (r"\bH200\b", 4.8, 989),
-    (r"\bH100.*PCIe", 2.0, 756),
-    (r"\bH100.*NVL", 3.9, 835),
-    (r"\bH100.*HBM3", 3.35, 989),
-    (r"\bA100.*PCIe.*80GB|\bA100.*80GB.*PCIe", 1.935, 312),
-    (r"\bA100.*80GB", 2.039, 312),
-    (r"\bA100.*40GB", 1.555, 312),
-    (r"\bL40S\b", 0.864, 362),
-    (r"\bL4\b", 0.3, 121),
-    (r"RTX 5090(?! (D|Laptop))", 1.792, 209.5),
-    (r"RTX 4090(?! (D|Laptop))", 1.008, 165.2),
-    (r"RTX 3090(?! Ti)", 0.936, 71),
-    (r"\bMI325X\b", 6.0, 1307),
-    (r"\bMI300X\b", 5.3, 1307),
-)
-
-
-def known_peak(name: str) -> Peak | None:
-    """The data sheet's figures for a device of that name; None where it is unknown, or only a slice of one (MIG)."""
-    if "MIG" in name:
-        return None
-    for pattern, terabytes, teraflops in PEAKS:
-        if re.search(pattern, name, re.IGNORECASE):
-            return Peak(terabytes * 1e12, teraflops * 1e12, "data sheet")
-    return None
 
 
 def measured_peak(device: torch.device, clock: Clock) -> Peak:
-    """What a plain copy and a large product reach: for devices without an entry in `PEAKS`."""
-    source = torch.empty(1 << 30, dtype=torch.int8, device=device)
+    """Measures a device: the fastest of ten copies and products."""
+    source = torch.empty(COPY_BYTES, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     copy_us = min(clock(lambda: target.copy_(source)) for _ in range(10))
-    size = 8192
-    a = torch.ones((size, size), dtype=torch.bfloat16, device=device)
+    a = torch.ones((PRODUCT_SIZE, PRODUCT_SIZE), dtype=torch.bfloat16, device=device)
     product_us = min(clock(lambda: a @ a) for _ in range(10))
-    return Peak(2 * len(source) / copy_us * 1e6, 2 * size**3 / product_us * 1e6, "measured")
+    return Peak(2 * COPY_BYTES / copy_us * 1e6, 2 * PRODUCT_SIZE**3 / product_us * 1e6)
 
 
 def cuda_clock(device: torch.device) -> Clock:
@@ -90,31 +59,6 @@ def cuda_clock(device: torch.device) -> Clock:
         return float(begin.elapsed_time(end)) * 1000
 
     return clock
-
-
-def interleave(
-    calls: Mapping[str, Callable[[], object]], clock: Clock, repeats: int, warmup: int, seed: int = 0
-) -> dict[str, list[float]]:
-    """Times all calls `repeats` times, in another order in each repetition.
-
-    Args:
-        calls: by name.
-        clock: runs one and gives microseconds.
-        repeats: measured runs of each.
-        warmup: runs of each before those.
-        seed: of the orders.
-
-    Returns:
-        Microseconds by name, in the order of the repetitions.
-    """
-    order = random.Random(seed)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(warmup + repeats):
-        for name in order.sample(list(calls), len(calls)):
-            us = clock(calls[name])
-            if round_ >= warmup:
-                times[name].append(us)
-    return times
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:

@@ -28,6 +28,8 @@ FLASH_ATTN_BLOCK = 256
 """flash-attn 2 takes a paged cache only in blocks of a multiple of this."""
 
 WORKSPACE_BYTES = 256 << 20
+SGLANG_SPLITS = 8
+"""Parts of a sequence, its server's default."""
 
 
 class Unsupported(Exception):
@@ -40,10 +42,10 @@ class Rival:
 
     Attributes:
         name: in the results.
-        package: that is asked for its version.
+        package: Package that is asked for its version.
         modules: places to import from, for versions that moved it; the first that can be imported is used.
         prepare: (module, inputs) -> the call.
-        kinds: of the cases it is measured on.
+        kinds: Kinds of the cases it is measured on.
     """
 
     name: str
@@ -62,11 +64,7 @@ class FoundRival:
     version: str
 
     def prepare(self, inputs: AttentionInputs) -> Call:
-        """The call for a case.
-
-        Raises:
-            Unsupported: it has no kernel for it.
-        """
+        """The call for a case; raises `Unsupported` where it has no kernel for it."""
         return self.rival.prepare(self.module, inputs)
 
 
@@ -242,8 +240,8 @@ def _sglang_slots(inputs: AttentionInputs, num_leading: int) -> tuple[Tensor, Te
     return blocks.k.flatten(0, 1), blocks.v.flatten(0, 1), indptr, leading
 
 
-def _sglang_decode(module: Any, inputs: AttentionInputs, max_splits: int) -> Call:
-    case, q = inputs.case, inputs.q
+def _sglang_decode(module: Any, inputs: AttentionInputs) -> Call:
+    case, q, max_splits = inputs.case, inputs.q, SGLANG_SPLITS
     k, v, indptr, slots = _sglang_slots(inputs, case.context_len)
     out = torch.empty_like(q)
     parts = torch.empty((case.batch, case.num_heads, max_splits, case.head_dim), device=q.device)
@@ -269,18 +267,6 @@ def _sglang_decode(module: Any, inputs: AttentionInputs, max_splits: int) -> Cal
         return out
 
     return call
-
-
-def _sglang_default(module: Any, inputs: AttentionInputs) -> Call:
-    return _sglang_decode(module, inputs, max_splits=8)
-
-
-def _sglang_many(module: Any, inputs: AttentionInputs) -> Call:
-    case, device = inputs.case, inputs.q.device
-    programs = 4 * torch.cuda.get_device_properties(device).multi_processor_count
-    wanted = min(-(-programs // (case.batch * case.num_kv_heads)), case.context_len // 256)
-    # Its last stage holds them all at once, so that the count is a power of two.
-    return _sglang_decode(module, inputs, max_splits=min(64, 1 << max(wanted - 1, 0).bit_length()))
 
 
 def _sglang_extend(module: Any, inputs: AttentionInputs) -> Call:
@@ -332,11 +318,6 @@ RIVALS = (
         ("vllm.v1.attention.ops.triton_unified_attention", "vllm.attention.ops.triton_unified_attention"),
         _vllm,
     ),
-    Rival(
-        "sglang triton, 8 splits", "sglang", _sglang_modules("decode_attention"), _sglang_default, ("decode", "prefix")
-    ),
-    Rival(
-        "sglang triton, many splits", "sglang", _sglang_modules("decode_attention"), _sglang_many, ("decode", "prefix")
-    ),
+    Rival("sglang triton, decode", "sglang", _sglang_modules("decode_attention"), _sglang_decode, ("decode", "prefix")),
     Rival("sglang triton", "sglang", _sglang_modules("extend_attention"), _sglang_extend, ("prefill",)),
 )

@@ -1,63 +1,32 @@
-"""What the benchmarks share: arms, interleaved repetitions, summaries, results on disk.
+"""The one way to measure: arms that take turns, medians and spreads, ratios within a repetition, and their options.
 
-An arm is one way to do the same work: an engine, a dtype and a setting. All arms of a run live in one
-process and take turns, in another order in every repetition, so that a machine that slows down slows all of
-them. A ratio is taken within a repetition, and its spread is that of the repetitions.
+An arm is one way to do the same work. All arms take turns, in another order in every repetition, so that a machine that
+slows down slows all of them. A ratio is taken within a repetition, and its spread is that of the repetitions.
 """
 
 import argparse
-import importlib
 import importlib.metadata
-import json
 import platform
 import random
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+
+from minirksc.errors import MinirkscError
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "minirksc")
 
-Measured = dict[str, Any]
-"""What one run of an arm gives: seconds and rates by name, and `token_ids`, the work it did."""
-
-
-@dataclass
-class Arm:
-    """One way to do the work.
-
-    Attributes:
-        engine: "minirksc" or "transformers".
-        dtype: what the engine computes in, not what was asked for.
-        setting: what is special about it.
-        run: does the work once, from cold caches.
-        measured: one entry a repetition.
-    """
-
-    engine: str
-    dtype: str
-    setting: str
-    run: Callable[[], Measured]
-    measured: list[Measured] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        """Engine, dtype and setting."""
-        return f"{self.engine} {self.dtype} {self.setting}"
-
-    def values(self, metric: str) -> list[float]:
-        """One metric, by repetition."""
-        return [one[metric] for one in self.measured]
+Row = dict[str, Any]
+"""One measurement: plain data that JSON can hold."""
 
 
 @dataclass(frozen=True)
@@ -80,56 +49,68 @@ def summarise(values: Sequence[float]) -> Summary:
     return Summary(median(values), tenths[0], tenths[-1])
 
 
-def measure(arms: Sequence[Arm], repeats: int, warmup: int, seed: int = 0) -> None:
-    """Runs every arm `warmup + repeats` times, interleaved; fills `Arm.measured` with the repeats."""
-    order = random.Random(seed)
-    for round_ in range(warmup + repeats):
-        for arm in order.sample(arms, len(arms)):
+def take_turns(
+    arms: Mapping[str, Callable[[int], Row]], indices: Iterable[int], warmup: int = 0, is_quiet: bool = False
+) -> Iterator[Row]:
+    """Runs all arms for each index, in another order each time.
+
+    Args:
+        arms: Name -> what is run, called with the index of a repetition or of a problem.
+        indices: Numbers of repetitions or problems.
+        warmup: Runs of each arm before, with the first index, that are not reported.
+        is_quiet: True does not tell each run, where there are hundreds.
+
+    Yields:
+        A row an index and arm, those of an index in the order of `arms`, with "arm" and "repeat" (the index) in each.
+    """
+    for number, index in enumerate(indices):
+        order = list(arms)
+        random.Random(f"0 {index}").shuffle(order)
+        for _ in range(warmup if number == 0 else 0):
+            for name in order:
+                arms[name](index)
+        rows = {}
+        for name in order:
             begin = time.perf_counter()
-            measured = arm.run()
-            took = time.perf_counter() - begin
-            label = f"repeat {round_ - warmup + 1}/{repeats}" if round_ >= warmup else "warm-up"
-            print(f"{label}: {arm.name}: {took:.1f} s", file=sys.stderr, flush=True)
-            if round_ >= warmup:
-                arm.measured.append(measured)
+            rows[name] = {"arm": name, "repeat": index, **arms[name](index)}
+            if not is_quiet:
+                print(f"{index}: {name}: {time.perf_counter() - begin:.2f} s", file=sys.stderr, flush=True)
+        yield from (rows[name] for name in arms)
 
 
-def ratio(arm: Arm, other: Arm, metric: str) -> Summary:
-    """How many times as fast as `other` an arm is, repetition by repetition; the metric is in seconds."""
-    pairs = zip(arm.values(metric), other.values(metric), strict=True)
-    return summarise([theirs / ours for ours, theirs in pairs])
+def names(rows: Sequence[Row]) -> list[str]:
+    """Arms, in order."""
+    return list(dict.fromkeys(row["arm"] for row in rows))
 
 
-def rivals(arms: Sequence[Arm], setting: str, metric: str) -> dict[str, Arm]:
-    """The transformers arms of one setting that a ratio is given against: its fastest dtype, and bfloat16."""
-    candidates = [arm for arm in arms if arm.engine == "transformers" and arm.setting == setting]
-    if not candidates:
-        return {}
-    fastest = min(candidates, key=lambda arm: median(arm.values(metric)))
-    chosen = {f"transformers {setting}, its fastest dtype here ({fastest.dtype})": fastest}
-    for arm in candidates:
-        if arm.dtype == "bfloat16":
-            chosen[f"transformers {setting}, bfloat16"] = arm
-    return chosen
+def values(rows: Sequence[Row], arm: str, metric: str) -> list[float]:
+    """One metric of an arm, by repetition."""
+    return [row[metric] for row in rows if row["arm"] == arm]
 
 
-def agreement(arm: Arm, reference: Arm) -> str:
-    """How many sequences of the last repetition have the very tokens that `reference` gave."""
-    ours, theirs = arm.measured[-1]["token_ids"], reference.measured[-1]["token_ids"]
-    return f"{sum(a == b for a, b in zip(ours, theirs, strict=True))}/{len(theirs)}"
+def ratios(rows: Sequence[Row], arm: str, base: str, metric: str = "total_s") -> list[float]:
+    """How many times as fast as `base` an arm is, within each repetition; rows are of one group."""
+    own = {row["repeat"]: row[metric] for row in rows if row["arm"] == arm}
+    theirs = {row["repeat"]: row[metric] for row in rows if row["arm"] == base}
+    return [theirs[repeat] / own[repeat] for repeat in own if repeat in theirs]
 
 
-def check_work(arms: Sequence[Arm], num_sequences: int, num_tokens: int) -> None:
+def check_same_work(arm: str, lengths: Sequence[int], num_sequences: int, num_tokens: int) -> None:
     """A comparison of unequal work is none.
 
     Raises:
-        RuntimeError: an arm generated fewer or more tokens than it should.
+        RuntimeError: The sequences of an arm have fewer or more tokens than they should.
     """
-    for arm in arms:
-        for one in arm.measured:
-            lengths = [len(ids) for ids in one["token_ids"]]
-            if lengths != [num_tokens] * num_sequences:
-                raise RuntimeError(f"{arm.name} generated {lengths} tokens, not {num_sequences} x {num_tokens}")
+    if list(lengths) != [num_tokens] * num_sequences:
+        raise RuntimeError(f"{arm} generated {list(lengths)} tokens, not {num_sequences} x {num_tokens}")
+
+
+def groups_of(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows by some of their values."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return groups
 
 
 def environment(threads: int) -> dict[str, Any]:
@@ -151,152 +132,8 @@ def environment(threads: int) -> dict[str, Any]:
     }
 
 
-def write_results(folder: Path, name: str, arms: Sequence[Arm], options: argparse.Namespace) -> Path:
-    """One JSONL line an arm and repetition, each complete in itself; returns the file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
-    common = {
-        "bench": name,
-        "options": {key: str(v) if isinstance(v, Path) else v for key, v in vars(options).items()},
-        "environment": environment(options.threads),
-    }
-    with file.open("w", encoding="utf-8") as stream:
-        for arm in arms:
-            for repeat, measured in enumerate(arm.measured):
-                where = {"engine": arm.engine, "dtype": arm.dtype, "setting": arm.setting, "repeat": repeat}
-                stream.write(json.dumps({**common, **where, **measured}) + "\n")
-    return file
-
-
-def print_arms(title: str, arms: Sequence[Arm], metrics: dict[str, str], reference: Arm) -> None:
-    """A table of medians and spreads.
-
-    Args:
-        title: above the table.
-        arms: its rows.
-        metrics: metric -> heading of its column.
-        reference: whose tokens the others' are compared with.
-    """
-    table = Table(title=f"{title}: median (p10 .. p90) of {len(reference.measured)}")
-    for heading in ("engine", "dtype", "setting", *metrics.values(), "same tokens"):
-        table.add_column(heading, no_wrap=True)
-    for arm in arms:
-        cells = [_cell(arm, metric) for metric in metrics]
-        table.add_row(arm.engine, arm.dtype, arm.setting, *cells, agreement(arm, reference))
-    _print(table)
-
-
-def print_ratios(title: str, rows: Sequence[tuple[Arm, str, Summary]]) -> None:
-    """A table of ratios: (arm, what it is compared with, how many times as fast it is)."""
-    table = Table(title=f"{title}: ratio of seconds, median (p10 .. p90); above 1: the arm is faster")
-    for heading in ("arm", "against", "ratio"):
-        table.add_column(heading, no_wrap=True)
-    for arm, against, value in rows:
-        table.add_row(arm.name, against, str(value))
-    _print(table)
-
-
-def print_environment(threads: int) -> None:
-    """What the numbers below were taken on."""
-    facts = environment(threads)
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    print(f"{versions}; {threads} threads; {facts['cpu']} ({facts['cpu_capability']}); {facts['system']}")
-
-
-def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """Options that every benchmark has."""
-    parser.add_argument("--model", default="smollm2-135m", help="alias or checkpoint folder (%(default)s)")
-    parser.add_argument("--threads", type=_positive, default=2, help="of the CPU (%(default)s)")
-    parser.add_argument("--kv-cache-bytes", default="2GiB", help="of each minirksc engine (%(default)s)")
-    parser.add_argument("--repeats", type=_positive, default=5, help="measured runs of each arm (%(default)s)")
-    parser.add_argument("--warmup", type=int, default=1, help="runs before those (%(default)s)")
-    parser.add_argument("--dtypes", type=_names, default=["auto"], help="of minirksc, with commas (auto)")
-    parser.add_argument(
-        "--rival-dtypes",
-        type=_names,
-        default=["bfloat16", "float32"],
-        help="of transformers, with commas; '' leaves it out (bfloat16,float32)",
-    )
-    parser.add_argument("--only", default="", help="regular expression: run these arms only")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=ROOT / "bench" / "results",
-        help="folder of the results (bench/results)",
-    )
-
-
-def keep_only(arms: list[Arm], pattern: str) -> list[Arm]:
-    """Arms whose name the pattern is found in.
-
-    Raises:
-        SystemExit: none is left, or the pattern is no regular expression.
-    """
-    try:
-        kept = [arm for arm in arms if re.search(pattern, arm.name)]
-    except re.error as error:
-        sys.exit(f"--only {pattern!r} is no regular expression: {error}")
-    if not kept:
-        sys.exit("--only leaves no arm; there are:\n" + "\n".join(arm.name for arm in arms))
-    return kept
-
-
-def load_transformers(folder: Path, dtype: str) -> Any:
-    """The rival on the same folder: AutoModelForCausalLM with sdpa attention, never stopping at EOS.
-
-    Raises:
-        SystemExit: transformers is not installed.
-    """
-    # transformers looks for a package named `kernels`; the repository's folder must not be taken for it.
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
-    try:
-        transformers: Any = importlib.import_module("transformers")
-    except ImportError:
-        sys.exit("transformers is not installed: pip install -e '.[bench]', or leave it out: --rival-dtypes ''")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
-    ).eval()
-    # As ignore_eos does here: no token ends a generation, and none is forbidden.
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model
-
-
-def generate_transformers(model: Any, input_ids: torch.Tensor, num_tokens: int, **options: Any) -> Any:
-    """Greedy generation of exactly `num_tokens` a row.
-
-    Args:
-        model: from `load_transformers`.
-        input_ids: `[batch, tokens]` int64, no padding.
-        num_tokens: new ones.
-        options: for `generate`, such as past_key_values.
-    """
-    with torch.inference_mode():
-        return model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            do_sample=False,
-            min_new_tokens=num_tokens,
-            max_new_tokens=num_tokens,
-            return_dict_in_generate=True,
-            **options,
-        )
-
-
-def _cell(arm: Arm, metric: str) -> str:
-    return str(summarise(arm.values(metric))) if metric in arm.measured[0] else "-"
-
-
-def _print(table: Table) -> None:
-    # As wide as it needs to be, also in a file.
-    console = Console(width=max(Console().width, 180))
-    console.print(table)
-
-
 def _commit() -> str | None:
-    """Of the working tree, with "-dirty" when it has changes; None outside a repository."""
+    """Commit of the working tree, with "-dirty" when it has changes; None outside a repository."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -312,12 +149,114 @@ def _cpu() -> str:
     return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _positive(text: str) -> int:
+# Options
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} must be at least 1")
     return value
 
 
-def _names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
+def pattern(text: str) -> str:
+    """A regular expression."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+    return text
+
+
+def some_of(kind: Callable[[str], Any] | Sequence[str], least: int = 1) -> Callable[[str], list[Any]]:
+    """Values with commas between them.
+
+    Args:
+        kind: Type of each, or all that there are.
+        least: Fewest that may be given.
+    """
+
+    def one(text: str) -> Any:
+        if not callable(kind) and text not in kind:
+            raise argparse.ArgumentTypeError(f"unknown {text}; there are {', '.join(kind)}")
+        return kind(text) if callable(kind) else text
+
+    def parse(text: str) -> list[Any]:
+        values = [one(part) for part in text.split(",") if part]
+        if len(values) < least:
+            raise argparse.ArgumentTypeError("give at least one, with commas between them")
+        return values
+
+    return parse
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "model": dict(default="smollm2-135m", help="alias or checkpoint folder (%(default)s)"),
+    "dtype": dict(default="auto", help="numbers to compute in (%(default)s)"),
+    "dtypes": dict(type=some_of(str), default=["auto"], help="numbers to compute in, with commas (auto)"),
+    "threads": dict(type=positive, default=2, help="threads of the CPU (%(default)s)"),
+    "kv-cache-bytes": dict(default="2GiB", help="size of each engine's KV cache (%(default)s)"),
+    "branches": dict(type=positive, default=8, help="branches of each problem (%(default)s)"),
+    "prefix-tokens": dict(type=positive, default=1024, help="length of each prompt (%(default)s)"),
+    "hint-tokens": dict(type=positive, default=20, help="length of each hint (%(default)s)"),
+    "gates": dict(type=Path, help="file of minirksc.calibrate (thresholds that no calibration tested)"),
+    "data": dict(type=Path, help="JSONL with question and answer"),
+    "repeats": dict(type=positive, default=5, help="measured runs of each arm (%(default)s)"),
+    "warmup": dict(type=int, default=1, help="runs of each arm before those (%(default)s)"),
+    "only": dict(type=pattern, default="", help="regular expression: these arms only"),
+    "quick": dict(action="store_true", help="less work and fewer repetitions: minutes"),
+    "output": dict(type=Path, default=ROOT / "bench" / "results", help="folder of the results (bench/results)"),
+}
+"""Options that several benchmarks have, under the same names everywhere."""
+
+
+def make_parser(module: str, description: str | None, options: str, **defaults: Any) -> argparse.ArgumentParser:
+    """A command line.
+
+    Args:
+        module: Name after `python -m`.
+        description: Text above the options.
+        options: Names out of `OPTIONS`, with spaces between them.
+        defaults: Other defaults.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name in options.split():
+        flags = ["-o", "--output"] if name == "output" else [f"--{name}"]
+        parser.add_argument(*flags, **OPTIONS[name])
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def parse_with_quick(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, **quick: Any
+) -> argparse.Namespace:
+    """Parses; with --quick, options that are not given have these values."""
+    options = parser.parse_args(arguments)
+    if options.quick:
+        parser.set_defaults(**quick)
+        options = parser.parse_args(arguments)
+    return options
+
+
+def keep_only(names: Iterable[str], pattern: str) -> list[str]:
+    """Names that the pattern is found in.
+
+    Raises:
+        SystemExit: None is left.
+    """
+    known = list(names)
+    kept = [name for name in known if re.search(pattern, name)]
+    if not kept:
+        sys.exit(f"--only {pattern!r} leaves no arm; there are: {', '.join(known)}")
+    return kept
+
+
+def run_or_exit(run: Callable[[], object]) -> None:
+    """Runs a benchmark; what the engine or a file refuses is told in one line."""
+    try:
+        run()
+    except MinirkscError as error:
+        sys.exit(f"error: {error}")

@@ -1,9 +1,8 @@
-"""How sure one can be of what was counted or measured over some problems: exact and resampled intervals, a paired test.
+"""How sure one can be of what was counted or measured over some problems: exact and resampled intervals.
 
 A problem is the unit: problems are independent, the branches of one are not.
 
-Sources: Clopper and Pearson 1934, Biometrika 26(4); Efron 1979, Annals of Statistics 7(1): the percentile bootstrap;
-McNemar 1947, Psychometrika 12(2), in its exact form.
+Sources: Clopper and Pearson 1934, Biometrika 26(4); Efron 1979, Annals of Statistics 7(1): the percentile bootstrap.
 """
 
 import random
@@ -11,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from minirksc.calibrate.binomial import tail, upper_bound
+from minirksc.calibrate.binomial import upper_bound
 
 RESAMPLES = 2000
 
@@ -58,10 +57,10 @@ def bootstrap(
 
     Args:
         values: one a problem, at least one.
-        statistic: of values.
+        statistic: Function of values.
         confidence: 0..1.
         resamples: how often it is drawn.
-        seed: of the draws.
+        seed: Seed of the draws.
     """
     if not values:
         raise ValueError("no values: the bootstrap needs at least one")
@@ -70,31 +69,3 @@ def bootstrap(
     margin = (1 - confidence) / 2
     low, high = (found[min(int(share * resamples), resamples - 1)] for share in (margin, 1 - margin))
     return Interval(statistic(values), low, high)
-
-
-@dataclass(frozen=True)
-class Paired:
-    """Two ways to do the same problems, right or wrong.
-
-    Attributes:
-        only_first: problems that the first has right and the second wrong.
-        only_second: the other way round.
-        p_value: of so uneven a split, or a more uneven one, if both were equally good.
-    """
-
-    only_first: int
-    only_second: int
-    p_value: float
-
-
-def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> Paired:
-    """Exact two-sided McNemar test; problems that both have right, or wrong, say nothing.
-
-    Args:
-        first: whether each problem is right.
-        second: of the same problems.
-    """
-    pairs = list(zip(first, second, strict=True))
-    only_first, only_second = pairs.count((True, False)), pairs.count((False, True))
-    discordant = only_first + only_second
-    return Paired(only_first, only_second, min(1.0, 2 * tail(min(only_first, only_second), discordant, 0.5)))

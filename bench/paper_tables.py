@@ -23,36 +23,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.harness import environment
-from bench.intervals import Interval, bootstrap, clopper_pearson
-from bench.measured import (
-    Row,
-    keep_only,
-    load,
-    load_gates,
-    make_parser,
-    parse_with_quick,
-    positive,
-    run_or_exit,
-    seeded,
-    solve,
-    some_of,
-    take_turns,
-)
+from bench import harness
+from bench.harness import Row, groups_of, names, positive, ratios, values
+from bench.intervals import bootstrap, clopper_pearson
+from bench.measured import load, load_gates, solving
 from bench.problem_sets import STOP, ProblemSet, read_problem_set
-from bench.report import (
-    Page,
-    names,
-    new_stem,
-    plain_options,
-    put_legend,
-    ratios,
-    share,
-    spread,
-    values,
-    write_jsonl,
-    write_page,
-)
+from bench.report import Page, share, spread, write_run
 from minirksc import LLM, SolverConfig
 from minirksc.rksc.cgee import Gates
 from minirksc.rksc.solver_config import DEFAULT_SAMPLING
@@ -86,18 +62,13 @@ PAPER_SETUP = (
 
 COMPARABLE = (
     "Comparable: how the conditions are defined, branches, prompt length, decoded tokens, the published rules and "
-    "constants, and what is called an error.",
+    "constants, and what is called an error. All conditions run the same code here.",
     "Not comparable: milliseconds. Models here are smaller and the machine is another one; where prefill costs more "
     "relative to a decode step, as on a CPU, the ratio to no KV is larger for every condition that shares.",
     "Not comparable: accuracy, skips and exits. They depend on model and data; these data sets have the form of the "
     "paper's (numbers, multiple choice), not their content. Prompts are filled with worked examples here.",
-    'Branches begin alike unless --hints approach asks for "Approach #1:" and so on: after such a beginning 8 tokens '
-    "hardly ever reach an answer.",
-    "8 tokens hold an answer only where it is short. Few right answers mean few chances for an error: read the "
-    "interval, and how many answers full verification has right.",
-    "In the published notebook the baselines verify by a path of their own, which also measures; whether the published "
-    "table was made so is not known. Here all conditions run the same code: a ratio between two is due to what they "
-    "are named for.",
+    '8 tokens hold an answer only where it is short, and hardly ever after a beginning such as "Approach #1:" '
+    "(--hints approach). Few right answers mean few chances for an error: read the interval.",
 )
 
 
@@ -106,7 +77,7 @@ def make_arms(base: SolverConfig, gates: Gates) -> dict[str, SolverConfig]:
 
     Args:
         base: branches, tokens, hints, sampling, parser.
-        gates: of RKSC.
+        gates: Gates of RKSC.
     """
     full = replace(base, verify="always", verify_style="standalone")
     return {
@@ -130,21 +101,9 @@ def measure_set(llm: LLM, problems: ProblemSet, tokens: int, options: argparse.N
         answer_parser=problems.kind,
     )
     configs = make_arms(base, load_gates(options.gates, llm, replace(base, verify="auto")))
-    arms: dict[str, Callable[[int], Row]] = {}
-    for name in keep_only(configs, options.only):
-
-        def one(index: int, config: SolverConfig = configs[name]) -> Row:
-            row = solve(llm, seeded(config, index), prompts[index])
-            return {
-                **row,
-                "reference": problems.references[index],
-                "right": row["parsed"] == problems.references[index],
-            }
-
-        arms[name] = one
+    arms = solving(llm, configs, prompts, options.only, problems)
     common = {"data": problems.name, "dtype": llm.stats()["dtype"], "tokens": tokens, "num_layers": llm.spec.num_layers}
-    turns = take_turns(arms, range(len(prompts)), options.warmup)
-    return [{**common, **row} for turn in turns for row in turn]
+    return [{**common, **row} for row in harness.take_turns(arms, range(len(prompts)), options.warmup)]
 
 
 def errors(rows: Sequence[Row], arm: str) -> tuple[int, int, int] | None:
@@ -157,30 +116,31 @@ def errors(rows: Sequence[Row], arm: str) -> tuple[int, int, int] | None:
 
 
 def condition_table(page: Page, rows: Sequence[Row]) -> None:
-    """One row a condition."""
-    headings = ["condition", "ms a problem", f"x {NO_KV} [95%]", "right", "errors [95%]", "skipped", "stopped decoding"]
-    headings += ["left early", "layers then", "thresholds"]
-    table = []
-    for arm in names(rows):
-        own = [row for row in rows if row["arm"] == arm]
-        relative = ratios(rows, arm, NO_KV)
-        exits = [layer for row in own for layer in row["exit_layers"]]
-        asked = sum(row["num_asked"] for row in own)
-        table.append(
-            [
-                arm,
-                spread(values(rows, arm, "total_s"), 1000),
-                bootstrap(relative, median).show() if relative else "-",
-                share(sum(row["right"] for row in own), len(own)),
-                _show_errors(errors(rows, arm)),
-                share(sum("skip" in row["fired"] for row in own), len(own)),
-                share(sum("decode_exit" in row["fired"] for row in own), len(own)),
-                share(len(exits), asked),
-                f"{spread(exits)} of {own[0]['num_layers']}" if exits else "-",
-                ", ".join(sorted({row["gates"] for row in own})),
-            ]
-        )
-    page.table(headings, table)
+    """One line a condition."""
+
+    def share_of(gate: str) -> Callable[[list[Row]], str]:
+        return lambda own: share(sum(gate in row["fired"] for row in own), len(own))
+
+    def exits(own: list[Row]) -> list[int]:
+        return [layer for row in own for layer in row["exit_layers"]]
+
+    def relative(own: list[Row]) -> str:
+        found = ratios(rows, own[0]["arm"], NO_KV)
+        return bootstrap(found, median).show() if found else "-"
+
+    columns = {
+        "condition": lambda own: own[0]["arm"],
+        "ms a problem": lambda own: spread([row["total_s"] for row in own], 1000),
+        f"x {NO_KV} [95%]": relative,
+        "right": lambda own: share(sum(row["right"] for row in own), len(own)),
+        "errors [95%]": lambda own: _show_errors(errors(rows, own[0]["arm"])),
+        "skipped": share_of("skip"),
+        "stopped decoding": share_of("decode_exit"),
+        "left early": lambda own: share(len(exits(own)), sum(row["num_asked"] for row in own)),
+        "layers then": lambda own: f"{spread(exits(own))} of {own[0]['num_layers']}" if exits(own) else "-",
+        "thresholds": lambda own: ", ".join(sorted({row["gates"] for row in own})),
+    }
+    page.columns(groups_of(rows, "arm").values(), columns)
 
 
 def pooled_table(page: Page, rows: Sequence[Row], sets: Sequence[Sequence[Row]]) -> None:
@@ -192,14 +152,6 @@ def pooled_table(page: Page, rows: Sequence[Row], sets: Sequence[Sequence[Row]])
         right = values(rows, arm, "right")
         table.append([arm, mean, share(int(sum(right)), len(right)), _show_errors(errors(rows, arm))])
     page.table(["condition", f"x {NO_KV}: mean of data sets (least .. most)", "right", "errors [95%]"], table)
-
-
-def groups_of(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
-    """Rows by some of their values."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return groups
 
 
 def make_page(rows: Sequence[Row], options: argparse.Namespace) -> Page:
@@ -229,34 +181,6 @@ def make_page(rows: Sequence[Row], options: argparse.Namespace) -> Page:
     return page
 
 
-def draw(figure: Any, rows: Sequence[Row]) -> bool:
-    """Times as fast as no KV, by data set and condition."""
-    groups = {
-        f"{key[0]}\n{key[1]} tokens, {key[2]}": own for key, own in groups_of(rows, "data", "tokens", "dtype").items()
-    }
-    arms = [arm for arm in names(rows) if arm != NO_KV and any(ratios(own, arm, NO_KV) for own in groups.values())]
-    if not arms:
-        return False
-    figure.set_size_inches(3 + 2 * len(groups), 4)
-    axes = figure.add_subplot()
-    for rank, arm in enumerate(arms):
-        found = [_ratio(own, arm) for own in groups.values()]
-        places = [place + (rank - (len(arms) - 1) / 2) * 0.8 / len(arms) for place in range(len(groups))]
-        sides = [[one.estimate - one.low for one in found], [one.high - one.estimate for one in found]]
-        axes.bar(places, [one.estimate for one in found], 0.8 / len(arms), yerr=sides, capsize=2, label=arm)
-    axes.set_xticks(range(len(groups)), list(groups), fontsize=8)
-    axes.set_ylabel("times as fast as no KV (median, 95%)")
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-    put_legend(figure)
-    return True
-
-
-def _ratio(rows: Sequence[Row], arm: str) -> Interval:
-    found = ratios(rows, arm, NO_KV)
-    return bootstrap(found, median) if found else Interval(0.0, 0.0, 0.0)
-
-
 def _problem(row: Row) -> tuple[Any, ...]:
     return row["data"], row["tokens"], row["dtype"], row["repeat"]
 
@@ -271,20 +195,18 @@ def _show_errors(counted: tuple[int, int, int] | None) -> str:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = make_parser("bench.paper_tables", __doc__)
+    common = "model dtypes threads kv-cache-bytes branches prefix-tokens gates warmup only quick output"
+    parser = harness.make_parser("bench.paper_tables", __doc__, common)
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="JSONL with question and answer")
-    parser.add_argument("--problems", type=positive, default=50, help="of each file (%(default)s)")
-    parser.add_argument("--tokens", type=some_of(positive), default=[8], help="of a branch, with commas (8)")
-    parser.add_argument("--prefix-tokens", type=positive, default=1024, help="of each prompt (%(default)s)")
-    parser.add_argument(
-        "--hints", choices=("approach", "none"), default="none", help="how branches begin (%(default)s)"
-    )
-    parser.add_argument("--warmup", type=int, default=1, help="runs of each condition before (%(default)s)")
-    return parse_with_quick(parser, arguments, problems=4)
+    parser.add_argument("--problems", type=positive, default=50, help="problems of each file (%(default)s)")
+    parser.add_argument("--tokens", type=harness.some_of(positive), default=[8], help="of a branch, with commas (8)")
+    hints_help = "how branches begin (%(default)s)"
+    parser.add_argument("--hints", choices=("approach", "none"), default="none", help=hints_help)
+    return harness.parse_with_quick(parser, arguments, problems=4)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measures, and writes JSONL, picture and page."""
+    """Measures, and writes JSONL and page."""
     rows: list[Row] = []
     for dtype in options.dtypes:
         with load(options, dtype) as llm:
@@ -292,18 +214,13 @@ def run(options: argparse.Namespace) -> None:
                 problems = read_problem_set(file, options.problems, NUM_SHOTS)
                 for tokens in options.tokens:
                     rows += measure_set(llm, problems, tokens, options)
-    stem = new_stem(options.output, "paper-tables")
-    common = {"bench": "paper_tables", "options": plain_options(options), "environment": environment(options.threads)}
-    write_jsonl(stem.with_suffix(".jsonl"), rows, common)
-    files = write_page(stem, make_page(rows, options), options.threads, lambda figure: draw(figure, rows))
-    for path in (stem.with_suffix(".jsonl"), *files):
-        print(f"results: {path}")
+    write_run("paper-tables", options, rows, make_page(rows, options))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the benchmark."""
     options = parse(arguments)
-    run_or_exit(lambda: run(options))
+    harness.run_or_exit(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The worker of minirksc, in the environment that bench.peers runs in: the arms of bench.solve, and the gated one."""
+"""The worker of minirksc, in the environment that bench.peers runs in."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,7 +8,6 @@ from typing import Any
 
 from bench.measured import load_gates, solve
 from bench.peer_worker import Measured, serve
-from bench.solve import Work, minirksc_arm
 from minirksc import LLM, SamplingParams, SolverConfig
 
 GATED = "rksc"
@@ -19,17 +18,12 @@ class MinirkscPeer:
     """The engine on a checkpoint folder.
 
     Args:
-        options: folder, dtype, quantize, threads, kv_cache_bytes, gates: file of `minirksc.calibrate` or None.
+        options: gates: file of `minirksc.calibrate` or None; all others are options of `LLM`, with `folder` the model.
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
-        self._llm = LLM(
-            options["folder"],
-            dtype=options["dtype"],
-            quantize=options["quantize"],
-            threads=options["threads"],
-            kv_cache_bytes=options["kv_cache_bytes"],
-        )
+        engine = {name: value for name, value in options.items() if name not in ("folder", "gates")}
+        self._llm = LLM(options["folder"], **engine)
         self._gates = options["gates"]
         stats = self._llm.stats()
         self.facts = {
@@ -39,12 +33,25 @@ class MinirkscPeer:
         }
 
     def solve(self, work: dict[str, Any], setting: str) -> Measured:
-        """As `Peer.solve`."""
+        """As `Peer.solve`, and with the setting `GATED`."""
+        config = SolverConfig(
+            branches=len(work["hints"]),
+            tokens_per_step=work["num_tokens"],
+            hints=work["hints"],
+            sampling=SamplingParams(temperature=0, ignore_eos=True),
+            answer_parser="text",
+        )
         if setting == GATED:
-            return self._gated(Work(**work))
-        sharing, style = setting.split()
-        measured = minirksc_arm(self._llm, Work(**work), sharing, style).run()
-        return _with_computed(measured)
+            config = replace(config, decode_exit="keep_leader")
+            config = replace(config, gates=load_gates(Path(self._gates), self._llm, config))
+        else:
+            sharing, style = setting.split()
+            config = replace(config, sharing=sharing, verify="always", verify_style=style)
+        row = solve(self._llm, config, work["prompt"])
+        if setting != GATED:
+            del row["gates"]
+        computed = row["num_prefilled_tokens"] + row["num_decoded_tokens"]
+        return {**row, "generate_s": row["total_s"] - row.get("verify_s", 0.0), "num_computed_tokens": computed}
 
     def generate(self, prompts: Sequence[list[int]], num_tokens: int) -> list[list[int]]:
         """As `Peer.generate`."""
@@ -52,24 +59,6 @@ class MinirkscPeer:
         params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
         outs = self._llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
         return [out.outputs[0].token_ids for out in outs]
-
-    def _gated(self, work: Work) -> Measured:
-        config = SolverConfig(
-            branches=len(work.hints),
-            tokens_per_step=work.num_tokens,
-            hints=work.hints,
-            sampling=SamplingParams(temperature=0, ignore_eos=True),
-            answer_parser="text",
-            decode_exit="keep_leader",
-        )
-        gates = load_gates(Path(self._gates), self._llm, config)
-        row = solve(self._llm, replace(config, gates=gates), work.prompt)
-        return _with_computed({**row, "generate_s": row["total_s"] - row.get("verify_s", 0.0)})
-
-
-def _with_computed(measured: Measured) -> Measured:
-    total = measured["num_prefilled_tokens"] + measured["num_decoded_tokens"]
-    return {**measured, "num_computed_tokens": total}
 
 
 if __name__ == "__main__":

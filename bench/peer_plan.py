@@ -6,16 +6,15 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.decode import make_prompts
 from bench.harness import ROOT
 from bench.peer_gguf import converted_gguf
 from bench.peer_process import PeerError, python_of
-from bench.prompts import EXAMPLES, few_shot_ids
-from bench.solve import make_work
+from bench.prompts import EXAMPLES, few_shot_ids, opening_ids, read_examples
+from minirksc.rksc.verify import QUESTION
 from minirksc.text.tokenizer import Tokenizer
 
 SETTINGS = ("exact append", "exact standalone", "none standalone")
@@ -27,17 +26,20 @@ GATED = "rksc"
 SLACK = 64
 """Tokens of room beyond the longest sequence."""
 
+MEMORY_SHARE = 0.3
+"""Of a GPU's memory, what vLLM and SGLang take each: all engines live at the same time."""
+
 
 @dataclass(frozen=True)
 class Peer:
     """An engine with what it computes in.
 
     Attributes:
-        name: of its arms.
+        name: Name of its arms.
         command: interpreter and arguments of its worker.
         options: what its worker loads with.
         fallback: further options to try where that fails; they are told.
-        settings: of part solve.
+        settings: Settings of part solve.
     """
 
     name: str
@@ -75,40 +77,41 @@ def known_peers(options: argparse.Namespace, folder: Path) -> tuple[list[Peer], 
     """Every peer that the options name.
 
     Args:
-        options: of the command line.
-        folder: of the checkpoint.
+        options: Command line.
+        folder: Folder of the checkpoint.
 
     Returns:
         The peers, and a line for each that is left out.
     """
     max_len = max([options.prefix_tokens + 512, options.prompt_tokens + options.tokens, *options.prefill]) + SLACK
-    own = {"folder": str(folder), "threads": options.threads}
+    own = {"folder": str(folder), "threads": options.threads, "device": options.device}
     peers, missing = [], []
     settings = (*SETTINGS, GATED) if options.gates is not None else SETTINGS
-    gates = None if options.gates is None else str(options.gates.resolve())
-    for dtype, quantize in itertools.product(options.dtypes, options.quantizations):
-        load = {**own, "dtype": dtype, "quantize": quantize, "kv_cache_bytes": options.kv_cache_bytes, "gates": gates}
-        name = f"minirksc {dtype}" if quantize == "none" else f"minirksc {quantize}"
+    ours = {**own, "kv_cache_bytes": options.kv_cache_bytes}
+    ours["gates"] = None if options.gates is None else str(options.gates.resolve())
+    for dtype, quantize, mode in itertools.product(options.dtypes, options.quantizations, options.modes):
+        load = {**ours, "dtype": dtype, "quantize": quantize, "enforce_eager": mode == "eager"}
+        name = f"minirksc {dtype if quantize == 'none' else quantize}{' eager' if mode == 'eager' else ''}"
         peers.append(Peer(name, here("bench.peer_minirksc"), load, settings=settings))
     for dtype in options.transformers_dtypes:
         peers.append(Peer(f"transformers {dtype}", here("bench.peer_transformers"), {**own, "dtype": dtype}))
+    if options.sglang is not None:
+        load = {"folder": str(folder), "dtype": "bfloat16", "memory_share": MEMORY_SHARE}
+        peers.append(Peer("sglang bfloat16", there(options.sglang, "peer_sglang.py"), load, settings=()))
     if options.vllm is None:
         missing.append("vLLM is left out: --vllm names its environment")
     else:
         gib = options.vllm_kv_cache_gib
         load = {**own, "dtype": "bfloat16", "max_len": options.vllm_max_len, "kv_cache_gib": gib}
-        load["engine"] = options.vllm_arguments
-        eager = {"engine": {**options.vllm_arguments, "enforce_eager": True}}
+        load["engine"] = {"gpu_memory_utilization": MEMORY_SHARE} if options.device != "cpu" else {}
+        load["engine"] |= options.vllm_arguments
+        eager = {"engine": {**load["engine"], "enforce_eager": True}}
         peers.append(Peer("vllm bfloat16", there(options.vllm, "peer_vllm.py"), load, eager))
     if options.llamacpp is None:
         missing.append("llama.cpp is left out: --llamacpp names its environment")
     else:
-        load = {
-            "threads": options.threads,
-            "max_len": max_len,
-            "num_sequences": max(options.branches, *options.batch_sizes),
-        }
-        load["flash_attention"] = options.flash_attention
+        load = {"threads": options.threads, "max_len": max_len, "flash_attention": options.flash_attention}
+        load["num_sequences"] = max(options.branches, *options.batch_sizes)
         command = there(options.llamacpp, "peer_llamacpp.py")
         if options.gguf is not None:
             peers.append(Peer(f"llama.cpp {options.gguf.stem}", command, {**load, "gguf": str(options.gguf.resolve())}))
@@ -131,10 +134,43 @@ def there(environment_name: str, file: str) -> list[str]:
     return [python_of(environment_name), str(ROOT / "bench" / file)]
 
 
+def make_work(tokenizer: Tokenizer, options: argparse.Namespace) -> dict[str, Any]:
+    """What every arm of solve does.
+
+    Returns:
+        prompt: token ids of what all branches begin with; hints: one a branch, all of one length, so that no arm pays
+        for padding; num_tokens: decoded by each; before, between, question: what verification puts before the
+        problem, before the answer and after it; choices: first tokens of YES and NO.
+    """
+
+    def ids(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    examples = EXAMPLES if options.data is None else read_examples(options.data)
+    return {
+        "prompt": few_shot_ids(tokenizer, examples, options.prefix_tokens),
+        "hints": opening_ids(tokenizer, options.branches, options.hint_tokens),
+        "num_tokens": options.branch_tokens,
+        # As minirksc.rksc.verify asks it where there is no chat template.
+        "before": tokenizer.encode("Problem:\n"),
+        "between": ids("\n\nProposed answer:\n"),
+        "question": ids(f"\n\n{QUESTION}\nAnswer:"),
+        "choices": [ids(choice)[0] for choice in (" YES", " NO")],
+    }
+
+
+def make_prompts(tokenizer: Tokenizer, count: int, num_tokens: int) -> list[list[int]]:
+    """Token ids that differ from the first on, so that nothing can be shared: consecutive windows of one long text."""
+    text = few_shot_ids(tokenizer, EXAMPLES, count * (num_tokens + 1))
+    prompts = [text[i * (num_tokens + 1) :][:num_tokens] for i in range(count)]
+    assert len({tuple(prompt) for prompt in prompts}) == count
+    return prompts
+
+
 def make_workloads(tokenizer: Tokenizer, options: argparse.Namespace) -> list[Workload]:
     """All parts, as token ids."""
-    work = make_work(tokenizer, argparse.Namespace(**{**vars(options), "tokens": options.branch_tokens}))
-    found = [Workload("solve", {"do": "solve", "work": asdict(work)}, (options.branches, options.branch_tokens))]
+    work = make_work(tokenizer, options)
+    found = [Workload("solve", {"do": "solve", "work": work}, (options.branches, options.branch_tokens))]
     prompts = make_prompts(tokenizer, max(options.batch_sizes), options.prompt_tokens)
     for size in options.batch_sizes:
         request = {"do": "decode", "prompts": prompts[:size], "num_tokens": options.tokens}

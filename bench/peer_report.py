@@ -1,12 +1,12 @@
-"""The page and the picture of bench.peers: plain rows in, tables out."""
+"""The page of bench.peers: plain rows in, tables out."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from bench.measured import Row
-from bench.report import Page, names, put_legend, ratios, spread, values
+from bench.harness import Row, groups_of, names, ratios, values
+from bench.report import Page, spread
 
 METRICS = {
     "solve": {"generate_s": "prompt + branches s", "verify_s": "verification s", "total_s": "total s"},
@@ -28,10 +28,10 @@ def make_page(
     """The page.
 
     Args:
-        rows: of all workloads; those with "failed" have no numbers.
-        facts: of each peer.
+        rows: Rows of all workloads; those with "failed" have no numbers.
+        facts: Facts of each peer.
         missing: lines about peers that are left out.
-        options: of the command line.
+        options: Command line.
     """
     page = Page("minirksc beside other engines")
     page.text(
@@ -108,58 +108,21 @@ def agreement(row: Row) -> list[str]:
 
 def failures(rows: Sequence[Row]) -> list[str]:
     """Arms that gave no result, with the first reason."""
-    reasons: dict[str, str] = {}
-    counts: dict[str, int] = {}
-    for row in rows:
-        if "failed" in row:
-            reasons.setdefault(row["arm"], row["failed"])
-            counts[row["arm"]] = counts.get(row["arm"], 0) + 1
-    return [f"{arm}: no result in {counts[arm]} repetitions: {reason}" for arm, reason in reasons.items()]
+    failed = groups_of([row for row in rows if "failed" in row], "arm")
+    return [f"{arm}: no result in {len(some)} repetitions: {some[0]['failed']}" for (arm,), some in failed.items()]
 
 
 def peers_table(page: Page, facts: Mapping[str, Mapping[str, Any]]) -> None:
     """Versions and settings."""
-    table = []
-    for name, one in facts.items():
-        versions = ", ".join(f"{package} {version}" for package, version in one["versions"].items())
-        settings = ", ".join(f"{key}={value}" for key, value in one["settings"].items())
-        note = f"; {one['note']}" if "note" in one else ""
-        table.append([name, one["dtype"], versions, f"{one['load_s']:.1f}", settings + note])
-    page.table(["engine", "computes in", "versions", "start-up s", "settings"], table)
 
+    def pairs(one: Mapping[str, Any], joint: str) -> str:
+        return ", ".join(f"{key}{joint}{value}" for key, value in one.items())
 
-def draw(figure: Any, rows: Sequence[Row]) -> bool:
-    """A panel a workload: seconds of the phases of solve, else the first metric with its spread."""
-    done = [row for row in rows if "failed" not in row]
-    workloads = list(dict.fromkeys(row["workload"] for row in done))
-    if not workloads:
-        return False
-    groups = {one: [row for row in done if row["workload"] == one] for one in workloads}
-    heights = [1 + 0.28 * len(names(group)) for group in groups.values()]
-    figure.set_size_inches(8, sum(heights) + 0.5)
-    panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, (workload, group) in zip(panels, groups.items(), strict=True):
-        kind = workload.split(" ")[0]
-        arms = sorted(names(group), key=lambda arm: -median(values(group, arm, COMPARED[kind])))
-        if kind == "solve":
-            left = [0.0] * len(arms)
-            for metric in ("generate_s", "verify_s"):
-                widths = [median(values(group, arm, metric)) for arm in arms]
-                axes.barh(arms, widths, left=left, label=METRICS[kind][metric].removesuffix(" s"))
-                left = [one + width for one, width in zip(left, widths, strict=True)]
-            axes.set_xlabel("seconds (medians of the phases)")
-        else:
-            metric, label = next(iter(METRICS[kind].items()))
-            numbers = [values(group, arm, metric) for arm in arms]
-            middle = [median(some) for some in numbers]
-            axes.barh(arms, middle, color=["C0" if arm.startswith(OURS) else "0.7" for arm in arms])
-            low = [one - min(some) for one, some in zip(middle, numbers, strict=True)]
-            high = [max(some) - one for one, some in zip(middle, numbers, strict=True)]
-            axes.errorbar(middle, range(len(arms)), xerr=[low, high], fmt="none", ecolor="black", capsize=2)
-            axes.set_xlabel(f"{label} (median; least and most)")
-        axes.set_title(workload)
-        axes.grid(axis="x", alpha=0.3)
-        axes.set_axisbelow(True)
-    if workloads[0] == "solve":
-        put_legend(figure)
-    return True
+    columns = {
+        "engine": lambda peer: peer[0],
+        "computes in": lambda peer: peer[1]["dtype"],
+        "versions": lambda peer: pairs(peer[1]["versions"], " "),
+        "start-up s": lambda peer: f"{peer[1]['load_s']:.1f}",
+        "settings": lambda peer: "; ".join([pairs(peer[1]["settings"], "="), *filter(None, [peer[1].get("note")])]),
+    }
+    page.columns(facts.items(), columns)

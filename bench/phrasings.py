@@ -1,7 +1,5 @@
 """W4, diverse phrasings: a word problem in other words, and problems that only look the same.
 
-    python -m bench.phrasings --data problems.jsonl --show minor
-
 Rules and word lists, no model: the same file and seed give the same texts. Paraphrases come in four levels:
 1 minor: other function words, contractions, numerals, punctuation, courtesies;
 2 template: another instruction around the same problem;
@@ -10,15 +8,13 @@ Rules and word lists, no model: the same file and seed give the same texts. Para
 Adversarial wordings, six kinds, are those of `bench.adversarial` in the first wording's template.
 """
 
-import argparse
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from bench.adversarial import PAST, RULES, Made, adversarial, other_problem
-from bench.word_problems import Problem, read_problems, sentences
+from bench.word_problems import Problem, sentences
 
 LEVELS = ("minor", "template", "structure", "reordered")
 KINDS = ("number", "negation", "entities", "unit", "other problem", "other question")
@@ -61,7 +57,7 @@ def wordings(problems: Sequence[Problem], seed: int = 0) -> list[Wording]:
     """At most one wording of each level and kind a problem, in the order of the problems.
 
     Args:
-        problems: to word.
+        problems: Problems to word.
         seed: another one chooses other rules.
     """
     return [one for index in range(len(problems)) for one in _wordings(problems, index, seed)]
@@ -84,7 +80,7 @@ def paraphrase(question: str, level: str, rng: random.Random) -> Made | None:
     """A whole prompt that asks for the same.
 
     Args:
-        question: to say differently.
+        question: Question to say differently.
         level: one of LEVELS.
         rng: chooses among the rules that apply.
 
@@ -271,23 +267,3 @@ def _reordered(text: str, rng: random.Random) -> Made | None:
             exchanged = [*told[:at], told[at + 1], told[at], *told[at + 2 :], question]
             options.append((" ".join(exchanged), "sentences exchanged"))
     return rng.choice(options) if options else None
-
-
-def main() -> None:
-    """Prints how many wordings there are of each kind, and some of one kind."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m bench.phrasings", description=__doc__, formatter_class=formatter)
-    parser.add_argument("--data", type=Path, required=True, help="JSONL with question and answer")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--show", choices=(*LEVELS, *KINDS), help="print wordings of this kind")
-    parser.add_argument("--count", type=int, default=30, help="how many of them (%(default)s)")
-    options = parser.parse_args()
-    made = wordings(read_problems(options.data), options.seed)
-    for kind in (*LEVELS, *KINDS):
-        print(f"{kind}: {sum(one.kind == kind for one in made)}")
-    for one in [one for one in made if one.kind == options.show][: options.count]:
-        print(f"\n[{one.rule}]\n{one.text}")
-
-
-if __name__ == "__main__":
-    main()

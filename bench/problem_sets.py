@@ -1,6 +1,5 @@
 """Problems with reference answers, out of a JSONL file: how they are scored, and long natural prompts made of them."""
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,12 +22,11 @@ class ProblemSet:
     """Problems of one file.
 
     Attributes:
-        name: of the file.
-        kind: of their answers, see `minirksc.rksc.answers.parse_answer`.
+        name: Name of the file.
+        kind: Kind of their answers, see `minirksc.rksc.answers.parse_answer`.
         questions: texts.
         references: right answers in normal form.
         shots: question and answer of other rows of the file, for worked examples; none of them is asked.
-        sha256: of the file.
     """
 
     name: str
@@ -36,7 +34,6 @@ class ProblemSet:
     questions: list[str]
     references: list[str]
     shots: list[tuple[str, str]]
-    sha256: str
 
     def prompt_ids(self, tokenizer: Tokenizer, index: int, num_tokens: int) -> list[int]:
         """Exactly `num_tokens` token ids: worked examples, then question `index` left open."""
@@ -56,7 +53,6 @@ def read_problem_set(file: Path, limit: int | None, num_shots: int = 0) -> Probl
         ConfigError: it cannot be read, or has too few rows.
     """
     try:
-        content = file.read_bytes()
         rows = read_examples(file)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file} is no JSONL with question and answer on each line: {error!r}") from error
@@ -76,7 +72,6 @@ def read_problem_set(file: Path, limit: int | None, num_shots: int = 0) -> Probl
         questions=[question for question, _ in asked],
         references=references,
         shots=[(question, _clean(answer)) for question, answer in rows[len(rows) - num_shots :]],
-        sha256=hashlib.sha256(content).hexdigest(),
     )
 
 

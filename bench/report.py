@@ -1,16 +1,15 @@
-"""Pages, pictures and files of the benchmarks of the solver: plain data in, markdown, PNG and JSONL out."""
+"""The one report: the files of all benchmarks; plain data in, a page of markdown and JSONL out."""
 
 import argparse
 import json
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from bench.harness import environment, summarise
-from bench.measured import PHASES, Row
+from bench.harness import Row, environment, summarise
 
 
 @dataclass
@@ -18,8 +17,8 @@ class Page:
     """One page of markdown, put together part by part.
 
     Attributes:
-        title: its heading.
-        lines: so far.
+        title: Heading of the page.
+        lines: Lines so far.
     """
 
     title: str
@@ -39,10 +38,15 @@ class Page:
 
     def table(self, headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """A table."""
+        rows = [[*row, *[""] * (len(headings) - len(row))] for row in rows]  # a row may end early
         self.lines.append("| " + " | ".join(headings) + " |")
         self.lines.append("| --- " * len(headings) + "|")
         self.lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows]
         self.lines.append("")
+
+    def columns(self, rows: Iterable[Any], columns: Mapping[str, Callable[[Any], object]]) -> None:
+        """A table with a line for each row, or group of rows: heading -> what stands below it."""
+        self.table(list(columns), [[cell(row) for cell in columns.values()] for row in rows])
 
     def __str__(self) -> str:
         text = "\n".join([f"# {self.title}", "", *self.lines])
@@ -51,111 +55,57 @@ class Page:
         return text.rstrip() + "\n"
 
 
-def plain_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The command line as data that JSON can hold."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        return str(value) if isinstance(value, Path) else value
-
-    return {name: plain(value) for name, value in vars(options).items()}
-
-
-def new_stem(folder: Path, name: str) -> Path:
-    """Path without suffix of the files of one run; makes the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def write_jsonl(file: Path, rows: Sequence[Row], common: Mapping[str, Any]) -> None:
-    """One line a row, each complete in itself."""
-    with file.open("w", encoding="utf-8") as stream:
-        for row in rows:
-            stream.write(json.dumps({**common, **row}) + "\n")
-
-
-def write_page(stem: Path, page: Page, threads: int, draw: Callable[[Any], bool] | None = None) -> list[Path]:
-    """Writes the page, and its picture where something can be drawn; prints the page.
+def write_run(
+    name: str,
+    options: argparse.Namespace,
+    rows: Iterable[Row],
+    page: Page,
+    threads: int | None = None,
+) -> None:
+    """Writes what a benchmark found, prints its page, and says where the files are.
 
     Args:
-        stem: of the files.
-        page: gets the picture and a last line about versions and machine.
-        threads: of the CPU.
-        draw: draws onto a matplotlib figure; False: there was nothing to draw.
-
-    Returns:
-        The files.
+        name: Name of the benchmark, with which the files begin.
+        options: Command line; `output` is the folder.
+        rows: Measurements, each a line of JSONL that is complete in itself.
+        page: Page; it gets a last line about versions and machine.
+        threads: Threads of the CPU; None: as the options say.
     """
-    files = [stem.with_suffix(".md")]
-    if draw is not None and save_picture(stem.with_suffix(".png"), draw):
-        files.append(stem.with_suffix(".png"))
-        page.lines += ["", f"![{page.title}]({files[-1].name})"]
-    facts = environment(threads)
+    options.output.mkdir(parents=True, exist_ok=True)
+    stem = options.output / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    facts = environment(options.threads if threads is None else threads)
+    common = {"bench": name.replace("-", "_"), "options": vars(options), "environment": facts}
+    for _ in write_lines(stem.with_suffix(".jsonl"), rows, common):
+        pass
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    page.lines += ["", f"Commit {facts['commit']}; {versions}; {facts['cpu']}, {threads} threads."]
-    files[0].write_text(str(page), encoding="utf-8")
+    page.lines += ["", f"Commit {facts['commit']}; {versions}; {facts['cpu']}, {facts['threads']} threads."]
+    stem.with_suffix(".md").write_text(str(page), encoding="utf-8")
     print(page)
-    return files
+    for suffix in (".jsonl", ".md"):
+        print(f"results: {stem.with_suffix(suffix)}")
 
 
-def save_picture(file: Path, draw: Callable[[Any], bool]) -> bool:
-    """Whether there is matplotlib, and something was drawn."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(layout="constrained")
-    if not draw(figure):
-        return False
-    figure.savefig(file, dpi=110)
-    return True
+def write_lines(file: Path, rows: Iterable[Row], common: Row) -> Iterator[Row]:
+    """Hands rows on, each written as a JSONL line, complete in itself, as soon as it is there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", encoding="utf-8", buffering=1) as stream:
+        for row in rows:
+            stream.write(json_line({**common, **row}))
+            yield row
 
 
-def draw_phases(figure: Any, groups: Mapping[str, Sequence[Row]]) -> bool:
-    """A panel a group of rows, a stacked bar an arm: median seconds of each phase."""
-    if not groups:
-        return False
-    num_columns = min(2, len(groups))
-    num_lines = -(-len(groups) // num_columns)
-    num_arms = max(len(names(rows)) for rows in groups.values())
-    figure.set_size_inches(5.2 * num_columns, 0.4 + num_lines * (1.1 + 0.28 * num_arms))
-    for index, (title, rows) in enumerate(groups.items()):
-        axes = figure.add_subplot(num_lines, num_columns, index + 1)
-        arms = names(rows)[::-1]  # the first on top
-        left = [0.0] * len(arms)
-        for phase, label in PHASES.items():
-            widths = [median(values(rows, arm, phase)) for arm in arms]
-            axes.barh(arms, widths, left=left, label=label)
-            left = [one + width for one, width in zip(left, widths, strict=True)]
-        axes.set(title=title, xlabel="seconds (medians of the phases)")
-        axes.grid(axis="x", alpha=0.3)
-        axes.set_axisbelow(True)
-    put_legend(figure)
-    return True
+def json_line(row: Row) -> str:
+    """A row as JSON, which has no infinity, no NaN and no paths: they become strings."""
+    return json.dumps(_plain(row), allow_nan=False) + "\n"
 
 
-def put_legend(figure: Any) -> None:
-    """One legend for all panels, below them, where it hides nothing."""
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
-
-
-def names(rows: Sequence[Row]) -> list[str]:
-    """Arms, in order."""
-    return list(dict.fromkeys(row["arm"] for row in rows))
-
-
-def values(rows: Sequence[Row], arm: str, metric: str) -> list[float]:
-    """One metric of an arm, by repetition."""
-    return [row[metric] for row in rows if row["arm"] == arm]
-
-
-def ratios(rows: Sequence[Row], arm: str, base: str, metric: str = "total_s") -> list[float]:
-    """How many times as fast as `base` an arm is, within each repetition; rows are of one group."""
-    own = {row["repeat"]: row[metric] for row in rows if row["arm"] == arm}
-    theirs = {row["repeat"]: row[metric] for row in rows if row["arm"] == base}
-    return [theirs[repeat] / own[repeat] for repeat in own if repeat in theirs]
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    is_strange = isinstance(value, Path) or (isinstance(value, float) and not math.isfinite(value))
+    return str(value) if is_strange else value
 
 
 def spread(numbers: Sequence[float], scale: float = 1.0) -> str:

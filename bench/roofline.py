@@ -21,15 +21,13 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 import torch
 
-from bench.harness import ROOT, environment, summarise
-from bench.measured import Row, positive
+from bench.harness import Row, make_parser, parse_with_quick, summarise
 from bench.prompts import EXAMPLES, few_shot_ids
-from bench.report import Page, new_stem, plain_options, write_jsonl, write_page
+from bench.report import Page, write_run
 from minirksc import LLM, SamplingParams
 from minirksc.kernels.huge_pages import empty
 from minirksc.kernels.native.ops import native
@@ -82,8 +80,8 @@ class Work:
     """What a phase needs at least.
 
     Attributes:
-        num_bytes: that are read.
-        num_flops: that are computed.
+        num_bytes: Bytes that are read.
+        num_flops: Operations that are computed.
     """
 
     num_bytes: float
@@ -103,7 +101,7 @@ def work_of(llm: LLM, contexts: Sequence[int], num_distinct: int, num_logits: in
     """Of one pass.
 
     Args:
-        llm: the model.
+        llm: Engine with the model.
         contexts: keys that each token attends to, one entry a token.
         num_distinct: keys that are read by anybody, each counted once; a window leaves no more than its own.
         num_logits: rows of logits.
@@ -125,9 +123,9 @@ class Phases:
     """Runs of each phase on one engine.
 
     Args:
-        llm: the engine.
+        llm: Engine.
         prompt: token ids.
-        num_branches: of the last phase.
+        num_branches: Branches of the last phase.
     """
 
     def __init__(self, llm: LLM, prompt: list[int], num_branches: int) -> None:
@@ -234,20 +232,15 @@ def make_page(rows: Sequence[Row], options: argparse.Namespace, dtype: str) -> P
         f"machine reads {summarise([one / 1e9 for one in rows[0]['bytes_per_s']])} GB/s and computes "
         f"{summarise([one / 1e9 for one in rows[0]['flops_per_s']])} GFLOP/s in {dtype}."
     )
-    table = []
-    for row in rows:
-        seconds = median(row["seconds"])
-        table.append(
-            [
-                row["phase"],
-                summarise([one * 1e3 for one in row["seconds"]]),
-                summarise([one * 1e3 for one in row["bound_s"]]),
-                summarise([one / bound for one, bound in zip(row["seconds"], row["bound_s"], strict=True)]),
-                f"{row['num_bytes'] / seconds / 1e9:.1f}",
-                f"{row['num_flops'] / seconds / 1e9:.0f}",
-            ]
-        )
-    page.table(["phase", "ms", "bound ms", "times the bound", "GB/s", "GFLOP/s"], table)
+    columns = {
+        "phase": lambda row: row["phase"],
+        "ms": lambda row: summarise([one * 1e3 for one in row["seconds"]]),
+        "bound ms": lambda row: summarise([one * 1e3 for one in row["bound_s"]]),
+        "times the bound": lambda row: summarise([s / b for s, b in zip(row["seconds"], row["bound_s"], strict=True)]),
+        "GB/s": lambda row: f"{row['num_bytes'] / median(row['seconds']) / 1e9:.1f}",
+        "GFLOP/s": lambda row: f"{row['num_flops'] / median(row['seconds']) / 1e9:.0f}",
+    }
+    page.columns(rows, columns)
     names = list(rows[0]["operator_s"])
     table = []
     for row in rows:
@@ -267,26 +260,13 @@ def _seconds(work: Callable[[], object]) -> float:
 
 def main() -> None:
     """Runs the benchmark; prints the page, writes JSONL and markdown."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.roofline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2-135m", help="alias or checkpoint folder (%(default)s)")
-    parser.add_argument("--dtype", default="auto", help="that it computes in (%(default)s)")
-    parser.add_argument("--threads", type=positive, default=2, help="of the CPU (%(default)s)")
-    parser.add_argument("--branches", type=positive, default=8, help="that share the prompt (%(default)s)")
-    parser.add_argument("--prefix-tokens", type=positive, default=1024, help="of the prompt (%(default)s)")
-    parser.add_argument("--repeats", type=positive, default=7, help="of each phase (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="2 repetitions")
-    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results", help="folder (bench/results)")
-    options = parser.parse_args()
+    common = "model dtype threads branches prefix-tokens repeats quick output"
+    options = parse_with_quick(make_parser("bench.roofline", __doc__, common, repeats=7), None, repeats=2)
     with LLM(options.model, dtype=options.dtype, threads=options.threads, kv_cache_bytes="1GiB") as llm:
         prompt = few_shot_ids(llm.need_tokenizer("bench.roofline"), EXAMPLES, options.prefix_tokens)
-        rows = measure(llm, prompt, options.branches, 2 if options.quick else options.repeats, measure_limits)
+        rows = measure(llm, prompt, options.branches, options.repeats, measure_limits)
         dtype = llm.stats()["dtype"]
-    stem = new_stem(options.output, "roofline")
-    common = {"dtype": dtype} | plain_options(options) | environment(options.threads)
-    write_jsonl(stem.with_suffix(".jsonl"), rows, common)
-    write_page(stem, make_page(rows, options, dtype), options.threads)
+    write_run("roofline", options, [{"dtype": dtype, **row} for row in rows], make_page(rows, options, dtype))
 
 
 if __name__ == "__main__":

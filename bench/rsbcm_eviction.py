@@ -22,16 +22,17 @@ import re
 import sys
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from bench import harness
 from bench.belady import Belady, Recorder
 from bench.fake_engine import VOCAB_SIZE, FakeEngine
-from bench.harness import ROOT, Arm, Measured, check_work, environment, measure, print_arms, print_environment
+from bench.harness import Row, check_same_work, groups_of, take_turns
 from bench.prompts import EXAMPLES, few_shot_ids, opening_ids, read_examples
-from bench.rsbcm_report import print_counts, write_report
+from bench.report import write_run
+from bench.rsbcm_report import make_page
 from bench.tree_search import KINDS, Hint, Service, Shape
 from bench.tree_search import Path as NodePath
 from minirksc.cache.eviction import POLICIES
@@ -43,7 +44,7 @@ TIMED_SHARES = (0.25, 0.5)
 AMPLE = 1.25
 """Of the working set, which is counted without the model: its tokens make a few blocks more or fewer."""
 HINT_TOKENS = 6
-Row = dict[str, Any]
+TIMED_STATS = ("prefill_s", "decode_s", "num_prefilled_tokens", "num_evicted_blocks", "num_preemptions")
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,11 @@ class Work:
     """What every run does.
 
     Attributes:
-        shape: of the searches.
+        shape: Shape of the searches.
         prompts: token ids, one a problem.
-        hint: how each child begins.
+        hint: Beginning of each child.
         block_size: tokens a block.
-        batch_requests: that run at a time; the more, the more of a small pool is taken by what runs.
+        batch_requests: Requests that run at a time; the more, the more of a small pool is taken by what runs.
     """
 
     shape: Shape
@@ -92,10 +93,10 @@ def count(work: Work, num_blocks: int, policy: str, recorder: Recorder | None = 
     """One run without a model: the engine afterwards, and the tokens of all nodes.
 
     Args:
-        work: to do.
-        num_blocks: of the pool.
-        policy: of eviction; "belady" needs the recorder of an earlier run, all others fill it, where there is one.
-        recorder: see policy.
+        work: Work to do.
+        num_blocks: Size of the pool.
+        policy: Policy of eviction; "belady" needs the recorder of an earlier run, all others fill one, if there is one.
+        recorder: Recorder for or of the policy.
 
     Raises:
         RuntimeError: the pool cannot hold what one request needs.
@@ -163,11 +164,9 @@ def _counts(engine: FakeEngine, reference: FakeEngine) -> Row:
     }
 
 
-def timed_arms(shapes: Sequence[Shape], options: argparse.Namespace) -> list[Arm]:
-    """Part "times": one arm a search, pool and policy, all on one model and one cache tensor."""
+def time_all(shapes: Sequence[Shape], options: argparse.Namespace) -> list[Row]:
+    """Part "times": one row an arm (search, pool and policy) and repetition, all on one model and one cache tensor."""
     from minirksc import LLM
-    from minirksc.engine.engine import Engine
-    from minirksc.engine.runner import Runner
 
     # Its own cache is not used: all arms share one that is as large as the working set.
     llm = LLM(
@@ -178,162 +177,103 @@ def timed_arms(shapes: Sequence[Shape], options: argparse.Namespace) -> list[Arm
         kv_cache_bytes="64MiB",
         max_batch_requests=options.batch_requests,
     )
-    loaded, config, tokenizer = llm.engine, llm.config, llm.tokenizer
-    if tokenizer is None:
-        sys.exit(f"{options.model} has no tokenizer, and the prompts of part times are text")
-    if loaded.blocks.window_counts.total:
+    if llm.stats()["num_window_blocks_total"]:
         sys.exit(f"{options.model} has layers with a window; part times is for models without")
-    prefix = few_shot_ids(tokenizer, EXAMPLES, options.prefix_tokens)
-    arms: list[Arm] = []
+    arms: dict[str, Callable[[int], Row]] = {}
     for shape in shapes:
-        openings = opening_ids(tokenizer, shape.branches, HINT_TOKENS)
-        texts = questions(options, shape.num_problems)
-        prompts = [prefix + tokenizer.encode("\n\n" + text, add_special_tokens=False) for text in texts]
+        arms |= timed_arms(llm, shape, options)
+    rows = list(take_turns(arms, range(options.repeats), options.warmup))
+    for own in groups_of(rows, "kind").values():
+        for row in own:
+            lengths = [len(ids) for ids in row["token_ids"]]
+            check_same_work(row["arm"], lengths, len(own[0]["token_ids"]), options.tokens)
+    return rows
 
-        def hint(problem: int, path: NodePath, openings: list[list[int]] = openings) -> list[int]:
-            return openings[path[-1]]
 
-        work = Work(shape, prompts, hint, options.block_size, options.batch_requests)
-        working_set = ample(work)[0].blocks.num_cached
-        runner = Runner(
-            loaded.runner.model, round(AMPLE * working_set), 0, options.block_size, loaded.runner.cache.dtype
-        )
+def timed_arms(llm: Any, shape: Shape, options: argparse.Namespace) -> dict[str, Callable[[int], Row]]:
+    """Arms of one search by name, the largest pool first; those whose pool is too small are left out, and told."""
+    from minirksc.engine.engine import Engine
+    from minirksc.engine.runner import Runner
 
-        def run(work: Work, num_blocks: int, policy: str, runner: Runner = runner) -> Measured:
-            engine = Engine(
-                runner,
-                BlockManager(num_blocks, work.block_size, policy),
-                config,
-                loaded.block_bytes,
-                loaded.max_model_len,
-                frozenset(),
-                tokenizer,
-                {},
-            )
-            begin = time.perf_counter()
-            tokens = Service(engine, work.prompts, work.shape, work.hint).run()
-            total_s = time.perf_counter() - begin
-            stats = engine.stats()
-            token_ids = [tokens[node][-work.shape.tokens :] for node in sorted(tokens) if node[1]]
-            return {"total_s": total_s, **{name: stats[name] for name in TIMED_STATS}, "token_ids": token_ids}
+    tokenizer, loaded = llm.need_tokenizer("part times"), llm.engine
+    prefix = few_shot_ids(tokenizer, EXAMPLES, options.prefix_tokens)
+    openings = opening_ids(tokenizer, shape.branches, HINT_TOKENS)
+    texts = questions(options, shape.num_problems)
+    prompts = [prefix + tokenizer.encode("\n\n" + text, add_special_tokens=False) for text in texts]
+    work = Work(shape, prompts, lambda _, path: openings[path[-1]], options.block_size, options.batch_requests)
+    working_set = ample(work)[0].blocks.num_cached
+    runner = Runner(loaded.runner.model, round(AMPLE * working_set), 0, options.block_size, loaded.runner.cache.dtype)
 
-        for share in (AMPLE, *TIMED_SHARES):
-            for policy in options.policies if share < 1 else options.policies[:1]:
-                num_blocks = round(share * working_set)
-                try:
-                    count(work, num_blocks, policy)
-                except (CacheFullError, RuntimeError) as error:
-                    print(f"left out: {shape.kind} {share:.0%} {policy}: {error.__cause__ or error}", file=sys.stderr)
-                    continue
+    def run(num_blocks: int, policy: str) -> Row:
+        blocks = BlockManager(num_blocks, work.block_size, policy)
+        limits = (llm.config, loaded.block_bytes, frozenset(), tokenizer, {})
+        engine = Engine(runner, blocks, *limits)
+        begin = time.perf_counter()
+        tokens = Service(engine, work.prompts, work.shape, work.hint).run()
+        total_s = time.perf_counter() - begin
+        stats = engine.stats()
+        token_ids = [tokens[node][-work.shape.tokens :] for node in sorted(tokens) if node[1]]
+        common = {"part": "times", "kind": shape.kind, "dtype": str(llm.stats()["dtype"]), "total_s": total_s}
+        return common | {name: stats[name] for name in TIMED_STATS} | {"token_ids": token_ids}
 
-                def one(work: Work = work, num_blocks: int = num_blocks, policy: str = policy) -> Measured:
-                    return run(work, num_blocks, policy)
-
-                arms.append(Arm("minirksc", str(llm.stats()["dtype"]), f"{shape.kind} {share:.0%} {policy}", one))
+    arms: dict[str, Callable[[int], Row]] = {}
+    for share in (AMPLE, *TIMED_SHARES):
+        for policy in options.policies if share < 1 else options.policies[:1]:
+            name, num_blocks = f"{shape.kind} {share:.0%} {policy}", round(share * working_set)
+            try:
+                count(work, num_blocks, policy)
+            except (CacheFullError, RuntimeError) as error:
+                print(f"left out: {name}: {error.__cause__ or error}", file=sys.stderr)
+                continue
+            arms[name] = lambda _, num_blocks=num_blocks, policy=policy: run(num_blocks, policy)
     return arms
-
-
-TIMED_STATS = ("prefill_s", "decode_s", "num_prefilled_tokens", "num_evicted_blocks", "num_preemptions")
 
 
 def make_shapes(options: argparse.Namespace) -> list[Shape]:
     """One a kind of search."""
-    return [
-        Shape(
-            kind=kind,
-            branches=options.branches,
-            beam=options.beam,
-            depth=options.depth,
-            tokens=options.tokens,
-            num_open=options.open,
-            num_problems=options.problems,
-            concurrency=options.concurrency,
-        )
-        for kind in options.kinds
-    ]
+    same = {name: getattr(options, name) for name in ("branches", "beam", "depth", "tokens", "concurrency")}
+    return [Shape(kind=kind, num_open=options.open, num_problems=options.problems, **same) for kind in options.kinds]
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.rsbcm_eviction",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    common = "model dtype threads branches prefix-tokens data repeats warmup quick output"
+    parser = harness.make_parser("bench.rsbcm_eviction", __doc__, common, prefix_tokens=256, shares=SHARES)
     names = {"parts": ("counts", "times"), "kinds": KINDS, "policies": tuple(POLICIES)}
     for name, known in names.items():
         default = ["counts"] if name == "parts" else list(known)
-        parser.add_argument(
-            f"--{name}", type=_some_of(known), default=default, help=f"of {','.join(known)} ({','.join(default)})"
-        )
+        text = f"of {','.join(known)} ({','.join(default)})"
+        parser.add_argument(f"--{name}", type=harness.some_of(known), default=default, help=text)
     shape = Shape()
     numbers = {
-        "branches": (shape.branches, "children a round"),
         "beam": (shape.beam, "nodes that a round expands"),
-        "depth": (shape.depth, "of the deepest node"),
-        "tokens": (shape.tokens, "that each node decodes"),
+        "depth": (shape.depth, "depth of the deepest node"),
+        "tokens": (shape.tokens, "tokens that each node decodes"),
         "open": (shape.num_open, "most nodes that stay open between rounds"),
-        "problems": (shape.num_problems, "in all"),
+        "problems": (shape.num_problems, "problems in all"),
         "concurrency": (shape.concurrency, "problems under way at a time"),
         "batch-requests": (16, "requests that run at a time"),
         "seeds": (3, "searches of other scores, of which counts are shown as median and range"),
-        "prefix-tokens": (256, "worked examples before each problem"),
         "block-size": (16, "tokens a block"),
-        "threads": (2, "of the CPU, for part times"),
-        "repeats": (5, "measured runs of each arm of part times"),
-        "warmup": (1, "runs before those"),
     }
     for name, (default, text) in numbers.items():
-        parser.add_argument(f"--{name}", type=_number, default=default, help=f"{text} (%(default)s)")
-    parser.add_argument("--model", default="smollm2-135m", help="of part times: alias or folder (%(default)s)")
-    parser.add_argument("--dtype", default="auto", help="that it computes in (%(default)s)")
-    parser.add_argument("--data", type=Path, help="JSONL with question and answer: the problems")
-    parser.add_argument("--quick", action="store_true", help="4 problems of depth 3, one seed, one repeat")
-    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results", help="folder (bench/results)")
-    options = parser.parse_args(arguments)
-    options.shares = SHARES
-    if options.quick:
-        options.problems = options.concurrency = 4
-        options.depth, options.tokens, options.seeds, options.repeats, options.warmup = 3, 16, 1, 1, 0
-    return options
+        parser.add_argument(f"--{name}", type=harness.positive, default=default, help=f"{text} (%(default)s)")
+    quick = {"problems": 4, "concurrency": 4, "depth": 3, "tokens": 16, "seeds": 1, "repeats": 1, "warmup": 0}
+    return harness.parse_with_quick(parser, arguments, **quick)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Counts, times, and writes JSONL and page."""
+    shapes = make_shapes(options)
+    rows = count_all(shapes, options) if "counts" in options.parts else []
+    rows += time_all(shapes, options) if "times" in options.parts else []
+    write_run("rsbcm-eviction", options, rows, make_page(rows, options))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the benchmark; prints tables, writes JSONL, a picture and a page."""
+    """Runs the benchmark."""
     options = parse(arguments)
-    shapes = make_shapes(options)
-    rows = count_all(shapes, options) if "counts" in options.parts else []
-    arms = timed_arms(shapes, options) if "times" in options.parts else []
-    if arms:
-        measure(arms, options.repeats, options.warmup)
-        for shape in shapes:
-            own = [arm for arm in arms if arm.setting.startswith(f"{shape.kind} ")]
-            check_work(own, len(own[0].measured[0]["token_ids"]), shape.tokens)
-            columns = {"total_s": "total s", "prefill_s": "steps with a prefill s", "num_prefilled_tokens": "prefilled"}
-            print_arms(f"W5 {shape.kind}", own, columns, own[0])
-        print_environment(options.threads)
-    print_counts(rows)
-    facts = environment(options.threads)
-    for file in write_report(options.output, rows, arms, vars(options), facts):
-        print(f"results: {file}")
-
-
-def _some_of(known: Sequence[str]) -> Any:
-    def parse_names(text: str) -> list[str]:
-        names = text.split(",")
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: unknown; choose from {', '.join(known)}")
-        return names
-
-    return parse_names
-
-
-def _number(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} must not be negative")
-    return value
+    harness.run_or_exit(lambda: run(options))
 
 
 if __name__ == "__main__":

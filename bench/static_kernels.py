@@ -18,7 +18,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,10 @@ os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: an interp
 import triton
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from bench import harness
 from bench.kernel_cases import Case, Launch, all_cases, gpu_target
+from bench.report import Page, write_lines
 from bench.static_report import TARGETS, read
 from minirksc.errors import MinirkscError
 
@@ -40,6 +40,7 @@ Row = dict[str, Any]
 
 RIVALS = Path(__file__).with_name("rival_kernels.json")
 COUNTED = ("MMA", "LDG", "LDG.128", "LDGSTS.128", "LDSM", "LDS", "STS", "MUFU", "SHFL", "BAR", "FP32", "CVT", "INT")
+HEADINGS = ("target", "w/st", "regs", "spill", "shared", "blocks", "occ", "bufs", "issue", *COUNTED, "total")
 
 
 def main() -> int:
@@ -49,9 +50,11 @@ def main() -> int:
     if not cases:
         sys.exit(f"--only {options.only!r} leaves no case; there are:\n" + "\n".join(case.name for case in all_cases()))
     file = options.output or harness.ROOT / "bench" / "results" / f"static-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
-    rows = list(write(file, compile_all(cases, options.targets, options.jobs), options.jobs))
-    print_rows(rows)
-    print_rivals(rows)
+    facts = harness.environment(options.jobs)
+    facts["versions"]["triton"] = importlib.metadata.version("triton")
+    common = {"bench": "static_kernels", "environment": facts}
+    rows = list(write_lines(file, compile_all(cases, options.targets, options.jobs), common))
+    print(make_page(rows))
     bad = [row for row in rows if row["problems"]]
     for row in bad:
         print(f"{row['case']}: {row['kernel']}: {row['target']}: {'; '.join(row['problems'])}", file=sys.stderr)
@@ -61,20 +64,15 @@ def main() -> int:
 
 def parse_options() -> argparse.Namespace:
     """Options, with unknown targets refused."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.static_kernels",
-        description=__doc__.split("\n", 1)[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--targets", type=_targets, default=list(TARGETS), help=f"with commas ({','.join(TARGETS)})")
+    parser = harness.make_parser("bench.static_kernels", __doc__, "")
+    known = tuple(TARGETS)
+    targets_help = f"with commas ({','.join(known)})"
+    parser.add_argument("--targets", type=harness.some_of(known), default=list(known), help=targets_help)
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="cases whose name has it")
     parser.add_argument("--subset", action="store_true", help="the few cases that the tests compile")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
+    parser.add_argument("--jobs", type=harness.positive, default=os.cpu_count() or 1, help="processes (%(default)s)")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSONL (in bench/results)")
-    options = parser.parse_args()
-    if options.jobs < 1:
-        parser.error(f"--jobs {options.jobs} must be at least 1")
-    return options
+    return parser.parse_args()
 
 
 Job = tuple[str, int, str]
@@ -137,50 +135,31 @@ def _row(case: str, kernel: str, target: str, problems: list[str]) -> Row:
     return {"case": case, "kernel": kernel, "target": target, "problems": problems}
 
 
-def write(file: Path, rows: Iterable[Row], num_jobs: int) -> Iterator[Row]:
-    """Hands the rows on, each written as a JSONL line, complete in itself, as soon as it is there."""
-    environment = harness.environment(num_jobs)
-    environment["versions"]["triton"] = importlib.metadata.version("triton")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", encoding="utf-8", buffering=1) as stream:
-        for row in rows:
-            stream.write(json.dumps({"bench": "static_kernels", "environment": environment, **row}) + "\n")
-            yield row
-
-
-def print_rows(rows: Sequence[Row]) -> None:
-    """All launches, in the order of the cases."""
-    table = _table("launches; instructions of the main loop, or (w) of the whole kernel, of one warp", "case", "kernel")
-    for row in rows:
-        if "registers" in row:
-            table.add_row(row["case"], row["kernel"].strip("_").removesuffix("_kernel"), *_cells(row))
-        else:
-            table.add_row(row["case"], row["kernel"], row["target"], *row["problems"])
-    _print(table)
-
-
-def print_rivals(rows: Sequence[Row]) -> None:
-    """Decode loops of this engine and of others, for the same head_dim, block size and target."""
+def make_page(rows: Sequence[Row]) -> Page:
+    """All launches, in the order of the cases, and decode loops of this engine and of others for the same sizes."""
+    page = Page("Kernels as they are compiled")
+    page.text("Launches; instructions of the main loop, or (w) of the whole kernel, of one warp.")
+    compiled = [
+        [row["case"], row["kernel"].strip("_").removesuffix("_kernel"), *_cells(row)]
+        if "registers" in row
+        else [row["case"], row["kernel"], row["target"], *row["problems"]]
+        for row in rows
+    ]
+    page.table(["case", "kernel", *HEADINGS], compiled)
     ours = [row for row in rows if row.get("rival")]
     if not ours:
-        return
+        return page
     rivals = json.loads(RIVALS.read_text(encoding="utf-8"))
-    table = _table("decode loops, bf16, blocks of 16", "head_dim", "engine")
+    table = []
     for row in ours:
-        table.add_row(row["rival"], "minirksc", *_cells(row))
+        table.append([row["rival"], "minirksc", *_cells(row)])
         for other in rivals["kernels"]:
             if (other["rival"], other["target"]) == (row["rival"], row["target"]):
-                table.add_row(other["rival"], other["engine"], *_cells(other))
-    _print(table)
-    print(rivals["source"])
-
-
-def _table(title: str, *first: str) -> Table:
-    table = Table(title=title)
-    headings = ("target", "w/st", "regs", "spill", "shared", "blocks", "occ", "bufs", "issue", *COUNTED, "total")
-    for heading in (*first, *headings):
-        table.add_column(heading, no_wrap=True)
-    return table
+                table.append([other["rival"], other["engine"], *_cells(other)])
+    page.heading("decode loops, bf16, blocks of 16")
+    page.table(["head_dim", "engine", *HEADINGS], table)
+    page.text(rivals["source"])
+    return page
 
 
 def _cells(row: Row) -> Iterator[str]:
@@ -195,18 +174,6 @@ def _cells(row: Row) -> Iterator[str]:
     for name in COUNTED:
         yield str(counts.get(name, "-"))
     yield f"{counts['total']}{'' if row['loop'] else ' w'}"
-
-
-def _print(table: Table) -> None:
-    console = Console(width=max(Console().width, 250))  # as wide as it needs to be, also in a file
-    console.print(table)
-
-
-def _targets(text: str) -> list[str]:
-    names = [name for name in text.split(",") if name]
-    if unknown := [name for name in names if name not in TARGETS]:
-        raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}; there are {', '.join(TARGETS)}")
-    return names
 
 
 if __name__ == "__main__":

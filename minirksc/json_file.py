@@ -103,11 +103,7 @@ def read_json(path: Path, error: type[MinirkscError] = CheckpointError, max_byte
         raise error(f"{path} is not readable JSON: {cause}") from cause
     except RecursionError as cause:
         raise _too_deep(path, error) from cause
-    level = [content] if isinstance(content, dict | list) else []
-    for _ in range(MAX_DEPTH):
-        items = (item for value in level for item in (value.values() if isinstance(value, dict) else value))
-        level = [item for item in items if isinstance(item, dict | list)]
-    if level:
+    if is_nested_deeper(content, MAX_DEPTH):
         raise _too_deep(path, error)
     return content
 
@@ -126,6 +122,15 @@ def read_json_object(
     if not isinstance(content, dict):
         raise error(f"{path} must hold a JSON object, not {type(content).__name__}")
     return content
+
+
+def is_nested_deeper(content: Any, num_levels: int) -> bool:
+    """Whether objects and lists lie within each other on more levels than so many; without recursion."""
+    level = [content] if isinstance(content, dict | list) else []
+    for _ in range(num_levels):
+        items = (item for value in level for item in (value.values() if isinstance(value, dict) else value))
+        level = [item for item in items if isinstance(item, dict | list)]
+    return bool(level)
 
 
 def _too_deep(path: Path, error: type[MinirkscError]) -> MinirkscError:

@@ -5,15 +5,16 @@ need scipy for anything else.
 """
 
 import math
+from bisect import bisect_left
 
 
 def tail(num_errors: int, total: int, rate: float) -> float:
     """P[Bin(total, rate) <= num_errors], the p-value of "the rate is above `rate`".
 
     Args:
-        num_errors: 0 or more.
-        total: trials, 0 or more.
-        rate: 0..1.
+        num_errors: Number of errors, 0 or more.
+        total: Number of trials, 0 or more.
+        rate: Rate of errors, 0..1.
     """
     if num_errors >= total or rate <= 0.0:
         return 1.0
@@ -42,30 +43,25 @@ def upper_bound(num_errors: int, total: int, confidence: float) -> float:
 
 def errors_allowed(total: int, budget: float, confidence: float) -> int:
     """Most errors among `total` with which a rate above `budget` is ruled out; -1: not even without an error."""
-    allowed = -1
-    while allowed + 1 < total and tail(allowed + 1, total, budget) <= 1 - confidence:
-        allowed += 1
-    return allowed
+    return bisect_left(range(total), True, key=lambda count: tail(count, total, budget) > 1 - confidence) - 1
 
 
 def problems_needed(budget: float, confidence: float, num_errors: int = 0) -> int:
     """Fewest trials that rule out a rate above `budget`, if `num_errors` of them are errors.
 
     Raises:
-        ValueError: budget or confidence is not inside (0, 1).
+        ValueError: Budget or confidence is not inside (0, 1).
     """
     if not (0 < budget < 1 and 0 < confidence < 1):
         raise ValueError(f"budget={budget!r} and confidence={confidence!r} must be between 0 and 1")
-    low, high = num_errors, num_errors + 1  # `low` never suffices
-    while tail(num_errors, high, budget) > 1 - confidence:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tail(num_errors, middle, budget) > 1 - confidence:
-            low = middle
-        else:
-            high = middle
-    return high
+
+    def suffice(total: int) -> bool:
+        return tail(num_errors, total, budget) <= 1 - confidence
+
+    high = num_errors + 1
+    while not suffice(high):
+        high *= 2
+    return bisect_left(range(high), True, lo=num_errors + 1, key=suffice)
 
 
 def smallest_budget(total: int, confidence: float) -> float:

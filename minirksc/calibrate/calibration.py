@@ -35,7 +35,7 @@ from minirksc.calibrate.binomial import errors_allowed, problems_needed, tail, u
 from minirksc.calibrate.evidence import Evidence
 from minirksc.calibrate.trials import Tally, Trials
 from minirksc.engine.signals import SIGNALS
-from minirksc.rksc.cgee import EXACT_GATES, Gates, Lead
+from minirksc.rksc.cgee import Gates, Lead
 from minirksc.rksc.exits import MarginRule
 
 GAPS = (0.5, 0.4, 0.32, 0.25, 0.2, 0.16, 0.13, 0.1, 0.08, 0.065, 0.05, 0.04, 0.03, 0.02, 0.01, 0.005)
@@ -59,12 +59,11 @@ class Variant:
     """What is the same in all candidates of a sequence.
 
     Attributes:
-        kinds: gates that approximate, of `KINDS`.
-        signal: of leads.
-        patience: of layer exits.
-        start: the first layer that they look at; None: half of all.
-        correction: of what they read, see `fit_correction`.
-        decode_min_tokens: before a decode exit.
+        kinds: Names of gates that approximate, of `KINDS`.
+        signal: Signal that leads are measured on.
+        patience: Layers in a row that a layer exit must hold.
+        start: First layer that layer exits look at; None: half of all.
+        correction: Lines that correct what layer exits read, see `fit_correction`.
     """
 
     kinds: tuple[str, ...]
@@ -72,20 +71,23 @@ class Variant:
     patience: int = 3
     start: int | None = None
     correction: tuple[tuple[float, float], ...] | None = None
-    decode_min_tokens: int = Gates.decode_min_tokens
 
     def gates(self, levels: dict[str, int]) -> Gates:
         """Gates at points of the grids, 0: off."""
-        gates = replace(EXACT_GATES, signal=self.signal, decode_min_tokens=self.decode_min_tokens, source="calibrated")
-        if level := levels.get("skip", 0):
-            gates = replace(gates, skip=(Lead(gap=GAPS[level - 1]),))
-        if level := levels.get("decode_exit", 0):
-            gates = replace(gates, decode_exit=(Lead(gap=GAPS[level - 1]),))
+
+        def leads(kind: str) -> tuple[Lead, ...]:
+            return (Lead(gap=GAPS[levels[kind] - 1]),) if levels.get(kind) else ()
+
+        layer_exit = None
         if level := levels.get("layer_exit", 0):
-            gates = replace(
-                gates, layer_exit=MarginRule(MARGINS[level - 1], self.patience, self.start, self.correction)
-            )
-        return gates
+            layer_exit = MarginRule(MARGINS[level - 1], self.patience, self.start, self.correction)
+        return Gates(
+            signal=self.signal,
+            skip=leads("skip"),
+            layer_exit=layer_exit,
+            decode_exit=leads("decode_exit"),
+            source="calibrated",
+        )
 
 
 @dataclass(frozen=True)
@@ -93,25 +95,22 @@ class Step:
     """One tested candidate.
 
     Attributes:
-        gates: the candidate.
-        tally: over the test part.
-        bound: most that its rate of changed decisions is, with the confidence asked for.
-        p_value: of "the rate is above the budget".
-        passed: that was rejected.
+        gates: Gates of the candidate.
+        tally: What they do over the test part.
+        bound: Most that their rate of changed decisions is, with the confidence asked for.
+        passed: Whether a rate above the budget was ruled out.
     """
 
     gates: Gates
     tally: Tally
     bound: float
-    p_value: float
     passed: bool
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
         gates, tally = asdict(self.gates), self.tally
-        shown = {name: gates[name] for name in ("signal", "skip", "layer_exit", "decode_exit")}
         return {
-            **shown,
+            **{name: gates[name] for name in ("signal", "skip", "layer_exit", "decode_exit")},
             "problems": tally.num_problems,
             "changed": tally.num_changed,
             "bound": self.bound,
@@ -128,10 +127,10 @@ class Calibration:
     """What was found.
 
     Attributes:
-        steps: candidates in the order of their tests; all but perhaps the last passed.
-        variant: of the sequence.
-        num_ordering: problems that made the sequence.
-        num_test: problems that tested it.
+        steps: Candidates in the order of their tests; all but perhaps the last passed.
+        variant: What all candidates have in common.
+        num_ordering: Number of problems that made the sequence.
+        num_test: Number of problems that tested it.
     """
 
     steps: list[Step]
@@ -142,8 +141,7 @@ class Calibration:
     @property
     def certified(self) -> Step | None:
         """The loosest that passed; None: there were too few problems for any."""
-        passed = [step for step in self.steps if step.passed]
-        return passed[-1] if passed else None
+        return next((step for step in reversed(self.steps) if step.passed), None)
 
 
 def calibrate(
@@ -161,26 +159,31 @@ def calibrate(
     """Finds the loosest gates whose rate of changed decisions is at most `budget`.
 
     Args:
-        trials: the problems.
-        budget: rate, 0..1.
-        confidence: that the certified rate keeps to it.
-        among: indices of the problems that may be looked at; None: all.
-        seed: of the division into ordering and test part.
-        signals: candidates for what leads are measured on; the first is the plainest.
-        kinds: of `KINDS`, gates that may be used.
-        correction: of layer exits, from problems that are not among these; None: fitted to the ordering part.
-        on_variant: called after each of `variants` has been looked at.
+        trials: Problems.
+        budget: Rate, 0..1.
+        confidence: Probability with which the certified rate keeps to it.
+        among: Indices of the problems that may be looked at; None: all.
+        seed: Seed of the division into ordering and test part.
+        signals: Candidates for what leads are measured on; the first is the plainest.
+        kinds: Names of gates that may be used, of `KINDS`.
+        correction: Correction of layer exits, from problems that are not among these; None: fitted to the ordering
+            part.
+        on_variant: Callback after each of `variants` has been looked at.
     """
     shuffled = list(range(len(trials.replays)) if among is None else among)
     random.Random(seed).shuffle(shuffled)
     num_ordering = ordering_size(len(shuffled), budget, confidence)
     ordering, test = shuffled[:num_ordering], shuffled[num_ordering:]
     accepted = max(errors_allowed(len(test), budget, confidence), 0) / max(len(test), 1)
-    chooser = _Chooser(trials, ordering, accepted)
     correction = correction or fit_correction([trials.replays[index].evidence for index in ordering])
     if correction is None:  # raw margins say nothing
         kinds = [kind for kind in kinds if kind != "layer_exit"] or kinds
-    variant, sequence = chooser.choose(variants(signals, kinds, correction), on_variant)
+    chooser = _Chooser(trials, ordering, accepted)
+    found = []
+    for one in variants(signals, kinds, correction):
+        found.append((one, *chooser.sequence(one)))
+        on_variant()
+    variant, sequence, _ = max(found, key=lambda choice: choice[2])  # of equals the earliest
     steps = run_tests(sequence, lambda gates: trials.tally(gates, test), budget, confidence)
     return Calibration(steps, variant, num_ordering, len(test))
 
@@ -191,13 +194,13 @@ def run_tests(
     """Fixed-sequence testing.
 
     Args:
-        sequence: candidates, fixed without a look at the problems that test them.
-        tally: what a candidate does over these problems.
-        budget: rate that is to be ruled out.
-        confidence: of all tests together.
+        sequence: Candidates, fixed without a look at the problems that test them.
+        tally: Function that says what a candidate does over these problems.
+        budget: Rate that is to be ruled out.
+        confidence: Confidence of all tests together.
 
     Returns:
-        What was tested, to the first that did not pass, that one included.
+        Steps: all that was tested, to the first that did not pass, that one included.
     """
     steps: list[Step] = []
     for gates in sequence:
@@ -210,8 +213,7 @@ def run_tests(
 def step_of(gates: Gates, result: Tally, budget: float, confidence: float) -> Step:
     """The test of one candidate."""
     counts = (result.num_changed, result.num_problems)
-    p_value = tail(*counts, budget)
-    return Step(gates, result, upper_bound(*counts, confidence), p_value, p_value <= 1 - confidence)
+    return Step(gates, result, upper_bound(*counts, confidence), tail(*counts, budget) <= 1 - confidence)
 
 
 def ordering_size(num_problems: int, budget: float, confidence: float) -> int:
@@ -225,9 +227,9 @@ def variants(
     """Every set of gates with every signal, patience and start that matters to it; the smallest sets first.
 
     Args:
-        signals: of leads.
-        kinds: of `KINDS`.
-        correction: of layer exits, one entry a layer.
+        signals: Signals for leads.
+        kinds: Names of gates, of `KINDS`.
+        correction: Correction of layer exits, one entry a layer.
     """
     found: list[Variant] = []
     num_layers = 0 if correction is None else len(correction)
@@ -248,10 +250,10 @@ def fit_correction(evidence: Sequence[Evidence]) -> tuple[tuple[float, float], .
     """A line a layer from the margin that a lens reads there to the last layer's, by least squares over all branches.
 
     Args:
-        evidence: problems.
+        evidence: Evidence of the problems.
 
     Returns:
-        (slope, offset) of each layer, (1, 0) for the last; None where too little is known: fewer than `MIN_TO_FIT`
+        Pairs (slope, offset), one a layer, (1, 0) for the last; None where too little is known: fewer than `MIN_TO_FIT`
         branches with finite margins.
 
     Source: a tuned lens with two parameters, after Belrose et al. 2023, arXiv 2303.08112.
@@ -278,8 +280,8 @@ def sequence_of(variant: Variant, limits: dict[str, int]) -> list[Gates]:
     """Candidates from off to the limits and beyond, without repetitions.
 
     Args:
-        variant: what they have in common.
-        limits: of each kind, a level of its grid.
+        variant: What they have in common.
+        limits: Level of its grid for each kind of gate.
     """
     num_steps = max(limits[kind] for kind in variant.kinds)
     found = [variant.gates({})]
@@ -292,12 +294,12 @@ def sequence_of(variant: Variant, limits: dict[str, int]) -> list[Gates]:
 
 
 class _Chooser:
-    """Makes the sequence by the ordering part.
+    """Makes sequences by the ordering part.
 
     Args:
-        trials: the problems.
-        ordering: indices of this part.
-        accepted: share of changed decisions that the test could accept.
+        trials: Problems.
+        ordering: Indices of this part.
+        accepted: Share of changed decisions that the test could accept.
     """
 
     def __init__(self, trials: Trials, ordering: Sequence[int], accepted: float) -> None:
@@ -306,17 +308,16 @@ class _Chooser:
         self._accepted = accepted
         self._limits: dict[Variant, int] = {}
 
-    def choose(self, candidates: Sequence[Variant], on_variant: Callable[[], object]) -> tuple[Variant, list[Gates]]:
-        """The variant that saves most, the earlier of equals, and its sequence."""
-        best: tuple[float, Variant, list[Gates]] | None = None
-        for variant in candidates:
-            sequence = sequence_of(variant, {kind: self._limit(variant, kind) for kind in variant.kinds})
-            saved = self._expected_saving(sequence)
-            if best is None or saved > best[0]:
-                best = (saved, variant, sequence)
-            on_variant()
-        assert best is not None, "there is at least one variant"
-        return best[1], best[2]
+    def sequence(self, variant: Variant) -> tuple[list[Gates], float]:
+        """A variant's sequence, and what its last candidate saves before the first that changes too much."""
+        sequence = sequence_of(variant, {kind: self._limit(variant, kind) for kind in variant.kinds})
+        saved = 0.0
+        for gates in sequence if self._ordering else ():
+            result = self._tally_if_fine(gates)
+            if result is None:
+                break
+            saved = result.saved
+        return sequence, saved
 
     def _limit(self, variant: Variant, kind: str) -> int:
         """The loosest level of one gate alone up to which it changes few enough decisions; at least 1."""
@@ -327,16 +328,6 @@ class _Chooser:
                 level += 1
             self._limits[alone] = level
         return self._limits[alone]
-
-    def _expected_saving(self, sequence: Sequence[Gates]) -> float:
-        """What the last candidate saves before the first that changes too much."""
-        saved = 0.0
-        for gates in sequence if self._ordering else ():
-            result = self._tally_if_fine(gates)
-            if result is None:
-                break
-            saved = result.saved
-        return saved
 
     def _tally_if_fine(self, gates: Gates) -> Tally | None:
         """What gates do; None: they change too many decisions."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from minirksc.calibrate.evidence import BranchEvidence, Evidence, Failed
@@ -23,14 +24,14 @@ BRANCHES_AT_ONCE = 24
 
 
 class Recorder(LayerExit):
-    """A layer exit that lets nobody leave, and notes the margin of every row after every layer but the last."""
+    """A layer exit that lets no row leave, and notes the margin of every row after every layer but the last."""
 
     def __init__(self, make_lens: "MakeLens", choices: tuple[int, int], num_layers: int) -> None:
         super().__init__(make_lens(choices), num_layers, margin=math.inf, patience=1, start=0)
         self.noted: dict[int, list[float]] = {}
 
     def leaving(self, layer: int, margins: Mapping[int, float]) -> list[int]:
-        """Notes the margins, and names nobody."""
+        """Notes the margins, and names no row."""
         for row, margin in margins.items():
             self.noted.setdefault(row, []).append(margin)
         return []
@@ -63,11 +64,11 @@ class Collector(Solver):
     """Solves problems without gates, and notes what gates would look at.
 
     Args:
-        llm: as of `Solver`; with a tokenizer.
-        config: depth 1; what it says about gates is not used.
+        llm: Model, or session, as of `Solver`; with a tokenizer.
+        config: Options of solving, depth 1; what they say about gates is not used.
 
     Raises:
-        ConfigError: depth is more than 1, sharing is semantic, or nobody is asked.
+        ConfigError: Depth is more than 1, sharing is semantic, or no branch is asked about.
     """
 
     def __init__(self, llm: Any, config: SolverConfig) -> None:
@@ -83,8 +84,8 @@ class Collector(Solver):
         """Evidence of problems that are decoded together; one that fails does not harm the others.
 
         Args:
-            problems: text and, where it is known, the right answer.
-            seeds: of each: with one seed all problems would share their luck.
+            problems: Pairs of a text and, where it is known, the right answer.
+            seeds: Seed of each: with one seed all problems would share their luck.
         """
         try:
             return list(self._collect(problems, seeds))
@@ -133,13 +134,11 @@ class Collector(Solver):
             self._branch(node.branch, verdict, noted.get(row, []))
             for row, (node, verdict) in enumerate(zip(nodes, verdicts, strict=True))
         ]
-        found, begin = [], 0
-        for one in solves:
-            end = begin + len(one.nodes)
-            num_layers = self.session.spec.num_layers
-            found.append(Evidence(branches[begin:end], num_layers, num_question_tokens, one.reference))
-            begin = end
-        return found
+        rest, num_layers = iter(branches), self.session.spec.num_layers
+        return [
+            Evidence(list(islice(rest, len(one.nodes))), num_layers, num_question_tokens, one.reference)
+            for one in solves
+        ]
 
     def _branch(self, branch: "Branch", verdict: Verdict, margins: list[float]) -> BranchEvidence:
         if verdict.probability is None:

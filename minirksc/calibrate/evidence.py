@@ -1,11 +1,11 @@
 """What the gates look at, written down for one problem.
 
-Evidence comes from a solve without gates: every branch decoded to its end, everybody asked, the margin of YES over NO
+Evidence comes from a solve without gates: every branch decoded to its end and asked about, the margin of YES over NO
 noted after every layer. From it any thresholds can be tried without the model, see `minirksc.calibrate.replay`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,14 +17,15 @@ class BranchEvidence:
     """One branch of a solve without gates.
 
     Attributes:
-        token_ids: generated.
-        text: of all of them.
-        ends: after each token, how many characters of `text` are final.
-        num_hidden: characters at the end of `text` that are a stop string.
+        token_ids: Tokens generated.
+        text: Text of all of them.
+        ends: Number of characters of `text` that are final after each token.
+        num_hidden: Number of characters at the end of `text` that are a stop string.
         finish_reason: "stop" or "length".
-        signals: how sure the model was of each token.
-        probability: p(YES) after all layers.
-        margins: YES - NO in logits after each layer but the last; [] where the choices have several tokens each.
+        signals: Signals of how sure the model was of each token.
+        probability: Probability of YES after all layers.
+        margins: Logit of YES minus that of NO after each layer but the last; [] where the choices have several tokens
+            each.
     """
 
     token_ids: list[int]
@@ -48,10 +49,10 @@ class Evidence:
     """One problem.
 
     Attributes:
-        branches: that did not fail, in order.
-        num_layers: of the model.
-        num_question_tokens: that were computed to ask about one branch, on average.
-        reference: the right answer as text; None: unknown.
+        branches: Branches that did not fail, in order.
+        num_layers: Number of the model's layers.
+        num_question_tokens: Tokens that were computed to ask about one branch, on average.
+        reference: Right answer as text; None: unknown.
     """
 
     branches: list[BranchEvidence]
@@ -71,7 +72,7 @@ class Evidence:
         """The opposite of `to_dict`.
 
         Raises:
-            KeyError, TypeError, ValueError: the values are no evidence.
+            KeyError, TypeError, ValueError: The values are no evidence.
         """
         branches = []
         for branch in values["branches"]:
@@ -86,31 +87,31 @@ class Evidence:
         """Holds the parts against each other.
 
         Raises:
-            TypeError, ValueError: one is of another kind, or does not fit.
+            TypeError, ValueError: One is of another kind, or does not fit.
         """
-        if not self.branches or self.num_layers < 1 or not 0 <= self.num_question_tokens < math.inf:
-            raise ValueError(f"{len(self.branches)} branches, num_layers {self.num_layers}")
-        if not isinstance(self.reference, str | None):
-            raise TypeError("the reference is no text")
+        has_sizes = bool(self.branches) and self.num_layers >= 1 and 0 <= self.num_question_tokens < math.inf
+        _require(has_sizes, f"{len(self.branches)} branches, num_layers {self.num_layers}")
+        _require(isinstance(self.reference, str | None), "the reference is no text")
         for branch in self.branches:
-            tokens, text = branch.token_ids, branch.text
-            if not isinstance(text, str) or not isinstance(branch.finish_reason, str):
-                raise TypeError("text or finish_reason is no text")
-            numbers: list[Sequence[float]] = [branch.signals.top1, branch.signals.self_certainty, branch.ends]
-            if not all(len(part) == len(tokens) for part in numbers):
-                raise ValueError("not one signal and end a token")
-            if [*branch.ends, len(text)] != sorted([0, *branch.ends, len(text)])[1:]:
-                raise ValueError("ends that are not in the text")
-            whole = [*tokens, *branch.ends, branch.num_hidden, self.num_layers]
-            if not all(type(number) is int for number in whole) or not 0 <= branch.num_hidden <= len(text):
-                raise ValueError("a token, an end or num_hidden is no whole number, or outside the text")
-            finite = [*branch.signals.top1, *branch.signals.self_certainty, 1 - branch.probability, branch.probability]
-            if not all(map(math.isfinite, finite)) or not 0 <= branch.probability <= 1:
-                raise ValueError("a signal or probability is not finite")
-            if not all(isinstance(margin, float | int) for margin in branch.margins):
-                raise TypeError("a margin is no number")
-            if len(branch.margins) not in (0, self.num_layers - 1):
-                raise ValueError(f"{len(branch.margins)} margins of {self.num_layers} layers")
+            tokens, text, ends = branch.token_ids, branch.text, branch.ends
+            _require(isinstance(text, str) and isinstance(branch.finish_reason, str), "no text or finish_reason")
+            signals = [branch.signals.top1, branch.signals.self_certainty]
+            counts = [len(ends), *map(len, signals)]
+            _require(counts == [len(tokens)] * 3, "not one signal and end a token")
+            _require([*ends, len(text)] == sorted([0, *ends, len(text)])[1:], "ends that are not in the text")
+            whole = [*tokens, *ends, branch.num_hidden, self.num_layers]
+            _require(all(type(number) is int for number in whole), "a token, an end or a count is no whole number")
+            _require(0 <= branch.num_hidden <= len(text), "num_hidden is outside the text")
+            _require(all(map(math.isfinite, [*signals[0], *signals[1]])), "a signal is not finite")
+            _require(0 <= branch.probability <= 1, "the probability is none")
+            _require(all(isinstance(margin, float | int) for margin in branch.margins), "a margin is no number")
+            has_all = len(branch.margins) in (0, self.num_layers - 1)
+            _require(has_all, f"{len(branch.margins)} margins of {self.num_layers} layers")
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise ValueError(otherwise)
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Failed:
     """A problem that could not be solved.
 
     Attributes:
-        error: why.
+        error: Reason, in words.
     """
 
     error: str

@@ -4,20 +4,21 @@ The rules are those of `minirksc.rksc.cgee`, `minirksc.rksc.exits` and `minirksc
 was noted; nothing is decided here.
 
 One assumption: branches are decoded in step, a token each, as they are when one batch holds all of them. Where a
-branch is stopped early, what it had said until then is known token by token; nobody is ever asked about such a branch,
+branch is stopped early, what it had said until then is known token by token; such a branch is never asked about,
 since the gates that stop one (decode_exit, consensus) also say who wins.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 from minirksc.calibrate.evidence import BranchEvidence, Evidence
 from minirksc.engine.signals import SIGNALS, TokenSignals
 from minirksc.errors import ConfigError
 from minirksc.rksc.answers import AnswerParser, parse_answer
-from minirksc.rksc.cgee import NO_GATES, DecodeRule, Gates, leader_of
-from minirksc.rksc.exits import MarginExit, MarginRule
+from minirksc.rksc.cgee import NO_GATES, DecodeRule, Gates, Lead, leader_of
+from minirksc.rksc.exits import EntropyRule, MarginExit, MarginRule
 from minirksc.rksc.judge import Judge, Ruling
 
 
@@ -26,16 +27,16 @@ class Outcome:
     """What the solver does with some gates.
 
     Attributes:
-        best: index of the branch that wins.
-        answer: its parsed answer.
-        num_asked: branches that the model was asked about.
-        exit_layers: of each branch, layers that its question went through where it left early; None: all, or not asked.
-        num_question_rows: rows (tokens times layers) of the question that were computed, ...
-        num_question_rows_full: ... and that asking everybody takes.
-        num_decoded_tokens: of all branches, ...
-        num_decoded_tokens_full: ... and without gates.
-        num_layers: of the model.
-        reason: which gate settled it: "decode_exit", "consensus", "agreement", "skip", "bound"; "asked": none did.
+        best: Index of the branch that wins.
+        answer: Parsed answer of that branch.
+        num_asked: Number of branches that the model was asked about.
+        exit_layers: Layers that each branch's question went through where it left early; None: all, or not asked.
+        num_question_rows: Rows (tokens times layers) of the question that were computed.
+        num_question_rows_full: Rows that asking about all branches takes.
+        num_decoded_tokens: Tokens of all branches.
+        num_decoded_tokens_full: Tokens of all branches without gates.
+        num_layers: Number of the model's layers.
+        reason: Gate that settled it: "decode_exit", "consensus", "agreement", "skip", "bound"; "asked": none did.
     """
 
     best: int
@@ -107,8 +108,7 @@ class _Decoded:
     """How decoding ended: the rule, and what each branch had by then."""
 
     rule: DecodeRule
-    num_tokens: list[int]
-    signals: list[TokenSignals]
+    num_tokens: tuple[int, ...]
     answers: list[str | None]
 
 
@@ -116,10 +116,14 @@ class Replay:
     """One problem under any gates; remembers what several of them have in common.
 
     Args:
-        evidence: of the problem.
-        select: how the answer is chosen, see `answers.choose`.
-        answer_parser: reads the answers out of the texts.
+        evidence: Evidence of the problem.
+        select: Rule by which the answer is chosen, see `answers.choose`.
+        answer_parser: Reader of the answers out of the texts.
         decode_mode: "off", "keep_leader" or "stop_all", see `cgee.DecodeRule`.
+
+    Attributes:
+        evidence: Evidence of the problem.
+        reference: Outcome without gates.
     """
 
     def __init__(
@@ -134,14 +138,13 @@ class Replay:
         self._select = select
         self._parser = answer_parser
         self._mode = decode_mode
-        self._whole = [len(branch.token_ids) for branch in evidence.branches]
-        self._answers: dict[tuple[int, int], str | None] = {}
-        self._ends: dict[tuple[object, ...], _Decoded] = {}
-        self._exits: dict[MarginRule, dict[int, tuple[float, int]]] = {}
-        self._values: dict[tuple[object, ...], list[float]] = {}
+        self._whole = tuple(len(branch.token_ids) for branch in evidence.branches)
+        self._answer = cache(self._answer_after)
+        self._decode = cache(self._decode_by)
+        self._values = cache(self._signal_values)
+        self._margin_exits = cache(self._margin_exits_by)
         self._outcomes: dict[tuple[object, ...], Outcome] = {}
         self.reference = self.outcome(NO_GATES)
-        """Without gates."""
 
     def is_correct(self, outcome: Outcome) -> bool | None:
         """Whether an outcome's answer is the right one; None where that is unknown."""
@@ -153,39 +156,29 @@ class Replay:
         """What the solver would have done.
 
         Raises:
-            ConfigError: the gates have a layer exit that margins do not decide, as the paper's.
+            ConfigError: The gates have a layer exit that margins do not decide, as the paper's.
         """
-        exits = self._layer_exits(gates)
-        decoded = self._decode(gates)
+        exits = self._layer_exits(gates.layer_exit)
+        decoded = self._decode(gates.exact, gates.signal, gates.decode_exit, gates.decode_min_tokens)
+        skipped_to = None  # the branch that is chosen unasked if any must be asked about
+        if gates.skip:
+            answers = decoded.answers if gates.compares_answers else None
+            skipped_to = leader_of(self._values(gates.signal, decoded.num_tokens), answers, gates.skip)
         # All that an outcome depends on: most thresholds differ in nothing that a problem shows.
-        rule, ends, skipped_to = decoded.rule, tuple(decoded.num_tokens), self._skipped_to(gates, decoded)
-        seen = (gates.exact, rule.leader, rule.consensus, ends, skipped_to, tuple(exits.items()))
+        rule = decoded.rule
+        seen = (gates.exact, rule.leader, rule.consensus, decoded.num_tokens, skipped_to, tuple(exits.items()))
         if seen not in self._outcomes:
             self._outcomes[seen] = self._judge(gates, decoded, exits)
         return self._outcomes[seen]
 
-    def _skipped_to(self, gates: Gates, decoded: "_Decoded") -> int | None:
-        """Who is chosen unasked if anybody must be asked; None: they are asked."""
-        if not gates.skip:
-            return None
-        values = self._signal_values(gates.signal, decoded)
-        return leader_of(values, decoded.answers if gates.compares_answers else None, gates.skip)
-
-    def _signal_values(self, signal: str, decoded: "_Decoded") -> list[float]:
-        """Of each branch, a key of `SIGNALS` over the tokens that it had."""
-        key = (signal, *decoded.num_tokens)
-        if key not in self._values:
-            self._values[key] = [SIGNALS[signal](signals) for signals in decoded.signals]
-        return self._values[key]
-
-    def _judge(self, gates: Gates, decoded: "_Decoded", exits: Mapping[int, tuple[float, int]]) -> Outcome:
-        evidence, confidences = self.evidence, self._signal_values("mean_top1", decoded)
+    def _judge(self, gates: Gates, decoded: _Decoded, exits: Mapping[int, tuple[float, int]]) -> Outcome:
+        evidence, confidences = self.evidence, self._values("mean_top1", decoded.num_tokens)
         judge = Judge(
             gates,
             self._select,
             answers=decoded.answers,
             confidences=confidences,
-            values=self._signal_values(gates.signal, decoded),
+            values=self._values(gates.signal, decoded.num_tokens),
             leader=decoded.rule.leader,
         )
         scores: list[float | None] = [None] * len(confidences)
@@ -208,7 +201,7 @@ class Replay:
             reason=_reason(decoded.rule, ruling, len(asked), len(scores)),
         )
 
-    def _probability(self, index: int, decoded: "_Decoded", exits: Mapping[int, tuple[float, int]]) -> float:
+    def _probability(self, index: int, decoded: _Decoded, exits: Mapping[int, tuple[float, int]]) -> float:
         """p(YES) of a branch that is asked about."""
         if decoded.num_tokens[index] < self._whole[index]:
             raise AssertionError(f"branch {index} was cut off, and is asked about")
@@ -216,18 +209,13 @@ class Replay:
             return (1 + math.tanh(exits[index][0] / 2)) / 2
         return self.evidence.branches[index].probability
 
-    def _decode(self, gates: Gates) -> _Decoded:
-        key = (gates.signal, gates.decode_exit, gates.decode_min_tokens, gates.exact)
-        if key not in self._ends:
-            self._ends[key] = self._decode_anew(gates)
-        return self._ends[key]
-
-    def _decode_anew(self, gates: Gates) -> _Decoded:
-        branches = self.evidence.branches
+    def _decode_by(self, exact: bool, signal: str, leads: tuple[Lead, ...], min_tokens: int) -> _Decoded:
+        """Decodes under all that a decode rule looks at in gates."""
+        gates = replace(NO_GATES, exact=exact, signal=signal, decode_exit=leads, decode_min_tokens=min_tokens)
         rule = DecodeRule(gates, self._mode, self._select, lambda text: parse_answer(text, self._parser))
         num_tokens = list(self._whole)
-        may_stop = (self._mode != "off" and gates.decode_exit) or (self._select == "vote" and gates.exact)
-        progress = [_Progress(branch) for branch in branches]
+        may_stop = (self._mode != "off" and leads) or (self._select == "vote" and exact)
+        progress = [_Progress(branch) for branch in self.evidence.branches]
         for _ in range(max(num_tokens) if may_stop else 0):
             for one in progress:
                 one.advance()
@@ -235,33 +223,28 @@ class Replay:
                 num_tokens[index] = progress[index].num_tokens
             if rule.leader is not None or rule.consensus is not None:
                 break
-        ends = [_Progress(branch, count) for branch, count in zip(branches, num_tokens, strict=True)]
         answers = [self._answer(index, count) for index, count in enumerate(num_tokens)]
-        if rule.consensus is not None:  # as in the solver: who was cut off gives none
+        if rule.consensus is not None:  # as in the solver: a branch that was cut off gives none
             answers = [answers[i] if num_tokens[i] == whole else None for i, whole in enumerate(self._whole)]
-        return _Decoded(rule, num_tokens, [end.signals for end in ends], answers)
+        return _Decoded(rule, tuple(num_tokens), answers)
 
-    def _answer(self, index: int, num_tokens: int) -> str | None:
-        key = (index, num_tokens)
-        if key not in self._answers:
-            text = self.evidence.branches[index].text_after(num_tokens)
-            self._answers[key] = parse_answer(text, self._parser)
-        return self._answers[key]
+    def _signal_values(self, signal: str, num_tokens: tuple[int, ...]) -> list[float]:
+        """Value of a signal, a key of `SIGNALS`, for each branch over its first tokens."""
+        ends = zip(self.evidence.branches, num_tokens, strict=True)
+        return [SIGNALS[signal](branch.signals.first(count)) for branch, count in ends]
 
-    def _layer_exits(self, gates: Gates) -> Mapping[int, tuple[float, int]]:
-        """Of each branch whose question would leave early: margin, layers that it went through."""
-        rule = gates.layer_exit
+    def _answer_after(self, index: int, num_tokens: int) -> str | None:
+        return parse_answer(self.evidence.branches[index].text_after(num_tokens), self._parser)
+
+    def _layer_exits(self, rule: MarginRule | EntropyRule | None) -> Mapping[int, tuple[float, int]]:
+        """Margin, and layers that it went through, of each branch whose question would leave early."""
         if rule is None:
             return {}
         if not isinstance(rule, MarginRule):
             raise ConfigError(f"layer_exit={rule!r} does not follow from margins; use a MarginRule")
-        if not all(branch.margins for branch in self.evidence.branches):
-            return {}
-        if rule not in self._exits:
-            self._exits[rule] = self._layer_exits_anew(rule)
-        return self._exits[rule]
+        return self._margin_exits(rule) if all(branch.margins for branch in self.evidence.branches) else {}
 
-    def _layer_exits_anew(self, rule: MarginRule) -> dict[int, tuple[float, int]]:
+    def _margin_exits_by(self, rule: MarginRule) -> dict[int, tuple[float, int]]:
         branches = self.evidence.branches
         exits = MarginExit(rule, self.evidence.num_layers)
         for layer in exits.layers:

@@ -13,8 +13,7 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,21 +21,21 @@ from typing import TYPE_CHECKING, Any
 from minirksc.calibrate.binomial import problems_needed, smallest_budget
 from minirksc.calibrate.calibration import KINDS, Calibration, calibrate
 from minirksc.calibrate.collect import BRANCHES_AT_ONCE, Collector
-from minirksc.calibrate.evidence import Failed
+from minirksc.calibrate.evidence import Evidence, Failed
 from minirksc.calibrate.replay import Replay
 from minirksc.calibrate.trials import Trials
 from minirksc.cli.command import UsageError, run_command
 from minirksc.cli.evidence_file import EvidenceFile
-from minirksc.cli.files import GrowingFile, check_utf8, read_file
+from minirksc.cli.files import read_jsonl
 from minirksc.cli.generate import DEFAULT_TOKENS_PER_STEP, DEFAULTS, ENGINE, SAMPLING, open_llm
 from minirksc.cli.output import check_writable, print_json, print_page
 from minirksc.cli.parser import Parser, add_options, given
+from minirksc.cli.resumable import GrowingFile
 from minirksc.cli.strict_json import strict_json
 from minirksc.cli.terminal import is_terminal, note
 from minirksc.engine.signals import SIGNALS
 from minirksc.errors import ConfigError, MinirkscError
 from minirksc.options import EngineConfig, SamplingParams
-from minirksc.rksc.answers import check_parser
 from minirksc.rksc.cgee import Gates
 from minirksc.rksc.exits import MarginRule
 from minirksc.rksc.gates_file import GatesFile, fingerprint, settings_of, write_gates
@@ -61,21 +60,6 @@ CHOICES: dict[str, tuple[Any, str]] = {
     "limit": (int, "use the first N problems only"),
 }
 STEP_SAMPLING = tuple(name for name in SAMPLING if name not in ("max_tokens", "n", "logprobs", "ignore_eos"))
-
-
-@dataclass(frozen=True)
-class Problems:
-    """Of a JSONL file.
-
-    Attributes:
-        items: text and, where it is given, the right answer.
-        sha256: of the whole file.
-        name: of the file.
-    """
-
-    items: list[tuple[str, str | None]]
-    sha256: str
-    name: str
 
 
 def build_parser(prog: str = "python -m minirksc.calibrate") -> Parser:
@@ -109,9 +93,9 @@ def main(
     """Runs a command line; returns the exit code.
 
     Args:
-        arguments: None for the process's own.
-        make_llm: called with the engine's options; None for `LLM`.
-        prog: how it was called, for messages.
+        arguments: Words of the command line; None for the process's own.
+        make_llm: Function of the engine's options; None for `LLM`.
+        prog: Name by which it was called, for messages.
     """
     return run_command(lambda: partial(Job(build_parser(prog).parse(arguments)).run, make_llm or open_llm))
 
@@ -120,10 +104,10 @@ class Job:
     """A checked command line.
 
     Args:
-        options: of `build_parser`.
+        options: Options as `build_parser` gives them.
 
     Raises:
-        UsageError, ConfigError: options contradict each other, are out of range, or name files that cannot be used.
+        UsageError, ConfigError: Options contradict each other, are out of range, or name files that cannot be used.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -146,8 +130,8 @@ class Job:
         self.evidence_path = self.output.with_name(self.output.name + ".evidence.jsonl")
         for path in (self.output, self.evidence_path):
             check_writable(path, "--output")
-        self.problems = read_problems(Path(options.data))
-        self.todo = self.problems.items[: options.limit]
+        problems, self.data = read_problems(Path(options.data))
+        self.todo = problems[: options.limit]
 
     def run(self, make_llm: Callable[..., "LLM"]) -> int:
         """Collects, calibrates, writes; returns the exit code."""
@@ -157,38 +141,34 @@ class Job:
         with GrowingFile(self.evidence_path, "evidence") as stream, make_llm(**self.engine_options) as llm:
             settings = settings_of(self.config, llm)
             model = fingerprint(llm.model_path)
-            file = EvidenceFile(stream, self._header(settings, model))
-            with self._explain_end(file):
-                self._collect(llm, file)
-        found = [file.found[index] for index in range(len(self.todo))]
+            found = self._collect(llm, stream, EvidenceFile(stream, self._header(settings, model)))
         failed = [one for one in found if isinstance(one, Failed)]
         if failed:
             note(f"{len(failed)} of {len(found)} problems failed and do not count; the first: {failed[0].error}")
         self._check_count(len(found) - len(failed), " without an error")
-        rules: dict[str, Any] = {"select": self.config.select, "answer_parser": self.config.answer_parser}
-        mode = self.config.decode_exit_mode
-        replays = [Replay(one, decode_mode=mode, **rules) for one in found if not isinstance(one, Failed)]
-        trials = Trials(replays)
+        select, parser, mode = self.config.select, self.config.answer_parser, self.config.decode_exit_mode
+        solved = [one for one in found if isinstance(one, Evidence)]
+        trials = Trials([Replay(one, select=select, answer_parser=parser, decode_mode=mode) for one in solved])
         return self._finish(trials, self._calibrate(trials), settings, model)
 
-    def _collect(self, llm: "LLM", file: EvidenceFile) -> None:
-        from tqdm import tqdm
-
+    def _collect(self, llm: "LLM", stream: GrowingFile, file: EvidenceFile) -> list[Evidence | Failed]:
+        """Solves the problems that the file does not have yet; returns what all of them gave."""
         from minirksc.engine.sampling import derived_seed
 
         collector = Collector(llm, self.config)
-        missing = [index for index in range(len(self.todo)) if index not in file.found]
-        size = max(1, BRANCHES_AT_ONCE // self.config.branches)
-        done = len(self.todo) - len(missing)
-        disable = not is_terminal(sys.stderr)
-        with tqdm(total=len(self.todo), initial=done, unit="problem", disable=disable) as bar:
-            for begin in range(0, len(missing), size):
-                some = missing[begin : begin + size]
-                seeds = [derived_seed(self.seed, index) for index in some]
-                for index, one in zip(some, collector.collect([self.todo[i] for i in some], seeds), strict=True):
-                    file.add(index, one)
-                file.flush()
-                bar.update(len(some))
+
+        def add_results(indices: Sequence[int]) -> Iterator[None]:
+            seeds = [derived_seed(self.seed, index) for index in indices]
+            found = collector.collect([self.todo[index] for index in indices], seeds)
+            for index, one in zip(indices, found, strict=True):
+                file.add(index, one)
+                yield
+
+        num_problems = len(self.todo)
+        missing = [index for index in range(num_problems) if index not in file.found]
+        chunk = max(1, BRANCHES_AT_ONCE // self.config.branches)
+        stream.fill(missing, num_problems, add_results, chunk=chunk, unit="problem", state="problems are in")
+        return [file.found[index] for index in range(num_problems)]
 
     def _calibrate(self, trials: Trials) -> Calibration:
         from tqdm import tqdm
@@ -228,11 +208,8 @@ class Job:
             "accuracy": accuracy,
             "saved_all_problems": whole.saved,
         }
-        data = {"name": self.problems.name, "sha256": self.problems.sha256, "problems": len(self.problems.items)}
-        file = GatesFile(
-            certified.gates, self.budget, self.confidence, counts, data, settings, model, minirksc_version=__version__
-        )
-        write_gates(self.output, file)
+        promise = (self.budget, self.confidence)
+        write_gates(self.output, GatesFile(certified.gates, *promise, counts, self.data, settings, model, __version__))
         note(f"wrote {self.output}")
         if self._options.json:
             print_json({"output": str(self.output), "budget": self.budget, "confidence": self.confidence, **counts})
@@ -243,8 +220,6 @@ class Job:
     def _solver_config(self) -> SolverConfig:
         options = self._options
         tokens = options.tokens_per_step or DEFAULT_TOKENS_PER_STEP
-        if options.answer_parser is not None:
-            check_parser(options.answer_parser)
         sampling = replace(DEFAULT_SAMPLING, max_tokens=tokens, **given(options, STEP_SAMPLING))
         values = given(options, SOLVER) | {"tokens_per_step": tokens, "chat": options.chat is not False}
         return SolverConfig(sampling=sampling, **{"decode_exit": "keep_leader", **values})
@@ -255,7 +230,7 @@ class Job:
         return {
             "minirksc_version": __version__,
             "torch_version": torch.__version__,
-            "data": {"sha256": self.problems.sha256},
+            "data": {"sha256": self.data["sha256"]},
             "seed": self.seed,
             "settings": {name: value for name, value in settings.items() if name not in RULES},
             "model": model,
@@ -265,38 +240,25 @@ class Job:
         needed = problems_needed(self.budget, self.confidence)
         if count < needed:
             least = smallest_budget(count, self.confidence)
-            remedy = f"; {count} could certify a budget of {_up(least)} at best" if least <= MAX_BUDGET else ""
+            shown = f"{least + 0.00005:.4f}"  # rounded up, so that it can be asked for
+            remedy = f"; {count} could certify a budget of {shown} at best" if least <= MAX_BUDGET else ""
             raise MinirkscError(
                 f"{count} problems{what} are too few: a budget of {self.budget:g} at confidence {self.confidence:g} "
                 f"needs {needed}, if no decision changes{remedy}"
             )
 
-    @contextmanager
-    def _explain_end(self, file: EvidenceFile) -> Iterator[None]:
-        """Says what an interrupted or failed run leaves behind."""
-        try:
-            yield
-        except BaseException:
-            num_done = sum(index < len(self.todo) for index in file.found)
-            note(f"{num_done} of {len(self.todo)} problems are in {file.path}; the same command goes on from there")
-            raise
 
-
-def read_problems(path: Path) -> Problems:
-    """Problems of a JSONL file.
+def read_problems(path: Path) -> tuple[list[tuple[str, str | None]], dict[str, Any]]:
+    """Problems of a JSONL file: text and, where it is given, the right answer; and what tells one file from another.
 
     Raises:
-        ConfigError: it cannot be read, is empty, or a line is no problem.
+        ConfigError: It cannot be read, is empty, or a line is no problem.
     """
-    raw = read_file(path, MAX_DATA_BYTES, "--data")
-    check_utf8(raw, f"--data {path}")
-    items = []
-    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if line.strip():
-            items.append(_problem(path, number, line))
+    raw, lines = read_jsonl(path, MAX_DATA_BYTES, "--data")
+    items = [_problem(path, number, line) for number, line in lines]
     if not items:
         raise ConfigError(f"--data {path} is empty; give one problem a line")
-    return Problems(items, hashlib.sha256(raw).hexdigest(), path.name)
+    return items, {"name": path.name, "sha256": hashlib.sha256(raw).hexdigest(), "problems": len(items)}
 
 
 def print_table(found: Calibration, accuracy: dict[str, float] | None) -> None:
@@ -351,7 +313,7 @@ def _accuracy(replays: Sequence[Replay], gates: Gates) -> dict[str, float] | Non
 
 def _problem(path: Path, number: int, line: bytes) -> tuple[str, str | None]:
     try:
-        values = strict_json(line.strip())
+        values = strict_json(line)
     except ValueError as error:
         raise ConfigError(f"--data {path}: line {number} is not JSON: {error}") from error
     given = [name for name in TEXT_FIELDS if name in values] if isinstance(values, dict) else []
@@ -361,11 +323,6 @@ def _problem(path: Path, number: int, line: bytes) -> tuple[str, str | None]:
     if answer is not None and not isinstance(answer, str | int | float):
         raise ConfigError(f"--data {path}: line {number} has the answer {answer!r}; give a text or a number")
     return values[given[0]], None if answer is None else str(answer)
-
-
-def _up(rate: float) -> str:
-    """Rounded so that it can be asked for."""
-    return f"{rate + 0.00005:.4f}"
 
 
 def _add_table(group: Any, table: dict[str, tuple[Any, str]]) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from minirksc.calibrate.evidence import Evidence, Failed
-from minirksc.cli.files import GrowingFile, read_file
+from minirksc.cli.files import read_file
+from minirksc.cli.resumable import GrowingFile
 from minirksc.errors import ConfigError, brief
 
 SCHEMA = "minirksc.evidence"
@@ -20,33 +21,33 @@ class EvidenceFile:
     """Evidence by problem, in a JSONL file that grows.
 
     Args:
-        file: new, or of an earlier run with the same header. A last line that was torn off is dropped.
-        header: what the evidence is made with, plain data.
+        file: File of this run, new or of an earlier run with the same header. A last line that was torn off is dropped.
+        header: Plain data: what the evidence is made with.
 
     Attributes:
-        path: of the file.
-        found: problem's number -> its evidence, or why there is none.
+        found: Number of a problem -> its evidence, or why there is none.
 
     Raises:
-        ConfigError: the file cannot be read, or holds something else.
-        MinirkscError: it cannot be written.
+        ConfigError: The file cannot be read, or holds something else.
+        MinirkscError: It cannot be written.
     """
 
     def __init__(self, file: GrowingFile, header: dict[str, Any]) -> None:
-        self.path = file.path
+        self.found: dict[int, Evidence | Failed] = {}
         self._file = file
         header = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **header}
-        raw = read_file(self.path, MAX_BYTES, "evidence")
-        num_valid = raw.rfind(b"\n") + 1
-        if num_valid:
-            first, self.found = _parse(self.path, raw[:num_valid])
-            _check_header(self.path, first, header)
-        else:
-            self.found = {}
-            if not _line(header).startswith(raw):
-                raise ConfigError(f"{self.path} exists and is no evidence; choose another --output, or remove it")
-        file.truncate(num_valid)
-        if not num_valid:
+
+        def take(number: int, line: bytes) -> None:
+            if line.endswith(b"\n"):
+                first = _read_line(file.path, number, line, self.found)
+                if first is not None:
+                    _check_header(file.path, first, header)
+            elif number == 1 and not _line(header).startswith(line):
+                raise ConfigError(f"{file.path} exists and is no evidence; choose another --output, or remove it")
+
+        num_whole = file.read(take)
+        file.truncate(num_whole)
+        if not num_whole:
             file.add(_line(header))
 
     def add(self, index: int, one: Evidence | Failed) -> None:
@@ -55,43 +56,39 @@ class EvidenceFile:
         values = {"error": one.error} if isinstance(one, Failed) else {"evidence": one.to_dict()}
         self._file.add(_line({"problem": index, **values}))
 
-    def flush(self) -> None:
-        """What was added survives whatever comes."""
-        self._file.sync()
-
 
 def read_evidence(path: Path) -> tuple[dict[str, Any], list[Evidence]]:
     """(header, evidence by problem, those that failed left out) of a file.
 
     Raises:
-        ConfigError: it cannot be read, or holds something else.
+        ConfigError: It cannot be read, or holds something else.
     """
+    header: dict[str, Any] | None = None
+    found: dict[int, Evidence | Failed] = {}
     raw = read_file(path, MAX_BYTES, "evidence")
-    header, found = _parse(path, raw[: raw.rfind(b"\n") + 1])
+    for number, line in enumerate(raw[: raw.rfind(b"\n") + 1].splitlines(), start=1):
+        header = _read_line(path, number, line, found) or header
+    if header is None:
+        raise ConfigError(f"{path} is empty; collect evidence with `python -m minirksc.calibrate`")
     return header, [one for _, one in sorted(found.items()) if isinstance(one, Evidence)]
 
 
-def _parse(path: Path, raw: bytes) -> tuple[dict[str, Any], dict[int, Evidence | Failed]]:
-    found: dict[int, Evidence | Failed] = {}
-    header: dict[str, Any] = {}
-    for number, line in enumerate(raw.splitlines(), start=1):
-        try:
-            values = json.loads(line)
-            if number == 1:
-                header = values
-                if header["schema"] != SCHEMA or header["schema_version"] != SCHEMA_VERSION:
-                    raise ValueError(f"schema {header['schema']!r}, version {header['schema_version']!r}")
-            elif "error" in values:
-                found[_number(values["problem"])] = Failed(str(values["error"]))
-            else:
-                found[_number(values["problem"])] = Evidence.from_dict(values["evidence"])
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise ConfigError(
-                f"{path}: line {number} is no evidence of this version ({error}); remove the file, or choose another"
-            ) from error
-    if not header:
-        raise ConfigError(f"{path} is empty; collect evidence with `python -m minirksc.calibrate`")
-    return header, found
+def _read_line(path: Path, number: int, line: bytes, found: dict[int, Evidence | Failed]) -> dict[str, Any] | None:
+    """Returns what the first line says of all others; puts into `found` what another line says of its problem."""
+    try:
+        values: dict[str, Any] = json.loads(line)
+        if number == 1:
+            if values["schema"] != SCHEMA or values["schema_version"] != SCHEMA_VERSION:
+                raise ValueError(f"schema {values['schema']!r}, version {values['schema_version']!r}")
+            return values
+        is_failed = "error" in values
+        index = _number(values["problem"])
+        found[index] = Failed(str(values["error"])) if is_failed else Evidence.from_dict(values["evidence"])
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ConfigError(
+            f"{path}: line {number} is no evidence of this version ({error}); remove the file, or choose another"
+        ) from error
 
 
 def _number(value: Any) -> int:
@@ -101,21 +98,20 @@ def _number(value: Any) -> int:
 
 
 def _check_header(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    expected = json.loads(json.dumps(expected))
+    found, expected = _flat(found), _flat(json.loads(json.dumps(expected)))
     for name in sorted({*found, *expected}):
-        one, other = found.get(name), expected.get(name)
-        if one == other:
-            continue
-        if isinstance(one, dict) and isinstance(other, dict):
-            name, one, other = next(
-                (f"{name}: {key}", one.get(key), other.get(key))
-                for key in sorted({*one, *other})
-                if one.get(key) != other.get(key)
+        if found.get(name) != expected.get(name):
+            raise ConfigError(
+                f"{path} was collected with {name} {brief(found.get(name))}, and this run has "
+                f"{brief(expected.get(name))}; go on with the same options, choose another --output, or remove the file"
             )
-        raise ConfigError(
-            f"{path} was collected with {name} {brief(one)}, and this run has {brief(other)}; go on with the same "
-            "options, choose another --output, or remove the file"
-        )
+
+
+def _flat(header: dict[str, Any]) -> dict[str, Any]:
+    """A header with the values of objects in it as values of its own."""
+    values = {name: value for name, value in header.items() if not isinstance(value, dict)}
+    parts = {name: value for name, value in header.items() if isinstance(value, dict)}
+    return values | {f"{name}: {key}": value for name, part in parts.items() for key, value in part.items()}
 
 
 def _line(values: dict[str, Any]) -> bytes:

@@ -1,37 +1,31 @@
-"""Files that a person names: read whole within a limit, or grown line by line by one run at a time.
+"""Files that a person names: read whole within a limit, written whole or not at all.
 
 Regular files only. A FIFO may have no writer and a device no end, so they are refused by name.
 """
 
-import contextlib
 import json
 import os
+import sys
 from pathlib import Path
-from types import TracebackType
 
-from minirksc.cli.terminal import note
 from minirksc.errors import ConfigError, MinirkscError
 from minirksc.json_file import open_regular
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-_NO_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+MAX_TEXT_BYTES = 64 << 20
+"""Size of a prompt from standard input, and of a file with hints or wordings."""
 
 
 def read_file(path: Path, max_bytes: int, what: str, error: type[MinirkscError] = ConfigError) -> bytes:
     """The bytes of a file.
 
     Args:
-        path: of the file.
-        max_bytes: size above which it is not even read.
-        what: it is, for messages.
-        error: what to raise.
+        path: Path of the file.
+        max_bytes: Size above which it is not even read.
+        what: Name of what it is, for messages.
+        error: Class of what to raise.
 
     Raises:
-        error: it is no regular file, too large, or cannot be read.
+        error: It is no regular file, too large, or cannot be read.
     """
     try:
         with open_regular(path) as stream:
@@ -49,7 +43,7 @@ def check_utf8(raw: bytes, what: str) -> None:
     """Refuses text in UTF-16 or UTF-32, such as PowerShell writes; other bytes may be anything.
 
     Raises:
-        ConfigError: it is such text.
+        ConfigError: It is such text.
     """
     encoding = json.detect_encoding(raw)
     # A line of garbage at the beginning makes no other encoding: the other lines would not be seen in it.
@@ -57,115 +51,67 @@ def check_utf8(raw: bytes, what: str) -> None:
         raise ConfigError(f"{what} is text in {encoding[:6].upper()}; save it as UTF-8")
 
 
-class GrowingFile:
-    """A file of lines that this run alone appends to; a context manager.
-
-    It holds whole lines whatever a write meets; only a killed process can leave one torn off.
+def read_jsonl(path: Path, max_bytes: int, what: str) -> tuple[bytes, list[tuple[int, bytes]]]:
+    """All bytes of a JSONL file, and its lines that are not empty, each with its number from 1.
 
     Args:
-        path: new, or of an earlier run.
-        what: it is, for messages.
-
-    Attributes:
-        path: of the file.
+        path: Path of the file.
+        max_bytes: Size above which it is not even read.
+        what: Name of what it is, for messages.
 
     Raises:
-        ConfigError: it is no regular file, cannot be written, or is written by another run.
+        ConfigError: It cannot be read, or is text in UTF-16 or UTF-32.
     """
+    raw = read_file(path, max_bytes, what)
+    check_utf8(raw, f"{what} {path}")
+    lines = enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1)
+    return raw, [(number, line.strip()) for number, line in lines if line.strip()]
 
-    def __init__(self, path: Path, what: str) -> None:
-        self.path = path
-        self._name = f"{what} {path}"
-        try:
-            if path.exists() and not path.is_file():
-                raise ConfigError(f"{self._name} is no regular file, so it cannot be written; choose another one")
-            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | _NO_WAITING, 0o666)
-            self._stream = open(descriptor, "r+b", buffering=0)  # noqa: SIM115
-        except OSError as error:
-            raise ConfigError(f"{self._name} cannot be written: {error.strerror}; choose another one") from error
-        try:
-            self._lock()
-        except BaseException:
-            self._stream.close()
-            raise
-        self._size = os.fstat(descriptor).st_size
 
-    def truncate(self, num_bytes: int) -> None:
-        """Drops what follows the first bytes, if anything does.
+def read_lines(path: Path, what: str) -> list[str]:
+    """The non-empty lines of a text file.
 
-        Raises:
-            MinirkscError: it cannot be done.
-        """
-        try:
-            self._stream.truncate(num_bytes)
-        except OSError as error:
-            raise self._cannot_write(error) from error
-        self._size = num_bytes
+    Args:
+        path: Path of the file.
+        what: Name of what it is, for messages.
 
-    def add(self, line: bytes) -> None:
-        """Appends a line, or nothing.
+    Raises:
+        ConfigError: It cannot be read.
+    """
+    raw = read_file(path, MAX_TEXT_BYTES, what)
+    return [line for line in _text(raw, f"{what} {path}").split("\n") if line.strip()]
 
-        Raises:
-            MinirkscError: it cannot be written.
-        """
-        rest = memoryview(line)
-        try:
-            while rest:
-                rest = rest[self._stream.write(rest) :]
-        except BaseException as error:
-            with contextlib.suppress(OSError):
-                self._stream.truncate(self._size)
-            if isinstance(error, OSError):
-                raise self._cannot_write(error) from error
-            raise
-        self._size += len(line)
 
-    def sync(self) -> None:
-        """What was added survives whatever comes.
+def read_stdin() -> str:
+    """Standard input, as UTF-8 whatever the locale says, without its last line break.
 
-        Raises:
-            MinirkscError: it cannot be written.
-        """
-        try:
-            os.fsync(self._stream.fileno())
-        except OSError as error:
-            raise self._cannot_write(error) from error
+    Raises:
+        ConfigError: It is closed, cannot be read, is too long, or not UTF-8.
+    """
+    if sys.stdin is None:
+        raise ConfigError("standard input is closed; give a PROMPT")
+    try:
+        raw = sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"standard input cannot be read: {error}; give a PROMPT") from error
+    if len(raw) > MAX_TEXT_BYTES:
+        raise ConfigError(f"standard input has more than {MAX_TEXT_BYTES} bytes; give a prompt that a model can hold")
+    return _text(raw, "standard input").removesuffix("\n").removesuffix("\r")
 
-    def __enter__(self) -> "GrowingFile":
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Lets others write; a second call does nothing."""
-        self._stream.close()
-
-    def _lock(self) -> None:
-        """For as long as the file is open, which no process survives."""
-        why = "this system has no such locks"
-        if fcntl is not None:
-            try:
-                return fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ConfigError(
-                    f"{self._name} is being written by another run; wait for its end, or choose another file"
-                ) from error
-            except OSError as error:
-                why = str(error.strerror)
-        note(f"warning: {self._name} cannot be locked ({why}): let no other run write it")
-
-    def _cannot_write(self, error: OSError) -> MinirkscError:
-        return MinirkscError(f"{self._name} cannot be written: {error.strerror}; the lines that are in it are whole")
+def _text(raw: bytes, what: str) -> str:
+    check_utf8(raw, what)
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{what} is not UTF-8 text: {error}") from error
 
 
 def write_file(path: Path, text: str) -> None:
     """Writes a text file; if that fails halfway, there is none.
 
     Raises:
-        MinirkscError: it cannot be written.
+        MinirkscError: It cannot be written.
     """
     try:
         with path.open("w", encoding="utf-8") as stream:

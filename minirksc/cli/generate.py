@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minirksc.cli import batch as cli_batch
+from minirksc.cli import files as cli_files
 from minirksc.cli import output as cli_output
 from minirksc.cli.command import UsageError, check_text, run_command
-from minirksc.cli.files import read_file
 from minirksc.cli.interrupts import importing
 from minirksc.cli.parser import Parser, add_options, given, label, names_in
+from minirksc.cli.strict_json import json_object
 from minirksc.cli.terminal import check_stdout, is_terminal, note
 from minirksc.options import EngineConfig, SamplingParams
 from minirksc.rksc.gates_file import MAX_FILE_BYTES, read_gates_file, settings_of
@@ -97,7 +98,7 @@ def build_parser(prog: str = "python -m minirksc.generate", branches: int | None
     add("--chat", action=argparse.BooleanOptionalAction, help="use the chat template (default: if there is one)")
     add("--system", metavar="TEXT", help="system message, for conversations that have none of their own")
     kwargs_help = 'variables for the chat template, such as {"enable_thinking": false} or {"tools": [...]}'
-    add("--chat-template-kwargs", type=cli_batch.json_object, metavar="JSON", help=kwargs_help)
+    add("--chat-template-kwargs", type=json_object, metavar="JSON", help=kwargs_help)
     add("--json", action="store_true", default=None, help="print one JSON object a prompt")
     add("--stats", action="store_true", default=None, help="print what was done and how fast, to stderr")
 
@@ -164,7 +165,9 @@ class Job:
         self.solver_config = self._solver_config() if self.is_solving else None
         self.phrasings = self._lines_for_branches("phrasings")
         if options.gates is not None:
-            read_file(Path(options.gates), MAX_FILE_BYTES, self._label("gates"))  # what it says depends on the model
+            cli_files.read_file(
+                Path(options.gates), MAX_FILE_BYTES, self._label("gates")
+            )  # what it says depends on the model
         if options.trace is not None:
             cli_output.check_trace(Path(options.trace), self._label("trace"))
         self.batch = None if options.input is None else cli_batch.Batch(Path(options.input), Path(options.output))
@@ -287,7 +290,7 @@ class Job:
         path = getattr(self.options, name)
         if path is None:
             return None
-        lines = cli_batch.read_lines(Path(path), self._label(name))
+        lines = cli_files.read_lines(Path(path), self._label(name))
         same = next((i for i, line in enumerate(lines) if line in lines[:i]), None)
         if name == "phrasings" and same is not None:
             first = lines.index(lines[same])
@@ -300,7 +303,7 @@ class Job:
     def _read_prompt(self) -> str:
         prompt = self.options.prompt
         if prompt == "-" or (prompt is None and not is_terminal(sys.stdin)):
-            prompt = cli_batch.read_stdin()
+            prompt = cli_files.read_stdin()
         if prompt is None:
             raise UsageError("give a PROMPT, or - to read standard input")
         if not prompt.strip():

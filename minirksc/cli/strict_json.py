@@ -4,21 +4,24 @@ Each key of an object is there once, numbers are finite, and nothing is nested s
 would give up.
 """
 
+import argparse
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any, NoReturn
 
-MAX_DEPTH = 100
-"""Of lists and objects within each other; Python's own recursion ends at 1000."""
+from minirksc.cli.command import UsageError, check_text
+from minirksc.json_file import is_nested_deeper
+
+MAX_NESTING = 100
+"""Levels of lists and objects within each other; Python's own recursion ends at 1000."""
 
 
 def strict_json(raw: bytes) -> Any:
     """What a text in UTF-8 is in JSON.
 
     Raises:
-        ValueError: it is not JSON, or not strictly.
+        ValueError: It is not JSON, or not strictly.
     """
     try:
         content = json.loads(
@@ -26,16 +29,25 @@ def strict_json(raw: bytes) -> Any:
         )
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    level, depth = [content], 0
-    while level := [item for part in level for item in _items(part) if isinstance(item, dict | list)]:
-        depth += 1
-        if depth >= MAX_DEPTH:
-            raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
+    if is_nested_deeper(content, MAX_NESTING):
+        raise ValueError(f"it is nested more than {MAX_NESTING} levels deep")
     return content
 
 
-def _items(part: Any) -> Iterable[Any]:
-    return part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+def json_object(text: str) -> dict[str, Any]:
+    """The object that a text is in JSON; the type of an option for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: It is none.
+    """
+    try:
+        check_text("its text", text)
+        content = strict_json(text.encode())
+    except (ValueError, UsageError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object, such as {{"enable_thinking": false}}')
+    return content
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

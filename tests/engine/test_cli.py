@@ -484,7 +484,7 @@ def test_an_interruption_while_reading_and_while_loading(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     assert main(["x"], make_llm=interrupt) == 130
-    monkeypatch.setattr("minirksc.cli.batch.read_stdin", interrupt)
+    monkeypatch.setattr("minirksc.cli.files.read_stdin", interrupt)
     assert main(["-"], make_llm=never) == 130
     assert capsys.readouterr().err == "minirksc: interrupted\n" * 2
 

@@ -7,9 +7,10 @@ import os
 import pytest
 
 from minirksc import LLM, Solver
-from minirksc.cli.batch import MAX_TEXT_BYTES, Batch, read_stdin
-from minirksc.cli.files import GrowingFile
+from minirksc.cli.batch import Batch
+from minirksc.cli.files import MAX_TEXT_BYTES, read_stdin
 from minirksc.cli.generate import main
+from minirksc.cli.resumable import GrowingFile
 from minirksc.errors import ConfigError
 from minirksc.options import SamplingParams
 

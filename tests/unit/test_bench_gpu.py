@@ -22,13 +22,13 @@ ROOT = Path(__file__).resolve().parents[2]
 _spec = importlib.util.spec_from_file_location("bench", ROOT / "bench" / "__init__.py")
 sys.modules["bench"] = importlib.util.module_from_spec(_spec)
 
-from bench import gpu, gpu_attention, gpu_device, gpu_engine, gpu_report, gpu_rivals, gpu_small  # noqa: E402
+from bench import gpu, gpu_attention, gpu_device, gpu_rivals, gpu_small, peers  # noqa: E402
 from bench.gpu_attention import AttentionCase, AttentionInputs  # noqa: E402
 from bench.gpu_device import Peak  # noqa: E402
-from bench.harness import Arm  # noqa: E402
+from bench.report import write_lines  # noqa: E402
 
 CPU = torch.device("cpu")
-PEAK = Peak(1e12, 1e14, "measured")
+PEAK = Peak(1e12, 1e14)
 
 
 def tiny(kind, batch=2, num_queries=1, context_len=37, prefix_len=0, block_size=8, dtype=torch.float32):
@@ -159,8 +159,7 @@ STAND_INS = {
     ),
     "flashinfer cascade": SimpleNamespace(MultiLevelCascadeAttentionWrapper=CascadeWrapper),
     "vllm triton": SimpleNamespace(unified_attention=unified),
-    "sglang triton, 8 splits": SimpleNamespace(decode_attention_fwd=by_slot_decode),
-    "sglang triton, many splits": SimpleNamespace(decode_attention_fwd=by_slot_decode),
+    "sglang triton, decode": SimpleNamespace(decode_attention_fwd=by_slot_decode),
     "sglang triton": SimpleNamespace(extend_attention_fwd=by_slot_extend),
 }
 ON_CASES = [
@@ -192,7 +191,8 @@ def test_rows_of_a_case(kind):
         assert row["flop_share"] == pytest.approx(CASES[kind].flops / 10e-6 / 1e14)
     assert rows[0]["best_rival"] == "flash-attn" and rows[0]["ratio"] == 1.0
     assert rows[1]["bytes"] < rows[0]["bytes"] and rows[2]["version"] == "1.2" and "ratio" not in rows[2]
-    gpu_report.print_rows(json.loads(json.dumps(rows)))
+    page = str(gpu.make_page(json.loads(json.dumps(rows))))
+    assert "## attention" in page and page.count("| minirksc |") == 1
 
 
 def test_a_rival_that_fails_or_is_wrong_is_a_row_with_its_reason():
@@ -217,7 +217,7 @@ def test_a_rival_that_fails_or_is_wrong_is_a_row_with_its_reason():
     assert rows["crashes"]["failed"].startswith("ZeroDivisionError")
     assert all("wrong result" in rows[name]["failed"] for name in ("wrong", "shapeless", "poisoned"))
     assert "us" in rows["minirksc"] and "best_rival" not in rows["minirksc"]
-    assert all(len(gpu_report.cells(row)) <= len(gpu_report.HEADINGS) for row in rows.values())
+    assert all(len(gpu.cells(row)) <= len(gpu.HEADINGS) for row in rows.values())
 
 
 def test_an_error_while_timing_is_a_row_of_each_arm():
@@ -235,7 +235,10 @@ def test_only_what_is_asked_for_is_measured():
 
 
 def test_a_case_too_large_for_the_device_is_skipped(monkeypatch):
-    monkeypatch.setattr(gpu.Measure, "_free_bytes", lambda self: 10.0)
+    def too_large(case, device):
+        raise torch.OutOfMemoryError("tried to allocate 200.00 GiB")
+
+    monkeypatch.setattr(gpu_attention, "AttentionInputs", too_large)
     (row,) = measure().attention(CASES["decode"], [])
     assert "GiB" in row["skipped"] and row["kind"] == "decode"
 
@@ -320,28 +323,12 @@ def test_sizes_of_small_cases_are_those_of_their_tensors():
     assert SMALL[1].num_bytes == gate_up.nbytes * 3 // 2
 
 
-@pytest.mark.parametrize(
-    ("name", "terabytes"),
-    [
-        ("NVIDIA H100 80GB HBM3", 3.35),
-        ("NVIDIA H100 PCIe", 2.0),
-        ("NVIDIA H200", 4.8),
-        ("NVIDIA A100-SXM4-80GB", 2.039),
-        ("NVIDIA A100 80GB PCIe", 1.935),
-        ("NVIDIA A100-PCIE-40GB", 1.555),
-        ("NVIDIA L40S", 0.864),
-        ("NVIDIA GeForce RTX 4090", 1.008),
-        ("NVIDIA GeForce RTX 5090", 1.792),
-        ("AMD Instinct MI300X", 5.3),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
-        ("NVIDIA GH200 480GB", None),
-        ("Something New", None),
-    ],
-)
-def test_peaks(name, terabytes):
-    peak = gpu_device.known_peak(name)
-    assert (peak and peak.bandwidth) == (terabytes and pytest.approx(terabytes * 1e12))
+def test_a_peak_is_what_the_fastest_copy_and_product_reach(monkeypatch):
+    monkeypatch.setattr(gpu_device, "COPY_BYTES", 1 << 10)
+    monkeypatch.setattr(gpu_device, "PRODUCT_SIZE", 8)
+    times = iter([*range(20, 10, -1), *range(10, 0, -1)])
+    peak = gpu_device.measured_peak(CPU, lambda call: call() is None or next(times))
+    assert peak == Peak(2 * 1024 / 11 * 1e6, 2 * 8**3 / 1 * 1e6)
 
 
 def test_what_nvidia_smi_prints():
@@ -350,19 +337,12 @@ def test_what_nvidia_smi_prints():
     assert gpu_device.parse_smi("No devices were found") == {}
 
 
-def test_calls_take_turns():
-    calls = []
-    arms = {name: (lambda name=name: calls.append(name)) for name in "abc"}
-    times = gpu_device.interleave(arms, lambda call: call() or float(len(calls)), repeats=4, warmup=2)
-    assert {name: len(values) for name, values in times.items()} == {"a": 4, "b": 4, "c": 4}
-    rounds = [calls[i : i + 3] for i in range(0, len(calls), 3)]
-    assert len(rounds) == 6 and all(sorted(one) == ["a", "b", "c"] for one in rounds)
-    assert len({tuple(one) for one in rounds}) > 1
-
-
-def test_ratios_are_taken_within_a_repetition():
-    rows = {name: {} for name in ("minirksc", "slow", "fast")}
-    gpu.add_times(rows, {"minirksc": [1.0, 2.0, 4.0], "slow": [9.0, 9.0, 9.0], "fast": [2.0, 4.0, 8.0]})
+def test_a_ratio_is_taken_within_a_repetition_against_the_best_other_arm():
+    rows = {arm: {} for arm in ("minirksc", "slow", "fast")}
+    seconds = {"minirksc": [1.0, 2.0, 4.0], "slow": [9.0, 9.0, 9.0], "fast": [2.0, 4.0, 8.0]}
+    times = [{"arm": arm, "repeat": r, "us": us} for arm, some in seconds.items() for r, us in enumerate(some)]
+    gpu.add_times(rows, times)
+    assert rows["minirksc"]["us"] == 2.0 and rows["fast"]["us"] == 4.0 and "ratio" not in rows["slow"]
     assert rows["minirksc"]["best_rival"] == "fast"
     assert rows["minirksc"]["ratio"] == rows["minirksc"]["ratio_p10"] == rows["minirksc"]["ratio_p90"] == 2.0
 
@@ -382,49 +362,26 @@ def test_rivals_are_found_where_they_are():
 def test_lines_are_complete(tmp_path):
     file = tmp_path / "sub" / "out.jsonl"
     rows = [{"part": "small", "case": "x", "arm": "minirksc", "us": 1.0}]
-    assert list(gpu.write(file, iter(rows), {"device": "d"})) == rows
-    assert json.loads(file.read_text()) == {"bench": "gpu", "environment": {"device": "d"}, **rows[0]}
+    common = {"bench": "gpu", "environment": {"device": "d"}}
+    assert list(write_lines(file, iter(rows), common)) == rows
+    assert json.loads(file.read_text()) == {**common, **rows[0]}
 
 
-def test_engines_that_fail_do_not_end_the_run():
-    def arm(engine, setting, seconds):
-        return Arm(
-            engine, "bfloat16", setting, lambda: seconds(), [{"decode_s": s, "token_ids": [[1]]} for s in (2.0, 4.0)]
-        )
+def test_engines_are_measured_by_peers_with_what_is_installed_here(monkeypatch, tmp_path, capsys):
+    asked = []
+    monkeypatch.setattr(peers, "run", lambda options: asked.append(options) or [{"workload": "solve", "arm": "x"}])
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: name == "vllm" or None)
+    options = SimpleNamespace(only="solve", model="m", kv_cache_bytes="1GiB", repeats=30, quick=True)
+    assert gpu.run_engines(options, tmp_path) == [{"workload": "solve", "arm": "x"}]
+    (given,) = asked
+    assert (given.device, given.modes, given.repeats, given.prefill) == ("cuda", ["recorded", "eager"], 3, [1024])
+    assert given.vllm == sys.executable and given.sglang is None and given.output == tmp_path
 
-    def absent():
-        raise ModuleNotFoundError("No module named 'vllm'")
+    def no_arm(options):
+        raise SystemExit("--only leaves no arm")
 
-    def exits():
-        raise SystemExit("transformers is not installed")
-
-    engines = {
-        "minirksc graphs": lambda: [("decode", arm("minirksc graphs", "batch 1", dict))],
-        "vllm": absent,
-        "transformers": exits,
-        "other": lambda: [("decode", arm("other", "batch 1", dict)), ("decode", arm("bad", "batch 1", lambda: 1 / 0))],
-    }
-    arms, failures = gpu_engine.load_arms(engines, lambda name: name.startswith("decode: batch 1: "))
-    assert set(failures) == {"vllm", "transformers"} and "not importable" in failures["vllm"]
-    running, failed = gpu_engine.first_run(arms["decode"])
-    assert [one.engine for one in running] == ["minirksc graphs", "other"] and "ZeroDivision" in str(failed)
-    rows = list(gpu.engine_rows("decode", running))
-    assert [(row["case"], row["arm"]) for row in rows] == [
-        ("batch 1", "minirksc graphs bfloat16"),
-        ("batch 1", "other bfloat16"),
-    ]
-    assert rows[0]["us"] == 3e6 and rows[0]["ratio"] == 1.0
-    assert gpu_engine.load_arms(engines, lambda name: False)[0]["decode"] == []
-
-
-def test_unequal_work_is_not_compared():
-    ours, other = (
-        Arm(name, "bfloat16", "batch 1", dict, [{"decode_s": 2.0, "token_ids": ids}])
-        for name, ids in (("minirksc graphs", [[1, 2]]), ("other", [[1]]))
-    )
-    rows = list(gpu.engine_rows("decode", [ours, other]))
-    assert "generated [1] tokens" in rows[1]["failed"] and rows[1]["same_tokens"] == "0/1"
-    assert "us" in rows[0] and "ratio" not in rows[0]
+    monkeypatch.setattr(peers, "run", no_arm)
+    assert gpu.run_engines(options, tmp_path) == [] and "leaves no arm" in capsys.readouterr().err
 
 
 def test_without_a_gpu_there_is_one_message(monkeypatch, capsys):

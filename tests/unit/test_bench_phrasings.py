@@ -19,6 +19,7 @@ if "bench" not in sys.modules:
     sys.modules["bench"] = importlib.util.module_from_spec(_spec)
 
 from bench.adversarial import RULES, adversarial  # noqa: E402
+from bench.intervals import clopper_pearson  # noqa: E402
 from bench.phrasings import KINDS, LEVELS, MINOR, ROOT_TEMPLATE, paraphrase, wordings  # noqa: E402
 from bench.prompts import EXAMPLES  # noqa: E402
 from bench.word_problems import Problem, numerals, sentences, single_numerals, to_number  # noqa: E402
@@ -172,7 +173,10 @@ def gates_module():
 
 
 def test_bounds_are_those_of_the_binomial_distribution():
-    bound = gates_module().bound
+    def bound(count, total):
+        found = clopper_pearson(count, total)
+        return found.low, found.high
+
     assert bound(6, 1616) == pytest.approx((0.00136, 0.00807), abs=2e-5)
     assert bound(0, 300) == pytest.approx((0.0, 0.0122), abs=1e-4)
     assert bound(5, 5)[1] == 1.0
@@ -193,7 +197,7 @@ def test_a_safe_threshold_accepts_few_and_none_lower_does(similarities, num_refu
     accepted = sum(one >= at_least for one in similarities)
 
     def is_safe(count):
-        return count <= gates.MAX_ACCEPTED * total and gates.bound(count, total)[1] <= gates.MAX_BOUND
+        return count <= gates.MAX_ACCEPTED * total and clopper_pearson(count, total).high <= gates.MAX_BOUND
 
     assert accepted == 0 or is_safe(accepted)
     lower = [one for one in similarities if one < at_least]

@@ -10,7 +10,7 @@ from minirksc.calibrate.collect import Collector
 from minirksc.cli import calibrate
 from minirksc.cli.calibrate import main
 from minirksc.cli.evidence_file import read_evidence
-from minirksc.cli.files import GrowingFile
+from minirksc.cli.resumable import GrowingFile
 from minirksc.rksc.gates_file import read_gates, read_gates_file
 
 NUM_PROBLEMS = 20

@@ -15,7 +15,7 @@ from minirksc.calibrate.collect import Collector
 from minirksc.calibrate.evidence import BranchEvidence, Evidence, Failed
 from minirksc.calibrate.replay import Replay, replay
 from minirksc.cli.evidence_file import EvidenceFile, read_evidence
-from minirksc.cli.files import GrowingFile
+from minirksc.cli.resumable import GrowingFile
 from minirksc.engine.signals import SIGNALS, TokenSignals
 from minirksc.errors import ConfigError
 from minirksc.rksc.cgee import EXACT_GATES, NO_GATES, PAPER_GATES, Gates, Lead

@@ -5,8 +5,9 @@ import os
 
 import pytest
 
-from minirksc.cli import files
-from minirksc.cli.files import GrowingFile, check_utf8, read_file, write_file
+from minirksc.cli import resumable
+from minirksc.cli.files import check_utf8, read_file, write_file
+from minirksc.cli.resumable import GrowingFile
 from minirksc.errors import CheckpointError, ConfigError, MinirkscError
 
 unix = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
@@ -86,11 +87,11 @@ def test_where_there_are_no_locks_that_is_said(tmp_path, monkeypatch, capsys):
     def no_locks(*arguments):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    monkeypatch.setattr(resumable.fcntl, "flock", no_locks)
     with GrowingFile(tmp_path / "a", "--output") as out:
         out.add(b"one\n")
     assert "cannot be locked (No locks available)" in capsys.readouterr().err
-    monkeypatch.setattr(files, "fcntl", None)
+    monkeypatch.setattr(resumable, "fcntl", None)
     with GrowingFile(tmp_path / "a", "--output") as out:
         out.add(b"two\n")
     assert "let no other run write it" in capsys.readouterr().err
