@@ -99,16 +99,17 @@ def read_json(path: Path, error: type[MinirkscError] = CheckpointError, max_byte
     text = read_text(path, error, max_bytes)
     try:
         content = json.loads(text)
+        level = [content] if isinstance(content, dict | list) else []
+        for _ in range(MAX_DEPTH):
+            items = (item for value in level for item in (value.values() if isinstance(value, dict) else value))
+            level = [item for item in items if isinstance(item, dict | list)]
+        if level:
+            raise RecursionError
     except ValueError as cause:
         raise error(f"{path} is not readable JSON: {cause}") from cause
     except RecursionError as cause:
-        raise _too_deep(path, error) from cause
-    level = [content] if isinstance(content, dict | list) else []
-    for _ in range(MAX_DEPTH):
-        items = (item for value in level for item in (value.values() if isinstance(value, dict) else value))
-        level = [item for item in items if isinstance(item, dict | list)]
-    if level:
-        raise _too_deep(path, error)
+        message = f"{path} is not readable JSON: it is nested more than {MAX_DEPTH} deep; it is damaged"
+        raise error(message) from cause
     return content
 
 
@@ -126,7 +127,3 @@ def read_json_object(
     if not isinstance(content, dict):
         raise error(f"{path} must hold a JSON object, not {type(content).__name__}")
     return content
-
-
-def _too_deep(path: Path, error: type[MinirkscError]) -> MinirkscError:
-    return error(f"{path} is not readable JSON: it is nested more than {MAX_DEPTH} deep; it is damaged")
