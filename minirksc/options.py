@@ -7,15 +7,7 @@ from typing import Any, Self
 from minirksc.errors import ConfigError, brief
 from minirksc.option_fields import REQUIRED, Options, finished, option
 from minirksc.option_values import parse_bytes as parse_bytes
-from minirksc.option_values import (
-    read_biases,
-    read_bytes,
-    read_device,
-    read_ids,
-    read_model,
-    read_names,
-    read_stops,
-)
+from minirksc.option_values import read_biases, read_bytes, read_device, read_ids, read_model, read_names, read_stops
 from minirksc.vllm_names import ENGINE_NAMES, SAMPLING_NAMES
 
 MAX_SAMPLES = 256
@@ -27,15 +19,7 @@ MAX_SEED = 2**64 - 1
 NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 """Values that change nothing, for what neither the caller nor the checkpoint gives."""
 
-ALIASES = {"max_new_tokens": "max_tokens"}
-"""Other names that are taken for those here; this one is what transformers calls it."""
-
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-KV_CACHE_DTYPES = ("auto", "int8")
-QUANTIZATIONS = ("none", "int8")
-KV_SPLITS = ("fixed", "adaptive")
-BACKENDS = ("auto", "triton", "native", "torch", "reference")
-EVICTIONS = ("rksc", "cost", "lru", "lfu")
 
 
 @finished
@@ -70,7 +54,7 @@ class SamplingParams(Options):
     """
 
     theirs = SAMPLING_NAMES
-    aliases = ALIASES
+    aliases = {"max_new_tokens": "max_tokens"}  # noqa: RUF012 - as transformers calls it
 
     n: int = option(1, low=1, high=MAX_SAMPLES)
     temperature: float | None = option(None, low=0)
@@ -193,17 +177,17 @@ class EngineConfig(Options):
     model: str = option(REQUIRED, read=read_model, metavar="MODEL")
     dtype: str = option("auto", choices=DTYPES, also={"half": "float16", "float": "float32"})
     device: str = option("auto", read=read_device)
-    backend: str = option("auto", choices=BACKENDS)
+    backend: str = option("auto", choices=("auto", "triton", "native", "torch", "reference"))
     threads: int | None = option(None, low=1, high=1024)
     kv_cache_bytes: int | str | None = option(None, read=read_bytes, metavar="SIZE")
-    kv_cache_dtype: str = option("auto", choices=KV_CACHE_DTYPES)
-    quantize: str = option("none", choices=QUANTIZATIONS)
+    kv_cache_dtype: str = option("auto", choices=("auto", "int8"))
+    quantize: str = option("none", choices=("none", "int8"))
     block_size: int = option(16, low=1, high=256)
     max_model_len: int | None = option(None, low=1)
     max_batch_tokens: int = option(2048, low=1)
     max_batch_requests: int = option(256, low=1)
-    kv_split: str = option("fixed", choices=KV_SPLITS)
-    eviction: str = option("rksc", choices=EVICTIONS)
+    kv_split: str = option("fixed", choices=("fixed", "adaptive"))
+    eviction: str = option("rksc", choices=("rksc", "cost", "lru", "lfu"))
     prefix_caching: bool = True
     enforce_eager: bool = False
     ignore_config_keys: Sequence[str] = option((), read=read_names, metavar="NAME")

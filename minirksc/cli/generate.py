@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, MutableMapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -225,11 +226,12 @@ class Job:
             cli_output.print_solve(result)
 
     def _solve(self, llm: "LLM", problem: Any, salt: str | None = None, seed: int | None = None) -> Any:
-        config, salted = self.solver_config, {} if salt is None else {"salt": salt}
+        config = self.solver_config
         if config is not None and seed is not None:
             config = replace(config, sampling=replace(self.params, seed=seed))
-        with cli_output.progress(enabled=self.batch is None and is_terminal(sys.stderr)) as on_event:
-            result = Solver(llm, config).solve(problem, self.phrasings, on_event=on_event, **salted)
+        is_watched = self.batch is None and is_terminal(sys.stderr)
+        with cli_output.progress() if is_watched else nullcontext() as on_event:
+            result = Solver(llm, config).solve(problem, self.phrasings, on_event=on_event, salt=salt)
         self.solver_s.update({name: result.stats[name] for name in ("prefill_s", "decode_s", "verify_s")})
         return result
 

@@ -59,13 +59,8 @@ def generation_as_dict(result: "RequestOutput", stats: dict[str, Any] | None = N
     """One prompt's result as plain data; with several samples, the first and `outputs` with all."""
     samples = [dataclasses.asdict(output) for output in result.outputs]
     first = samples[0]
-    record = {
-        "text": first["text"],
-        "token_ids": first["token_ids"],
-        "finish_reason": first["finish_reason"],
-        "prompt_token_ids": result.prompt_token_ids,
-        "num_cached_tokens": result.num_cached_tokens,
-    }
+    record = {name: first[name] for name in ("text", "token_ids", "finish_reason")}
+    record |= {"prompt_token_ids": result.prompt_token_ids, "num_cached_tokens": result.num_cached_tokens}
     if first["logprobs"] is not None:
         record["logprobs"] = first["logprobs"]
     if len(samples) > 1:
@@ -148,11 +143,10 @@ def print_solve(result: "SolveResult") -> None:
         table.add_column(name, justify="left" if name in ("end", "answer") else "right", no_wrap=True)
     table.add_column("text", ratio=1, no_wrap=True, overflow="ellipsis")
     for index, branch in enumerate(result.branches):
+        numbers = branch.score, branch.verification, branch.confidence
         table.add_row(
             f"{'>' if index == result.best else ''}{index + 1}",
-            "-" if branch.score is None else f"{branch.score:.3f}",
-            "-" if branch.verification is None else f"{branch.verification:.3f}",
-            "-" if branch.confidence is None else f"{branch.confidence:.3f}",
+            *("-" if number is None else f"{number:.3f}" for number in numbers),
             str(branch.num_own_tokens),
             f"{branch.num_shared_tokens}{'~' if branch.sharing == 'semantic' else ''}",
             branch.finish_reason or "-",
@@ -175,9 +169,9 @@ def print_solve(result: "SolveResult") -> None:
 
 def _what_gates_did(result: "SolveResult") -> list[str]:
     """What was not computed, and which of it is an approximation; nothing where all was."""
-    lines = [f"{gate['gate']}: {gate['decision']} ({gate['reason']})" for gate in result.trace["gates"]]
-    told = [line for line, gate in zip(lines, result.trace["gates"], strict=True) if gate["decision"] != "ask"]
-    if any(gate["calibrated"] is False and gate["decision"] != "ask" for gate in result.trace["gates"]):
+    gates = [gate for gate in result.trace["gates"] if gate["decision"] != "ask"]
+    told = [f"{gate['gate']}: {gate['decision']} ({gate['reason']})" for gate in gates]
+    if any(gate["calibrated"] is False for gate in gates):
         told.append(f"{result.gates} thresholds: approximate, not tested on this model; --verify always goes without")
     if any(branch.sharing == "semantic" for branch in result.branches):
         told.append("~ runs on the KV of the first wording: approximate; --sharing exact goes without")
@@ -238,15 +232,8 @@ def _mib(num_bytes: int | None) -> str:
 
 
 @contextmanager
-def progress(enabled: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A line on stderr that says what a solve is doing; gives what takes its events.
-
-    Args:
-        enabled: False shows nothing.
-    """
-    if not enabled:
-        yield lambda event: None
-        return
+def progress() -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A line on stderr that says what a solve is doing; gives what takes its events."""
     with Console(stderr=True).status("computing the prompt ...") as status:
 
         def show_event(event: dict[str, Any]) -> None:

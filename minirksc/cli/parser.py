@@ -19,9 +19,6 @@ SINGULAR = {"ignore_config_keys": "ignore_config_key"}
 """Options that hold several values, whose flag is given once for each."""
 
 
-VLLM_NAMES = {**SAMPLING_NAMES, **ENGINE_NAMES}
-
-
 def flag_of(name: str) -> str:
     """The flag of an option: `--top-p` for top_p."""
     return "--" + SINGULAR.get(name, name).replace("_", "-")
@@ -145,7 +142,7 @@ def _meant(flag: str, names: Sequence[str]) -> str:
         flag: unknown flag.
         names: Names of the options that there are.
     """
-    theirs = VLLM_NAMES.get(flag.removeprefix("--").replace("-", "_"))
+    theirs = {**SAMPLING_NAMES, **ENGINE_NAMES}.get(flag.removeprefix("--").replace("-", "_"))
     if theirs is not None and theirs.instead in names:
         return f"; vLLM calls it so, here it is {flag_of(theirs.instead)}"
     if theirs is not None and theirs.instead not in EngineConfig.declared:  # of that there is no flag

@@ -50,23 +50,13 @@ class Codec(ABC):
     special_ids: frozenset[int]
     named_tokens: Mapping[str, str]
 
+    @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Token ids without any that the text does not name.
+        """Token ids without any that the text does not name; raises whatever the library does."""
 
-        Raises:
-            TokenizerError: the library fails on it.
-        """
-        with library_errors(f"a text of {len(text)} characters cannot be encoded"):
-            return self._encode(text)
-
+    @abstractmethod
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
-        """Text of token ids; unknown ids are skipped.
-
-        Raises:
-            TokenizerError: they are no ids.
-        """
-        with library_errors(f"{len(token_ids)} token ids cannot be decoded"):
-            return self._decode(token_ids, skip_special_tokens)
+        """Text of token ids; unknown ids are skipped. Raises whatever the library does."""
 
     def token_id(self, token: Any) -> int | None:
         """Id of one token as tokenizer_config.json names it (see `token_text`); None when there is no such token."""
@@ -83,12 +73,6 @@ class Codec(ABC):
     @abstractmethod
     def max_text_id(self) -> int:
         """Largest id that text can have without naming a special or added token; -1 when there is none."""
-
-    @abstractmethod
-    def _encode(self, text: str) -> list[int]: ...
-
-    @abstractmethod
-    def _decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str: ...
 
     @abstractmethod
     def _find(self, token: str) -> int | None: ...
@@ -113,8 +97,8 @@ class BackendCodec(Codec):
         added = self._backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         # The file's own post-processor knows what comes in front; tokenizer_config.json has no say in it.
-        plain = self.encode("a")
         with library_errors("the tokens around a text cannot be read"):
+            plain = self.encode("a")
             full: list[int] = self._backend.encode("a", add_special_tokens=True).ids
         begins = (n for n in range(len(full)) if full[n : n + len(plain)] == plain)
         self.prefix_ids = full[: next(begins, 0)]
@@ -133,10 +117,12 @@ class BackendCodec(Codec):
         vocab = self._backend.get_vocab(with_added_tokens=False)
         return max((i for i in vocab.values() if i not in added), default=-1)
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
+        """Token ids without any that the text does not name."""
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
-    def _decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """Text of token ids; unknown ids are skipped."""
         valid = [i for i in token_ids if 0 <= i < self.MAX_ID]
         return str(self._backend.decode(valid, skip_special_tokens=skip_special_tokens))
 
@@ -192,7 +178,8 @@ class SentencePieceCodec(Codec):
         """Largest id that text can have without naming a special or added token; -1 when there is none."""
         return max((i for i in range(self._num_pieces) if i not in self._verbatim), default=-1)
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
+        """Token ids without any that the text does not name."""
         ids: list[int] = []
         start = 0
         for cut in self._cut.finditer(text):
@@ -209,7 +196,8 @@ class SentencePieceCodec(Codec):
         # other text takes it and goes away again.
         return list(self._backend.encode(self._lead + part))[self._num_lead_ids :]
 
-    def _decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """Text of token ids; unknown ids are skipped."""
         text = ""
         run: list[int] = []
         for i in token_ids:

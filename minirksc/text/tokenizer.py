@@ -13,7 +13,7 @@ from minirksc.errors import ChatTemplateError, PromptError, TokenizerError
 from minirksc.json_file import read_json_object
 from minirksc.text.chat_template import ChatTemplate, load_chat_templates
 from minirksc.text.codecs import Codec, load_codec
-from minirksc.text.tokenizer_checks import check_settings, eos_ids
+from minirksc.text.tokenizer_checks import check_settings, eos_ids, library_errors
 
 REPLACEMENT = "\ufffd"
 """What an incomplete UTF-8 sequence decodes to."""
@@ -93,7 +93,8 @@ class Tokenizer:
                 f"the text holds {lone.group()!r} at character {lone.start()}, half of a UTF-16 pair, which no "
                 "tokenizer can read; decode the input with errors='replace'"
             )
-        token_ids = self._codec.encode(text)
+        with library_errors(f"a text of {len(text)} characters cannot be encoded"):
+            token_ids = self._codec.encode(text)
         if add_special_tokens and self.bos_token_id is not None and token_ids[:1] != [self.bos_token_id]:
             return [*self._codec.prefix_ids, *token_ids]
         return token_ids
@@ -104,7 +105,8 @@ class Tokenizer:
         Raises:
             TokenizerError: they are no ids.
         """
-        return self._codec.decode(token_ids, skip_special_tokens)
+        with library_errors(f"{len(token_ids)} token ids cannot be decoded"):
+            return self._codec.decode(token_ids, skip_special_tokens)
 
     def check_fits(self, vocab_size: int) -> None:
         """Refuses a tokenizer that belongs to another model.

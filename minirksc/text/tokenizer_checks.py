@@ -9,7 +9,6 @@ import base64
 import binascii
 import json
 from collections.abc import Mapping
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from minirksc.errors import MinirkscError, TokenizerError
@@ -46,9 +45,7 @@ class library_errors:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is not None and not isinstance(error, MinirkscError | KeyboardInterrupt | SystemExit | GeneratorExit):
             raise TokenizerError(f"{self._failure}: {type(error).__name__}: {str(error)[:300]}") from error
 
