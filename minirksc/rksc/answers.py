@@ -62,7 +62,8 @@ MAX_DECIMALS = 2000
 """More than a number here can have: its digits, and an exponent of three."""
 
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
-_BARE_CHOICE = re.compile(r"[\s*]*(?:option\s+|choice\s+)?(?:\(([A-Ja-j])\)|([A-J])(?![\w'’]))", re.I)
+# Without brackets only capitals: "answer is a dog" chooses nothing.
+_BARE_CHOICE = re.compile(r"[\s*]*(?i:option\s+|choice\s+)?(?:\(([A-Ja-j])\)|([A-J])(?![\w'’]))")
 _BRACKETED_CHOICE = re.compile(r"\(([A-Ja-j])\)")
 _YES_OR_NO = r"(yes|no|true|false)\b"
 _BOOLEAN = re.compile(rf"\b{_YES_OR_NO}", re.IGNORECASE)
@@ -253,17 +254,11 @@ def _stated_number(statement: str) -> re.Match[str] | None:
 
 def _choice(read: _Read) -> str | None:
     for part in (read.statement, read.text):
-        match = _bare_choice(part or "")
+        match = _BARE_CHOICE.match(part or "")
         if match and not (part is read.text and _is_word(match)):
             return _letter(match)
     letters = _BRACKETED_CHOICE.findall(read.text)
     return str(letters[-1]).upper() if letters else None
-
-
-def _bare_choice(text: str) -> re.Match[str] | None:
-    """Without brackets only capitals: "answer is a dog" chooses nothing."""
-    match = _BARE_CHOICE.match(text)
-    return match if match and (match[1] or match[2].isupper()) else None
 
 
 def _letter(match: re.Match[str]) -> str:
@@ -294,7 +289,7 @@ def _text(read: _Read) -> str | None:
 def _auto(read: _Read) -> str | None:
     """The kind that the statement of the answer has; without one, that of the text."""
     stated = read.statement or read.text
-    choice = _bare_choice(stated)
+    choice = _BARE_CHOICE.match(stated)
     if choice and (choice[1] or stated[choice.end() :].strip(" .):*") == ""):
         return _letter(choice)
     if leading := _LEADING_BOOLEAN.match(stated):
