@@ -162,22 +162,18 @@ class Progress(Protocol):
     @property
     def num_tokens(self) -> int:
         """Number of tokens that it has generated so far."""
-        ...
 
     @property
     def signals(self) -> TokenSignals:
         """How sure the model was of each token."""
-        ...
 
     @property
     def text(self) -> str:
         """Text that it has generated so far."""
-        ...
 
     @property
     def finished(self) -> bool:
         """It has ended."""
-        ...
 
 
 class DecodeRule:

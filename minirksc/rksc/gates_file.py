@@ -149,7 +149,7 @@ def read_gates_file(path: str | Path, model_path: str | Path) -> GatesFile:
             f"calibration, and says what nobody tested; {REMEDY}"
         )
     try:
-        file: GatesFile = _read(GatesFile, content, _FILE)
+        file: GatesFile = _read(GatesFile, content)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:  # ConfigError is a ValueError
         raise ConfigError(f"gates {path}: a field is missing or has another form ({error}); {REMEDY}") from error
     if different := model_differences(file.model, fingerprint(model_path)):
@@ -240,14 +240,10 @@ def _weights_hash(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _read(kind: Any, values: Any, readers: Mapping[str, Callable[[Any], Any]]) -> Any:
+def _read(kind: Any, values: Any) -> Any:
     """A dataclass out of plain data, which must have every field; those without a reader the class checks itself."""
-    values = _object(values)
-    return kind(**{one.name: readers.get(one.name, lambda value: value)(values[one.name]) for one in fields(kind)})
-
-
-def _object(value: Any) -> dict[str, Any]:
-    return dict(_of_kind(value, dict))
+    _of_kind(values, dict)
+    return kind(**{one.name: _READERS.get(one.name, lambda value: value)(values[one.name]) for one in fields(kind)})
 
 
 def _of_kind(value: Any, kind: type) -> Any:
@@ -263,26 +259,21 @@ def _share(value: Any) -> float:
 
 
 def _leads(values: Any) -> tuple[Lead, ...]:
-    return tuple(_read(Lead, one, {}) for one in _of_kind(values, list))
-
-
-def _margin_rule(values: Any) -> MarginRule | None:
-    return None if values is None else _read(MarginRule, values, {"correction": _lines})
+    return tuple(_read(Lead, one) for one in _of_kind(values, list))
 
 
 def _lines(values: Any) -> tuple[tuple[float, float], ...] | None:
     return None if values is None else tuple((slope, offset) for slope, offset in _of_kind(values, list))
 
 
-_GATES = {"skip": _leads, "layer_exit": _margin_rule, "decode_exit": _leads}
-_FILE: Mapping[str, Callable[[Any], Any]] = {
-    "gates": lambda values: _read(Gates, _object(values) | {"source": "calibrated"}, _GATES),
-    "budget": _share,
-    "confidence": _share,
-    "counts": _object,
-    "data": _object,
-    "settings": _object,
-    "model": lambda values: {name: _of_kind(digest, str) for name, digest in _object(values).items()},
+_READERS: Mapping[str, Callable[[Any], Any]] = {
+    "gates": lambda values: _read(Gates, _of_kind(values, dict) | {"source": "calibrated"}),
+    **dict.fromkeys(("budget", "confidence"), _share),
+    **dict.fromkeys(("counts", "data", "settings"), lambda value: _of_kind(value, dict)),
+    "model": lambda values: {name: _of_kind(digest, str) for name, digest in _of_kind(values, dict).items()},
     "minirksc_version": lambda value: _of_kind(value, str),
+    **dict.fromkeys(("skip", "decode_exit"), _leads),
+    "layer_exit": lambda values: None if values is None else _read(MarginRule, values),
+    "correction": _lines,
 }
-"""How each field of a file is read."""
+"""How each field of a file, its gates or its layer exit is read; no two have a field of one name."""
