@@ -94,8 +94,8 @@ def parse_answer(text: str, kind: AnswerParser = "auto") -> str | None:
     return _PARSERS[kind](_read(text))
 
 
-def check_parser(kind: AnswerParser) -> None:
-    """Rejects the name of a kind that does not exist.
+def check_parser(kind: AnswerParser) -> AnswerParser:
+    """The same kind, unless it is the name of one that does not exist.
 
     Raises:
         ConfigError: unknown kind.
@@ -104,6 +104,7 @@ def check_parser(kind: AnswerParser) -> None:
         raise ConfigError(
             f"answer_parser={reprlib.repr(kind)}; use one of {', '.join(_PARSERS)}, or a function of the text"
         )
+    return kind
 
 
 def choose(answers: Sequence[str | None], scores: Sequence[float], rule: str) -> int:
@@ -225,7 +226,8 @@ def _normal_number(match: re.Match[str]) -> str:
         if len(digits) > MAX_FRACTION_DIGITS:
             return f"{sign}{digits}/{match['below']}"
         fraction = int(match["whole"] or 0) + Fraction(value) / int(match["below"])
-        if not _ends(fraction):
+        # Decimals end where the denominator divides a power of ten.
+        if pow(10, MAX_DECIMALS, fraction.denominator) != 0:
             return f"{sign}{fraction}"
         with localcontext(prec=MAX_DECIMALS):
             value = Decimal(fraction.numerator) / Decimal(fraction.denominator)
@@ -235,15 +237,8 @@ def _normal_number(match: re.Match[str]) -> str:
     return "0" if number in ("0", "") else sign + number
 
 
-def _ends(fraction: Fraction) -> bool:
-    """Whether its decimals do: then its denominator divides a power of ten."""
-    return pow(10, MAX_DECIMALS, fraction.denominator) == 0
-
-
 def _number(read: _Read) -> str | None:
-    found = None if read.statement is None else _stated_number(read.statement)
-    if found is None:
-        found = next(reversed(list(_NUMBER.finditer(read.text))), None)
+    found = _stated_number(read.statement or "") or next(reversed(list(_NUMBER.finditer(read.text))), None)
     return _normal_number(found) if found else None
 
 

@@ -115,6 +115,15 @@ def standing(
         (the branch that leads, those that must still be asked about, highest bound first). Once there are none of
         these, the leader's answer is the one that `choose` would give if all scores were known; of those that give it
         the leader is the best with a score, else the one with the highest bound.
+
+    Example:
+        The second branch has not been asked about, and may still score 0.5, which is more than 0.4. Where it can score
+        no more than 0.3, the first has won.
+
+        >>> standing(["4", "7"], [0.4, None], [0.9, 0.5], "score")
+        (0, [1])
+        >>> standing(["4", "7"], [0.4, None], [0.9, 0.3], "score")
+        (0, [])
     """
     unknown = {i for i, score in enumerate(scores) if score is None}
     low = [score or 0.0 for score in scores]

@@ -52,13 +52,6 @@ def _read_gates(name: str, value: Any) -> Gates | str | Path:
     return value
 
 
-def _read_parser(name: str, value: Any) -> AnswerParser:
-    """A kind of answers, or a function that reads one."""
-    check_parser(value)
-    parser: AnswerParser = value
-    return parser
-
-
 @finished
 @dataclass(frozen=True, kw_only=True)
 class SolverConfig(Options):
@@ -121,7 +114,7 @@ class SolverConfig(Options):
     decode_exit: str = option("auto", choices=("auto", "off", "keep_leader", "stop_all"))
     select: str = option("score", choices=SELECT_RULES)
     chat: bool = True
-    answer_parser: AnswerParser = option("auto", choices=ANSWER_KINDS, read=_read_parser)
+    answer_parser: AnswerParser = option("auto", choices=ANSWER_KINDS, read=lambda _, kind: check_parser(kind))
 
     def __post_init__(self) -> None:
         if self.branches == 1 and self.beam == SolverConfig.beam:
