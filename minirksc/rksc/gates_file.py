@@ -26,16 +26,9 @@ SCHEMA_VERSION = 1
 REMEDY = "make a new one with `python -m minirksc.calibrate`"
 
 WHOLE_FILES = (
-    "config.json",
-    "params.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tekken.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
+    *("config.json", "params.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer.model", "tekken.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
 )
 MAX_FILE_BYTES = 10 << 20
 """Size of a gates file, a thousand times what one has."""
@@ -204,11 +197,8 @@ def fingerprint(folder: str | Path) -> dict[str, str]:
     if not weights:
         raise ConfigError(f"{folder} has no *.safetensors, so gates cannot be tied to it; give a checkpoint folder")
     try:
-        found = {
-            name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-            for name in WHOLE_FILES
-            if (folder / name).is_file()
-        }
+        whole = [folder / name for name in WHOLE_FILES if (folder / name).is_file()]
+        found = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in whole}
         return {**found, **{file.name: _weights_hash(file) for file in weights}}
     except OSError as error:
         raise ConfigError(f"{folder} cannot be read: {error}") from error

@@ -20,16 +20,13 @@ DEFAULT_SAMPLING = SamplingParams(temperature=0.8, top_p=0.95)
 """Branches must differ, so not greedy."""
 
 _WHOLE = "{name}={value} must be a whole number {allowed}"
-_SIMILARITY = "{name}={value} must be a number; a similarity is at most 1"
 _MESSAGES = {
     **MESSAGES,
     "none": "{name}={value} is not a value; leave it out for the default",
     "bool": "{name}={value} must be True or False",
     "choice": "{name}={value}; use one of {allowed}",
-    "int": _WHOLE,
-    "int range": _WHOLE,
-    "float": _SIMILARITY,
-    "float range": _SIMILARITY,
+    **dict.fromkeys(("int", "int range"), _WHOLE),
+    **dict.fromkeys(("float", "float range"), "{name}={value} must be a number; a similarity is at most 1"),
     "between": "in {low}..{high}",
 }
 
