@@ -123,11 +123,10 @@ def read_gates_file(path: str | Path, model_path: str | Path) -> GatesFile:
     """
     path = Path(path)
     try:
-        is_there = path.is_file()
+        if not path.is_file():
+            raise ConfigError(f"gates {path}: there is no such file; {REMEDY}")
     except OSError as error:
         raise ConfigError(f"gates {brief(str(path))} cannot be read: {error.strerror}; {REMEDY}") from error
-    if not is_there:
-        raise ConfigError(f"gates {path}: there is no such file; {REMEDY}")
     content = read_json_object(path, ConfigError, MAX_FILE_BYTES)
     if content.get("schema") != SCHEMA:
         raise ConfigError(f"gates {path}: schema is {brief(content.get('schema'))}, expected {SCHEMA!r}; {REMEDY}")
