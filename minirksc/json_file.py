@@ -99,12 +99,6 @@ def read_json(path: Path, error: type[MinirkscError] = CheckpointError, max_byte
     text = read_text(path, error, max_bytes)
     try:
         content = json.loads(text)
-        level = [content] if isinstance(content, dict | list) else []
-        for _ in range(MAX_DEPTH):
-            items = (item for value in level for item in (value.values() if isinstance(value, dict) else value))
-            level = [item for item in items if isinstance(item, dict | list)]
-        if level:
-            raise RecursionError
     except ValueError as cause:
         raise error(f"{path} is not readable JSON: {cause}") from cause
     except RecursionError as cause:

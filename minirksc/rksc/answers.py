@@ -62,7 +62,8 @@ MAX_DECIMALS = 2000
 """More than a number here can have: its digits, and an exponent of three."""
 
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
-_BARE_CHOICE = re.compile(r"[\s*]*(?:option\s+|choice\s+)?(?:\(([A-Ja-j])\)|([A-J])(?![\w'’]))", re.I)
+# Without brackets only capitals: "answer is a dog" chooses nothing.
+_BARE_CHOICE = re.compile(r"[\s*]*(?i:option\s+|choice\s+)?(?:\(([A-Ja-j])\)|([A-J])(?![\w'’]))")
 _BRACKETED_CHOICE = re.compile(r"\(([A-Ja-j])\)")
 _YES_OR_NO = r"(yes|no|true|false)\b"
 _BOOLEAN = re.compile(rf"\b{_YES_OR_NO}", re.IGNORECASE)
@@ -93,8 +94,8 @@ def parse_answer(text: str, kind: AnswerParser = "auto") -> str | None:
     return _PARSERS[kind](_read(text))
 
 
-def check_parser(kind: AnswerParser) -> None:
-    """Rejects the name of a kind that does not exist.
+def check_parser(kind: AnswerParser) -> AnswerParser:
+    """The same kind, unless it is the name of one that does not exist.
 
     Raises:
         ConfigError: unknown kind.
@@ -103,6 +104,7 @@ def check_parser(kind: AnswerParser) -> None:
         raise ConfigError(
             f"answer_parser={reprlib.repr(kind)}; use one of {', '.join(_PARSERS)}, or a function of the text"
         )
+    return kind
 
 
 def choose(answers: Sequence[str | None], scores: Sequence[float], rule: str) -> int:
@@ -224,7 +226,8 @@ def _normal_number(match: re.Match[str]) -> str:
         if len(digits) > MAX_FRACTION_DIGITS:
             return f"{sign}{digits}/{match['below']}"
         fraction = int(match["whole"] or 0) + Fraction(value) / int(match["below"])
-        if not _ends(fraction):
+        # Decimals end where the denominator divides a power of ten.
+        if pow(10, MAX_DECIMALS, fraction.denominator) != 0:
             return f"{sign}{fraction}"
         with localcontext(prec=MAX_DECIMALS):
             value = Decimal(fraction.numerator) / Decimal(fraction.denominator)
@@ -234,15 +237,8 @@ def _normal_number(match: re.Match[str]) -> str:
     return "0" if number in ("0", "") else sign + number
 
 
-def _ends(fraction: Fraction) -> bool:
-    """Whether its decimals do: then its denominator divides a power of ten."""
-    return pow(10, MAX_DECIMALS, fraction.denominator) == 0
-
-
 def _number(read: _Read) -> str | None:
-    found = None if read.statement is None else _stated_number(read.statement)
-    if found is None:
-        found = next(reversed(list(_NUMBER.finditer(read.text))), None)
+    found = _stated_number(read.statement or "") or next(reversed(list(_NUMBER.finditer(read.text))), None)
     return _normal_number(found) if found else None
 
 
@@ -253,17 +249,11 @@ def _stated_number(statement: str) -> re.Match[str] | None:
 
 def _choice(read: _Read) -> str | None:
     for part in (read.statement, read.text):
-        match = _bare_choice(part or "")
+        match = _BARE_CHOICE.match(part or "")
         if match and not (part is read.text and _is_word(match)):
             return _letter(match)
     letters = _BRACKETED_CHOICE.findall(read.text)
     return str(letters[-1]).upper() if letters else None
-
-
-def _bare_choice(text: str) -> re.Match[str] | None:
-    """Without brackets only capitals: "answer is a dog" chooses nothing."""
-    match = _BARE_CHOICE.match(text)
-    return match if match and (match[1] or match[2].isupper()) else None
 
 
 def _letter(match: re.Match[str]) -> str:
@@ -294,7 +284,7 @@ def _text(read: _Read) -> str | None:
 def _auto(read: _Read) -> str | None:
     """The kind that the statement of the answer has; without one, that of the text."""
     stated = read.statement or read.text
-    choice = _bare_choice(stated)
+    choice = _BARE_CHOICE.match(stated)
     if choice and (choice[1] or stated[choice.end() :].strip(" .):*") == ""):
         return _letter(choice)
     if leading := _LEADING_BOOLEAN.match(stated):

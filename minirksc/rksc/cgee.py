@@ -115,6 +115,15 @@ def standing(
         (the branch that leads, those that must still be asked about, highest bound first). Once there are none of
         these, the leader's answer is the one that `choose` would give if all scores were known; of those that give it
         the leader is the best with a score, else the one with the highest bound.
+
+    Example:
+        The second branch has not been asked about, and may still score 0.5, which is more than 0.4. Where it can score
+        no more than 0.3, the first has won.
+
+        >>> standing(["4", "7"], [0.4, None], [0.9, 0.5], "score")
+        (0, [1])
+        >>> standing(["4", "7"], [0.4, None], [0.9, 0.3], "score")
+        (0, [])
     """
     unknown = {i for i, score in enumerate(scores) if score is None}
     low = [score or 0.0 for score in scores]
@@ -162,22 +171,18 @@ class Progress(Protocol):
     @property
     def num_tokens(self) -> int:
         """Number of tokens that it has generated so far."""
-        ...
 
     @property
     def signals(self) -> TokenSignals:
         """How sure the model was of each token."""
-        ...
 
     @property
     def text(self) -> str:
         """Text that it has generated so far."""
-        ...
 
     @property
     def finished(self) -> bool:
         """It has ended."""
-        ...
 
 
 class DecodeRule:

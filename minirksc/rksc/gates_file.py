@@ -26,16 +26,9 @@ SCHEMA_VERSION = 1
 REMEDY = "make a new one with `python -m minirksc.calibrate`"
 
 WHOLE_FILES = (
-    "config.json",
-    "params.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tekken.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
+    *("config.json", "params.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer.model", "tekken.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
 )
 MAX_FILE_BYTES = 10 << 20
 """Size of a gates file, a thousand times what one has."""
@@ -130,11 +123,10 @@ def read_gates_file(path: str | Path, model_path: str | Path) -> GatesFile:
     """
     path = Path(path)
     try:
-        is_there = path.is_file()
+        if not path.is_file():
+            raise ConfigError(f"gates {path}: there is no such file; {REMEDY}")
     except OSError as error:
         raise ConfigError(f"gates {brief(str(path))} cannot be read: {error.strerror}; {REMEDY}") from error
-    if not is_there:
-        raise ConfigError(f"gates {path}: there is no such file; {REMEDY}")
     content = read_json_object(path, ConfigError, MAX_FILE_BYTES)
     if content.get("schema") != SCHEMA:
         raise ConfigError(f"gates {path}: schema is {brief(content.get('schema'))}, expected {SCHEMA!r}; {REMEDY}")
@@ -149,7 +141,7 @@ def read_gates_file(path: str | Path, model_path: str | Path) -> GatesFile:
             f"calibration, and says what nobody tested; {REMEDY}"
         )
     try:
-        file: GatesFile = _read(GatesFile, content, _FILE)
+        file: GatesFile = _read(GatesFile, content)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:  # ConfigError is a ValueError
         raise ConfigError(f"gates {path}: a field is missing or has another form ({error}); {REMEDY}") from error
     if different := model_differences(file.model, fingerprint(model_path)):
@@ -204,11 +196,8 @@ def fingerprint(folder: str | Path) -> dict[str, str]:
     if not weights:
         raise ConfigError(f"{folder} has no *.safetensors, so gates cannot be tied to it; give a checkpoint folder")
     try:
-        found = {
-            name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-            for name in WHOLE_FILES
-            if (folder / name).is_file()
-        }
+        whole = [folder / name for name in WHOLE_FILES if (folder / name).is_file()]
+        found = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in whole}
         return {**found, **{file.name: _weights_hash(file) for file in weights}}
     except OSError as error:
         raise ConfigError(f"{folder} cannot be read: {error}") from error
@@ -240,14 +229,10 @@ def _weights_hash(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _read(kind: Any, values: Any, readers: Mapping[str, Callable[[Any], Any]]) -> Any:
+def _read(kind: Any, values: Any) -> Any:
     """A dataclass out of plain data, which must have every field; those without a reader the class checks itself."""
-    values = _object(values)
-    return kind(**{one.name: readers.get(one.name, lambda value: value)(values[one.name]) for one in fields(kind)})
-
-
-def _object(value: Any) -> dict[str, Any]:
-    return dict(_of_kind(value, dict))
+    _of_kind(values, dict)
+    return kind(**{one.name: _READERS.get(one.name, lambda value: value)(values[one.name]) for one in fields(kind)})
 
 
 def _of_kind(value: Any, kind: type) -> Any:
@@ -263,26 +248,21 @@ def _share(value: Any) -> float:
 
 
 def _leads(values: Any) -> tuple[Lead, ...]:
-    return tuple(_read(Lead, one, {}) for one in _of_kind(values, list))
-
-
-def _margin_rule(values: Any) -> MarginRule | None:
-    return None if values is None else _read(MarginRule, values, {"correction": _lines})
+    return tuple(_read(Lead, one) for one in _of_kind(values, list))
 
 
 def _lines(values: Any) -> tuple[tuple[float, float], ...] | None:
     return None if values is None else tuple((slope, offset) for slope, offset in _of_kind(values, list))
 
 
-_GATES = {"skip": _leads, "layer_exit": _margin_rule, "decode_exit": _leads}
-_FILE: Mapping[str, Callable[[Any], Any]] = {
-    "gates": lambda values: _read(Gates, _object(values) | {"source": "calibrated"}, _GATES),
-    "budget": _share,
-    "confidence": _share,
-    "counts": _object,
-    "data": _object,
-    "settings": _object,
-    "model": lambda values: {name: _of_kind(digest, str) for name, digest in _object(values).items()},
+_READERS: Mapping[str, Callable[[Any], Any]] = {
+    "gates": lambda values: _read(Gates, _of_kind(values, dict) | {"source": "calibrated"}),
+    **dict.fromkeys(("budget", "confidence"), _share),
+    **dict.fromkeys(("counts", "data", "settings"), lambda value: _of_kind(value, dict)),
+    "model": lambda values: {name: _of_kind(digest, str) for name, digest in _of_kind(values, dict).items()},
     "minirksc_version": lambda value: _of_kind(value, str),
+    **dict.fromkeys(("skip", "decode_exit"), _leads),
+    "layer_exit": lambda values: None if values is None else _read(MarginRule, values),
+    "correction": _lines,
 }
-"""How each field of a file is read."""
+"""How each field of a file, its gates or its layer exit is read; no two have a field of one name."""

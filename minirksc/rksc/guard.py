@@ -13,8 +13,11 @@ instruction by itself adds, such as "Explain your answer.".
 """
 
 import re
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -80,9 +83,6 @@ _TOKEN = re.compile(
     re.VERBOSE,
 )
 _PARTS = re.compile(r"(?<=[.!?:])\s+|\n+")
-_SIGNS = {"−": "-", "–": "-", "×": "*", "÷": "/", "[": "(", "]": ")"}
-_CURRENCIES = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee"}
-_FRACTIONS = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅛": "1/8"}
 _PHRASES = (
     (re.compile(r"\bin all\b", re.IGNORECASE), "in total"),
     (re.compile(r"\baltogether\b", re.IGNORECASE), "in total"),
@@ -95,59 +95,7 @@ _PHRASES = (
     (re.compile(r"\b[Hh]ow much money\b"), "how many"),
 )
 
-# Kind -> words with a normal form of their own, or whose kind a reason should name; "a=b" gives a the form b, and a
-# plural in -s that of its singular.
-_TABLE = {
-    "number": """
-        half=1/2 halves=1/2 dozen=12
-    """,
-    "ordinal": """
-        first=1st third=3rd fourth=4th fifth=5th sixth=6th seventh=7th eighth=8th ninth=9th tenth=10th
-    """,
-    "operator": """
-        plus=+ minus=- times=* multiplied=* divided=/ equal== equals== twice=2* double=2* thrice=3* triple=3*
-    """,
-    "negation": """
-        not no never none nothing nobody neither nor without except unless
-    """,
-    "comparison": """
-        more less fewer than before after until till=until or
-    """,
-    "quantity": """
-        each per=each every=each total left remaining=left
-    """,
-    "unit": """
-        percent %=percent °=degree degree second sec=second minute min=minute hour hr=hour day week month year
-        millimeter mm=millimeter millimetre=millimeter centimeter cm=centimeter centimetre=centimeter meter
-        metre=meter kilometer km=kilometer kilometre=kilometer inch inches=inch foot feet=foot ft=foot yard mile
-        gram kilogram kg=kilogram milligram mg=milligram ounce oz=ounce pound lb=pound ton milliliter
-        ml=milliliter millilitre=milliliter liter litre=liter gallon quart dollar cent euro
-    """,
-    "word": """
-        mom=mother dad=father
-    """,
-}
-_KNOWN = {
-    word.partition("=")[0]: Fact(kind, word.partition("=")[2] or word)
-    for kind, words in _TABLE.items()
-    for word in words.split()
-}
-
-# May come, go and be exchanged for one another. Pronouns, prepositions and tenses are not among them: "from" for "to",
-# or "will" for "did", can change an answer.
-_ORDINARY_WORDS = """
-    a an the is are be do does of and this that it what how many much so because since while whereas but however
-    then also too please with
-"""
-_ORDINARY = frozenset(_ORDINARY_WORDS.split())
 _ENDINGS = frozenset(["s", "re"])  # "it's" is "it is"; but "he'll", "he'd"
-# A sentence or heading of nothing but these and ordinary words tells the reader what to do, and the problem nothing.
-_INSTRUCTION_WORDS = """
-    answer answers below by can carefully exercise explain explaining explanation final find following for get
-    give help here i in know known let me my now out problem question read reasoning show solution solve step
-    steps task thank thanks there think through to us word work write you your
-"""
-_INSTRUCTIONS = frozenset(_INSTRUCTION_WORDS.split())
 
 _ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
@@ -159,57 +107,68 @@ _SMALL |= {word: 10 * value for value, word in enumerate(_TENS.split(), 2)}
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
 
 
+@cache
+def _words() -> tuple[dict[str, Fact], frozenset[str], frozenset[str]]:
+    """(word or sign -> its fact, words that may come and go, words of instructions), see guard_words.toml."""
+    tables = tomllib.loads(Path(__file__).with_name("guard_words.toml").read_text(encoding="utf-8"))
+    known = {}
+    for kind, entries in tables["facts"].items():
+        for word, _, form in (entry.partition("=") for entry in entries.split()):
+            known[word] = Fact(kind, form or word)
+    return known, frozenset(tables["ordinary"].split()), frozenset(tables["instructions"].split())
+
+
 def _facts_of_part(text: str) -> Iterator[Fact]:
     """Those of one sentence or line."""
     matches = list(_TOKEN.finditer(text))
     at = 0
     while at < len(matches):
-        kind, token = matches[at].lastgroup, matches[at][0]
+        kind, token = str(matches[at].lastgroup), matches[at][0]
         number, length = _spoken_number(_run_of_words(text, matches, at))
         following = matches[at + 1] if at + 1 < len(matches) else None
         if length:
             yield Fact("number", str(number))
-        elif kind == "currency" and following and following.lastgroup == "number":
-            yield Fact("number", _digits(following[0]))  # "$5" as "5 dollars"
-            yield Fact("unit", _CURRENCIES[token])
-            length = 2
-        elif kind == "quote":
-            yield Fact("quote", " ".join(token[1:-1].split()))
-        elif kind == "number":
-            yield Fact("number", _digits(token))
-        elif kind == "currency":
-            yield Fact("unit", _CURRENCIES[token])
-        elif kind == "operator":
-            yield Fact("operator", _SIGNS.get(token, token))
         elif kind == "word":
             yield from _facts_of_word(token)
         else:
-            yield Fact(str(kind), token.strip("().") or token)
+            if kind == "currency" and following and following.lastgroup == "number":
+                yield _fact("number", following[0])  # "$5" as "5 dollars"
+                length = 2
+            yield _fact(kind, token)
         at += length or 1
 
 
+def _fact(kind: str, token: str) -> Fact:
+    """The fact of a token that is no word."""
+    if known := _words()[0].get(token):
+        return known
+    if kind == "number":
+        return Fact(kind, _digits(token))
+    if kind == "quote":
+        return Fact(kind, " ".join(token[1:-1].split()))
+    return Fact(kind, token.strip("().") or token)
+
+
 def _facts_of_word(token: str) -> Iterator[Fact]:
+    known, ordinary, _ = _words()
     base, *rest = re.split("['’]", token.lower())
     singular = base[:-1] if len(base) > 3 and base.endswith("s") else base
-    if known := _KNOWN.get(base) or _KNOWN.get(singular):
-        yield known
-    elif base not in _ORDINARY:
+    if fact := known.get(base) or known.get(singular):
+        yield fact
+    elif base not in ordinary:
         yield Fact("word", base)
-    for ending in rest:
-        if ending not in _ENDINGS:
-            yield Fact("word", ending)
+    yield from (Fact("word", ending) for ending in rest if ending not in _ENDINGS)
 
 
 def _is_empty(word: str) -> bool:
     """Whether a sentence of such words only tells the problem nothing: "Show how you solve this."."""
+    _, ordinary, instructions = _words()
     base, *rest = re.split("['’]", word.lower())
-    return (base in _ORDINARY or base in _INSTRUCTIONS) and _ENDINGS.issuperset(rest)
+    return (base in ordinary or base in instructions) and _ENDINGS.issuperset(rest)
 
 
 def _digits(token: str) -> str:
     """1,250.50 -> 1250.5; fractions and times of day stay what they are."""
-    if token in _FRACTIONS:
-        return _FRACTIONS[token]
     whole, point, decimals = token.replace(",", "").partition(".")
     decimals = decimals.rstrip("0")
     return (whole.lstrip("0") or "0") + (point + decimals if decimals else "")

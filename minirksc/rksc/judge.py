@@ -102,12 +102,10 @@ class Judge:
         if self._leader is not None:
             return Ruling(self._leader)
         best, unsettled = self._standing(scores)
-        if self._asked:
-            ruling = Ruling(best, tuple(unsettled), () if unsettled else self._bound(scores))
-        elif self._gates.exact and not unsettled:
-            ruling = Ruling(best, (), self._agreement(scores, best))
-        else:
+        if not self._asked and (unsettled or not self._gates.exact):
             ruling = self._after_skip(best, unsettled)
+        else:
+            ruling = Ruling(best, tuple(unsettled), () if unsettled else self._spared(scores, best))
         self._asked.update(ruling.ask)
         return ruling
 
@@ -138,15 +136,13 @@ class Judge:
         )
         return Ruling(best, ask, (note,)) if leader is None else Ruling(leader, (), (note,))
 
-    def _agreement(self, scores: Sequence[float | None], best: int) -> tuple[GateNote, ...]:
-        if None not in scores:
-            return ()
-        reason = f"all that can win answer {self._answers[best]!r}; the surest of them is named"
-        return (GateNote("agreement", "nobody is asked", reason),)
-
-    def _bound(self, scores: Sequence[float | None]) -> tuple[GateNote, ...]:
+    def _spared(self, scores: Sequence[float | None], best: int) -> tuple[GateNote, ...]:
+        """What is noted of branches that need not be asked about, now that the choice is made."""
         num_spared = sum(score is None and i not in self._asked for i, score in enumerate(scores))
         if not num_spared:
             return ()
+        if not self._asked:
+            reason = f"all that can win answer {self._answers[best]!r}; the surest of them is named"
+            return (GateNote("agreement", "nobody is asked", reason),)
         reason = "whatever they would score, the answer stays"
         return (GateNote("bound", f"{num_spared} not asked", reason, value=num_spared),)

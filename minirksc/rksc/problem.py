@@ -83,7 +83,8 @@ def read_problem(
     salt = _one_salt(salt, [piece.salt for piece in pieces])
     own, *given = [_checked(piece, session) for piece in pieces]
     prompts = given or [own] * config.branches
-    chats = [_is_chat(prompt, session, config) for prompt in prompts]
+    has_template = session.tokenizer is not None and session.tokenizer.has_chat_template
+    chats = [isinstance(prompt, str) and config.chat and has_template for prompt in prompts]
     hints = config.hints or [_default_hint(k, chat) for k, chat in enumerate(chats)]
     starts = []
     for prompt, chat, hint in zip(prompts, chats, hints, strict=True):
@@ -139,12 +140,6 @@ def _checked(piece: Piece, session: "Session") -> str | list[int]:
     if not piece.text.strip():
         raise PromptError(f"the problem or a phrasing is empty: {brief(piece.text)}; give some text")
     return piece.text
-
-
-def _is_chat(prompt: str | list[int], session: "Session", config: SolverConfig) -> bool:
-    tokenizer = session.tokenizer
-    has_template = tokenizer is not None and tokenizer.has_chat_template
-    return isinstance(prompt, str) and config.chat and has_template
 
 
 def _token_ids(prompt: str | list[int], chat: bool, session: "Session") -> list[int]:

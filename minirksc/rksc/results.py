@@ -17,6 +17,12 @@ from minirksc.rksc.tree import Tree
 from minirksc.trace import SCHEMA_NAME
 from minirksc.version import __version__
 
+SHOWN = (
+    *("depth", "hint", "text", "num_tokens", "num_shared_tokens", "num_saved_tokens", "sharing", "similarity"),
+    *("confidence", "verification", "exit_layer", "score", "error"),
+)
+"""Attributes of a node that results and traces show under the same names."""
+
 
 @dataclass(frozen=True)
 class BranchResult:
@@ -177,23 +183,11 @@ def _plain_node(node: Node) -> dict[str, Any]:
         "id": node.node_id,
         "parent": node.parent_id,
         "path": list(node.branch.path),
-        "depth": node.depth,
-        "hint": node.hint,
-        "text": node.text,
         "token_ids": list(node.output_ids),
-        "num_tokens": node.num_tokens,
         "num_output_tokens": len(node.output_ids),
-        "num_shared_tokens": node.num_shared_tokens,
         "num_own_tokens": node.num_tokens - node.num_shared_tokens,
-        "num_saved_tokens": node.num_saved_tokens,
-        "sharing": node.sharing,
-        "similarity": node.similarity,
-        "confidence": node.confidence,
         "signals": {name: finite(signal(node.signals)) for name, signal in SIGNALS.items()},
         "verified": node.verification is not None,
-        "verification": node.verification,
-        "exit_layer": node.exit_layer,
-        "score": node.score,
         "finish_reason": node.branch.finish_reason,
-        "error": node.error,
+        **{name: getattr(node, name) for name in SHOWN},
     }

@@ -38,15 +38,12 @@ class SimilarityMeasure(Protocol):
     @property
     def name(self) -> str:
         """What to call it."""
-        ...
 
     def layers(self, num_layers: int) -> Sequence[int]:
         """Which of the first `num_layers` layers it needs the states of."""
-        ...
 
     def similarity(self, root: PrefixStates, branch: PrefixStates) -> float:
         """At most 1, which equal phrasings have; NaN where the states hold NaN."""
-        ...
 
 
 @dataclass(frozen=True)

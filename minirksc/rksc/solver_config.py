@@ -20,16 +20,13 @@ DEFAULT_SAMPLING = SamplingParams(temperature=0.8, top_p=0.95)
 """Branches must differ, so not greedy."""
 
 _WHOLE = "{name}={value} must be a whole number {allowed}"
-_SIMILARITY = "{name}={value} must be a number; a similarity is at most 1"
 _MESSAGES = {
     **MESSAGES,
     "none": "{name}={value} is not a value; leave it out for the default",
     "bool": "{name}={value} must be True or False",
     "choice": "{name}={value}; use one of {allowed}",
-    "int": _WHOLE,
-    "int range": _WHOLE,
-    "float": _SIMILARITY,
-    "float range": _SIMILARITY,
+    **dict.fromkeys(("int", "int range"), _WHOLE),
+    **dict.fromkeys(("float", "float range"), "{name}={value} must be a number; a similarity is at most 1"),
     "between": "in {low}..{high}",
 }
 
@@ -50,13 +47,6 @@ def _read_gates(name: str, value: Any) -> Gates | str | Path:
     if not isinstance(value, Gates | str | Path):
         raise ConfigError(f"{name}={brief(value)} must be a file of minirksc.calibrate, or Gates")
     return value
-
-
-def _read_parser(name: str, value: Any) -> AnswerParser:
-    """A kind of answers, or a function that reads one."""
-    check_parser(value)
-    parser: AnswerParser = value
-    return parser
 
 
 @finished
@@ -121,7 +111,7 @@ class SolverConfig(Options):
     decode_exit: str = option("auto", choices=("auto", "off", "keep_leader", "stop_all"))
     select: str = option("score", choices=SELECT_RULES)
     chat: bool = True
-    answer_parser: AnswerParser = option("auto", choices=ANSWER_KINDS, read=_read_parser)
+    answer_parser: AnswerParser = option("auto", choices=ANSWER_KINDS, read=lambda _, kind: check_parser(kind))
 
     def __post_init__(self) -> None:
         if self.branches == 1 and self.beam == SolverConfig.beam:

@@ -47,25 +47,6 @@ class Start:
     refusal: str | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class _Plant:
-    """A branch of the first round, once its prompt has been computed.
-
-    Attributes:
-        index: Index of the branch.
-        start: What it begins with.
-        row: Index of the first branch with the same prompt, by which a probe knows the prompt.
-        root: Branch of the prompt, which all that begin with it share; a probe may have ended its prefill.
-        ground: Root that it is forked from: its own, or that of the first phrasing, which is substituted for it.
-    """
-
-    index: int
-    start: Start
-    row: int
-    root: "Branch"
-    ground: "Branch"
-
-
 class Tree:
     """Nodes and branches of one solve.
 
@@ -112,32 +93,34 @@ class Tree:
         """
         nodes: list[Node] = []
         with self.record.phase("prefill", nodes) as event:
-            plants = self._compute_prompts(starts, probe)
+            firsts: dict[Any, int] = {}  # prompt -> index of the first branch that has it, the prompt's row in a probe
+            rows = [firsts.setdefault(tuple(one.prompt) if self._share else i, i) for i, one in enumerate(starts)]
+            roots = self._compute_prompts({row: starts[row] for row in rows}, probe)
+            # The root that a prompt's branches are forked from: its own, or the first one, which is substituted for it.
+            grounds = {row: root if root.exit_layer is None else roots[0] for row, root in roots.items()}
             grown: dict[int, Branch] = {}
-            for ground in dict.fromkeys(plant.ground for plant in plants):
-                indices = [plant.index for plant in plants if plant.ground is ground]
+            for ground in dict.fromkeys(grounds.values()):
+                indices = [index for index, row in enumerate(rows) if grounds[row] is ground]
                 grown.update(zip(indices, self._fork(ground, indices), strict=True))
-            for plant in plants:
-                hint = plant.start.hint
+            for index, (start, row) in enumerate(zip(starts, rows, strict=True)):
                 node = Node(
-                    node_id=plant.index,
+                    node_id=index,
                     parent_id=None,
-                    branch=grown[plant.index],
+                    branch=grown[index],
                     depth=1,
-                    hint=hint if isinstance(hint, str) else self.session.decode(hint),
-                    num_prompt_tokens=plant.ground.num_tokens,
-                    num_cached_tokens=plant.ground.num_cached_tokens,
+                    hint=start.hint if isinstance(start.hint, str) else self.session.decode(start.hint),
+                    num_prompt_tokens=grounds[row].num_tokens,
+                    num_cached_tokens=grounds[row].num_cached_tokens,
                 )
                 nodes.append(node)
                 self.nodes.append(node)
-                if probe is not None and plant.row > 0:
-                    self._note_probe(plant, node, probe)
-            roots = list(dict.fromkeys(plant.root for plant in plants))
+                if probe is not None and row > 0:
+                    self._note_probe(node, start, row, roots[row], probe)
             is_lent = any(node.is_approximate for node in nodes)
-            self._prune(roots[1:] if is_lent else roots)
+            self._prune([root for row, root in roots.items() if row > 0 or not is_lent])
             self._measure_sharing(nodes)
-            for plant, node in zip(plants, nodes, strict=True):
-                node.branch.append(plant.start.hint)
+            for start, node in zip(starts, nodes, strict=True):
+                node.branch.append(start.hint)
             event["num_prompts"] = len(roots)
         return nodes
 
@@ -200,22 +183,13 @@ class Tree:
             event["survivors"] = [node.node_id for node in survivors]
         return finished + kids
 
-    def _compute_prompts(self, starts: Sequence[Start], probe: "Probe | None") -> list[_Plant]:
-        """Computes the prompts, equal ones once where that is allowed."""
-        firsts: dict[Any, int] = {}  # prompt -> index of the first branch that has it
-        rows = [firsts.setdefault(tuple(one.prompt) if self._share else i, i) for i, one in enumerate(starts)]
-        distinct = {row: starts[row] for row in rows}
+    def _compute_prompts(self, starts: Mapping[int, Start], probe: "Probe | None") -> dict[int, "Branch"]:
+        """Computes distinct prompts: row -> root, which all branches that begin with the prompt share."""
         if probe is None:
-            roots = self._roots([start.prompt for start in distinct.values()])
+            roots = self._roots([start.prompt for start in starts.values()])
         else:
-            roots = self._probed_roots(distinct, probe)
-        root_of = dict(zip(distinct, roots, strict=True))
-        plants = []
-        for index, (start, row) in enumerate(zip(starts, rows, strict=True)):
-            root = root_of[row]
-            ground = root if root.exit_layer is None else roots[0]
-            plants.append(_Plant(index, start, row, root, ground))
-        return plants
+            roots = self._probed_roots(starts, probe)
+        return dict(zip(starts, roots, strict=True))
 
     def _probed_roots(self, starts: Mapping[int, Start], probe: "Probe") -> list["Branch"]:
         """The first prompt is computed; the others start, and leave where the probe says so."""
@@ -232,23 +206,22 @@ class Tree:
         self._call.sequences.extend(map(attrgetter("sequence"), roots := self.session.branches(prompts, **options)))
         return roots
 
-    def _note_probe(self, plant: _Plant, node: Node, probe: "Probe") -> None:
+    def _note_probe(self, node: Node, start: Start, row: int, root: "Branch", probe: "Probe") -> None:
         """Puts into the node, and for the first with its prompt into the record, what the probe decided."""
-        is_accepted = plant.row in probe.accepted
-        num_saved = plant.root.num_saved_layer_rows / self.session.spec.num_layers if is_accepted else 0.0
-        node.similarity = finite(probe.similarities.get(plant.row))
+        is_accepted = row in probe.accepted
+        node.similarity = finite(probe.similarities.get(row))
         node.is_semantic = is_accepted
-        node.is_approximate = is_accepted and plant.root.exit_layer is None
-        node.num_saved_tokens = num_saved
-        if plant.index != plant.row:
+        node.is_approximate = is_accepted and root.exit_layer is None
+        node.num_saved_tokens = root.num_saved_layer_rows / self.session.spec.num_layers if is_accepted else 0.0
+        if node.node_id != row:
             return
-        if plant.start.refusal is not None:
-            self.record.note("guard", decision="computed", reason=plant.start.refusal, node=node)
+        if start.refusal is not None:
+            self.record.note("guard", decision="computed", reason=start.refusal, node=node)
             return
         self.record.note(
             "share",
             decision=probe.mode if is_accepted else "computed",
-            reason=f"{num_saved:.1f} prompt tokens saved" if is_accepted else probe.why_not(plant.row),
+            reason=f"{node.num_saved_tokens:.1f} prompt tokens saved" if is_accepted else probe.why_not(row),
             node=node,
             value=node.similarity,
             threshold=probe.tau,

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from minirksc.trace.branches import PageBranch
 from minirksc.trace.figures import number, one_line, shortened
@@ -91,14 +90,10 @@ def _columns(branches: Sequence[PageBranch]) -> list[list[PageBranch]]:
     rank: dict[PageBranch | None, int] = {None: -1}
     for depth in range(1, 1 + max((branch.node["depth"] for branch in branches), default=0)):
         column = [branch for branch in branches if branch.node["depth"] == depth]
-        column.sort(key=lambda branch: _place(branch, rank.get(branch.parent, -1)))
+        column.sort(key=lambda branch: (rank.get(branch.parent, -1), branch.node["path"] or [], branch.node["id"]))
         rank.update((branch, index) for index, branch in enumerate(column))
         columns.append(column)
     return columns
-
-
-def _place(branch: PageBranch, rank: int) -> tuple[Any, ...]:
-    return rank, branch.node["path"] or [], branch.node["id"]
 
 
 def _label(branch: PageBranch) -> str:

@@ -28,6 +28,11 @@ def candidates(draw):
     return answers, scores, bounds
 
 
+def test_the_example_of_where_a_choice_stands():
+    assert standing(["4", "7"], [0.4, None], [0.9, 0.5], "score") == (0, [1])  # 0.5 would be more than 0.4
+    assert standing(["4", "7"], [0.4, None], [0.9, 0.3], "score") == (0, [])
+
+
 @given(candidates(), st.sampled_from(SELECT_RULES), st.integers(1, 3), st.data())
 def test_asking_while_it_is_open_gives_the_answer_of_asking_everybody(case, rule, num_first, data):
     answers, scores, bounds = case
