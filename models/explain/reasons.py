@@ -1,4 +1,4 @@
-"""Why models differ: the reasons in `reasons.toml`, read where this module is imported, which is for a page."""
+"""Why models differ: reads reasons.toml, which lies beside it, when it is imported, and that is for a page."""
 
 import tomllib
 from dataclasses import dataclass
