@@ -101,21 +101,18 @@ class _Header:
         self._skip(num_bytes)
 
     def _skip_value(self, kind: int) -> None:
-        if kind in SIZES:
-            self._skip(SIZES[kind])
-        elif kind == STRING:
-            self._skip_string(self._size)
-        elif kind == ARRAY:
-            item, count = self._number("<I"), self._number("<Q")
+        is_array = kind == ARRAY
+        item, count = (self._number("<I"), self._number("<Q")) if is_array else (kind, 1)
+        if is_array:
             self._items_left -= count
-            if self._items_left < 0:
-                raise ValueError(f"its arrays claim more than {MAX_ITEMS} items")
-            if item in SIZES:
-                self._skip(count * SIZES[item])
-            elif item == STRING:
-                for _ in range(count):
-                    self._skip_string(self._size)
-            else:
-                raise ValueError(f"it holds an array of the type {item}, which no field has")
+        if self._items_left < 0:
+            raise ValueError(f"its arrays claim more than {MAX_ITEMS} items")
+        if item in SIZES:
+            self._skip(count * SIZES[item])
+        elif item == STRING:
+            for _ in range(count):
+                self._skip_string(self._size)
+        elif is_array:
+            raise ValueError(f"it holds an array of the type {item}, which no field has")
         else:
             raise ValueError(f"it holds a field of the type {kind}, which is not known")

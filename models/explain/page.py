@@ -1,11 +1,14 @@
 """Explanations as text for a terminal: no colours, no line longer than the given width."""
 
-import itertools
 import re
-import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from rich.console import Console, Group, JustifyMethod, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 
 from minirksc.models.explain.compare import SAMPLE_SIZES, TypeRow
 from minirksc.models.explain.explain import Difference, Explanation, LayerKind, Values, Weights, family_of
@@ -15,9 +18,9 @@ from minirksc.models.spec import ArchSpec, LayerSpec
 
 WIDTH = 100
 MIN_WIDTH = 84
-"""What the narrowest table needs."""
+"""What the narrowest table needs to show names of types whole."""
 
-INDENT = "    "
+INDENT = 4
 
 PLAINEST = (
     "The plainest Llama: an embedding; layers, each of attention and a gated SiLU MLP, both on a copy of the stream "
@@ -44,67 +47,64 @@ MAX_LISTED = 8
 
 def types_page(rows: Sequence[TypeRow], refused: Mapping[str, Sequence[str]], width: int = WIDTH) -> str:
     """The table of supported types, and the types that are refused."""
-    table = [("model_type", "models", "departs from the plainest Llama by", "tested")]
+    titles = ("model_type", "models", "departs from the plainest Llama by", "tested")
+    table = [titles, tuple("-" * len(title.split()[0]) for title in titles)]
     for row in rows:
         changes = "; ".join(_phrase(change) for change in row.changes if change.field not in UNLISTED) or "nothing"
         if row.text_type is not None:
             changes = f"as its text model, {row.text_type} if the file names none; other tensors are skipped"
         table.append((row.model_type, row.models, changes, row.tested))
     real = ", ".join(row.real_weights for row in rows if row.real_weights)
-    lines = [*_heading("Models that run here"), *_wrap(PLAINEST, width), ""]
-    lines += [*_table(table, (19, 20, width - 57, 12)), ""]
-    lines += [*_wrap(f"{TESTED}{real}.", width), ""]
-    lines += _wrap(
+    listed = (
         f"Listed is what a type has by its defaults, in a sample of {SAMPLE_SIZES['num_hidden_layers']} layers; a file "
         f"may ask for more or less, and for any RoPE of these: {', '.join(KINDS)}. A field of config.json that nothing "
-        "reads is an error.",
-        width,
+        "reads is an error."
     )
-    lines += ["", "Not supported, and refused with the reason:"]
+    parts = [*_heading("Models that run here"), _text(PLAINEST), _text(), _grid(table), _text()]
+    parts += [_text(f"{TESTED}{real}."), _text(), _text(listed)]
+    parts += [_text(), _text("Not supported, and refused with the reason:")]
     for reason, types in refused.items():
-        lines += _wrap(f"{reason}: {', '.join(types)}", width, INDENT, INDENT * 2)
-    lines += ["", "python -m minirksc.models MODEL           explains a folder, an alias or a type"]
-    lines += ["python -m minirksc.models --compare A B   what differs between two of them"]
-    return "\n".join(lines)
+        parts += [_text(f"{reason}:", 1), _text(", ".join(types), 2)]
+    parts += [_text(), _text("python -m minirksc.models MODEL           explains a folder, an alias or a type")]
+    parts += [_text("python -m minirksc.models --compare A B   what differs between two of them")]
+    return _page(parts, width)
 
 
 def model_page(model: Explanation, is_type: bool = False, width: int = WIDTH) -> str:
     """One checkpoint, or a type by its defaults."""
     spec = model.spec
     models, words = family_of(spec.model_type)
-    lines = _wrap(model.name, width)
-    lines += _wrap(f"model_type {spec.model_type} ({models}): {words}", width)
+    parts = [_text(model.name), _text(f"model_type {spec.model_type} ({models}): {words}")]
     if is_type:
-        lines += _wrap("By its defaults, with sample sizes: a checkpoint says more.", width)
-    lines += ["", *_heading("Sizes"), *_sizes(spec, width)]
-    lines += ["", *_heading("What departs from the plainest Llama, and why"), *_wrap(PLAINEST, width, INDENT), ""]
-    lines += _departures(model.departures, width)
-    lines += ["", *_heading("Layers by kind"), *_kinds(model.layer_kinds, width)]
-    if is_type:
-        return "\n".join(lines)
-    lines += ["", *_heading("Parameters"), *_parameters(model, width)]
-    lines += ["", *_heading("Weights"), *_weights(model.weights, width)]
-    lines += ["", *_heading("KV cache of one sequence"), *_kv(model, width)]
-    return "\n".join(lines)
+        parts.append(_text("By its defaults, with sample sizes: a checkpoint says more."))
+    parts += [_text(), *_heading("Sizes"), _sizes(spec), _text()]
+    parts += [*_heading("What departs from the plainest Llama, and why"), _text(PLAINEST, 1), _text()]
+    parts += _departures(model.departures)
+    parts += [_text(), *_heading("Layers by kind"), *_kinds(model.layer_kinds)]
+    if not is_type:
+        parts += [_text(), *_heading("Parameters"), *_parameters(model)]
+        parts += [_text(), *_heading("Weights"), *_weights(model.weights)]
+        parts += [_text(), *_heading("KV cache of one sequence"), *_kv(model)]
+    return _page(parts, width)
 
 
 def compare_page(names: tuple[str, str], differences: Sequence[Difference], width: int = WIDTH) -> str:
     """What differs between two models."""
     if not differences:
-        return "\n".join(_wrap(f"Nothing in the architecture differs between {names[0]} and {names[1]}.", width))
-    lines = [*_wrap(f"A: {names[0]}", width), *_wrap(f"B: {names[1]}", width)]
+        return _page([_text(f"Nothing in the architecture differs between {names[0]} and {names[1]}.")], width)
+    parts = [_text(f"A: {names[0]}"), _text(f"B: {names[1]}")]
     for difference in differences:
-        lines += ["", _title(difference)]
-        for name, values in (("A", difference.values), ("B", difference.others)):
-            lines += _wrap(f"{name}: {show(difference.field, values)}", width, INDENT, INDENT + "   ")
-        lines += _reasons(difference, width)
-    return "\n".join(lines)
+        sides = (("A:", difference.values), ("B:", difference.others))
+        parts += [_text(), _text(_title(difference))]
+        parts.append(_grid([(name, show(difference.field, values)) for name, values in sides], 1))
+        parts += _reasons(difference)
+    return _page(parts, width)
 
 
 # Sections
 
 
-def _sizes(spec: ArchSpec, width: int) -> list[str]:
+def _sizes(spec: ArchSpec) -> RenderableType:
     shared = spec.num_heads // spec.layers[0].num_kv_heads
     sharing = f" ({shared} query heads share one)" if shared > 1 else ""
     rows = [
@@ -119,36 +119,36 @@ def _sizes(spec: ArchSpec, width: int) -> list[str]:
         ("begin token", "none" if spec.bos_token_id is None else str(spec.bos_token_id)),
         ("end tokens", ", ".join(map(str, spec.eos_token_ids)) or "none in config.json"),
     ]
-    return _rows(rows, width)
+    return _grid(rows, 1)
 
 
-def _departures(departures: Sequence[Difference], width: int) -> list[str]:
+def _departures(departures: Sequence[Difference]) -> list[RenderableType]:
     if not departures:
-        return _wrap("Nothing: this is it.", width, INDENT)
-    lines: list[str] = []
+        return [_text("Nothing: this is it.", 1)]
+    parts: list[RenderableType] = []
     for departure in departures:
         value, plain = show(departure.field, departure.values), show(departure.field, departure.others)
         text = f"{_title(departure)}: {value}" + (f"; plain: {plain}" if plain not in ("no", "none") else "")
-        lines += ([""] if lines else []) + _wrap(text, width, INDENT, INDENT * 2) + _reasons(departure, width)
-    return lines
+        parts += [*([_text()] if parts else []), _text(text, 1), *_reasons(departure)]
+    return parts
 
 
-def _reasons(difference: Difference, width: int) -> list[str]:
-    lines = []
+def _reasons(difference: Difference) -> list[RenderableType]:
+    parts: list[RenderableType] = []
     for reason in difference.reasons:
         begin = f"{reason.title}: " if len(difference.reasons) > 1 else ""
         source = f" [{reason.source}]" if reason.source else ""
-        lines += _wrap(f"{begin}{reason.text}{source}", width, INDENT * 2)
-    return lines
+        parts.append(_text(f"{begin}{reason.text}{source}", 2))
+    return parts
 
 
-def _kinds(kinds: Sequence[LayerKind], width: int) -> list[str]:
-    lines = []
+def _kinds(kinds: Sequence[LayerKind]) -> list[RenderableType]:
+    parts: list[RenderableType] = []
     for kind in kinds:
         count = f"{len(kind.layers)} layer{'s' if len(kind.layers) > 1 else ''} ({_ranges(kind.layers)})"
         others = [other.layer for other in kinds if other is not kind]
-        lines += _wrap(f"{count}: {', '.join(_describe(kind.layer, others))}", width, INDENT, INDENT * 2)
-    return lines
+        parts += [_text(f"{count}:", 1), _text(", ".join(_describe(kind.layer, others)), 2)]
+    return parts
 
 
 def _describe(layer: LayerSpec, others: Sequence[LayerSpec]) -> list[str]:
@@ -171,31 +171,22 @@ def _describe(layer: LayerSpec, others: Sequence[LayerSpec]) -> list[str]:
     return parts
 
 
-def _parameters(model: Explanation, width: int) -> list[str]:
+def _parameters(model: Explanation) -> list[RenderableType]:
     total = sum(model.parameters.values())
-    lines = [
-        f"{INDENT}{PARTS.get(part, part):<18}{count:>16,}{count / total:>8.1%}"
-        for part, count in model.parameters.items()
-    ]
-    lines.append(f"{INDENT}{'total':<18}{total:>16,}")
+    rows = [(PARTS.get(part, part), f"{count:,}", f"{count / total:.1%}") for part, count in model.parameters.items()]
+    parts = [_grid([*rows, ("total", f"{total:,}", "")], 1, "right")]
     if model.spec.tie_word_embeddings and "head" not in model.parameters:
-        lines += _wrap("The head is the embedding and is counted once.", width, INDENT)
+        parts.append(_text("The head is the embedding and is counted once.", 1))
     if model.weights is not None and model.weights.has_own_head:
-        lines += _wrap(
-            "config.json ties the head to the embedding, but the file has another one: the file's is used.",
-            width,
-            INDENT,
-        )
-    return lines
+        text = "config.json ties the head to the embedding, but the file has another one: the file's is used."
+        parts.append(_text(text, 1))
+    return parts
 
 
-def _weights(weights: Weights | None, width: int) -> list[str]:
+def _weights(weights: Weights | None) -> list[RenderableType]:
     if weights is None:
-        return _wrap(
-            "There is no .safetensors file here: all of this follows from config.json, and no tensor was checked.",
-            width,
-            INDENT,
-        )
+        text = "There is no .safetensors file here: all of this follows from config.json, and no tensor was checked."
+        return [_text(text, 1)]
     run = f'{_size(weights.run_bytes)}, which is what dtype="auto" runs here'
     if weights.run_dtype == "float32" and "float32" not in weights.stored:
         run += ", or half where float16 holds a matrix exactly"
@@ -207,19 +198,19 @@ def _weights(weights: Weights | None, width: int) -> list[str]:
         ("tensors used", f"{weights.num_tensors:,}"),
         ("tensors skipped", f"{len(weights.skipped):,}"),
     ]
-    lines = _rows(rows, width)
+    parts = [_grid(rows, 1)]
     groups: dict[str, list[str]] = {}
     for name in weights.skipped:
         groups.setdefault(_prefix(name), []).append(name)
     for prefix, names in list(groups.items())[:MAX_LISTED]:
         listed = ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
-        lines += _wrap(f"{len(names):,} in {prefix}: {listed}", width, INDENT * 2, INDENT * 3)
+        parts.append(_text(f"{len(names):,} in {prefix}: {listed}", 2))
     if len(groups) > MAX_LISTED:
-        lines.append(f"{INDENT * 2}and {len(groups) - MAX_LISTED} other groups")
-    return lines
+        parts.append(_text(f"and {len(groups) - MAX_LISTED} other groups", 2))
+    return parts
 
 
-def _kv(model: Explanation, width: int) -> list[str]:
+def _kv(model: Explanation) -> list[RenderableType]:
     spec, window = model.spec, model.spec.retained_window
     length = _number(spec.max_position_embeddings)
     rows: list[tuple[str, str]] = [("a token, in layers that keep all" if window else "a token", "token_full")]
@@ -227,10 +218,9 @@ def _kv(model: Explanation, width: int) -> list[str]:
         rows.append((f"a token in view, in layers of window {_number(window)}", "token_window"))
         rows.append((f"the most that these take, {_number(window)} tokens", "window_limit"))
     rows.append((f"the longest sequence, {length} tokens", "longest"))
-    lines = [f"{INDENT}{'':<46}" + "".join(f"{name:>16}" for name in model.kv_bytes)]
+    table = [("", *model.kv_bytes)]
     for title, field in rows:
-        sizes = "".join(f"{_short_size(getattr(kv, field)):>16}" for kv in model.kv_bytes.values())
-        lines.append(f"{INDENT}{title:<46}{sizes}")
+        table.append((title, *(_short_size(getattr(kv, field)) for kv in model.kv_bytes.values())))
     notes = ["Blocks round the lengths up."]
     if window:
         kv = model.kv_bytes["float32"]
@@ -240,7 +230,7 @@ def _kv(model: Explanation, width: int) -> list[str]:
         notes.append("Every layer has a window, and then the cache keeps all tokens of all of them.")
     if any(layer.kv_layer is not None for layer in spec.layers):
         notes.append("Layers that read the keys and values of another one keep none.")
-    return lines + _wrap(" ".join(notes), width, INDENT)
+    return [_grid(table, 1, "right"), _text(" ".join(notes), 1)]
 
 
 # Words and numbers
@@ -342,29 +332,35 @@ def _prefix(name: str) -> str:
     return ".".join(parts[:2]) if parts[0] == "model" else parts[0]
 
 
-def _rows(rows: Iterable[tuple[str, str]], width: int) -> list[str]:
-    return [line for name, text in rows for line in _wrap(f"{name:<18}{text}", width, INDENT, INDENT + " " * 18)]
+# Text that is set
 
 
-def _heading(text: str) -> list[str]:
-    return [text, "-" * len(text)]
+def _page(parts: Iterable[RenderableType], width: int) -> str:
+    """Lines of at most `width` columns, without colours and without blanks at their ends."""
+    console = Console(width=width, color_system=None, force_jupyter=False, legacy_windows=False)
+    with console.capture() as capture:
+        console.print(Group(*parts))
+    return "\n".join(line.rstrip() for line in capture.get().rstrip("\n").split("\n"))
 
 
-def _wrap(text: str, width: int, indent: str = "", hanging: str | None = None) -> list[str]:
-    """Lines of at most `width`; control characters, which a file may hold, are shown as blanks."""
-    clean = re.sub(r"[^\S ]|[\x00-\x1f\x7f-\x9f]", " ", text)
-    hanging = indent if hanging is None else hanging
-    return textwrap.wrap(clean, width, initial_indent=indent, subsequent_indent=hanging, break_on_hyphens=False)
+def _heading(text: str) -> list[RenderableType]:
+    return [_text(text), Text("-" * len(text), no_wrap=True, overflow="crop")]
 
 
-def _table(rows: Iterable[Sequence[str]], widths: Sequence[int]) -> list[str]:
-    """Columns two blanks apart, cells wrapped, and a rule below the first row."""
-    lines: list[str] = []
-    for number, row in enumerate(rows):
-        cells = [_wrap(cell, width) for cell, width in zip(row, widths, strict=True)]
-        for line in itertools.zip_longest(*cells, fillvalue=""):
-            padded = (part.ljust(width) for part, width in zip(line, widths, strict=True))
-            lines.append("  ".join(padded).rstrip())
-        if number == 0:
-            lines.append("  ".join("-" * width for width in widths))
-    return lines
+def _text(text: str = "", level: int = 0) -> RenderableType:
+    return Padding(_clean(text), (0, 0, 0, level * INDENT))
+
+
+def _grid(rows: Sequence[Sequence[str]], level: int = 0, justify: JustifyMethod = "left") -> RenderableType:
+    """Columns two blanks apart with wrapped cells; `justify` holds for all but the first."""
+    grid = Table.grid(padding=(0, 2))
+    for number in range(len(rows[0])):
+        grid.add_column(overflow="fold", justify=justify if number else "left")
+    for row in rows:
+        grid.add_row(*map(_clean, row))
+    return Padding(grid, (0, 0, 0, level * INDENT))
+
+
+def _clean(text: str) -> Text:
+    """Text in which control characters, which a file may hold, are blanks."""
+    return Text(re.sub(r"[^\S ]|[\x00-\x1f\x7f-\x9f]", " ", text))

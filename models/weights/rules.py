@@ -280,12 +280,9 @@ def _rows(entry: TensorEntry, begin: int, num_rows: int) -> Tensor:
 
 def _unused(spec: ArchSpec) -> set[str]:
     """Tensors that some checkpoints carry and the spec has no use for."""
-    unused = set()
-    for index, layer in enumerate(spec.layers):
-        if layer.kv_layer is not None:
-            names = ("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias", "k_norm.weight")
-            unused |= {f"model.layers.{index}.self_attn.{name}" for name in names}
-    return unused
+    names = ("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias", "k_norm.weight")
+    readers = [index for index, layer in enumerate(spec.layers) if layer.kv_layer is not None]
+    return {f"model.layers.{index}.self_attn.{name}" for index in readers for name in names}
 
 
 def _stream(
