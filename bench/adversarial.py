@@ -63,7 +63,7 @@ def adversarial(problem: Problem, kind: str, rng: random.Random) -> Made | None:
     """A question that looks alike and has another answer.
 
     Args:
-        problem: Problem to change.
+        problem: problem to change.
         kind: a key of RULES.
         rng: chooses among what the rules give.
 

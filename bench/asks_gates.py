@@ -48,10 +48,10 @@ class Row:
     """One wording against the first one of its problem.
 
     Attributes:
-        model, split: Model that the states are of, and "calibration" or "test".
-        problem, kind, rule: Fields of `Wording`.
+        model, split: model that the states are of, and "calibration" or "test".
+        problem, kind, rule: fields of `Wording`.
         guard: why the content guard refuses it; None if it does not.
-        num_tokens: Length of this wording.
+        num_tokens: length of this wording.
         similarities: gate -> depth -> similarity.
     """
 
@@ -130,7 +130,7 @@ def threshold(similarities: Sequence[float], total: int) -> float:
     """The lowest that accepts few enough of adversarial wordings.
 
     Args:
-        similarities: Similarities of those that nothing else refuses.
+        similarities: similarities of those that nothing else refuses.
         total: how many there are, refused ones included.
 
     Returns:
@@ -149,8 +149,8 @@ def summarise(rows: Sequence[Row], gate: str, depth: int, has_guard: bool, polic
     """One gate at one depth: threshold of the calibration rows, figures of the test rows.
 
     Args:
-        rows: Rows of one model.
-        gate: Name of the gate; "none" leaves the guard alone.
+        rows: rows of one model.
+        gate: name of the gate; "none" leaves the guard alone.
         depth: layers that the probe went through.
         has_guard: whether the content guard refuses first.
         policy: "safe" or "loose", how the threshold is chosen.

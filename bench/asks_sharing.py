@@ -80,7 +80,7 @@ class Pair:
         llm: the model.
         first: wording that is computed before.
         other: wording that may run on it.
-        tokens: Number of tokens decoded greedily.
+        tokens: number of tokens decoded greedily.
     """
 
     def __init__(self, llm: LLM, first: str, other: str, tokens: int) -> None:

@@ -32,7 +32,7 @@ class Belady:
     """A policy; tell it of each request that ends.
 
     Args:
-        recorder: Recorder of a run of the same work.
+        recorder: recorder of a run of the same work.
     """
 
     def __init__(self, recorder: Recorder) -> None:

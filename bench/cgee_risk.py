@@ -50,8 +50,8 @@ class Risk:
     """The study of one set of problems.
 
     Args:
-        evidence: Evidence of the problems.
-        options: Command line.
+        evidence: evidence of the problems.
+        options: command line.
     """
 
     def __init__(self, evidence: Sequence[Evidence], options: argparse.Namespace) -> None:

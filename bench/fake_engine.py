@@ -27,7 +27,7 @@ class FakeEngine:
     Args:
         blocks: the block manager.
         max_batch_tokens, max_batch_requests: limits of a step.
-        on_finish: Callback with each request right before it gives up or keeps its blocks.
+        on_finish: callback with each request right before it gives up or keeps its blocks.
 
     Attributes:
         num_prefilled_tokens: computed, but for those that were sampled by the request that computes them.

@@ -143,7 +143,7 @@ class Measure:
     Args:
         device: where tensors are.
         clock: times one call.
-        peak: Peak of the device.
+        peak: peak of the device.
         repeats, warmup: runs of each arm.
         only: regular expression of "part: case: arm".
     """
@@ -253,8 +253,8 @@ def add_times(rows: dict[str, Row], times: Sequence[Row]) -> None:
     """Writes microseconds into the rows of a case, and into ours how they compare with the best other arm.
 
     Args:
-        rows: Rows by arm.
-        times: One row an arm and repetition.
+        rows: rows by arm.
+        times: one row an arm and repetition.
     """
     from bench.harness import names, ratios, summarise, values
 

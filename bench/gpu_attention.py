@@ -36,12 +36,12 @@ class AttentionCase:
         batch: sequences.
         num_queries: new tokens of each.
         context_len: keys of each, the new ones included.
-        prefix_len: Number of leading keys that all share.
-        head_dim: Size of a query, key or value.
+        prefix_len: number of leading keys that all share.
+        head_dim: size of a query, key or value.
         block_size: tokens a block.
-        num_heads: Heads of queries.
-        num_kv_heads: Heads of keys and values.
-        dtype: Numbers of activations and of the cache.
+        num_heads: heads of queries.
+        num_kv_heads: heads of keys and values.
+        dtype: numbers of activations and of the cache.
     """
 
     kind: str
@@ -129,10 +129,10 @@ class AttentionInputs:
     """The tensors of a case, and what rivals are given of them.
 
     Attributes:
-        case: Case that they are made for.
+        case: case that they are made for.
         q: `[tokens, num_heads, head_dim]`.
         cache: one layer of the engine's cache.
-        batch: Batch of all sequences.
+        batch: batch of all sequences.
         scale: multiplied to scores.
     """
 

@@ -26,8 +26,8 @@ class Peak(NamedTuple):
     """What a device can do at most, as far as a plain copy and a large product reach it.
 
     Attributes:
-        bandwidth: Bytes of its memory a second.
-        flops: Operations a second, of dense bfloat16 products accumulated in float32.
+        bandwidth: bytes of its memory a second.
+        flops: operations a second, of dense bfloat16 products accumulated in float32.
     """
 
     bandwidth: float

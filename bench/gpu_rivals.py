@@ -42,10 +42,10 @@ class Rival:
 
     Attributes:
         name: in the results.
-        package: Package that is asked for its version.
+        package: package that is asked for its version.
         modules: places to import from, for versions that moved it; the first that can be imported is used.
         prepare: (module, inputs) -> the call.
-        kinds: Kinds of the cases it is measured on.
+        kinds: kinds of the cases it is measured on.
     """
 
     name: str

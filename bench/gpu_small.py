@@ -30,7 +30,7 @@ class SmallCase:
         name: op and sizes.
         make: device -> new arguments, the same numbers each time.
         results: (arguments, what the op returned) -> what is compared.
-        num_bytes: Bytes that must go through memory.
+        num_bytes: bytes that must go through memory.
         reference, composed, kernel: the op's forms.
     """
 

@@ -55,9 +55,9 @@ def take_turns(
     """Runs all arms for each index, in another order each time.
 
     Args:
-        arms: Name -> what is run, called with the index of a repetition or of a problem.
-        indices: Numbers of repetitions or problems.
-        warmup: Runs of each arm before, with the first index, that are not reported.
+        arms: name -> what is run, called with the index of a repetition or of a problem.
+        indices: numbers of repetitions or problems.
+        warmup: runs of each arm before, with the first index, that are not reported.
         is_quiet: True does not tell each run, where there are hundreds.
 
     Yields:
@@ -173,8 +173,8 @@ def some_of(kind: Callable[[str], Any] | Sequence[str], least: int = 1) -> Calla
     """Values with commas between them.
 
     Args:
-        kind: Type of each, or all that there are.
-        least: Fewest that may be given.
+        kind: type of each, or all that there are.
+        least: fewest that may be given.
     """
 
     def one(text: str) -> Any:
@@ -215,10 +215,10 @@ def make_parser(module: str, description: str | None, options: str, **defaults: 
     """A command line.
 
     Args:
-        module: Name after `python -m`.
-        description: Text above the options.
-        options: Names out of `OPTIONS`, with spaces between them.
-        defaults: Other defaults.
+        module: name after `python -m`.
+        description: text above the options.
+        options: names out of `OPTIONS`, with spaces between them.
+        defaults: other defaults.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -57,10 +57,10 @@ def bootstrap(
 
     Args:
         values: one a problem, at least one.
-        statistic: Function of values.
+        statistic: function of values.
         confidence: 0..1.
         resamples: how often it is drawn.
-        seed: Seed of the draws.
+        seed: seed of the draws.
     """
     if not values:
         raise ValueError("no values: the bootstrap needs at least one")

@@ -73,7 +73,7 @@ class Case:
         call: calls the launcher.
         subset: belongs to the few that the tests compile.
         loop_bytes: arguments of a launch -> HBM bytes that a program moves in one iteration of its main loop.
-        rival: Name of other engines' figures that it is set beside, "decode d128" for example.
+        rival: name of other engines' figures that it is set beside, "decode d128" for example.
     """
 
     name: str

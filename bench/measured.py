@@ -68,11 +68,11 @@ def solving(
     """Arms for `take_turns` that solve the problem of an index, each with random numbers of its own.
 
     Args:
-        llm: Engine of all arms.
-        configs: Name of an arm -> options of its solves.
-        prompts: Prompt of each problem.
-        only: Regular expression of the names that are kept.
-        problems: Right answers of the problems, to which rows then are held ("reference", "right").
+        llm: engine of all arms.
+        configs: name of an arm -> options of its solves.
+        prompts: prompt of each problem.
+        only: regular expression of the names that are kept.
+        problems: right answers of the problems, to which rows then are held ("reference", "right").
     """
 
     def arm(config: SolverConfig) -> Callable[[int], Row]:
@@ -103,9 +103,9 @@ def load_gates(file: Path | None, llm: LLM, config: SolverConfig) -> Gates:
     """The gates of a file, or those of no calibration.
 
     Args:
-        file: File of `minirksc.calibrate`; None: `DEFAULT_GATES`.
-        llm: Model.
-        config: Options that they will be used under: settings other than the file's make them "uncalibrated", and are
+        file: file of `minirksc.calibrate`; None: `DEFAULT_GATES`.
+        llm: model.
+        config: options that they will be used under: settings other than the file's make them "uncalibrated", and are
             told.
 
     Raises:

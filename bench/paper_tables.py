@@ -77,7 +77,7 @@ def make_arms(base: SolverConfig, gates: Gates) -> dict[str, SolverConfig]:
 
     Args:
         base: branches, tokens, hints, sampling, parser.
-        gates: Gates of RKSC.
+        gates: gates of RKSC.
     """
     full = replace(base, verify="always", verify_style="standalone")
     return {

@@ -23,8 +23,8 @@ class Chunk:
     """Tokens that one sequence is given in a pass.
 
     Attributes:
-        sequence: Id of the sequence.
-        token_ids: Tokens that follow those it has.
+        sequence: id of the sequence.
+        token_ids: tokens that follow those it has.
     """
 
     sequence: int
@@ -37,7 +37,7 @@ class Context:
     Args:
         lib: the module `llama_cpp`.
         model: pointer to the weights.
-        params: Parameters of the context.
+        params: parameters of the context.
     """
 
     def __init__(self, lib: Any, model: Any, params: Any) -> None:

@@ -35,11 +35,11 @@ class Peer:
     """An engine with what it computes in.
 
     Attributes:
-        name: Name of its arms.
+        name: name of its arms.
         command: interpreter and arguments of its worker.
         options: what its worker loads with.
         fallback: further options to try where that fails; they are told.
-        settings: Settings of part solve.
+        settings: settings of part solve.
     """
 
     name: str
@@ -77,8 +77,8 @@ def known_peers(options: argparse.Namespace, folder: Path) -> tuple[list[Peer], 
     """Every peer that the options name.
 
     Args:
-        options: Command line.
-        folder: Folder of the checkpoint.
+        options: command line.
+        folder: folder of the checkpoint.
 
     Returns:
         The peers, and a line for each that is left out.

@@ -28,9 +28,9 @@ class PeerProcess:
     """A worker, from its start to `close`.
 
     Args:
-        name: Name of the peer, for messages.
+        name: name of the peer, for messages.
         command: interpreter and arguments.
-        threads: Threads for OpenMP: some engines take their number from there alone.
+        threads: threads for OpenMP: some engines take their number from there alone.
         timeout_s: longest time for one reply.
 
     Raises:

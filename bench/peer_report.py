@@ -28,10 +28,10 @@ def make_page(
     """The page.
 
     Args:
-        rows: Rows of all workloads; those with "failed" have no numbers.
-        facts: Facts of each peer.
+        rows: rows of all workloads; those with "failed" have no numbers.
+        facts: facts of each peer.
         missing: lines about peers that are left out.
-        options: Command line.
+        options: command line.
     """
     page = Page("minirksc beside other engines")
     page.text(

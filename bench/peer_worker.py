@@ -33,7 +33,7 @@ class Peer(Protocol):
         """Branches and their verification, from a cold cache.
 
         Args:
-            work: Token ids, and how many to decode: see `bench.peer_plan.make_work`.
+            work: token ids, and how many to decode: see `bench.peer_plan.make_work`.
             setting: sharing and style of the verification, such as "exact append".
         """
         ...

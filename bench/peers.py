@@ -48,7 +48,7 @@ class Running:
     Attributes:
         peer: it.
         process: None once it is of no more use.
-        facts: Reply to "load".
+        facts: reply to "load".
     """
 
     peer: Peer
@@ -127,8 +127,8 @@ def measure(
 
     Args:
         workloads: in order.
-        arms: Arms of each workload, by name.
-        options: Command line.
+        arms: arms of each workload, by name.
+        options: command line.
 
     Returns:
         A row an arm and repetition, with "failed" where there is no result; facts of each peer by name; a line for

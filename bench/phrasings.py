@@ -57,7 +57,7 @@ def wordings(problems: Sequence[Problem], seed: int = 0) -> list[Wording]:
     """At most one wording of each level and kind a problem, in the order of the problems.
 
     Args:
-        problems: Problems to word.
+        problems: problems to word.
         seed: another one chooses other rules.
     """
     return [one for index in range(len(problems)) for one in _wordings(problems, index, seed)]
@@ -80,7 +80,7 @@ def paraphrase(question: str, level: str, rng: random.Random) -> Made | None:
     """A whole prompt that asks for the same.
 
     Args:
-        question: Question to say differently.
+        question: question to say differently.
         level: one of LEVELS.
         rng: chooses among the rules that apply.
 

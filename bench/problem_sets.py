@@ -22,8 +22,8 @@ class ProblemSet:
     """Problems of one file.
 
     Attributes:
-        name: Name of the file.
-        kind: Kind of their answers, see `minirksc.rksc.answers.parse_answer`.
+        name: name of the file.
+        kind: kind of their answers, see `minirksc.rksc.answers.parse_answer`.
         questions: texts.
         references: right answers in normal form.
         shots: question and answer of other rows of the file, for worked examples; none of them is asked.

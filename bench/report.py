@@ -17,8 +17,8 @@ class Page:
     """One page of markdown, put together part by part.
 
     Attributes:
-        title: Heading of the page.
-        lines: Lines so far.
+        title: heading of the page.
+        lines: lines so far.
     """
 
     title: str
@@ -65,11 +65,11 @@ def write_run(
     """Writes what a benchmark found, prints its page, and says where the files are.
 
     Args:
-        name: Name of the benchmark, with which the files begin.
-        options: Command line; `output` is the folder.
-        rows: Measurements, each a line of JSONL that is complete in itself.
-        page: Page; it gets a last line about versions and machine.
-        threads: Threads of the CPU; None: as the options say.
+        name: name of the benchmark, with which the files begin.
+        options: command line; `output` is the folder.
+        rows: measurements, each a line of JSONL that is complete in itself.
+        page: page; it gets a last line about versions and machine.
+        threads: threads of the CPU; None: as the options say.
     """
     options.output.mkdir(parents=True, exist_ok=True)
     stem = options.output / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"

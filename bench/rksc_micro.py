@@ -42,7 +42,7 @@ class Leaving:
 
     Args:
         layers: after which it is asked.
-        rows: Rows that leave.
+        rows: rows that leave.
     """
 
     def __init__(self, layers: Collection[int], rows: Collection[int]) -> None:
@@ -58,9 +58,9 @@ def make_arms(llm: LLM, without_mass: LLM, options: argparse.Namespace) -> dict[
     """Every arm, by name.
 
     Args:
-        llm: Engine.
+        llm: engine.
         without_mass: the same with an eviction policy that needs no attention.
-        options: Command line.
+        options: command line.
     """
     tokenizer = llm.need_tokenizer("bench.rksc")
     text = few_shot_ids(tokenizer, EXAMPLES, options.prefix_tokens + 2048)

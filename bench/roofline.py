@@ -80,8 +80,8 @@ class Work:
     """What a phase needs at least.
 
     Attributes:
-        num_bytes: Bytes that are read.
-        num_flops: Operations that are computed.
+        num_bytes: bytes that are read.
+        num_flops: operations that are computed.
     """
 
     num_bytes: float
@@ -101,7 +101,7 @@ def work_of(llm: LLM, contexts: Sequence[int], num_distinct: int, num_logits: in
     """Of one pass.
 
     Args:
-        llm: Engine with the model.
+        llm: engine with the model.
         contexts: keys that each token attends to, one entry a token.
         num_distinct: keys that are read by anybody, each counted once; a window leaves no more than its own.
         num_logits: rows of logits.
@@ -123,9 +123,9 @@ class Phases:
     """Runs of each phase on one engine.
 
     Args:
-        llm: Engine.
+        llm: engine.
         prompt: token ids.
-        num_branches: Branches of the last phase.
+        num_branches: branches of the last phase.
     """
 
     def __init__(self, llm: LLM, prompt: list[int], num_branches: int) -> None:

@@ -52,11 +52,11 @@ class Work:
     """What every run does.
 
     Attributes:
-        shape: Shape of the searches.
+        shape: shape of the searches.
         prompts: token ids, one a problem.
-        hint: Beginning of each child.
+        hint: beginning of each child.
         block_size: tokens a block.
-        batch_requests: Requests that run at a time; the more, the more of a small pool is taken by what runs.
+        batch_requests: requests that run at a time; the more, the more of a small pool is taken by what runs.
     """
 
     shape: Shape
@@ -93,10 +93,10 @@ def count(work: Work, num_blocks: int, policy: str, recorder: Recorder | None = 
     """One run without a model: the engine afterwards, and the tokens of all nodes.
 
     Args:
-        work: Work to do.
-        num_blocks: Size of the pool.
-        policy: Policy of eviction; "belady" needs the recorder of an earlier run, all others fill one, if there is one.
-        recorder: Recorder for or of the policy.
+        work: work to do.
+        num_blocks: size of the pool.
+        policy: policy of eviction; "belady" needs the recorder of an earlier run, all others fill one, if there is one.
+        recorder: recorder for or of the policy.
 
     Raises:
         RuntimeError: the pool cannot hold what one request needs.

@@ -42,11 +42,11 @@ class Load:
     """Work of the bookkeeping.
 
     Attributes:
-        name: Name, in words.
-        num_branches: Branches that decode.
+        name: name, in words.
+        num_branches: branches that decode.
         context: tokens of each.
-        shares: Whether they are forks of one prompt; else each has a prompt of its own.
-        num_blocks: Size of the pool; what the branches do not use is filled with cached prompts.
+        shares: whether they are forks of one prompt; else each has a prompt of its own.
+        num_blocks: size of the pool; what the branches do not use is filled with cached prompts.
     """
 
     name: str
@@ -68,8 +68,8 @@ def prepare(work: Load, policy: str = "rksc") -> FakeEngine:
     """An engine whose branches are about to decode.
 
     Args:
-        work: Load of the engine.
-        policy: Policy of eviction.
+        work: load of the engine.
+        policy: policy of eviction.
     """
     engine = FakeEngine(BlockManager(work.num_blocks, BLOCK_SIZE, policy), 1 << 20, work.num_branches)
     used = work.num_branches * (NUM_STEPS // BLOCK_SIZE + 2)

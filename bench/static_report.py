@@ -30,10 +30,10 @@ class Target:
     """What limits how many blocks of threads one multiprocessor (compute unit) holds.
 
     Attributes:
-        architecture: Name in the launch tables.
+        architecture: name in the launch tables.
         block_shared_bytes: shared memory (LDS) that one block may have.
-        shared_bytes, warps, blocks: Limits of one multiprocessor.
-        hbm_bytes: Bytes that reach one multiprocessor a clock when memory runs at its peak.
+        shared_bytes, warps, blocks: limits of one multiprocessor.
+        hbm_bytes: bytes that reach one multiprocessor a clock when memory runs at its peak.
     """
 
     architecture: str
@@ -95,12 +95,12 @@ class Usage:
     """What one compiled kernel takes.
 
     Attributes:
-        warps, stages: Warps and stages it was compiled for.
-        registers: Registers of one thread.
-        spill_bytes: Bytes of one thread in local (scratch) memory, where registers did not suffice.
-        shared_bytes: Shared memory of one block.
-        blocks: Blocks that one multiprocessor holds at a time, as far as registers, shared memory and warps allow.
-        occupancy: Share of the warps then, of those that it could hold.
+        warps, stages: warps and stages it was compiled for.
+        registers: registers of one thread.
+        spill_bytes: bytes of one thread in local (scratch) memory, where registers did not suffice.
+        shared_bytes: shared memory of one block.
+        blocks: blocks that one multiprocessor holds at a time, as far as registers, shared memory and warps allow.
+        occupancy: share of the warps then, of those that it could hold.
         buffers: copies of the smallest pipelined tile in shared memory; 1: loads wait for the arithmetic; 0: none.
         issue: share of the issue slots that the main loop needs while memory runs at its peak; None where the bytes
             are unknown. Above about 0.6 the loop is no longer bound by memory.
@@ -141,8 +141,8 @@ def read(compiled: Any, target: Target, loop_bytes: int | None) -> Usage:
     """What a compiled kernel takes.
 
     Args:
-        compiled: Kernel as `triton.compile` gave it.
-        target: Target it was compiled for.
+        compiled: kernel as `triton.compile` gave it.
+        target: target it was compiled for.
         loop_bytes: HBM bytes that one program moves in one iteration of its main loop.
     """
     metadata = compiled.metadata

@@ -37,9 +37,9 @@ class Shape:
 
     Attributes:
         kind: one of KINDS.
-        branches, beam, depth, tokens, num_open: Sizes as above.
+        branches, beam, depth, tokens, num_open: sizes as above.
         num_problems, concurrency: searches in all, and at a time.
-        seed: Seed of the scores.
+        seed: seed of the scores.
     """
 
     kind: str = "best-first"
@@ -119,10 +119,10 @@ class Search:
     """One problem under way.
 
     Attributes:
-        problem: Number of the problem.
-        rounds: Rounds still to do, the present one first.
+        problem: number of the problem.
+        rounds: rounds still to do, the present one first.
         branches: live ones, by path.
-        token_ids: Tokens of every node that was ever decoded.
+        token_ids: tokens of every node that was ever decoded.
         pending: requests that the present round waits for.
         forked: the present round's children exist.
     """
@@ -139,10 +139,10 @@ class Service:
     """Searches on one engine, some at a time.
 
     Args:
-        host: Engine.
+        host: engine.
         prompts: token ids, one a problem.
-        shape: Shape of the searches.
-        hint: Beginning of each child.
+        shape: shape of the searches.
+        hint: beginning of each child.
 
     Attributes:
         searches: those that have begun; all of them, when `run` is through.

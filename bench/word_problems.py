@@ -22,8 +22,8 @@ class Problem:
     """A word problem.
 
     Attributes:
-        question: Text of the problem.
-        solution: Worked solution, with its calculations ("<<48/2=24>>" or "48 / 2 = 24") and the answer.
+        question: text of the problem.
+        solution: worked solution, with its calculations ("<<48/2=24>>" or "48 / 2 = 24") and the answer.
     """
 
     question: str
@@ -39,7 +39,7 @@ class Problem:
         """The answer if numbers of the problem were others: the chain of calculations, followed again.
 
         Args:
-            changed: Number -> what it would be.
+            changed: number -> what it would be.
 
         Returns:
             The new answer; None where the chain cannot be followed, does not lead to the answer, never uses a changed

@@ -56,14 +56,14 @@ class Backend:
     """One form of every op. The signatures are those of the references, which specify them and are the defaults.
 
     Attributes:
-        name: Name in the options.
-        device_type: Type of the devices on which it runs; None: any.
-        block_sizes: Numbers of tokens a KV block that its kernels can have; None: any.
-        packer: Function that is called for each model and gives what makes the form of its weights.
-        recording: How a decode step can be recorded, unless it has `paged_attention_mass`: as a CUDA "graph", since
+        name: name in the options.
+        device_type: type of the devices on which it runs; None: any.
+        block_sizes: numbers of tokens a KV block that its kernels can have; None: any.
+        packer: function that is called for each model and gives what makes the form of its weights.
+        recording: how a decode step can be recorded, unless it has `paged_attention_mass`: as a CUDA "graph", since
             nothing is read back from the device; as a "tape" of compiled operations; None: not at all.
-        splits_keys: Whether it heeds `AttentionBatch.key_chunk`.
-        block_shape: Shape of a block of a layer's KV cache, see `plain_block_shape` and `LayerCache`.
+        splits_keys: whether it heeds `AttentionBatch.key_chunk`.
+        block_shape: shape of a block of a layer's KV cache, see `plain_block_shape` and `LayerCache`.
     """
 
     name: str
@@ -156,10 +156,10 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim
     Triton's interpreter, which tests use, runs anywhere.
 
     Args:
-        name: Name in the options.
-        device: Device of the model.
-        dtype: Type of its activations.
-        head_dims: Sizes of the heads of its layers.
+        name: name in the options.
+        device: device of the model.
+        dtype: type of its activations.
+        head_dims: sizes of the heads of its layers.
 
     Raises:
         ConfigError: the name is unknown, the backend does not run on the device, cannot serve the model, or is not

@@ -45,7 +45,7 @@ class Confidence(NamedTuple):
         """How far the distribution is from the uniform one: KL(uniform, p) = lse - mean - log vocab, in nats.
 
         Args:
-            vocab: Number of logits in a row.
+            vocab: number of logits in a row.
 
         Returns:
             `[rows]` float32, 0 for equal logits; infinite where a logit is -inf, since the uniform has it.

@@ -26,11 +26,11 @@ class Draw(NamedTuple):
     """How one row is drawn.
 
     Attributes:
-        temperature: Divisor of the logits, above 0.
-        top_k: Number of likeliest tokens that remain; 0: all.
-        top_p: Share of the probability that the likeliest tokens which remain reach together; 1: all of it.
-        min_p: Smallest weight that remains, in shares of the largest; 0: any.
-        uniform: Random number, in [0, 1).
+        temperature: divisor of the logits, above 0.
+        top_k: number of likeliest tokens that remain; 0: all.
+        top_p: share of the probability that the likeliest tokens which remain reach together; 1: all of it.
+        min_p: smallest weight that remains, in shares of the largest; 0: any.
+        uniform: random number, in [0, 1).
     """
 
     temperature: float
@@ -49,7 +49,7 @@ def draw_torch(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 
     Args:
         logits: `[rows, vocab]` float32; not changed.
-        draws: Numbers of each row.
+        draws: numbers of each row.
 
     Returns:
         Token ids, `[rows]` int64.
@@ -107,7 +107,7 @@ def _truncate(scores: Tensor, draws: Sequence[Draw], top_p: Tensor) -> tuple[Ten
 
     Args:
         scores: `[rows, vocab]` float64.
-        draws: Numbers of each row, of which top_k is read.
+        draws: numbers of each row, of which top_k is read.
         top_p: `[rows, 1]` float64.
 
     Returns:

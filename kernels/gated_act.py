@@ -23,7 +23,7 @@ def gated_act_reference(gate_up: Tensor, activation: str) -> Tensor:
 
     Args:
         gate_up: `[tokens, 2 * intermediate]`, gate first.
-        activation: Name in `ACTIVATIONS`.
+        activation: name in `ACTIVATIONS`.
 
     Returns:
         `[tokens, intermediate]`, dtype of gate_up.

@@ -35,8 +35,8 @@ def launch_options(num_warps: int, num_stages: int | None = 1) -> dict[str, int 
     Fusion of multiplication and addition is asked for, since its default changes with Triton 3.10.
 
     Args:
-        num_warps: Warps of a program.
-        num_stages: Stages of the software pipeline; None: as many as Triton takes for the device.
+        num_warps: warps of a program.
+        num_stages: stages of the software pipeline; None: as many as Triton takes for the device.
     """
     options: dict[str, int | bool] = {"enable_fp_fusion": True, "num_warps": num_warps}
     return options if num_stages is None else {**options, "num_stages": num_stages}

@@ -24,7 +24,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     Args:
         x: `[..., size]`, any float dtype.
         weight: `[size]`, dtype of x or float32; None for none.
-        eps: Number added to the mean square.
+        eps: number added to the mean square.
 
     Returns:
         `[..., size]`, dtype of x.
@@ -56,7 +56,7 @@ def add_rms_norm_reference(
         update: `[tokens, size]`, dtype of hidden.
         update_norm: `[size]`, the weight of a norm of the update before the addition; None for no such norm.
         weight: `[size]`, the weight of the norm of the sum; None for a norm without a weight.
-        eps: Number added to both mean squares.
+        eps: number added to both mean squares.
 
     Returns:
         `[tokens, size]`, the normed sum, dtype of hidden.
@@ -200,10 +200,10 @@ def check_norm_weight(name: str, weight: Tensor | None, size: int, dtype: torch.
     """Refuses the weight of a norm that a kernel cannot read.
 
     Args:
-        name: Name of the argument.
-        weight: Weight; None for none.
-        size: Number of elements that it must have.
-        dtype: Type of what is normed.
+        name: name of the argument.
+        weight: weight; None for none.
+        size: number of elements that it must have.
+        dtype: type of what is normed.
 
     Raises:
         ConfigError: a dtype, a shape or a stride is wrong.

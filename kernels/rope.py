@@ -20,8 +20,8 @@ def rope_tables(positions: Tensor, inv_freq: Tensor, scale: float, dtype: torch.
     Args:
         positions: `[tokens]` int64.
         inv_freq: `[rotary_dim / 2]` or, where each token has its own, `[tokens, rotary_dim / 2]`; float32.
-        scale: Attention factor, multiplied into both tables.
-        dtype: Type of the result.
+        scale: attention factor, multiplied into both tables.
+        dtype: type of the result.
 
     Returns:
         (cos, sin), each `[tokens, 1, rotary_dim]`. The first half of sin is negated, so that

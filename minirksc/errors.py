@@ -40,9 +40,9 @@ def did_you_mean(word: str, known: Iterable[str], most: int) -> str:
     """A question after names that look like a word; "" where none does.
 
     Args:
-        word: Word that was not understood.
-        known: Names that would have been.
-        most: Number of names to ask about.
+        word: word that was not understood.
+        known: names that would have been.
+        most: number of names to ask about.
     """
     close = difflib.get_close_matches(word, list(known), n=most)
     return f"did you mean {' or '.join(close)}?" if close else ""

@@ -44,18 +44,18 @@ class Option:
     """What is declared of an option; what stands elsewhere than in the call of `option` is added by `finished`.
 
     Attributes:
-        low: Least number that is allowed.
-        high: Largest number that is allowed.
+        low: least number that is allowed.
+        high: largest number that is allowed.
         above: True where `low` itself is not allowed.
-        choices: Texts that are allowed.
-        also: Other spellings of values, and what they mean.
-        read: Function of name and value that checks a value of another kind and gives it the form of the field.
-        metavar: Word for a value in a command line's help.
-        name: Name of the field.
-        kinds: Types of its values; NoneType is one of them where None is a value.
-        default: Value where none is given, or `REQUIRED`.
-        text: What it is or does.
-        unset: What the default stands for, where it does not say so itself.
+        choices: texts that are allowed.
+        also: other spellings of values, and what they mean.
+        read: function of name and value that checks a value of another kind and gives it the form of the field.
+        metavar: word for a value in a command line's help.
+        name: name of the field.
+        kinds: types of its values; NoneType is one of them where None is a value.
+        default: value where none is given, or `REQUIRED`.
+        text: what it is or does.
+        unset: what the default stands for, where it does not say so itself.
     """
 
     low: float | None = None
@@ -80,7 +80,7 @@ class Option:
         """The option in words: what it does, which values it takes, and its default.
 
         Args:
-            default: Default in words, where it is not that of the class.
+            default: default in words, where it is not that of the class.
             show_choices: True names choices; argparse does that itself.
         """
         notes = [", ".join(self.choices)] if show_choices and self.choices else []
@@ -98,9 +98,9 @@ def option(default: T, *, hash: bool | None = None, **details: Any) -> T:
     """A field of a class of options that has more than a default.
 
     Args:
-        default: Value where none is given; `REQUIRED`: one must be.
+        default: value where none is given; `REQUIRED`: one must be.
         hash: False leaves it out of the hash, as of `dataclasses.field`.
-        details: Attributes of `Option`.
+        details: attributes of `Option`.
     """
     return field(default=default, hash=hash, metadata={"option": Option(**details)})
 
@@ -110,8 +110,8 @@ class Theirs:
     """An option that vLLM has under a name that is unknown here.
 
     Attributes:
-        instead: Our name of it, or what to do without it.
-        neutral: Values that change nothing, and are taken for that reason.
+        instead: our name of it, or what to do without it.
+        neutral: values that change nothing, and are taken for that reason.
     """
 
     instead: str
@@ -126,10 +126,10 @@ class Options:
     """Base of a class of options: checks each when it is made.
 
     Attributes:
-        declared: Options by their names.
-        theirs: Names that users of vLLM know.
-        aliases: Other names of its options, which are taken.
-        messages: What is said of a value that is refused.
+        declared: options by their names.
+        theirs: names that users of vLLM know.
+        aliases: other names of its options, which are taken.
+        messages: what is said of a value that is refused.
     """
 
     declared: ClassVar[Mapping[str, Option]] = {}
@@ -239,8 +239,8 @@ def _declared(one: Field[Any], entry: str) -> Option:
     """The whole of an option.
 
     Args:
-        one: Its field.
-        entry: Its entry in the docstring; empty where docstrings are left out of the program.
+        one: its field.
+        entry: its entry in the docstring; empty where docstrings are left out of the program.
     """
     text, _, unset = entry.removesuffix(".").removesuffix(")").partition(" (default: ")
     if not unset:
@@ -254,11 +254,11 @@ def check_number(name: str, value: Any, kind: type, bounds: Option, messages: Ma
     """Refuses what is no number, or outside its bounds.
 
     Args:
-        name: What the number is called.
-        value: Anything.
+        name: what the number is called.
+        value: anything.
         kind: int or float.
-        bounds: Option that has them; a float without them is within `MAX_FLOAT`.
-        messages: As of `Options`.
+        bounds: option that has them; a float without them is within `MAX_FLOAT`.
+        messages: as of `Options`.
 
     Raises:
         ConfigError: it is refused.

@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# No test says anything about time: an example may take as long as a busy machine needs.
+settings.register_profile("untimed", settings())
+settings.load_profile("untimed")
 
 # Before anything imports Triton: kernels run in its interpreter, on the CPU.
 os.environ["TRITON_INTERPRET"] = "1"

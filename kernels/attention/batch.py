@@ -19,14 +19,14 @@ class AttentionBatch:
 
     Attributes:
         cu_seqlens_q: `[sequences + 1]`, first query row of each sequence.
-        context_lens: Number of keys of each sequence, the new ones included (their KV is already stored).
-        block_tables: Block ids of each sequence: equal ids mean equal keys.
-        kv_tables: Places of those blocks in these layers' cache; of what is behind the window -1 perhaps.
+        context_lens: number of keys of each sequence, the new ones included (their KV is already stored).
+        block_tables: block ids of each sequence: equal ids mean equal keys.
+        kv_tables: places of those blocks in these layers' cache; of what is behind the window -1 perhaps.
         slots: `[tokens]` int64, kv_table entry * block_size + offset of each new token.
-        block_size: Number of tokens a block.
-        device: Device of the cache.
-        window: Number of latest keys that a query sees, its own included; None for all.
-        key_chunk: Largest number of keys that one program reads where queries are few; None: so many that the processor
+        block_size: number of tokens a block.
+        device: device of the cache.
+        window: number of latest keys that a query sees, its own included; None for all.
+        key_chunk: largest number of keys that one program reads where queries are few; None: so many that the processor
             is busy.
     """
 
@@ -45,8 +45,8 @@ class AttentionBatch:
         """What a form of the attention makes of the batch: made on first use, and kept for the other layers.
 
         Args:
-            key: Everything that the plan depends on besides the batch.
-            make: Function that makes the plan.
+            key: everything that the plan depends on besides the batch.
+            make: function that makes the plan.
         """
         if key not in self._plans:
             self._plans[key] = make(self)

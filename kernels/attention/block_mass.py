@@ -58,10 +58,10 @@ def block_mass_reference(
 
     Args:
         q: `[tokens, num_heads, head_dim]`.
-        layer_cache: Cache of the layer.
-        batch: Places of queries and keys.
-        scale: Factor of the scores.
-        softcap: Bound c of c * tanh(score / c); None for none.
+        layer_cache: cache of the layer.
+        batch: places of queries and keys.
+        scale: factor of the scores.
+        softcap: bound c of c * tanh(score / c); None for none.
 
     Returns:
         `[tokens, blocks]` float32, in the order of the sequence's block table; a row sums to one.

@@ -50,7 +50,7 @@ class _Cells:
         rows: `[rows]` int64, batch row of each row of the partial results.
         cells: `[rows, PIECE_TILES]` int64, place of each tile's block in the flattened mass; one past the end where a
             piece has fewer tiles.
-        width: Number of blocks of the longest sequence.
+        width: number of blocks of the longest sequence.
     """
 
     rows: Tensor
@@ -90,8 +90,8 @@ def block_mass(batch: AttentionBatch, table: TableWithSums) -> Tensor:
     In numpy, since torch would wake its threads for so little, and they wait for more in the way of ours.
 
     Args:
-        batch: Batch of decode rows.
-        table: Table of its plan, as the call has filled it in.
+        batch: batch of decode rows.
+        table: table of its plan, as the call has filled it in.
     """
     found = batch.plan("native mass", _find_cells)
     rows, num_rows = found.rows.numpy(), len(batch.kv_tables)

@@ -22,11 +22,11 @@ class AttentionTile(NamedTuple):
     """A launch of the attention kernel.
 
     Attributes:
-        rows: Number of queries times heads of a group in one program.
-        tile: Number of keys an iteration.
-        stages: Stages of the software pipeline; keys and values have stages - 1 buffers.
-        warps: Number of warps of a program.
-        registers: Registers that a thread may have on NVIDIA; of 168, three programs of 4 warps fit a multiprocessor.
+        rows: number of queries times heads of a group in one program.
+        tile: number of keys an iteration.
+        stages: stages of the software pipeline; keys and values have stages - 1 buffers.
+        warps: number of warps of a program.
+        registers: registers that a thread may have on NVIDIA; of 168, three programs of 4 warps fit a multiprocessor.
     """
 
     rows: int
@@ -115,14 +115,14 @@ def attention_tile(
     """The launch for a shape.
 
     Args:
-        architecture: Name of `ARCHITECTURES`.
-        head_dim: Size of a head, at most `max_head_dim`.
-        block_size: Number of tokens a block, a power of two. The entries of today suit all of them: a tile lies in a
+        architecture: name of `ARCHITECTURES`.
+        head_dim: size of a head, at most `max_head_dim`.
+        block_size: number of tokens a block, a power of two. The entries of today suit all of them: a tile lies in a
             block, or is gathered from several.
-        rows: Number of queries times heads of a group that the largest item has, at most `max_short_rows`; None: it is
+        rows: number of queries times heads of a group that the largest item has, at most `max_short_rows`; None: it is
             one of a prompt.
-        dtype: Type of the queries.
-        kv_dtype: Type of the cache.
+        dtype: type of the queries.
+        kv_dtype: type of the cache.
     """
     if product_dtype(dtype, kv_dtype) == torch.float32:
         return FLOAT32_TABLE[_padded(head_dim)]

@@ -46,9 +46,9 @@ def paged_attention_reference(
         q: `[tokens, num_heads, head_dim]`.
         kv: `[tokens, 2, num_kv_heads, head_dim]`, new keys and values; unused here, they are in the cache.
         layer_cache: `[num_blocks, block_size, 2, num_kv_heads, head_dim]`, and its scales.
-        batch: Places of queries and keys.
-        scale: Factor of the scores.
-        softcap: Bound c of c * tanh(score / c); None for none.
+        batch: places of queries and keys.
+        scale: factor of the scores.
+        softcap: bound c of c * tanh(score / c); None for none.
 
     Returns:
         `[tokens, num_heads, head_dim]`, dtype of q.
@@ -214,11 +214,11 @@ def attend(
 
     Args:
         q: `[tokens, num_heads, head_dim]`.
-        layer_cache: Cache of the layer.
-        batch: Places of queries and keys.
-        work: Items of `find_work`.
-        scale: Factor of the scores.
-        softcap: Bound of the scores.
+        layer_cache: cache of the layer.
+        batch: places of queries and keys.
+        work: items of `find_work`.
+        scale: factor of the scores.
+        softcap: bound of the scores.
         lse: `[tokens, num_heads]` float32, overwritten by the base-2 log-sum-exp of each query's scores.
         granule_lse: `[tokens, num_heads, granules]` float32, overwritten by the same over each granule that is seen: as
             many keys as the smaller of a block and a tile has.

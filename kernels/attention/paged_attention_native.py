@@ -45,7 +45,7 @@ class NativePlan:
     """What each layer does; made once a step. Tensors are int64.
 
     Attributes:
-        prefills: Prompts that torch attends to.
+        prefills: prompts that torch attends to.
         rows: `[places]`, batch row of each place.
         pieces: `[pieces, 7]`: places [begin, end), runs [begin, end), first row of the partial results, or -1 - that
             row where the piece is all that its place sees, position of the first key, position of the first query or
@@ -53,9 +53,9 @@ class NativePlan:
         runs: `[runs, 2]`: first slot and number of keys.
         part_begins: `[places + 1]`, where each place's entries of `parts` begin.
         parts: `[parts]`, rows of the partial results that are added up.
-        num_results: Number of rows of the partial results, those that need no adding up included.
-        num_tokens: Number of rows of the batch.
-        slots: Range [begin, end) of the slots that are read.
+        num_results: number of rows of the partial results, those that need no adding up included.
+        num_tokens: number of rows of the batch.
+        slots: range [begin, end) of the slots that are read.
     """
 
     prefills: list[Prefill]
@@ -111,7 +111,7 @@ class TableWithSums(NamedTuple):
     """A table of a plan, and the float32 memory that it points at.
 
     Attributes:
-        table: Numbers of `AttentionPlan`, see `NativePlan.table`.
+        table: numbers of `AttentionPlan`, see `NativePlan.table`.
         outs: `[rows, num_heads, head_dim]`.
         sums: `[rows, num_heads, 2]`, largest score and sum of exp(score - largest).
         tile_sums: `[rows, num_heads, PIECE_TILES, 2]`, of each tile the sum of exp(score - another) and that other;
@@ -154,9 +154,9 @@ def check_layout(q: Tensor, cache: LayerCache, block_size: int, softcap: float |
 
     Args:
         q: `[tokens, num_heads, head_dim]`.
-        cache: Cache of the layer.
-        block_size: Number of tokens a block, as the batch has it.
-        softcap: Bound of the scores; None for none.
+        cache: cache of the layer.
+        block_size: number of tokens a block, as the batch has it.
+        softcap: bound of the scores; None for none.
 
     Raises:
         ConfigError: queries that the compiled forms would misread, or a cache that does not go with them.
@@ -183,12 +183,12 @@ def attend_rows(
 
     Args:
         q: `[tokens, num_heads, head_dim]`.
-        cache: Cache of the layer.
+        cache: cache of the layer.
         out: `[tokens, num_heads, head_dim]`, dtype of q.
-        table: Table of the plan, see `NativePlan.table`.
-        window: Window of the layer.
-        scale: Factor of the scores.
-        softcap: Bound of the scores.
+        table: table of the plan, see `NativePlan.table`.
+        window: window of the layer.
+        scale: factor of the scores.
+        softcap: bound of the scores.
     """
     # The plan of decode rows has seen to the window.
     call, number = native.decode_attention, int(is_bfloat16[q.dtype])

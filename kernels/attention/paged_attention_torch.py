@@ -39,8 +39,8 @@ class Prefill:
     """New tokens of one sequence.
 
     Attributes:
-        reads: Positions of its queries and keys.
-        past: Places of the keys before the new ones.
+        reads: positions of its queries and keys.
+        past: places of the keys before the new ones.
     """
 
     reads: PrefillReads
@@ -52,8 +52,8 @@ class OwnKeys:
     """What decode rows at places [begin, end) read alone.
 
     Attributes:
-        begin, end: First place, and the one behind the last.
-        keys: Keys of a single place, where they are; of several, `[places * longest]` int64 slots that are gathered.
+        begin, end: first place, and the one behind the last.
+        keys: keys of a single place, where they are; of several, `[places * longest]` int64 slots that are gathered.
         mask: `[places, 1, 1, longest]` float32, 0 or -inf; None: nothing to mask.
     """
 
@@ -70,12 +70,12 @@ class AttentionPlan:
     Sequences with one query token stand in an order, that of their places, in which sharers are neighbours.
 
     Attributes:
-        prefills: Sequences with several query tokens.
-        num_decode: Number of places.
+        prefills: sequences with several query tokens.
+        num_decode: number of places.
         rows: `[num_decode]` int64, batch row of each place; None: place i is row i, and there are no prefills.
-        shared: Segments, and where their keys are.
-        own: Keys of all places, in their order.
-        own_ranges: Positions [begin, end) of these, of each place.
+        shared: segments, and where their keys are.
+        own: keys of all places, in their order.
+        own_ranges: positions [begin, end) of these, of each place.
         gathered: `[slots, 2, num_kv_heads, head_dim]`, the cache's dtype, a buffer for all layers; None: not yet made.
     """
 
@@ -147,8 +147,8 @@ class Attend:
         Args:
             q: `[batch, queries, num_heads, head_dim]`.
             kv: `[batch, keys, 2, num_kv_heads, head_dim]`.
-            causal: Whether query i sees keys 0..i alone; not with a soft cap.
-            mask: Numbers added to the scores, broadcast to `[batch, num_heads, queries, keys]`; None for none.
+            causal: whether query i sees keys 0..i alone; not with a soft cap.
+            mask: numbers added to the scores, broadcast to `[batch, num_heads, queries, keys]`; None for none.
 
         Returns:
             (out `[batch, queries, num_heads, head_dim]`, lse `[batch, queries, num_heads]` float32).
@@ -259,9 +259,9 @@ def decode(q: Tensor, cache: Slots, plan: AttentionPlan, attend: Attend) -> tupl
 
     Args:
         q: `[num_decode, num_heads, head_dim]`.
-        cache: Keys and values of the layer.
-        plan: Plan of the batch.
-        attend: Attention with the layer's scale and soft cap.
+        cache: keys and values of the layer.
+        plan: plan of the batch.
+        attend: attention with the layer's scale and soft cap.
 
     Returns:
         (out `[num_decode, num_heads, head_dim]`, lse `[num_decode, num_heads]` float32).

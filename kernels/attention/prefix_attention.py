@@ -53,8 +53,8 @@ def shared_segments(
     """Orders rows so that sharers are neighbours, and lists what they share.
 
     Args:
-        block_tables: Block ids of each row.
-        num_full_blocks: Number of leading blocks of each row that may be shared: those that only hold keys which every
+        block_tables: block ids of each row.
+        num_full_blocks: number of leading blocks of each row that may be shared: those that only hold keys which every
             query of the row may see.
 
     Returns:
@@ -118,9 +118,9 @@ class SharedReads(NamedTuple):
     """What sequences with few new tokens read, together and alone.
 
     Attributes:
-        order: Indices of the sequences in the batch, those that share side by side; a place is an index into this.
-        segments: Runs of blocks that neighbouring places read together.
-        own: Positions [begin, end) that each place reads alone; never nothing.
+        order: indices of the sequences in the batch, those that share side by side; a place is an index into this.
+        segments: runs of blocks that neighbouring places read together.
+        own: positions [begin, end) that each place reads alone; never nothing.
     """
 
     order: list[int]
@@ -138,9 +138,9 @@ def find_shared(
     The block that holds the first of its new tokens stays a sequence's own, so that each has keys of its own.
 
     Args:
-        batch: Places of queries and keys.
-        sequences: Indices of the sequences.
-        is_worth: Whether a segment, of places in this order, is to be read once.
+        batch: places of queries and keys.
+        sequences: indices of the sequences.
+        is_worth: whether a segment, of places in this order, is to be read once.
     """
     size = batch.block_size
     firsts = {i: batch.context_lens[i] - batch.num_queries(i) for i in sequences}  # positions of the first queries
@@ -166,11 +166,11 @@ def is_worth_sharing(group: int, *, num_sequences: int, num_queries: int, num_ke
     shared runs are items among the others.
 
     Args:
-        group: Number of query heads a KV head.
-        num_sequences: Number of readers.
-        num_queries: Number of queries of all readers.
-        num_keys: Number of tokens of the run.
-        kv_itemsize: Bytes of a cached number.
+        group: number of query heads a KV head.
+        num_sequences: number of readers.
+        num_queries: number of queries of all readers.
+        num_keys: number of tokens of the run.
+        kv_itemsize: bytes of a cached number.
     """
     saved = (num_sequences - 1) * num_keys * 2 * kv_itemsize
     cost = num_queries * group * 2 * 4
@@ -181,8 +181,8 @@ def merge_partials_reference(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> 
     """The specification: attention over the union of disjoint key sets.
 
     Args:
-        outs: Results `[rows, heads, head_dim]`, each softmax-normalised over its own keys.
-        lses: Log-sum-exp (natural) `[rows, heads]` of the scores of each; -inf where it saw no key.
+        outs: results `[rows, heads, head_dim]`, each softmax-normalised over its own keys.
+        lses: log-sum-exp (natural) `[rows, heads]` of the scores of each; -inf where it saw no key.
 
     Returns:
         (out `[rows, heads, head_dim]`, lse `[rows, heads]`), float32.

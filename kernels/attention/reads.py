@@ -20,12 +20,12 @@ class PrefillReads:
     """New tokens of one sequence.
 
     Attributes:
-        begin, num_queries: First batch row of the sequence, and number of its rows.
-        first_query: Position of the first query.
-        first_key: Position of the first key that it sees.
-        is_cut: Whether the window hides some of the keys from there on from some of the queries.
-        table: Places of the sequence's blocks in these layers' cache.
-        block_size: Number of tokens a block.
+        begin, num_queries: first batch row of the sequence, and number of its rows.
+        first_query: position of the first query.
+        first_key: position of the first key that it sees.
+        is_cut: whether the window hides some of the keys from there on from some of the queries.
+        table: places of the sequence's blocks in these layers' cache.
+        block_size: number of tokens a block.
     """
 
     begin: int
@@ -51,10 +51,10 @@ class DecodeReads:
     """What sequences with one query read.
 
     Attributes:
-        rows: Batch row of each place.
-        shared: Segments that neighbouring places read together, and where their keys are.
-        own: Runs of keys that each place reads alone; never nothing.
-        own_ranges: Positions [begin, end) of these.
+        rows: batch row of each place.
+        shared: segments that neighbouring places read together, and where their keys are.
+        own: runs of keys that each place reads alone; never nothing.
+        own_ranges: positions [begin, end) of these.
     """
 
     rows: list[int]

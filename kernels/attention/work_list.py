@@ -45,9 +45,9 @@ def work_shape(num_heads: int, layer_cache: LayerCache, dtype: torch.dtype) -> S
     """What the work list for a layer depends on.
 
     Args:
-        num_heads: Number of query heads.
-        layer_cache: Cache of the layer.
-        dtype: Type of the queries.
+        num_heads: number of query heads.
+        layer_cache: cache of the layer.
+        dtype: type of the queries.
     """
     kv = layer_cache.kv
     return Shape(num_heads, kv.shape[3], kv.shape[4], dtype, kv.dtype, launch_table.architecture(kv.device))
@@ -57,8 +57,8 @@ class Item(NamedTuple):
     """Queries at places [place_begin, place_begin + num_places) against positions [kv_begin, kv_end) of a table row.
 
     Attributes:
-        full_begin, full_end: Range of the whole tiles of keys that all these queries see, between those masked.
-        part: Number of this among a token's partials; -1: it is the whole result.
+        full_begin, full_end: range of the whole tiles of keys that all these queries see, between those masked.
+        part: number of this among a token's partials; -1: it is the whole result.
     """
 
     place_begin: int
@@ -79,15 +79,15 @@ class WorkList:
     """Items as tensors, int32 on the device of the cache.
 
     Attributes:
-        tile: Launch of the items of few queries; None: there are none.
-        prefill_tile: Launch of the items of long prompts; None: there are none.
+        tile: launch of the items of few queries; None: there are none.
+        prefill_tile: launch of the items of long prompts; None: there are none.
         items: `[items, ITEM_FIELDS]`, those of few queries first.
-        num_short: Number of items of few queries.
+        num_short: number of items of few queries.
         tokens: `[tokens]`, batch row of each place.
         positions: `[tokens]`, position in its sequence of the token at each place.
         parts: `[tokens, 2]`, first partial of each token and how many it has; one: it is written directly.
         table: `[sequences, blocks]`, -1 where a sequence has none.
-        num_parts: Number of partials in all.
+        num_parts: number of partials in all.
     """
 
     tile: AttentionTile | None
@@ -128,10 +128,10 @@ class StaticWorkList:
     """Buffers that a work list of decode rows is copied into, so that recorded launches find it.
 
     Args:
-        num_rows: Number of tokens of the largest batch.
-        max_items: Number of items that there is room for.
-        max_blocks: Largest number of blocks of a sequence.
-        device: Device of the buffers.
+        num_rows: number of tokens of the largest batch.
+        max_items: number of items that there is room for.
+        max_blocks: largest number of blocks of a sequence.
+        device: device of the buffers.
     """
 
     def __init__(self, num_rows: int, max_items: int, max_blocks: int, device: torch.device) -> None:
@@ -180,9 +180,9 @@ def adaptive_chunk(context_lens: Sequence[int], num_kv_heads: int, num_programs:
     """Keys an item reads so that about `num_programs` programs have work: fewer partials than a fixed chunk makes.
 
     Args:
-        context_lens: Number of keys of each sequence.
-        num_kv_heads: Number of programs an item.
-        num_programs: Number of programs that the processor runs at once, for example 4 a multiprocessor.
+        context_lens: number of keys of each sequence.
+        num_kv_heads: number of programs an item.
+        num_programs: number of programs that the processor runs at once, for example 4 a multiprocessor.
 
     Returns:
         A multiple of `KEY_CHUNK`.
@@ -196,8 +196,8 @@ def find_work(q: Tensor, layer_cache: LayerCache, batch: AttentionBatch) -> Work
 
     Args:
         q: `[tokens, num_heads, head_dim]`.
-        layer_cache: Cache of the layer.
-        batch: Places of queries and keys.
+        layer_cache: cache of the layer.
+        batch: places of queries and keys.
 
     Raises:
         ConfigError: a dtype, shape or layout that the kernel cannot serve.
@@ -211,9 +211,9 @@ def make_work_list(batch: AttentionBatch, shape: Shape, device: torch.device | N
     """Cuts a batch into items.
 
     Args:
-        batch: Places of queries and keys.
-        shape: Heads, dtypes and the architecture, which decide the tiles.
-        device: Device of the tensors; None: the batch's.
+        batch: places of queries and keys.
+        shape: heads, dtypes and the architecture, which decide the tiles.
+        device: device of the tensors; None: the batch's.
     """
     return _Builder(batch, shape).build(device or batch.device)
 

@@ -18,9 +18,9 @@ def check_kv_store(qkv: Tensor, norms: HeadNorms, placement: Placement) -> None:
     """Refuses what `kv_store_triton` cannot serve.
 
     Args:
-        qkv: Heads, as in `kv_store_reference`.
-        norms: Norms of the layer's heads.
-        placement: Positions of the tokens, and the place of their keys and values.
+        qkv: heads, as in `kv_store_reference`.
+        norms: norms of the layer's heads.
+        placement: positions of the tokens, and the place of their keys and values.
 
     Raises:
         ConfigError: a dtype, a shape or a stride is wrong.
@@ -62,9 +62,9 @@ def check_slots(name: str, slots: Tensor, tokens: int) -> None:
     """Refuses slots that a kernel cannot read.
 
     Args:
-        name: Name of the argument.
-        slots: Slots of the tokens.
-        tokens: Number of tokens.
+        name: name of the argument.
+        slots: slots of the tokens.
+        tokens: number of tokens.
 
     Raises:
         ConfigError: a dtype, a shape or a stride is wrong.
@@ -78,9 +78,9 @@ def check_rope(rope: tuple[Tensor, Tensor], tokens: int, head_dim: int) -> None:
     """Refuses tables that a kernel cannot read.
 
     Args:
-        rope: Tables (cos, sin) as of `rope_tables`.
-        tokens: Number of tokens that there must be.
-        head_dim: Largest rotary_dim.
+        rope: tables (cos, sin) as of `rope_tables`.
+        tokens: number of tokens that there must be.
+        head_dim: largest rotary_dim.
 
     Raises:
         ConfigError: a dtype, a shape or a stride is wrong.
@@ -102,7 +102,7 @@ def check_cache(cache: LayerCache) -> None:
     """Refuses a cache that a kernel cannot read.
 
     Args:
-        cache: Cache of one layer.
+        cache: cache of one layer.
 
     Raises:
         ConfigError: a dtype, a shape or a stride is wrong.
@@ -129,8 +129,8 @@ def check_attention(q: Tensor, cache: LayerCache, block_size: int) -> None:
 
     Args:
         q: `[tokens, num_heads, head_dim]`.
-        cache: Cache of the layer.
-        block_size: Number of tokens a block.
+        cache: cache of the layer.
+        block_size: number of tokens a block.
 
     Raises:
         ConfigError: a dtype, a shape or a stride is wrong.

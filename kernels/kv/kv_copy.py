@@ -31,7 +31,7 @@ def copy_blocks_reference(cache: Tensor, copies: Sequence[tuple[int, int]]) -> N
 
     Args:
         cache: `[num_layers, num_blocks, ...]`, written in place: `LayerCache.kv` or `LayerCache.scales` of layers.
-        copies: Block ids (source, destination); destinations are distinct.
+        copies: block ids (source, destination); destinations are distinct.
     """
     before = cache.clone()
     for source, destination in copies:
@@ -66,8 +66,8 @@ def part_launch(block_numbers: int, itemsize: int) -> tuple[int, int]:
     """(numbers that a program copies, its warps): a thread copies 128 bytes, all of them read before any is written.
 
     Args:
-        block_numbers: Number of elements of a KV block.
-        itemsize: Bytes of an element.
+        block_numbers: number of elements of a KV block.
+        itemsize: bytes of an element.
     """
     part: int = min(MAX_PART_BYTES // itemsize, triton.next_power_of_2(block_numbers))
     return part, max(1, part * itemsize // 4096)
@@ -108,10 +108,10 @@ def copy_rotated_reference(cache: LayerCache, sources: Tensor, destinations: Ten
     """The specification: token by token.
 
     Args:
-        cache: Cache of one layer, written in place.
+        cache: cache of one layer, written in place.
         sources: `[tokens]` int64 or int32, slots.
         destinations: `[tokens]` int64 or int32, slots; distinct, and none of them a source.
-        rope: Tables of new minus old position with scale 1, see `rope_tables`; None for a layer without positions.
+        rope: tables of new minus old position with scale 1, see `rope_tables`; None for a layer without positions.
     """
     kv, scales = (None if part is None else part.flatten(0, 1) for part in cache)  # by slot
     assert kv is not None

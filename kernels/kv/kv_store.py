@@ -31,8 +31,8 @@ def kv_store_reference(qkv: Tensor, norms: HeadNorms, placement: Placement) -> N
         qkv: `[tokens, num_heads + 2 * num_kv_heads, head_dim]`, heads of q, k and v; `[tokens, num_heads, head_dim]`
             where keys and values are another layer's. Overwritten by q as the attention takes it, and k and v as the
             cache holds them.
-        norms: Norms of the layer's heads.
-        placement: Positions of the tokens, and the place of their keys and values.
+        norms: norms of the layer's heads.
+        placement: positions of the tokens, and the place of their keys and values.
     """
     num_heads, eps = norms.num_heads, norms.eps
     rope, query_growth, cache, slots = placement
@@ -253,8 +253,8 @@ def head_parts(head_dim: int, rope: RopeTables | None) -> dict[str, int]:
     """How a kernel takes a head apart: two halves that are rotated into each other, and the rest.
 
     Args:
-        head_dim: Size of a head.
-        rope: Tables, as wide as both halves; None: these are all of it.
+        head_dim: size of a head.
+        rope: tables, as wide as both halves; None: these are all of it.
     """
     half = (head_dim if rope is None else rope[0].shape[2]) // 2
     rest = head_dim - 2 * half
@@ -266,8 +266,8 @@ def heads_of_program(head_dim: int, num_heads: int) -> int:
     """How many heads a program takes, a power of two: 512 numbers for its one warp, 16 a thread.
 
     Args:
-        head_dim: Size of a head.
-        num_heads: Number of heads.
+        head_dim: size of a head.
+        num_heads: number of heads.
     """
     padded = triton.next_power_of_2
     heads: int = min(max(1, 512 // padded(head_dim)), padded(num_heads))

@@ -41,11 +41,11 @@ def plain_block_shape(
     """Shape of a block whose slots lie one after the other.
 
     Args:
-        num_heads: Number of heads of the queries.
-        num_kv_heads: Number of heads of keys and values.
-        head_dim: Size of a head of both.
-        block_size: Number of tokens a block.
-        dtype: Type of the cache.
+        num_heads: number of heads of the queries.
+        num_kv_heads: number of heads of keys and values.
+        head_dim: size of a head of both.
+        block_size: number of tokens a block.
+        dtype: type of the cache.
     """
     return block_size, 2, num_kv_heads, head_dim
 
@@ -54,7 +54,7 @@ def read_slots(kv: Tensor, slots: Tensor) -> Tensor:
     """Keys and values of some slots.
 
     Args:
-        kv: Numbers of a `LayerCache`.
+        kv: numbers of a `LayerCache`.
         slots: `[tokens]` integers.
 
     Returns:
@@ -72,7 +72,7 @@ def write_slots(kv: Tensor, slots: Tensor, rows: Tensor) -> None:
     """Overwrites keys and values of some slots.
 
     Args:
-        kv: Numbers of a `LayerCache`.
+        kv: numbers of a `LayerCache`.
         slots: `[tokens]` integers, distinct.
         rows: `[tokens, 2, num_kv_heads, head_dim]`, of the cache's dtype.
     """
@@ -103,7 +103,7 @@ def multiply_out(numbers: Tensor, scales: Tensor | None, dtype: torch.dtype) -> 
     Args:
         numbers: `[..., head_dim]`, some of `LayerCache.kv`.
         scales: `[...]` float32, those of `LayerCache.scales`; None: the numbers are themselves what was stored.
-        dtype: Type of the activations.
+        dtype: type of the activations.
 
     Returns:
         `[..., head_dim]` of that dtype; the numbers themselves where there are no scales.

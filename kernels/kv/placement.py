@@ -12,11 +12,11 @@ class HeadNorms(NamedTuple):
     """Norms of a layer's heads, see `rms_norm`; made once, at load.
 
     Attributes:
-        num_heads: Number of query heads.
+        num_heads: number of query heads.
         q_norm: `[head_dim]`, weight of the norm of q; None for no norm.
         k_norm: `[head_dim]`, weight of the norm of k; None for no norm.
-        v_norm: Whether v is normed, which takes no weight.
-        eps: Number added to the mean squares.
+        v_norm: whether v is normed, which takes no weight.
+        eps: number added to the mean squares.
     """
 
     num_heads: int
@@ -32,7 +32,7 @@ class Placement(NamedTuple):
     Attributes:
         rope: (cos, sin) of `rope_tables`, `[tokens, 1, rotary_dim]` each; None for no rotation.
         query_growth: `[tokens, 1, 1]`, multiplied to q after the rotation; None for none.
-        cache: Cache of the layer, written at the slots; None where keys and values are another layer's.
+        cache: cache of the layer, written at the slots; None where keys and values are another layer's.
         slots: `[tokens]` int64 or int32, distinct; -1: the token is not stored.
     """
 

@@ -16,9 +16,9 @@ def is_plain(tensor: object, dtype: torch.dtype, *shape: int) -> bool:
     """Whether it is of the CPU, of this dtype and shape, number after number.
 
     Args:
-        tensor: Any object.
-        dtype: Type that it must have.
-        shape: Sizes that it must have.
+        tensor: any object.
+        dtype: type that it must have.
+        shape: sizes that it must have.
     """
     return (
         isinstance(tensor, Tensor)
@@ -38,8 +38,8 @@ def is_some(tensor: object, num_dimensions: int) -> bool:
     """Whether it is of the CPU, of one of `DTYPES`, and each token's numbers lie together, apart from those of others.
 
     Args:
-        tensor: Any object.
-        num_dimensions: Number of dimensions that it must have: 2, `[tokens, size]`, or 3, `[tokens, heads, size]`.
+        tensor: any object.
+        num_dimensions: number of dimensions that it must have: 2, `[tokens, size]`, or 3, `[tokens, heads, size]`.
     """
     if not (isinstance(tensor, Tensor) and tensor.is_cpu and tensor.dtype in DTYPES):
         return False

@@ -52,8 +52,8 @@ def why_not(dtype: torch.dtype, head_dims: Iterable[int]) -> str | None:
     """Why the compiled operations cannot serve a model; None: they can.
 
     Args:
-        dtype: Type of its activations.
-        head_dims: Sizes of the heads of its layers.
+        dtype: type of its activations.
+        head_dims: sizes of the heads of its layers.
     """
     if native is None:
         return _missing
@@ -183,8 +183,8 @@ def check_heads(name: str, heads: Tensor) -> None:
     """Refuses what is not `[tokens, heads, head_dim]`, the heads of a token one after the other.
 
     Args:
-        name: Name of the argument.
-        heads: Heads of all tokens.
+        name: name of the argument.
+        heads: heads of all tokens.
 
     Raises:
         ConfigError: it is something else.
@@ -197,10 +197,10 @@ def slots_of(kv: Tensor, dtype: torch.dtype, num_kv_heads: int, head_dim: int) -
     """How many slots a layer's cache has.
 
     Args:
-        kv: Numbers of the `LayerCache`.
-        dtype: Type that its numbers must have.
-        num_kv_heads: Number of heads that it must have.
-        head_dim: Size of a head that it must have.
+        kv: numbers of the `LayerCache`.
+        dtype: type that its numbers must have.
+        num_kv_heads: number of heads that it must have.
+        head_dim: size of a head that it must have.
 
     Raises:
         ConfigError: it is no such cache.

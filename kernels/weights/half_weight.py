@@ -29,14 +29,14 @@ class HalfWeight:
     """A matrix in float16, in chunks of rows.
 
     Args:
-        chunks: Rows of the matrix, packed by `quantized.linear_prepack_fp16`.
-        exponent: Power of two that the numbers were multiplied by.
-        chunk_rows: Number of rows of each chunk but the last.
-        num_numbers: Number of elements of the matrix.
+        chunks: rows of the matrix, packed by `quantized.linear_prepack_fp16`.
+        exponent: power of two that the numbers were multiplied by.
+        chunk_rows: number of rows of each chunk but the last.
+        num_numbers: number of elements of the matrix.
 
     Attributes:
-        num_bytes: Bytes that a product reads.
-        dtype: Type of what it multiplies.
+        num_bytes: bytes that a product reads.
+        dtype: type of what it multiplies.
     """
 
     dtype = torch.float32

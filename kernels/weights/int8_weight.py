@@ -38,7 +38,7 @@ def why_not_int8(dtype: torch.dtype) -> str | None:
     """Why there are no such products; None: there are.
 
     Args:
-        dtype: Type of the activations.
+        dtype: type of the activations.
     """
     if dtype != torch.bfloat16:
         return f"it multiplies bfloat16 activations, not {str(dtype).removeprefix('torch.')}"
@@ -69,11 +69,11 @@ class Int8Weight:
 
     Args:
         weight: `[out_features, in_features]`, any floating dtype.
-        empty: Function that allocates the packed form.
+        empty: function that allocates the packed form.
 
     Attributes:
-        num_bytes: Bytes that a product reads.
-        dtype: Type of what it multiplies.
+        num_bytes: bytes that a product reads.
+        dtype: type of what it multiplies.
     """
 
     dtype = torch.bfloat16

@@ -31,8 +31,8 @@ def auto_dtype(stored: object, device: torch.device) -> torch.dtype:
     """What dtype="auto" means: the checkpoint's own where the device computes in it, else float32.
 
     Args:
-        stored: Name of the dtype in config.json; anything else counts as float32.
-        device: Device that the model would run on.
+        stored: name of the dtype in config.json; anything else counts as float32.
+        device: device that the model would run on.
     """
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(stored), torch.float32)
     return dtype if computes_in(dtype, device) else torch.float32
@@ -42,8 +42,8 @@ class Weight(Protocol):
     """One form of a matrix `[out_features, in_features]`.
 
     Attributes:
-        num_bytes: Bytes that a product reads.
-        dtype: Type of what it multiplies.
+        num_bytes: bytes that a product reads.
+        dtype: type of what it multiplies.
     """
 
     num_bytes: int
@@ -114,7 +114,7 @@ class NativePacker:
     Else torch's. The compiled ones lie together in large pages.
 
     Args:
-        int8: Whether they are rounded to 8 bits; only where `int8_weight.why_not_int8` has nothing against it.
+        int8: whether they are rounded to 8 bits; only where `int8_weight.why_not_int8` has nothing against it.
     """
 
     def __init__(self, *, int8: bool = False) -> None:
@@ -140,7 +140,7 @@ class Linear:
     Args:
         weight: `[out_features, in_features]`.
         bias: `[out_features]` or None.
-        pack: Function that makes the form of the weight; `PlainWeight` is the reference.
+        pack: function that makes the form of the weight; `PlainWeight` is the reference.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, pack: Pack = PlainWeight) -> None:

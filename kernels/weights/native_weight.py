@@ -28,12 +28,12 @@ class PanelWeight:
     """A matrix that the compiled code has packed, in panels of outputs.
 
     Args:
-        packed: Numbers as `pack` has made them.
-        shape: Numbers of outputs and of inputs, (out_features, in_features).
+        packed: numbers as `pack` has made them.
+        shape: numbers of outputs and of inputs, (out_features, in_features).
 
     Attributes:
-        num_bytes: Bytes that a product reads.
-        dtype: Type of what it multiplies.
+        num_bytes: bytes that a product reads.
+        dtype: type of what it multiplies.
     """
 
     dtype: torch.dtype
@@ -140,10 +140,10 @@ def check_product(x: Tensor, bias: Tensor | None, shape: tuple[int, int], dtype:
     """Refuses what a product by a matrix of this shape would misread.
 
     Args:
-        x: Rows that are multiplied.
-        bias: Numbers that are added; None for none.
-        shape: Numbers of outputs and of inputs, (out_features, in_features).
-        dtype: Type that both must have.
+        x: rows that are multiplied.
+        bias: numbers that are added; None for none.
+        shape: numbers of outputs and of inputs, (out_features, in_features).
+        dtype: type that both must have.
 
     Raises:
         ConfigError: it is one of them.

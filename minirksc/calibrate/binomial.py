@@ -12,9 +12,9 @@ def tail(num_errors: int, total: int, rate: float) -> float:
     """P[Bin(total, rate) <= num_errors], the p-value of "the rate is above `rate`".
 
     Args:
-        num_errors: Number of errors, 0 or more.
-        total: Number of trials, 0 or more.
-        rate: Rate of errors, 0..1.
+        num_errors: number of errors, 0 or more.
+        total: number of trials, 0 or more.
+        rate: rate of errors, 0..1.
     """
     if num_errors >= total or rate <= 0.0:
         return 1.0

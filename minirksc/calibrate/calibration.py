@@ -59,11 +59,11 @@ class Variant:
     """What is the same in all candidates of a sequence.
 
     Attributes:
-        kinds: Names of gates that approximate, of `KINDS`.
-        signal: Signal that leads are measured on.
-        patience: Layers in a row that a layer exit must hold.
-        start: First layer that layer exits look at; None: half of all.
-        correction: Lines that correct what layer exits read, see `fit_correction`.
+        kinds: names of gates that approximate, of `KINDS`.
+        signal: signal that leads are measured on.
+        patience: layers in a row that a layer exit must hold.
+        start: first layer that layer exits look at; None: half of all.
+        correction: lines that correct what layer exits read, see `fit_correction`.
     """
 
     kinds: tuple[str, ...]
@@ -95,10 +95,10 @@ class Step:
     """One tested candidate.
 
     Attributes:
-        gates: Gates of the candidate.
-        tally: What they do over the test part.
-        bound: Most that their rate of changed decisions is, with the confidence asked for.
-        passed: Whether a rate above the budget was ruled out.
+        gates: gates of the candidate.
+        tally: what they do over the test part.
+        bound: most that their rate of changed decisions is, with the confidence asked for.
+        passed: whether a rate above the budget was ruled out.
     """
 
     gates: Gates
@@ -127,10 +127,10 @@ class Calibration:
     """What was found.
 
     Attributes:
-        steps: Candidates in the order of their tests; all but perhaps the last passed.
-        variant: What all candidates have in common.
-        num_ordering: Number of problems that made the sequence.
-        num_test: Number of problems that tested it.
+        steps: candidates in the order of their tests; all but perhaps the last passed.
+        variant: what all candidates have in common.
+        num_ordering: number of problems that made the sequence.
+        num_test: number of problems that tested it.
     """
 
     steps: list[Step]
@@ -159,16 +159,16 @@ def calibrate(
     """Finds the loosest gates whose rate of changed decisions is at most `budget`.
 
     Args:
-        trials: Problems.
-        budget: Rate, 0..1.
-        confidence: Probability with which the certified rate keeps to it.
-        among: Indices of the problems that may be looked at; None: all.
-        seed: Seed of the division into ordering and test part.
-        signals: Candidates for what leads are measured on; the first is the plainest.
-        kinds: Names of gates that may be used, of `KINDS`.
-        correction: Correction of layer exits, from problems that are not among these; None: fitted to the ordering
+        trials: problems.
+        budget: rate, 0..1.
+        confidence: probability with which the certified rate keeps to it.
+        among: indices of the problems that may be looked at; None: all.
+        seed: seed of the division into ordering and test part.
+        signals: candidates for what leads are measured on; the first is the plainest.
+        kinds: names of gates that may be used, of `KINDS`.
+        correction: correction of layer exits, from problems that are not among these; None: fitted to the ordering
             part.
-        on_variant: Callback after each of `variants` has been looked at.
+        on_variant: callback after each of `variants` has been looked at.
     """
     shuffled = list(range(len(trials.replays)) if among is None else among)
     random.Random(seed).shuffle(shuffled)
@@ -194,10 +194,10 @@ def run_tests(
     """Fixed-sequence testing.
 
     Args:
-        sequence: Candidates, fixed without a look at the problems that test them.
-        tally: Function that says what a candidate does over these problems.
-        budget: Rate that is to be ruled out.
-        confidence: Confidence of all tests together.
+        sequence: candidates, fixed without a look at the problems that test them.
+        tally: function that says what a candidate does over these problems.
+        budget: rate that is to be ruled out.
+        confidence: confidence of all tests together.
 
     Returns:
         Steps: all that was tested, to the first that did not pass, that one included.
@@ -227,9 +227,9 @@ def variants(
     """Every set of gates with every signal, patience and start that matters to it; the smallest sets first.
 
     Args:
-        signals: Signals for leads.
-        kinds: Names of gates, of `KINDS`.
-        correction: Correction of layer exits, one entry a layer.
+        signals: signals for leads.
+        kinds: names of gates, of `KINDS`.
+        correction: correction of layer exits, one entry a layer.
     """
     found: list[Variant] = []
     num_layers = 0 if correction is None else len(correction)
@@ -250,7 +250,7 @@ def fit_correction(evidence: Sequence[Evidence]) -> tuple[tuple[float, float], .
     """A line a layer from the margin that a lens reads there to the last layer's, by least squares over all branches.
 
     Args:
-        evidence: Evidence of the problems.
+        evidence: evidence of the problems.
 
     Returns:
         Pairs (slope, offset), one a layer, (1, 0) for the last; None where too little is known: fewer than `MIN_TO_FIT`
@@ -280,8 +280,8 @@ def sequence_of(variant: Variant, limits: dict[str, int]) -> list[Gates]:
     """Candidates from off to the limits and beyond, without repetitions.
 
     Args:
-        variant: What they have in common.
-        limits: Level of its grid for each kind of gate.
+        variant: what they have in common.
+        limits: level of its grid for each kind of gate.
     """
     num_steps = max(limits[kind] for kind in variant.kinds)
     found = [variant.gates({})]
@@ -297,9 +297,9 @@ class _Chooser:
     """Makes sequences by the ordering part.
 
     Args:
-        trials: Problems.
-        ordering: Indices of this part.
-        accepted: Share of changed decisions that the test could accept.
+        trials: problems.
+        ordering: indices of this part.
+        accepted: share of changed decisions that the test could accept.
     """
 
     def __init__(self, trials: Trials, ordering: Sequence[int], accepted: float) -> None:

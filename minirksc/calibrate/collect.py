@@ -64,8 +64,8 @@ class Collector(Solver):
     """Solves problems without gates, and notes what gates would look at.
 
     Args:
-        llm: Model, or session, as of `Solver`; with a tokenizer.
-        config: Options of solving, depth 1; what they say about gates is not used.
+        llm: model, or session, as of `Solver`; with a tokenizer.
+        config: options of solving, depth 1; what they say about gates is not used.
 
     Raises:
         ConfigError: Depth is more than 1, sharing is semantic, or no branch is asked about.
@@ -84,8 +84,8 @@ class Collector(Solver):
         """Evidence of problems that are decoded together; one that fails does not harm the others.
 
         Args:
-            problems: Pairs of a text and, where it is known, the right answer.
-            seeds: Seed of each: with one seed all problems would share their luck.
+            problems: pairs of a text and, where it is known, the right answer.
+            seeds: seed of each: with one seed all problems would share their luck.
         """
         try:
             return list(self._collect(problems, seeds))

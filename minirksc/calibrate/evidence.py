@@ -17,14 +17,14 @@ class BranchEvidence:
     """One branch of a solve without gates.
 
     Attributes:
-        token_ids: Tokens generated.
-        text: Text of all of them.
-        ends: Number of characters of `text` that are final after each token.
-        num_hidden: Number of characters at the end of `text` that are a stop string.
+        token_ids: tokens generated.
+        text: text of all of them.
+        ends: number of characters of `text` that are final after each token.
+        num_hidden: number of characters at the end of `text` that are a stop string.
         finish_reason: "stop" or "length".
-        signals: Signals of how sure the model was of each token.
-        probability: Probability of YES after all layers.
-        margins: Logit of YES minus that of NO after each layer but the last; [] where the choices have several tokens
+        signals: signals of how sure the model was of each token.
+        probability: probability of YES after all layers.
+        margins: logit of YES minus that of NO after each layer but the last; [] where the choices have several tokens
             each.
     """
 
@@ -49,10 +49,10 @@ class Evidence:
     """One problem.
 
     Attributes:
-        branches: Branches that did not fail, in order.
-        num_layers: Number of the model's layers.
-        num_question_tokens: Tokens that were computed to ask about one branch, on average.
-        reference: Right answer as text; None: unknown.
+        branches: branches that did not fail, in order.
+        num_layers: number of the model's layers.
+        num_question_tokens: tokens that were computed to ask about one branch, on average.
+        reference: right answer as text; None: unknown.
     """
 
     branches: list[BranchEvidence]
@@ -119,7 +119,7 @@ class Failed:
     """A problem that could not be solved.
 
     Attributes:
-        error: Reason, in words.
+        error: reason, in words.
     """
 
     error: str

@@ -27,16 +27,16 @@ class Outcome:
     """What the solver does with some gates.
 
     Attributes:
-        best: Index of the branch that wins.
-        answer: Parsed answer of that branch.
-        num_asked: Number of branches that the model was asked about.
-        exit_layers: Layers that each branch's question went through where it left early; None: all, or not asked.
-        num_question_rows: Rows (tokens times layers) of the question that were computed.
-        num_question_rows_full: Rows that asking about all branches takes.
-        num_decoded_tokens: Tokens of all branches.
-        num_decoded_tokens_full: Tokens of all branches without gates.
-        num_layers: Number of the model's layers.
-        reason: Gate that settled it: "decode_exit", "consensus", "agreement", "skip", "bound"; "asked": none did.
+        best: index of the branch that wins.
+        answer: parsed answer of that branch.
+        num_asked: number of branches that the model was asked about.
+        exit_layers: layers that each branch's question went through where it left early; None: all, or not asked.
+        num_question_rows: rows (tokens times layers) of the question that were computed.
+        num_question_rows_full: rows that asking about all branches takes.
+        num_decoded_tokens: tokens of all branches.
+        num_decoded_tokens_full: tokens of all branches without gates.
+        num_layers: number of the model's layers.
+        reason: gate that settled it: "decode_exit", "consensus", "agreement", "skip", "bound"; "asked": none did.
     """
 
     best: int
@@ -116,14 +116,14 @@ class Replay:
     """One problem under any gates; remembers what several of them have in common.
 
     Args:
-        evidence: Evidence of the problem.
-        select: Rule by which the answer is chosen, see `answers.choose`.
-        answer_parser: Reader of the answers out of the texts.
+        evidence: evidence of the problem.
+        select: rule by which the answer is chosen, see `answers.choose`.
+        answer_parser: reader of the answers out of the texts.
         decode_mode: "off", "keep_leader" or "stop_all", see `cgee.DecodeRule`.
 
     Attributes:
-        evidence: Evidence of the problem.
-        reference: Outcome without gates.
+        evidence: evidence of the problem.
+        reference: outcome without gates.
     """
 
     def __init__(

@@ -17,14 +17,14 @@ class Tally:
     """What gates do over some problems.
 
     Attributes:
-        num_problems: Number of all.
-        num_changed: Number of those whose decision is another one than without gates.
-        reasons: What settled it -> number of problems, see `Outcome.reason`.
-        num_rows: Rows (tokens times layers) of decoding and of the question that are computed.
-        saved: Share of all rows, of decoding and question, that need not be computed.
-        saved_question: Share of the question's rows.
-        saved_decoding: Share of decoded tokens.
-        mean_exit_layer: Mean number of layers that a question went through, over branches that were asked about; None:
+        num_problems: number of all.
+        num_changed: number of those whose decision is another one than without gates.
+        reasons: what settled it -> number of problems, see `Outcome.reason`.
+        num_rows: rows (tokens times layers) of decoding and of the question that are computed.
+        saved: share of all rows, of decoding and question, that need not be computed.
+        saved_question: share of the question's rows.
+        saved_decoding: share of decoded tokens.
+        mean_exit_layer: mean number of layers that a question went through, over branches that were asked about; None:
             none was.
     """
 
@@ -42,10 +42,10 @@ class Trials:
     """Problems on which gates are tried.
 
     Args:
-        replays: Replay of each problem.
+        replays: replay of each problem.
 
     Attributes:
-        replays: List of the same.
+        replays: list of the same.
     """
 
     def __init__(self, replays: Sequence[Replay]) -> None:
@@ -58,8 +58,8 @@ class Trials:
         """What gates do.
 
         Args:
-            gates: Gates to be tried.
-            among: Indices of the problems; None: all.
+            gates: gates to be tried.
+            among: indices of the problems; None: all.
         """
         if gates not in self._rows:
             self._rows[gates] = np.full((len(self.replays), 7), np.nan)

@@ -61,12 +61,12 @@ class Preparer:
     """Turns a prompt into what an LLM or a solver takes.
 
     Attributes:
-        llm: Model whose tokenizer and chat template are used.
-        chat: Whether to use the template; None: if there is one.
-        system: Message for conversations that do not begin with one.
-        keep_text: Whether text stays as it is: the solver has its own use for the template.
-        default_max_tokens: Number of tokens that nobody asked for, so that as many as fit will do; None: somebody did.
-        template_kwargs: Variables for the chat template; `tools` among them.
+        llm: model whose tokenizer and chat template are used.
+        chat: whether to use the template; None: if there is one.
+        system: message for conversations that do not begin with one.
+        keep_text: whether text stays as it is: the solver has its own use for the template.
+        default_max_tokens: number of tokens that nobody asked for, so that as many as fit will do; None: somebody did.
+        template_kwargs: variables for the chat template; `tools` among them.
 
     Raises:
         MinirkscError: The checkpoint lacks the chat template that the options need.
@@ -127,7 +127,7 @@ class Batch:
         target: JSONL file of results, new or from an earlier run on the same input.
 
     Attributes:
-        todo: Lines without a result.
+        todo: lines without a result.
 
     Raises:
         ConfigError: A file cannot be read or written, the target is from another input, or another run writes it.
@@ -160,10 +160,10 @@ class Batch:
         """Does what is still to be done.
 
         Args:
-            llm: Model that runs it.
-            params: Values for lines that do not override them; the seed of a line follows from theirs.
-            prepare: Callback that turns a prompt into what `llm` or `solve` takes.
-            solve: Callback that solves one problem, given its salt and seed; None generates.
+            llm: model that runs it.
+            params: values for lines that do not override them; the seed of a line follows from theirs.
+            prepare: callback that turns a prompt into what `llm` or `solve` takes.
+            solve: callback that solves one problem, given its salt and seed; None generates.
         """
         from minirksc.engine.sampling import derived_seed
 

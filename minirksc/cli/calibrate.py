@@ -93,9 +93,9 @@ def main(
     """Runs a command line; returns the exit code.
 
     Args:
-        arguments: Words of the command line; None for the process's own.
-        make_llm: Function of the engine's options; None for `LLM`.
-        prog: Name by which it was called, for messages.
+        arguments: words of the command line; None for the process's own.
+        make_llm: function of the engine's options; None for `LLM`.
+        prog: name by which it was called, for messages.
     """
     return run_command(lambda: partial(Job(build_parser(prog).parse(arguments)).run, make_llm or open_llm))
 
@@ -104,7 +104,7 @@ class Job:
     """A checked command line.
 
     Args:
-        options: Options as `build_parser` gives them.
+        options: options as `build_parser` gives them.
 
     Raises:
         UsageError, ConfigError: Options contradict each other, are out of range, or name files that cannot be used.

@@ -26,7 +26,7 @@ class CommandParser(argparse.ArgumentParser):
     """Reports errors by exception, and delivers --help and --version or says that it cannot.
 
     Args:
-        options: Arguments of argparse's own parser.
+        options: arguments of argparse's own parser.
     """
 
     def __init__(self, **options: Any) -> None:

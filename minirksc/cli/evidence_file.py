@@ -21,11 +21,11 @@ class EvidenceFile:
     """Evidence by problem, in a JSONL file that grows.
 
     Args:
-        file: File of this run, new or of an earlier run with the same header. A last line that was torn off is dropped.
-        header: Plain data: what the evidence is made with.
+        file: file of this run, new or of an earlier run with the same header. A last line that was torn off is dropped.
+        header: plain data: what the evidence is made with.
 
     Attributes:
-        found: Number of a problem -> its evidence, or why there is none.
+        found: number of a problem -> its evidence, or why there is none.
 
     Raises:
         ConfigError: The file cannot be read, or holds something else.

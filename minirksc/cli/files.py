@@ -19,10 +19,10 @@ def read_file(path: Path, max_bytes: int, what: str, error: type[MinirkscError] 
     """The bytes of a file.
 
     Args:
-        path: Path of the file.
-        max_bytes: Size above which it is not even read.
-        what: Name of what it is, for messages.
-        error: Class of what to raise.
+        path: path of the file.
+        max_bytes: size above which it is not even read.
+        what: name of what it is, for messages.
+        error: class of what to raise.
 
     Raises:
         error: It is no regular file, too large, or cannot be read.
@@ -55,9 +55,9 @@ def read_jsonl(path: Path, max_bytes: int, what: str) -> tuple[bytes, list[tuple
     """All bytes of a JSONL file, and its lines that are not empty, each with its number from 1.
 
     Args:
-        path: Path of the file.
-        max_bytes: Size above which it is not even read.
-        what: Name of what it is, for messages.
+        path: path of the file.
+        max_bytes: size above which it is not even read.
+        what: name of what it is, for messages.
 
     Raises:
         ConfigError: It cannot be read, or is text in UTF-16 or UTF-32.
@@ -72,8 +72,8 @@ def read_lines(path: Path, what: str) -> list[str]:
     """The non-empty lines of a text file.
 
     Args:
-        path: Path of the file.
-        what: Name of what it is, for messages.
+        path: path of the file.
+        what: name of what it is, for messages.
 
     Raises:
         ConfigError: It cannot be read.

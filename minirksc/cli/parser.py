@@ -55,10 +55,10 @@ def add_options(
 
     Args:
         group: `argparse.ArgumentParser`, or a group of its arguments.
-        config: Class of the options.
-        names: Names of the options, in the order of the help.
-        defaults: Default in words of an option for which the command has one of its own.
-        choices: Choices of an option of which the command takes some alone.
+        config: class of the options.
+        names: names of the options, in the order of the help.
+        defaults: default in words of an option for which the command has one of its own.
+        choices: choices of an option of which the command takes some alone.
     """
     for name in names:
         one = config.declared[name]
@@ -140,7 +140,7 @@ def _meant(flag: str, names: Sequence[str]) -> str:
 
     Args:
         flag: unknown flag.
-        names: Names of the options that there are.
+        names: names of the options that there are.
     """
     theirs = {**SAMPLING_NAMES, **ENGINE_NAMES}.get(flag.removeprefix("--").replace("-", "_"))
     if theirs is not None and theirs.instead in names:

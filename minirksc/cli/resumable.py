@@ -29,11 +29,11 @@ class GrowingFile:
     """A file of lines that this run alone appends to; a context manager.
 
     Args:
-        path: Path of the file, new or of an earlier run.
-        what: Name of what it is, for messages.
+        path: path of the file, new or of an earlier run.
+        what: name of what it is, for messages.
 
     Attributes:
-        path: Path of the file.
+        path: path of the file.
 
     Raises:
         ConfigError: It is no regular file, cannot be written, or is written by another run.
@@ -70,8 +70,8 @@ class GrowingFile:
         """Reads the lines of an earlier run, one at a time.
 
         Args:
-            take: Callback for each line, with its number from 1. Only the last can lack its line break: torn off.
-            begin: Beginning of every line that this program writes. Of a line that begins otherwise no more than as
+            take: callback for each line, with its number from 1. Only the last can lack its line break: torn off.
+            begin: beginning of every line that this program writes. Of a line that begins otherwise no more than as
                 many bytes are read, since what somebody named by mistake may have no line breaks.
 
         Returns:
@@ -150,12 +150,12 @@ class GrowingFile:
         """Works through the inputs that have no result yet, with a progress bar on a terminal.
 
         Args:
-            todo: Inputs without a result.
-            num_inputs: Number of all inputs.
-            add_results: Generator over some inputs that yields each time it has added one's result.
-            chunk: Number of inputs that are computed together; an interruption loses as many.
-            unit: Name of an input, for the bar.
-            state: Words that say of finished inputs that they are in the file, for whoever interrupts the run.
+            todo: inputs without a result.
+            num_inputs: number of all inputs.
+            add_results: generator over some inputs that yields each time it has added one's result.
+            chunk: number of inputs that are computed together; an interruption loses as many.
+            unit: name of an input, for the bar.
+            state: words that say of finished inputs that they are in the file, for whoever interrupts the run.
         """
         from tqdm import tqdm
 

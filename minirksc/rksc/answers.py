@@ -74,7 +74,7 @@ def parse_answer(text: str, kind: AnswerParser = "auto") -> str | None:
     """The answer that a text gives, in a normal form that can be compared with ==.
 
     Args:
-        text: Generated text, or a reference answer.
+        text: generated text, or a reference answer.
         kind: "number" ("$1,234.50" -> "1234.5"), "choice" ("(b)" -> "B"), "boolean" (true and yes
             -> "yes", false and no -> "no"), "text" (case and whitespace folded), "auto" (the first
             kind that fits), or a function that replaces all this.
@@ -111,8 +111,8 @@ def choose(answers: Sequence[str | None], scores: Sequence[float], rule: str) ->
     """Which candidate to give as the answer.
 
     Args:
-        answers: Parsed answer of each candidate; None does not vote.
-        scores: Score of each candidate, larger is better; NaN is worse than any.
+        answers: parsed answer of each candidate; None does not vote.
+        scores: score of each candidate, larger is better; NaN is worse than any.
         rule: "score" (the best one), "vote" (the commonest answer; ties go to the larger sum of
             scores) or "weighted_vote" (the answer with the largest sum of scores). A vote is
             represented by the best candidate that gives the winning answer; the earlier one of
@@ -177,8 +177,8 @@ class _Read:
     """A text in plain characters, and what it states.
 
     Attributes:
-        text: All of it.
-        statement: What the last statement of an answer says, to the end of its box or sentence; None: there is none.
+        text: all of it.
+        statement: what the last statement of an answer says, to the end of its box or sentence; None: there is none.
         is_boxed: whether that is in a box.
     """
 

@@ -72,8 +72,8 @@ class _Prefill:
     """What a probe has seen of the prefill of one phrasing.
 
     Attributes:
-        token_ids: All tokens of the phrasing.
-        first: Position of its first token that was computed; None: none has been.
+        token_ids: all tokens of the phrasing.
+        first: position of its first token that was computed; None: none has been.
         parts: layer -> states `[tokens, hidden]`, chunk by chunk.
     """
 
@@ -99,19 +99,19 @@ class Probe:
     The first phrasing must pass with all its tokens before the others start.
 
     Args:
-        measure: Measure of how alike two are.
-        num_layers: Layers after which it is decided.
-        tau: Least similarity that is accepted.
-        aligned: Mode "aligned"; else "substitute".
+        measure: measure of how alike two are.
+        num_layers: layers after which it is decided.
+        tau: least similarity that is accepted.
+        aligned: mode "aligned"; else "substitute".
 
     Attributes:
-        layers: Layers after which it is asked, see `minirksc.engine.gates`.
-        root: Branch of the first phrasing, once it has been computed; aligned mode borrows from it.
-        num_layers: Layers after which it is decided.
-        tau: Least similarity that is accepted.
+        layers: layers after which it is asked, see `minirksc.engine.gates`.
+        root: branch of the first phrasing, once it has been computed; aligned mode borrows from it.
+        num_layers: layers after which it is decided.
+        tau: least similarity that is accepted.
         mode: "aligned" or "substitute".
         similarities: row -> similarity, where it was compared; NaN where its states were not finite.
-        accepted: Rows that were accepted, and have something to borrow where that is the mode.
+        accepted: rows that were accepted, and have something to borrow where that is the mode.
     """
 
     def __init__(self, measure: SimilarityMeasure, num_layers: int, tau: float, *, aligned: bool) -> None:
@@ -211,8 +211,8 @@ def make_probe(spec: ArchSpec, config: SolverConfig, *, can_move_kv: bool) -> Pr
     the caller's). It is taken one layer before the last: after the last, leaving would save nothing at all.
 
     Args:
-        spec: Architecture of the model.
-        config: Options of the solve.
+        spec: architecture of the model.
+        config: options of the solve.
         can_move_kv: keys can be turned to other positions, which aligned mode needs.
 
     Raises:

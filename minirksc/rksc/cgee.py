@@ -46,8 +46,8 @@ class Lead:
     """When the best of some values is decisive: it is at least `top`, and ahead of the rest by at least `gap`.
 
     Attributes:
-        top: Least value of the best one.
-        gap: Least distance to the next one.
+        top: least value of the best one.
+        gap: least distance to the next one.
         is_relative: the distance is relative to the best one.
     """
 
@@ -73,8 +73,8 @@ def best_and_rest(values: Sequence[float], answers: Sequence[str | None] | None)
     """(index of the largest value, that value, the largest value of a rival or 0 where there is none).
 
     Args:
-        values: Confidence of each branch, or another signal.
-        answers: Answer of each branch: one with the best one's answer is no rival. None: every other branch is.
+        values: confidence of each branch, or another signal.
+        answers: answer of each branch: one with the best one's answer is no rival. None: every other branch is.
     """
     best = max(range(len(values)), key=lambda i: -math.inf if math.isnan(values[i]) else values[i])
     own: Sequence[str | None] = [None] * len(values) if answers is None else answers
@@ -88,9 +88,9 @@ def leader_of(values: Sequence[float], answers: Sequence[str | None] | None, lea
     With `PAPER_GATES` this is CGEE-1, the paper's condition for skipping verification.
 
     Args:
-        values: Confidence of each branch, or another signal.
-        answers: Answer of each branch, see `best_and_rest`.
-        leads: Rules; none: no branch ever leads.
+        values: confidence of each branch, or another signal.
+        answers: answer of each branch, see `best_and_rest`.
+        leads: rules; none: no branch ever leads.
     """
     best, top, rest = best_and_rest(values, answers)
     is_decided = all(map(math.isfinite, values)) and any(lead.holds(top, rest) for lead in leads)
@@ -106,10 +106,10 @@ def standing(
     """Where the choice stands while some branches have not been asked about.
 
     Args:
-        answers: Answer of each branch; None does not vote, and under "score" is an answer of its own.
-        scores: Score of each branch, 0 or more; None where it has not been asked about.
-        bounds: The most that each branch's score can be.
-        rule: Rule by which the answer is chosen, see `answers.choose`.
+        answers: answer of each branch; None does not vote, and under "score" is an answer of its own.
+        scores: score of each branch, 0 or more; None where it has not been asked about.
+        bounds: the most that each branch's score can be.
+        rule: rule by which the answer is chosen, see `answers.choose`.
 
     Returns:
         (the branch that leads, those that must still be asked about, highest bound first). Once there are none of
@@ -189,14 +189,14 @@ class DecodeRule:
     """Stops branches while they are decoded: `LLM.extend` calls it after every step.
 
     Args:
-        gates: Thresholds.
+        gates: thresholds.
         mode: "keep_leader": the others stop; "stop_all" (the paper): all stop, and the answer is cut off; "off".
-        select: Rule by which the answer is chosen; under "vote" the vote may be over early.
-        parse: Reader of the answer that a finished text gives.
+        select: rule by which the answer is chosen; under "vote" the vote may be over early.
+        parse: reader of the answer that a finished text gives.
 
     Attributes:
-        leader: Index of the branch that led decisively; None: none did.
-        consensus: Answer that the vote could not take back any more; None: it never came to that.
+        leader: index of the branch that led decisively; None: none did.
+        consensus: answer that the vote could not take back any more; None: it never came to that.
     """
 
     def __init__(self, gates: "Gates", mode: str, select: str, parse: Callable[[str], str | None]) -> None:
@@ -212,7 +212,7 @@ class DecodeRule:
         """Names branches to stop.
 
         Args:
-            progress: Progress of each branch.
+            progress: progress of each branch.
 
         Returns:
             index -> finish_reason: "early_exit" or "consensus".
@@ -251,12 +251,12 @@ class Gates:
 
     Attributes:
         exact: agreement, bound and consensus; exact for the parsed answer.
-        signal: Key of `signals.SIGNALS` that leads are measured on.
-        skip: Leads before which no branch is asked about; none: never.
+        signal: key of `signals.SIGNALS` that leads are measured on.
+        skip: leads before which no branch is asked about; none: never.
         compares_answers: a lead is over the best branch with another answer.
-        layer_exit: Rule by which rows leave the pass of the question; None: never.
-        decode_exit: Leads that end decoding, after which no branch is asked about; none: never.
-        decode_min_tokens: Tokens that every branch under way must have before.
+        layer_exit: rule by which rows leave the pass of the question; None: never.
+        decode_exit: leads that end decoding, after which no branch is asked about; none: never.
+        decode_min_tokens: tokens that every branch under way must have before.
         source: "exact", "paper", "uncalibrated" or, of a calibration file, "calibrated".
 
     Raises:

@@ -36,7 +36,7 @@ class _Exits:
     Attributes:
         margins: row that left -> YES - NO in logits, as it was there.
         exit_layers: row that left -> layers that it went through.
-        problems: Rows at which a number was not finite, and which went on.
+        problems: rows at which a number was not finite, and which went on.
     """
 
     def __init__(self) -> None:
@@ -53,9 +53,9 @@ class MarginRule:
     """Thresholds of `MarginExit`.
 
     Attributes:
-        margin: Least |YES - NO|, in logits.
-        patience: Layers in a row that it must hold with one sign.
-        start: First layer that is looked at, counted from 0; None: half of them.
+        margin: least |YES - NO|, in logits.
+        patience: layers in a row that it must hold with one sign.
+        start: first layer that is looked at, counted from 0; None: half of them.
         correction: (slope, offset) of each layer, from the lens's margin to an estimate of the last layer's: a lens in
             the middle of a model is biased, and has another scale (Belrose et al. 2023, arXiv 2303.08112); None: as it
             is read.
@@ -82,13 +82,13 @@ class MarginExit(_Exits):
     """Says which rows leave, by their margins of YES over NO after each layer.
 
     Args:
-        rule: Thresholds.
-        num_layers: Layers of the model.
+        rule: thresholds.
+        num_layers: layers of the model.
 
     Attributes:
-        layers: Layers after which it is to be fed, counted from 0.
-        margins: Row that left -> YES - NO in logits, corrected.
-        exit_layers, problems: Layers of rows that left, and rows that went on, see `_Exits`.
+        layers: layers after which it is to be fed, counted from 0.
+        margins: row that left -> YES - NO in logits, corrected.
+        exit_layers, problems: layers of rows that left, and rows that went on, see `_Exits`.
     """
 
     def __init__(self, rule: MarginRule, num_layers: int) -> None:
@@ -102,7 +102,7 @@ class MarginExit(_Exits):
         """Names the rows that leave.
 
         Args:
-            layer: Index of the layer that has just been computed.
+            layer: index of the layer that has just been computed.
             margins: row that is still under way -> YES - NO in logits, as the lens reads it.
         """
         rule = self._rule
@@ -129,8 +129,8 @@ class LayerExit(MarginExit):
 
     Args:
         lens: `[rows, hidden]` of any layer -> logits `[rows, 2]` of YES and NO.
-        num_layers: Layers of the model.
-        **thresholds: Fields of `MarginRule`.
+        num_layers: layers of the model.
+        **thresholds: fields of `MarginRule`.
     """
 
     def __init__(self, lens: "Lens", num_layers: int, **thresholds: Any) -> None:
@@ -149,9 +149,9 @@ class EntropyRule:
     """Thresholds of `EntropyExit`.
 
     Attributes:
-        entropy: The row leaves below it, nats (theta).
-        stability: Most that it may differ from the layer before, nats (epsilon).
-        start: First layer that may be left, counted from 1.
+        entropy: the row leaves below it, nats (theta).
+        stability: most that it may differ from the layer before, nats (epsilon).
+        start: first layer that may be left, counted from 1.
     """
 
     entropy: float
@@ -175,13 +175,13 @@ class EntropyExit(_Exits):
 
     Args:
         lens: `[rows, hidden]` of any layer -> logits `[rows, vocab]`.
-        choices: Token ids of YES and NO.
-        num_layers: Layers of the model.
-        **thresholds: Fields of `EntropyRule`.
+        choices: token ids of YES and NO.
+        num_layers: layers of the model.
+        **thresholds: fields of `EntropyRule`.
 
     Attributes:
-        layers: Layers after which it is asked, counted from 0.
-        margins, exit_layers, problems: What it has decided, see `_Exits`.
+        layers: layers after which it is asked, counted from 0.
+        margins, exit_layers, problems: what it has decided, see `_Exits`.
     """
 
     def __init__(self, lens: "Lens", choices: tuple[int, int], num_layers: int, **thresholds: Any) -> None:

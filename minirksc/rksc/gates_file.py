@@ -43,14 +43,14 @@ class GatesFile:
     """What a calibration found.
 
     Attributes:
-        gates: Gates, of source "calibrated".
-        budget: Most decisions that change, as a share of problems, ...
-        confidence: Probability over the calibration problems that it is kept.
-        counts: Problems, changed decisions and upper bound of each tested step, and what was saved.
+        gates: gates, of source "calibrated".
+        budget: most decisions that change, as a share of problems, ...
+        confidence: probability over the calibration problems that it is kept.
+        counts: problems, changed decisions and upper bound of each tested step, and what was saved.
         data: sha256 and number of the calibration problems.
-        settings: Settings that it holds for, see `settings_of`.
-        model: Fingerprint of the model, see `fingerprint`.
-        minirksc_version: Version that wrote it.
+        settings: settings that it holds for, see `settings_of`.
+        model: fingerprint of the model, see `fingerprint`.
+        minirksc_version: version that wrote it.
     """
 
     gates: Gates
@@ -77,8 +77,8 @@ def settings_of(config: "SolverConfig", llm: Any) -> dict[str, Any]:
     Neither the seed, since problems are what is drawn at random, nor what changes rounding alone.
 
     Args:
-        config: Options of a solve.
-        llm: An `LLM`, or a session on one.
+        config: options of a solve.
+        llm: an `LLM`, or a session on one.
     """
     values = config.to_dict()
     sampling = {name: value for name, value in values["sampling"].items() if name not in ("seed", "max_tokens")}
@@ -99,9 +99,9 @@ def read_gates(path: str | Path, model_path: str | Path, settings: Mapping[str, 
     """The gates in a file.
 
     Args:
-        path: Path of the file.
-        model_path: Folder of the model that they are to be used on.
-        settings: Settings at hand, see `settings_of`; None: not compared.
+        path: path of the file.
+        model_path: folder of the model that they are to be used on.
+        settings: settings at hand, see `settings_of`; None: not compared.
 
     Returns:
         The gates, source "calibrated"; "uncalibrated" where a setting is another one.

@@ -40,8 +40,8 @@ def refusal(root: str, branch: str) -> str | None:
     """Why the first phrasing must not stand for the second.
 
     Args:
-        root: Phrasing whose KV would be used.
-        branch: Phrasing that it would stand for.
+        root: phrasing whose KV would be used.
+        branch: phrasing that it would stand for.
 
     Returns:
         A short reason that names what differs; None if nothing does. It is None either way round or neither.

@@ -29,10 +29,10 @@ class GateNote:
 
     Attributes:
         gate: "agreement", "skip" or "bound".
-        decision: What it decided, in words.
-        reason: Why, in words.
-        value: Number that the gate looked at; None: it looks at none.
-        threshold: Number that it was held against; None: there is none.
+        decision: what it decided, in words.
+        reason: why, in words.
+        value: number that the gate looked at; None: it looks at none.
+        threshold: number that it was held against; None: there is none.
         calibrated: whether the threshold was tested on this model; None: there is none.
     """
 
@@ -49,8 +49,8 @@ class Ruling:
     """Where the choice stands.
 
     Attributes:
-        best: Index of the branch that wins; while some are to be asked about, of one that leads.
-        ask: Indices of branches to be asked about next, in this order; empty: the choice is made.
+        best: index of the branch that wins; while some are to be asked about, of one that leads.
+        ask: indices of branches to be asked about next, in this order; empty: the choice is made.
         notes: what gates saw and decided since the last ruling, in order.
     """
 
@@ -66,12 +66,12 @@ class Judge:
     ruling names none.
 
     Args:
-        gates: Gates that are on.
-        select: Rule by which the answer is chosen, see `answers.choose`.
-        answers: Answer of each branch; None: it gives none.
-        confidences: Mean probability of the likeliest token, of each branch; None: it has no tokens.
-        values: What leads are measured on: `gates.signal` of each branch's tokens.
-        leader: Index of the branch that led decisively while all were decoded, so that none is asked about; None: none
+        gates: gates that are on.
+        select: rule by which the answer is chosen, see `answers.choose`.
+        answers: answer of each branch; None: it gives none.
+        confidences: mean probability of the likeliest token, of each branch; None: it has no tokens.
+        values: what leads are measured on: `gates.signal` of each branch's tokens.
+        leader: index of the branch that led decisively while all were decoded, so that none is asked about; None: none
             did.
     """
 
@@ -97,7 +97,7 @@ class Judge:
         """Says which are to be asked about next, or which one wins.
 
         Args:
-            scores: Score of each branch, see `score_of`, or `FAILED`; None: it has not been asked about, or in vain.
+            scores: score of each branch, see `score_of`, or `FAILED`; None: it has not been asked about, or in vain.
         """
         if self._leader is not None:
             return Ruling(self._leader)

@@ -15,26 +15,26 @@ class Node:
     """One branch of the tree.
 
     Attributes:
-        node_id: Index in `Tree.nodes`.
-        parent_id: Node that it was forked from; None in the first round.
-        branch: Branch with its tokens; pruned when it did not go on.
-        depth: Round in which it was made, from 1.
-        hint: Text that its answer was made to begin with.
-        num_prompt_tokens: Place in the branch's tokens where the answer, hint included, begins.
-        num_cached_tokens: Tokens of its prompt that were found in the prefix cache.
-        num_shared_tokens: Tokens whose KV it took from others when it started.
-        num_saved_tokens: Prompt tokens, counted by layers, that semantic sharing did not compute.
+        node_id: index in `Tree.nodes`.
+        parent_id: node that it was forked from; None in the first round.
+        branch: branch with its tokens; pruned when it did not go on.
+        depth: round in which it was made, from 1.
+        hint: text that its answer was made to begin with.
+        num_prompt_tokens: place in the branch's tokens where the answer, hint included, begins.
+        num_cached_tokens: tokens of its prompt that were found in the prefix cache.
+        num_shared_tokens: tokens whose KV it took from others when it started.
+        num_saved_tokens: prompt tokens, counted by layers, that semantic sharing did not compute.
         is_semantic: it runs on KV of another phrasing.
         is_approximate: some of its KV is not what its own tokens would give.
-        similarity: Likeness of its phrasing to the first; None where they were not compared, or hold NaN.
-        output_ids: Generated tokens, its ancestors' included.
-        text: Text of output_ids.
-        signals: Signals of how sure the model was of each of output_ids.
+        similarity: likeness of its phrasing to the first; None where they were not compared, or hold NaN.
+        output_ids: generated tokens, its ancestors' included.
+        text: text of output_ids.
+        signals: signals of how sure the model was of each of output_ids.
         verification: p(YES); None where it was not asked about.
-        exit_layer: Layers that the pass of the question went through, where it left early.
+        exit_layer: layers that the pass of the question went through, where it left early.
         score: None until it has been scored.
-        error: Reason why it failed; a failed node is not among those that go on.
-        num_tokens: Number of tokens: prompt, hint and output_ids.
+        error: reason why it failed; a failed node is not among those that go on.
+        num_tokens: number of tokens: prompt, hint and output_ids.
     """
 
     node_id: int

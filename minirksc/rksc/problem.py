@@ -22,11 +22,11 @@ class Problem:
     """One problem, ready to be solved.
 
     Attributes:
-        prompt: The problem as text, or token ids of a whole prompt.
-        phrasings: Prompt of each branch in the same form; None: all have the problem itself.
-        starts: What each branch begins with.
+        prompt: the problem as text, or token ids of a whole prompt.
+        phrasings: prompt of each branch in the same form; None: all have the problem itself.
+        starts: what each branch begins with.
         is_chat: whether the first branch's prompt is a conversation.
-        salt: Salt of all that is computed for it.
+        salt: salt of all that is computed for it.
     """
 
     prompt: Tokens
@@ -41,8 +41,8 @@ class Problem:
         """Refuses what could not be computed to its end.
 
         Args:
-            session: Session that is to compute it.
-            config: Options of the solve.
+            session: session that is to compute it.
+            config: options of the solve.
             num_asked: called with the tokens of a prompt, gives those that stand around an answer when it is asked
                 about; None: it never is.
 

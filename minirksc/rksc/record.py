@@ -21,13 +21,13 @@ class Record:
     """The record of one solve, on its own clock.
 
     Args:
-        session: Session whose counters it reads.
+        session: session whose counters it reads.
         on_event: called with each event as it happens.
 
     Attributes:
         events: what happened, in order; plain data, at_s and seconds since the solve began.
         gates: what each gate decided, in order; plain data.
-        stats: Seconds by phase, and after `finish` what was counted meanwhile.
+        stats: seconds by phase, and after `finish` what was counted meanwhile.
     """
 
     def __init__(self, session: "Session", on_event: Callable[[dict[str, Any]], None] | None = None) -> None:

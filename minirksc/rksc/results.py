@@ -29,27 +29,27 @@ class BranchResult:
     """One candidate at the end.
 
     Attributes:
-        text: Generated text, prompt and hint excluded.
-        token_ids: The same as generated tokens.
+        text: generated text, prompt and hint excluded.
+        token_ids: the same as generated tokens.
         score: p(YES) sqrt(confidence); None where it was not asked about, since a gate had settled the answer. With
             verify="never" it is the confidence.
-        confidence: Mean probability of the likeliest token at each generated position; None where it generated
+        confidence: mean probability of the likeliest token at each generated position; None where it generated
             nothing.
         verification: p(YES); None where it was not asked about.
-        sharing: What it got: "semantic" when it runs on KV of another phrasing, "exact" when
+        sharing: what it got: "semantic" when it runs on KV of another phrasing, "exact" when
             num_shared_tokens > 0, else "none".
-        similarity: Likeness of its phrasing to the first; None where they were not compared, or hold NaN.
-        exit_layer: Layers that the pass of the question went through, where it left early; else None.
+        similarity: likeness of its phrasing to the first; None where they were not compared, or hold NaN.
+        exit_layer: layers that the pass of the question went through, where it left early; else None.
         finish_reason: "stop" or "length"; "early_exit" or "consensus" where a gate stopped it; "error".
-        error: Reason why it failed; None when it did not. A failed branch is never chosen.
-        parsed: Answer in normal form; None when it gives none, or was cut off by consensus.
-        depth: Round in which it was decoded last, from 1.
-        path: Index of each fork from the prompt to here.
-        hint: Beginning that its answer was given (text; token ids are decoded where possible).
-        num_shared_tokens: Tokens whose KV it took from another branch or the prefix cache when it
+        error: reason why it failed; None when it did not. A failed branch is never chosen.
+        parsed: answer in normal form; None when it gives none, or was cut off by consensus.
+        depth: round in which it was decoded last, from 1.
+        path: index of each fork from the prompt to here.
+        hint: beginning that its answer was given (text; token ids are decoded where possible).
+        num_shared_tokens: tokens whose KV it took from another branch or the prefix cache when it
             started.
-        num_own_tokens: All its other tokens, prompt included.
-        num_saved_tokens: Prompt tokens, counted by layers, that semantic sharing did not compute.
+        num_own_tokens: all its other tokens, prompt included.
+        num_saved_tokens: prompt tokens, counted by layers, that semantic sharing did not compute.
     """
 
     text: str
@@ -82,8 +82,8 @@ class Choice:
     """How a search ended.
 
     Attributes:
-        best: Node that was chosen.
-        answers: Nodes that remained at the end -> parsed answer of each.
+        best: node that was chosen.
+        answers: nodes that remained at the end -> parsed answer of each.
     """
 
     best: Node
@@ -95,17 +95,17 @@ class SolveResult:
     """What a problem gave.
 
     Attributes:
-        answer: Text of the chosen branch.
-        parsed: Answer of the chosen branch in normal form; None when it gives none.
-        best: Index of the chosen branch; where none was asked about, of the surest that gives the answer, or of the
+        answer: text of the chosen branch.
+        parsed: answer of the chosen branch in normal form; None when it gives none.
+        best: index of the chosen branch; where none was asked about, of the surest that gives the answer, or of the
             one that led decisively.
-        branches: Branches that remained at the end, then those that failed.
-        stats: Seconds by phase (prefill_s: prompts; decode_s: hints and decoding; verify_s;
+        branches: branches that remained at the end, then those that failed.
+        stats: seconds by phase (prefill_s: prompts; decode_s: hints and decoding; verify_s;
             total_s), what the engine counted meanwhile (num_prefilled_tokens and so on),
             blocks_used_peak (blocks in use, the most that was seen between phases).
-        gates: Where the thresholds of the gates came from: "exact" (none of them approximates), "paper",
+        gates: where the thresholds of the gates came from: "exact" (none of them approximates), "paper",
             "uncalibrated" or "calibrated".
-        trace: Config, problem, nodes of the tree and events in order, as plain data that JSON can
+        trace: config, problem, nodes of the tree and events in order, as plain data that JSON can
             hold.
     """
 
@@ -126,11 +126,11 @@ def make_result(tree: Tree, choice: Choice, problem: Problem, config: SolverConf
     """Puts together what happened.
 
     Args:
-        tree: Tree of the solve, its record finished.
-        choice: How the search ended.
-        problem: What was solved.
-        config: How it was solved.
-        gates: Source of the thresholds of the gates.
+        tree: tree of the solve, its record finished.
+        choice: how the search ended.
+        problem: what was solved.
+        config: how it was solved.
+        gates: source of the thresholds of the gates.
     """
     remaining = list(choice.answers)
     failed = [node for node in tree.nodes if node.error is not None]

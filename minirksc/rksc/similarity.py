@@ -24,7 +24,7 @@ class PrefixStates:
     """What a probe has of one phrasing.
 
     Attributes:
-        token_ids: Tokens of the rows of `hidden`, at least one.
+        token_ids: tokens of the rows of `hidden`, at least one.
         hidden: layer -> `[tokens, hidden]` float32, the residual stream after that layer.
     """
 
@@ -54,7 +54,7 @@ class Sigma:
     whatever the last token does not carry: phrasings in one template end alike, whatever they say.
 
     Attributes:
-        alpha: Weight by which the deeper layers count more.
+        alpha: weight by which the deeper layers count more.
 
     Source: Sekar 2026, arXiv 2606.09937, equation 2.
     """
@@ -87,7 +87,7 @@ class Alignment:
     one by 1. Both count by their weight.
 
     Attributes:
-        emphasis: Weight of a token of the last quarter, where the question stands; the others have 1.
+        emphasis: weight of a token of the last quarter, where the question stands; the others have 1.
 
     Source: deviation of reused states as in CacheBlend (arXiv 2405.16444).
     """

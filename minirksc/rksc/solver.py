@@ -45,13 +45,13 @@ class Solver:
     """Solves problems on one LLM.
 
     Args:
-        llm: An `LLM`, or a session on one; used only while `solve` runs, and nothing but cached blocks is left in it.
-        config: Options; None: the defaults.
+        llm: an `LLM`, or a session on one; used only while `solve` runs, and nothing but cached blocks is left in it.
+        config: options; None: the defaults.
 
     Attributes:
-        session: Session that it works in.
-        config: Options.
-        gates: Gates that the options name.
+        session: session that it works in.
+        config: options.
+        gates: gates that the options name.
 
     Raises:
         ConfigError: the config needs text and the checkpoint has no tokenizer; or one of the two is something else.
@@ -79,13 +79,13 @@ class Solver:
         """Solves one problem.
 
         Args:
-            problem: Text, or the token ids of a whole prompt (never put through the chat template), in any form of a
+            problem: text, or the token ids of a whole prompt (never put through the chat template), in any form of a
                 prompt.
-            phrasings: Prompts used instead of `problem`, one a branch; the standalone verification still asks about
+            phrasings: prompts used instead of `problem`, one a branch; the standalone verification still asks about
                 `problem`. What differing phrasings share is their common beginning, and with semantic sharing perhaps
                 all of the first.
             on_event: called with each event of the trace as it happens.
-            salt: Salt of the problem: nothing is shared with what has another salt, or none. A prompt may bring it as
+            salt: salt of the problem: nothing is shared with what has another salt, or none. A prompt may bring it as
                 cache_salt; all that bring one must agree.
 
         Raises:
@@ -144,9 +144,9 @@ class _Search:
     """One solve from its first nodes to the choice: rounds of decoding, asking and forking.
 
     Args:
-        config: Options.
-        gates: Gates that are on.
-        tree: Tree that grows.
+        config: options.
+        gates: gates that are on.
+        tree: tree that grows.
         verifier: asks about answers; None: none is asked about.
     """
 

@@ -37,9 +37,9 @@ class Start:
     """What a branch of the first round begins with.
 
     Attributes:
-        prompt: Token ids of its prompt.
-        hint: Text or token ids that its answer begins with.
-        refusal: Reason why its prompt is not even compared with the first one; None: it is.
+        prompt: token ids of its prompt.
+        hint: text or token ids that its answer begins with.
+        refusal: reason why its prompt is not even compared with the first one; None: it is.
     """
 
     prompt: Sequence[int]
@@ -51,18 +51,18 @@ class Tree:
     """Nodes and branches of one solve.
 
     Args:
-        session: Session that computes the branches.
-        call: Call with whose end all its branches are released.
+        session: session that computes the branches.
+        call: call with whose end all its branches are released.
         share: False: every branch computes all its tokens.
-        seed: Seed of all branches, whose paths tell their random numbers apart.
-        salt: Salt of all branches, see `LLM.branches`.
+        seed: seed of all branches, whose paths tell their random numbers apart.
+        salt: salt of all branches, see `LLM.branches`.
         on_event: called with each event as it happens.
 
     Attributes:
         nodes: all that were ever made, in order.
         record: what happened.
-        session: Session that computes the branches.
-        seed: Seed of all branches.
+        session: session that computes the branches.
+        seed: seed of all branches.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Tree:
         """The first round: equal prompts are computed once, and each branch is forked from its own.
 
         Args:
-            starts: What each branch begins with; the first one's prompt is the one that others may run on.
+            starts: what each branch begins with; the first one's prompt is the one that others may run on.
             probe: compares the other prompts with the first; None: each is computed.
         """
         nodes: list[Node] = []
@@ -137,8 +137,8 @@ class Tree:
         """Decodes nodes together; one that fails has an error then, and its branch is pruned.
 
         Args:
-            nodes: Nodes that go on.
-            params: Sampling parameters of all.
+            nodes: nodes that go on.
+            params: sampling parameters of all.
             on_step: may stop some early, see `LLM.extend`.
 
         Raises:
@@ -163,9 +163,9 @@ class Tree:
         """The next round: survivors are forked up to `width` nodes, the others pruned.
 
         Args:
-            nodes: Nodes of this round.
-            survivors: Nodes that go on, best first. A finished one stays as it is.
-            width: Number of nodes of the next round.
+            nodes: nodes of this round.
+            survivors: nodes that go on, best first. A finished one stays as it is.
+            width: number of nodes of the next round.
         """
         self._prune([node.branch for node in nodes if node not in survivors])
         finished = [node for node in survivors if node.finished]

@@ -42,8 +42,8 @@ class Candidate:
     """An answer to verify.
 
     Attributes:
-        branch: Branch whose tokens end with the answer.
-        answer_ids: Tokens of the answer alone, hint included, perhaps with an end-of-sequence token last.
+        branch: branch whose tokens end with the answer.
+        answer_ids: tokens of the answer alone, hint included, perhaps with an end-of-sequence token last.
     """
 
     branch: "Branch"
@@ -56,10 +56,10 @@ class Verdict:
 
     Attributes:
         probability: p(YES) of the two choices; None where the pass failed.
-        exit_layer: Layers that its row went through, where it left the pass early.
+        exit_layer: layers that its row went through, where it left the pass early.
         margin: YES - NO in logits, as it was there.
         saw_nan: a gate saw a hidden state that was not finite, and let the row go on.
-        error: Reason why the pass failed.
+        error: reason why the pass failed.
     """
 
     probability: float | None
@@ -73,9 +73,9 @@ class Verifier:
     """Asks about the answers of one problem.
 
     Args:
-        session: Session with a tokenizer.
-        config: Options of the solve; "none" for sharing: neither do the questions share anything.
-        problem: Problem that was solved. Where its prompt is a conversation and the checkpoint's chat format can be
+        session: session with a tokenizer.
+        config: options of the solve; "none" for sharing: neither do the questions share anything.
+        problem: problem that was solved. Where its prompt is a conversation and the checkpoint's chat format can be
             used, the questions are one too.
 
     Raises:
@@ -102,7 +102,7 @@ class Verifier:
         """Asks about candidates in one pass; the branches stay as they were.
 
         Args:
-            candidates: Distinct branches. One whose pass fails has an error for a verdict, and harms no other.
+            candidates: distinct branches. One whose pass fails has an error for a verdict, and harms no other.
             rule: lets rows leave the pass early; only where each choice is one token: a layer has a margin of these.
 
         Raises:

@@ -31,7 +31,7 @@ class ToolArguments(dict[str, Any]):
     """Arguments of a tool call: an object, and JSON text wherever a template takes them as text.
 
     Args:
-        values: The object.
+        values: the object.
         text: JSON text as which they came.
     """
 
@@ -60,8 +60,8 @@ class TextParts(list[TextPart]):
     """A content in parts.
 
     Attributes:
-        is_taken_apart: Whether a template has looked at single parts.
-        is_shown: Whether a template has shown the list as it is.
+        is_taken_apart: whether a template has looked at single parts.
+        is_shown: whether a template has shown the list as it is.
     """
 
     is_taken_apart = False
@@ -75,7 +75,7 @@ class Text(str):
     """A content that is text.
 
     Attributes:
-        is_taken_apart: Whether a template has looked at it as if it were parts.
+        is_taken_apart: whether a template has looked at it as if it were parts.
     """
 
     is_taken_apart = False
@@ -131,8 +131,8 @@ def template_message(message: Mapping[str, Any], knows_developer: bool) -> dict[
     """A checked message as plain data in the form that templates expect.
 
     Args:
-        message: Message that has passed `check_messages`.
-        knows_developer: Whether the template has the role of that name.
+        message: message that has passed `check_messages`.
+        knows_developer: whether the template has the role of that name.
     """
     plain = {key: value for key, value in plain_data(message).items() if value is not None}
     refusal, call = plain.pop("refusal", None), plain.pop("function_call", None)
@@ -159,8 +159,8 @@ def suit_contents(messages: Sequence[dict[str, Any]], render: Callable[[list[dic
     """Gives contents the form that a template was seen to want, text or parts; whether any has changed.
 
     Args:
-        messages: Messages of `template_message`, after they were rendered; changed in place.
-        render: Function that gives what the template makes of others.
+        messages: messages of `template_message`, after they were rendered; changed in place.
+        render: function that gives what the template makes of others.
     """
     contents = [message["content"] for message in messages]
     marks = {}

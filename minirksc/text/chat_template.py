@@ -34,8 +34,8 @@ class ChatTemplate:
     """One compiled template.
 
     Args:
-        source: Text in jinja2's language.
-        special_tokens: Values of variables such as bos_token.
+        source: text in jinja2's language.
+        special_tokens: values of variables such as bos_token.
 
     Raises:
         ChatTemplateError: a syntax error, with its line.
@@ -71,10 +71,10 @@ class ChatTemplate:
         ends where the template does not take it apart.
 
         Args:
-            messages: Messages, each {"role": ..., "content": ...}.
-            add_generation_prompt: Whether to end with the beginning of the assistant's turn.
-            tools: Functions that the model may call, each described by a JSON schema.
-            variables: Other variables that the template knows, such as enable_thinking.
+            messages: messages, each {"role": ..., "content": ...}.
+            add_generation_prompt: whether to end with the beginning of the assistant's turn.
+            tools: functions that the model may call, each described by a JSON schema.
+            variables: other variables that the template knows, such as enable_thinking.
 
         Raises:
             ChatTemplateError: the messages are malformed, or the template does not know a variable or tools; it
@@ -149,8 +149,8 @@ def load_chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, 
     tokenizer_config.json.
 
     Args:
-        folder: Folder of the checkpoint.
-        settings: Content of its tokenizer_config.json.
+        folder: folder of the checkpoint.
+        settings: content of its tokenizer_config.json.
 
     Raises:
         ChatTemplateError: one cannot be read or has a syntax error.

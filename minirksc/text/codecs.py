@@ -39,10 +39,10 @@ class Codec(ABC):
     """One kind of tokenizer file.
 
     Attributes:
-        vocab_size: Number of tokens.
-        prefix_ids: Ids that the file asks for in front of a prompt: BOS, as a rule.
-        special_ids: Tokens that stand for no text.
-        named_tokens: Texts of bos_token, eos_token and so on, as far as the file itself says.
+        vocab_size: number of tokens.
+        prefix_ids: ids that the file asks for in front of a prompt: BOS, as a rule.
+        special_ids: tokens that stand for no text.
+        named_tokens: texts of bos_token, eos_token and so on, as far as the file itself says.
     """
 
     vocab_size: int
@@ -82,8 +82,8 @@ class BackendCodec(Codec):
     """A tokenizer of the `tokenizers` library.
 
     Args:
-        backend: The tokenizer.
-        named_tokens: Texts of bos_token and so on, where its file says them.
+        backend: the tokenizer.
+        named_tokens: texts of bos_token and so on, where its file says them.
     """
 
     MAX_ID = 2**31  # the library takes no larger and no negative one
@@ -138,9 +138,9 @@ class SentencePieceCodec(Codec):
     the pieces between them are its own work.
 
     Args:
-        file: The file, tokenizer.model.
-        settings: Content of tokenizer_config.json.
-        added: Tokens that were added later, by id, each described as in tokenizer_config.json.
+        file: the file, tokenizer.model.
+        settings: content of tokenizer_config.json.
+        added: tokens that were added later, by id, each described as in tokenizer_config.json.
     """
 
     def __init__(self, file: Path, settings: Mapping[str, Any], added: Mapping[int, Mapping[str, Any]]) -> None:
@@ -227,8 +227,8 @@ def load_codec(folder: Path, settings: Mapping[str, Any]) -> Codec:
     """Reads the first of `TOKENIZER_FILES` in a checkpoint folder.
 
     Args:
-        folder: Folder of the checkpoint.
-        settings: Content of its tokenizer_config.json.
+        folder: folder of the checkpoint.
+        settings: content of its tokenizer_config.json.
 
     Raises:
         TokenizerError: there is none, or it cannot be read.

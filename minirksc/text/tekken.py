@@ -85,9 +85,9 @@ def mend_split(backend: "Backend", settings: Mapping[str, Any], config: Mapping[
     transformers 5 or newer wrote are left alone: a model may have been trained with them, and so with the wrong one.
 
     Args:
-        backend: Tokenizer of tokenizer.json; changed in place.
-        settings: Content of tokenizer_config.json.
-        config: Content of config.json.
+        backend: tokenizer of tokenizer.json; changed in place.
+        settings: content of tokenizer_config.json.
+        config: content of config.json.
     """
     zero_byte = _letters()[0]
     if backend.token_to_id("[INST]") != 3 or backend.id_to_token(NUM_SPECIAL) != zero_byte:

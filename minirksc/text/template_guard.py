@@ -97,7 +97,7 @@ class Guard:
     """The limits of one rendering.
 
     Args:
-        deadline: End of the rendering by the clock of `thread_time`.
+        deadline: end of the rendering by the clock of `thread_time`.
     """
 
     def __init__(self, deadline: float) -> None:
@@ -157,8 +157,8 @@ class Guard:
         """Characters that a value would show; what is in it twice counts twice.
 
         Args:
-            value: Any value.
-            is_shown: Whether it is an error that it holds something else than data.
+            value: any value.
+            is_shown: whether it is an error that it holds something else than data.
         """
         num_chars = 0
         stack = [value]

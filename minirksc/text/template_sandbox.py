@@ -199,9 +199,9 @@ def _guarded(name: str, function: Callable[..., Any], check: Callable[..., Any])
     """A filter or test within the guard; called as jinja2 calls those that take the context.
 
     Args:
-        name: Name of the filter or test.
-        function: What jinja2 has by that name.
-        check: Method of the guard that looks at its operands first, and returns the value that it gets.
+        name: name of the filter or test.
+        function: what jinja2 has by that name.
+        check: method of the guard that looks at its operands first, and returns the value that it gets.
     """
     wanted = getattr(getattr(function, "jinja_pass_arg", None), "name", None)
 

@@ -23,16 +23,16 @@ class Tokenizer:
     """A checkpoint's tokenizer and chat templates.
 
     Args:
-        codec: The tokenizer file.
-        eos_token_ids: Ids that end a text, all that the checkpoint's files name.
-        chat_templates: Templates by name; or the error that reading them gave, which rendering a chat raises.
-        folder: Folder of the checkpoint, for messages.
+        codec: the tokenizer file.
+        eos_token_ids: ids that end a text, all that the checkpoint's files name.
+        chat_templates: templates by name; or the error that reading them gave, which rendering a chat raises.
+        folder: folder of the checkpoint, for messages.
 
     Attributes:
-        vocab_size: Number of the tokenizer's tokens, which may differ from the model's.
-        bos_token_id: Id that begins a prompt; None when prompts have no BOS.
-        eos_token_ids: Ids that end a text, all that the checkpoint's files name.
-        special_ids: Tokens that stand for no text.
+        vocab_size: number of the tokenizer's tokens, which may differ from the model's.
+        bos_token_id: id that begins a prompt; None when prompts have no BOS.
+        eos_token_ids: ids that end a text, all that the checkpoint's files name.
+        special_ids: tokens that stand for no text.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Tokenizer:
         does: text has their ids only when it names them, and a request with such an id is refused.
 
         Args:
-            vocab_size: Number of tokens that the model has embeddings for.
+            vocab_size: number of tokens that the model has embeddings for.
 
         Raises:
             TokenizerError: ordinary text can have an id that the model does not know.
@@ -143,10 +143,10 @@ class Tokenizer:
         Of several templates, "tool_use" is taken where tools are given and "default" otherwise.
 
         Args:
-            messages: Messages, each {"role": ..., "content": ...}.
-            add_generation_prompt: Whether to end with the beginning of the assistant's turn.
-            tools: Functions that the model may call, each described by a JSON schema.
-            chat_template_kwargs: Other variables that the template knows, such as enable_thinking.
+            messages: messages, each {"role": ..., "content": ...}.
+            add_generation_prompt: whether to end with the beginning of the assistant's turn.
+            tools: functions that the model may call, each described by a JSON schema.
+            chat_template_kwargs: other variables that the template knows, such as enable_thinking.
 
         Raises:
             ChatTemplateError: there is no template, the messages are malformed, or it fails or does not know a
@@ -186,8 +186,8 @@ class Detokenizer:
     a text may lose a space that it has anywhere else.
 
     Args:
-        tokenizer: Tokenizer of the tokens that come.
-        skip_special_tokens: Whether special tokens are left out.
+        tokenizer: tokenizer of the tokens that come.
+        skip_special_tokens: whether special tokens are left out.
     """
 
     MAX_WINDOW = 12

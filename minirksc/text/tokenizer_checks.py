@@ -34,7 +34,7 @@ class library_errors:
     """In a `with` block: whatever a tokenizer library raises, panics too, is a `TokenizerError`.
 
     Args:
-        failure: Beginning of the message, "FILE cannot be read" for example.
+        failure: beginning of the message, "FILE cannot be read" for example.
     """
 
     __slots__ = ("_failure",)
@@ -79,9 +79,9 @@ def declared_tokens(in_file: Mapping[str, Any], settings: Mapping[str, Any], sou
     """Tokens that a checkpoint has beside its tokenizer file: id -> description as in tokenizer_config.json.
 
     Args:
-        in_file: Content of added_tokens.json: text -> id.
-        settings: Content of tokenizer_config.json.
-        source: Folder of the checkpoint, for messages.
+        in_file: content of added_tokens.json: text -> id.
+        settings: content of tokenizer_config.json.
+        source: folder of the checkpoint, for messages.
 
     Raises:
         TokenizerError: one is malformed.

@@ -23,12 +23,12 @@ class PageBranch:
     """A node of the trace, and where it stands in its tree.
 
     Attributes:
-        node: The node's keys, of `NODE` those too that the trace does not have.
-        parent: The branch that it was forked from, if any.
-        is_best: Whether it was chosen.
-        is_on_path: Whether it or a branch that came of it was chosen.
-        is_given_up: Whether it was pruned: not one that failed, and one that was forked went on in its children.
-        shade: Step of its score among those of the tree, 0 (lowest) to NUM_SHADES - 1; None without a score.
+        node: the node's keys, of `NODE` those too that the trace does not have.
+        parent: the branch that it was forked from, if any.
+        is_best: whether it was chosen.
+        is_on_path: whether it or a branch that came of it was chosen.
+        is_given_up: whether it was pruned: not one that failed, and one that was forked went on in its children.
+        shade: step of its score among those of the tree, 0 (lowest) to NUM_SHADES - 1; None without a score.
     """
 
     node: Mapping[str, Any]
@@ -69,8 +69,8 @@ def branches_of(nodes: Sequence[Mapping[str, Any]], best: int) -> list[PageBranc
     """The branches, in the order of the nodes.
 
     Args:
-        nodes: Nodes of a trace.
-        best: Place of the chosen one.
+        nodes: nodes of a trace.
+        best: place of the chosen one.
     """
     branches = [PageBranch({**NODE, **node}) for node in nodes]
     by_id = {branch.node["id"]: branch for branch in branches}

@@ -51,7 +51,7 @@ def trace_page(trace: Mapping[str, Any]) -> str:
     """The page.
 
     Args:
-        trace: What docs/trace.schema.json describes. Keys that are missing leave out what they would have said.
+        trace: what docs/trace.schema.json describes. Keys that are missing leave out what they would have said.
 
     Returns:
         An HTML document, to be written as UTF-8.

@@ -21,9 +21,9 @@ class Spot:
     """Where something is drawn, px.
 
     Attributes:
-        x: Middle of the mark, from the left.
-        y: Middle of the mark, from the top.
-        end: Where its label ends and lines to its children begin.
+        x: middle of the mark, from the left.
+        y: middle of the mark, from the top.
+        end: where its label ends and lines to its children begin.
     """
 
     x: float
@@ -36,10 +36,10 @@ class Mark:
     """A branch in the picture.
 
     Attributes:
-        branch: The branch.
-        label: Text beside the mark.
-        spot: Where both are.
-        start: Where its parent, or else the prompt, is.
+        branch: the branch.
+        label: text beside the mark.
+        spot: where both are.
+        start: where its parent, or else the prompt, is.
     """
 
     branch: PageBranch
@@ -53,10 +53,10 @@ class Picture:
     """The tree of branches.
 
     Attributes:
-        marks: The branches in the order of the trace.
-        root: Where the prompt is.
-        width: Extent from left to right, px.
-        height: Extent from top to bottom, px.
+        marks: the branches in the order of the trace.
+        root: where the prompt is.
+        width: extent from left to right, px.
+        height: extent from top to bottom, px.
     """
 
     marks: list[Mark]

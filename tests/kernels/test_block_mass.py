@@ -174,7 +174,7 @@ def test_the_kernels_against_the_reference(window, is_int8):
     torch.testing.assert_close(mass, expected, atol=tolerance, rtol=tolerance)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(case=batches(), softcap=st.sampled_from([None, None, 0.3, 2.0, 50.0]))
 def test_random_batches(case, softcap):
     queries, lens, options = case

@@ -71,7 +71,7 @@ def test_large_vocabularies(form, vocab):
 
 
 @pytest.mark.parametrize("form", KERNELS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.integers(1, 3),
     st.integers(1, 3 * MAX_PART),
@@ -114,7 +114,7 @@ def test_known_values(form):
 
 @pytest.mark.parametrize("form", FORMS)
 @given(st.integers(2, 40), st.sampled_from([-100.0, 0.0, 100.0]), st.integers(0, 99))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_self_certainty_is_the_divergence_from_the_uniform(form, vocab, offset, seed):
     logits = randn(2, vocab, seed=seed) + offset
     uniform = torch.full((2, vocab), 1 / vocab, dtype=torch.float64)

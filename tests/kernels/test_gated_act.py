@@ -53,7 +53,7 @@ def test_gated_act(intermediate, form, activation, dtype):
     ("form", "half"),
     [*forms.with_dtypes([gated_act_triton], [torch.float16]), *forms.with_dtypes([gated_act_native], [torch.bfloat16])],
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.integers(0, 40),
     st.integers(1, 1100),

@@ -28,7 +28,7 @@ def checked(weight, tokens=3, bias=None, seed=1):
 
 
 @has_engine
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 70),
     columns=st.integers(1, 90),

@@ -30,7 +30,7 @@ def product_of(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @needs_bf16
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 40), st.integers(1, 3 * GROUP + 1), st.integers(1, 70), st.booleans())
 def test_a_product_is_that_of_the_rounded_numbers(tokens: int, in_features: int, out_features: int, has_bias: bool):
     weight = randn(out_features, in_features).bfloat16()

@@ -88,7 +88,7 @@ def test_blocks_become_what_their_sources_were(dtype, shape, copies, form):
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_copies(data):
     num_layers, num_blocks = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 6))
     shape = data.draw(st.lists(st.integers(1, 5), min_size=0, max_size=3))
@@ -240,7 +240,7 @@ def slots(cache):
 
 
 @given(data=st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_all_forms_of_turned_copies_agree(data):
     num_kv_heads, head_dim = data.draw(st.integers(1, 9)), 2 * data.draw(st.integers(1, 65))
     dtype = data.draw(st.sampled_from((torch.float32, torch.float16, torch.bfloat16, torch.int8)))

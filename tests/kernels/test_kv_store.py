@@ -231,7 +231,7 @@ def test_what_several_cores_share_is_what_one_does():
 
 @pytest.mark.parametrize("form", FORMS)
 @given(data=st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_any_shape(form, data):
     half = torch.bfloat16 if forms.is_compiled(form) else torch.float16
     num_heads, num_kv_heads = data.draw(st.integers(1, 9)), data.draw(st.integers(0, 4))
@@ -259,7 +259,6 @@ def test_any_shape(form, data):
     rows=st.lists(st.lists(st.floats(-1e4, 1e4, width=32), min_size=4, max_size=4), min_size=1, max_size=5),
     scale=st.sampled_from((1.0, 1e-30, 1e-38, 1e34)),
 )
-@settings(deadline=None)
 def test_int8_is_off_by_half_a_step_at_most(rows, scale):
     x = torch.tensor(rows) * scale
     numbers, scales = round_to_int8(x)

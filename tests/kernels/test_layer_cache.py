@@ -13,7 +13,7 @@ from minirksc.kernels.kv.layer_cache import TILE, LayerCache, plain_block_shape,
 
 
 @given(data=st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_each_number_lies_where_products_read_it(data):
     num_tiles, num_kv_heads = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
     head_dim = 2 * data.draw(st.integers(1, 9))

@@ -131,7 +131,7 @@ def test_nan_in_a_row_stays_in_that_row(dtype):
     assert out[1, 0].isnan().all() and torch.equal(out[[0, 2]], clean[[0, 2]])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     case=attention.batches(),
     make_plan=st.sampled_from([plan_all, plan_decode]),
@@ -206,7 +206,7 @@ def test_products(tokens, shape, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 40), st.integers(1, 90), st.integers(1, 60), st.booleans(), st.integers(0, 9))
 def test_products_of_any_shape(kind, tokens, out_features, pairs, with_bias, seed):
     """Small whole numbers: every sum is exact, whatever its order."""

@@ -223,7 +223,7 @@ def test_layers_of_other_shapes_use_the_same_plan():
         check((q, kv, cache, batch))
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(
     case=batches((8, 12, 32)),
     softcap=st.sampled_from([None, None, 0.3, 2.0, 50.0]),
@@ -238,7 +238,7 @@ def test_random_batches(case, softcap, max_gather):
         check(make_case(queries, lens, **options), softcap)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(case=batches())
 def test_every_visible_position_is_read_once_and_no_other(case):
     """What a place reads alone and the segments that it shares are together exactly what it sees."""

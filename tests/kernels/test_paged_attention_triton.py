@@ -338,7 +338,7 @@ def test_a_cache_of_more_than_2_to_the_31_elements():
 def test_random_batches(max_examples):
     softcaps, chunks = st.sampled_from([None, None, 0.3, 2.0, 50.0]), st.sampled_from([64, None])
     test = given(case=cases.batches(), softcap=softcaps, chunk=chunks)(check_random_batch)
-    settings(max_examples=max_examples, deadline=None)(test)()
+    settings(max_examples=max_examples)(test)()
 
 
 def check_random_batch(case, softcap, chunk):
@@ -350,7 +350,7 @@ def check_random_batch(case, softcap, chunk):
     check(make_case(queries, lens, **options), softcap, chunk=chunk)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(case=cases.batches(), chunk=st.sampled_from([64, 128, 256]), num_heads=st.sampled_from([1, 4, 40]))
 def test_items_cover_what_each_token_sees_exactly_once(case, chunk, num_heads):
     queries, lens, options = case

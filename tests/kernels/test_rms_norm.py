@@ -168,7 +168,7 @@ FAST = [
 
 
 @pytest.mark.parametrize("fast_forms", FAST, ids=["triton", "native"])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 4), st.integers(1, 600), kinds, kinds, st.booleans(), st.sampled_from([1e-6, 0.1]))
 def test_fast_forms_equal_the_reference(fast_forms, tokens, size, update_kind, kind, is_half, eps):
     norm, add_norm, half = fast_forms

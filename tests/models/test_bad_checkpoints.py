@@ -234,7 +234,7 @@ YARN = {"original_max_position_embeddings": 16384, "factor": 16, "apply_scale": 
 GROWTH = {"original_max_position_embeddings": 16384, "beta": 0.1}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(name=st.sampled_from(sorted(GEMMA)), value=VALUES)
 def test_whatever_a_config_holds_the_error_is_one_of_ours(name, value):
     for config in (LLAMA, GEMMA):
@@ -246,7 +246,7 @@ def test_whatever_a_config_holds_the_error_is_one_of_ours(name, value):
             assert spec.num_layers < 10**5
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     name=st.sampled_from(sorted(PARAMS)),
     part=st.sampled_from(["", "factor", "original_max_position_embeddings", "beta", "alpha", "growth"]),

@@ -265,7 +265,7 @@ ropes = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     st.sampled_from([*FAMILIES, "mistral3", "gemma3"]),
     st.dictionaries(st.sampled_from(NAMES), values, max_size=3),

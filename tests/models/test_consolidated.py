@@ -107,7 +107,7 @@ def test_the_permutation_is_the_one_of_the_published_conversion(folder):
     assert torch.equal(out, expected) and not torch.equal(out, rows)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     heads=st.integers(1, 5),
     pairs=st.integers(1, 6),

@@ -147,7 +147,7 @@ def test_what_follows_from_head_dim_is_said_once():
 
 
 @given(st.sampled_from(TYPES), st.sampled_from(TYPES))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_comparing_is_symmetric_and_nothing_differs_from_itself(first, second):
     a, b = type_spec(first), type_spec(second)
     assert compare(a, a) == ()
@@ -183,7 +183,7 @@ def specs(draw):
 
 
 @given(specs())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_kinds_hold_every_layer_once_and_layers_of_a_kind_are_alike(spec):
     model = explain("x", spec)
     assert sorted(i for kind in model.layer_kinds for i in kind.layers) == list(range(spec.num_layers))
@@ -194,7 +194,7 @@ def test_kinds_hold_every_layer_once_and_layers_of_a_kind_are_alike(spec):
 
 
 @given(specs())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_kv_bytes_are_those_of_the_cache(spec):
     model = explain("x", spec)
     for name, kv in model.kv_bytes.items():
@@ -206,7 +206,7 @@ def test_kv_bytes_are_those_of_the_cache(spec):
 
 
 @given(specs(), st.integers(40, 120), st.text(max_size=150))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_page_is_wider_than_asked_for(spec, width, name):
     pages = [
         model_page(explain(name, spec), width=width),
@@ -345,7 +345,7 @@ def test_the_table_has_every_type_and_every_refusal(capsys):
 
 
 @given(st.integers(40, 120))
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 def test_the_table_fits_any_width(width):
     lines = types_page(type_rows(), refused_types(), width).splitlines()
     assert max(map(len, lines)) <= width

@@ -158,7 +158,7 @@ def test_a_weight_is_its_numbers_times_their_scales(tiny_llama, tmp_path, monkey
         assert torch.equal(actual[name], tensor.to(dtype)), name  # rounded once
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 9),
     columns=st.integers(1, 9),
@@ -463,7 +463,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(form=st.sampled_from(sorted(FORMS)), data=st.data(), value=VALUES)
 def test_whatever_quantization_config_holds_the_error_is_one_of_ours(tiny_llama, form, data, value):
     config = json.loads(json.dumps(FORMS[form][0]))

@@ -65,7 +65,7 @@ def test_every_kind_is_tried():
 
 
 @pytest.mark.parametrize("rope", SHIFTABLE.values(), ids=SHIFTABLE)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 131072), st.integers(0, 131072)), min_size=1, max_size=5))
 def test_a_moved_key_is_the_key_of_its_new_position(rope, places):
     old, new = torch.tensor(places).unbind(1)

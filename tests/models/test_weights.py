@@ -113,7 +113,7 @@ def test_tensors_of_no_use_are_skipped_by_rule(copy):
     assert len(checkpoint_report(folder, spec_of(folder)).skipped) == 2
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_one_error_lists_exactly_what_is_wrong(tiny_llama, tmp_path_factory, data):
     source = tiny_llama()

@@ -217,7 +217,7 @@ def random_ropes():
 
 
 def check_random_rows(family, num_examples):
-    @settings(max_examples=num_examples, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=num_examples, suppress_health_check=[HealthCheck.too_slow])
     @given(random_rows(family), st.integers(1, zoo.LONG))
     def check(row, length):
         prompt = zoo.make_prompt(length, 3)

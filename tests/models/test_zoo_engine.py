@@ -177,7 +177,7 @@ def check_random_traffic(zoo_dir, num_examples):
         with open_llm(build(row_id, zoo_dir), backend="reference") as llm:
             return tokens(llm.generate([list(prompt)], GREEDY))[0]
 
-    @settings(max_examples=num_examples, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=num_examples, suppress_health_check=list(HealthCheck))
     @given(
         st.sampled_from(ROW_IDS),
         st.integers(1, 9),

@@ -259,7 +259,7 @@ def test_bytes_and_flops():
     before=st.integers(0, 40),
     batch=st.integers(1, 3),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_flops_are_those_of_the_visible_pairs(queries, before, batch):
     case = AttentionCase("prefill", batch, queries, before + queries, 0, 64, 16)
     pairs = sum(position + 1 for position in range(before, before + queries))
@@ -287,7 +287,7 @@ def test_cases_cover_what_is_promised():
     shared=st.integers(0, 2),
     size=st.sampled_from((8, 16, 32)),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_larger_blocks_hold_the_same_tokens(batch, own_len, shared, size):
     case = tiny("decode", batch, 1, shared * size + own_len, shared * size, block_size=8)
     inputs = AttentionInputs(case, CPU)

@@ -75,7 +75,7 @@ def test_best_first_goes_back_and_regret_begins_anew():
     assert back > 4 and anew > 4
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     kind=st.sampled_from(KINDS),
     policy=st.sampled_from([*POLICIES, "belady"]),
@@ -103,7 +103,7 @@ def test_with_the_whole_working_set_nothing_is_computed_again():
             assert engine.num_prefilled_tokens == reference.num_prefilled_tokens
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     prompts=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=2), min_size=1, max_size=25),
     num_blocks=st.integers(4, 8),

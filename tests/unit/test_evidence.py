@@ -72,7 +72,7 @@ rules = st.sampled_from(["score", "vote", "weighted_vote"])
 modes = st.sampled_from(["off", "keep_leader", "stop_all"])
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(index=st.integers(0, len(PROBLEMS) - 1), gates=any_gates, select=rules, mode=modes)
 def test_a_replay_is_what_the_solver_does(llm, collected, index, gates, select, mode):
     config, found = collected

@@ -181,7 +181,7 @@ def test_qwen_composes_characters(tmp_path):
     assert tokenizer.decode([tokens.index("[PAD103]")]) == ""  # it only fills up the embedding
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(st.sampled_from("theabcqu .,\n\tß日<>h1é"), max_size=30))
 def test_pieces_are_those_of_sentencepiece(tmp_path_factory, llama_tokenizer, gemma_tokenizer, text):
     from minirksc.checkpoints.gguf_tokenizer import build_tokenizer
@@ -197,7 +197,7 @@ def test_pieces_are_those_of_sentencepiece(tmp_path_factory, llama_tokenizer, ge
 
 
 @pytest.mark.oracle
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), words=st.lists(st.text("ab", min_size=1, max_size=5), unique=True, max_size=30))
 def test_merges_come_in_the_order_of_transformers(data, words):
     from transformers.tokenization_utils_base import generate_merges
@@ -419,7 +419,7 @@ def test_only_regular_files_are_imported(tmp_path):
         check_header(tmp_path / "m.gguf")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_file_is_an_error_or_a_checkpoint(tmp_path_factory, intact, data):
     """Bytes of the header are replaced, or the file is cut."""

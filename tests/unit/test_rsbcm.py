@@ -346,9 +346,9 @@ class WindowMachine(BlockManagerMachine):
 
 
 TestBlockManagerMachine = BlockManagerMachine.TestCase
-TestBlockManagerMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestBlockManagerMachine.settings = settings(max_examples=150, stateful_step_count=40)
 TestWindowMachine = WindowMachine.TestCase
-TestWindowMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestWindowMachine.settings = settings(max_examples=100, stateful_step_count=40)
 
 
 def filled(blocks, seq_id, tokens, **options):

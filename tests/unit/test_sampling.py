@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minirksc.engine import sampling
@@ -82,7 +82,6 @@ def test_frequencies_are_those_of_the_truncated_distribution(options):
     assert chi_square < 30  # at most 6 degrees of freedom; the keys are fixed
 
 
-@settings(deadline=None)
 @given(
     logits=st.lists(st.integers(-64, 64).map(lambda i: i / 8), min_size=2, max_size=20),
     temperature=st.floats(0.25, 3), top_k=st.integers(0, 22), top_p=st.floats(0.05, 1), min_p=st.floats(0, 0.9),

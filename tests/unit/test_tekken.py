@@ -13,7 +13,7 @@ from minirksc.text.tekken import DEFAULT_SPECIAL_TOKENS, FAULTY_PATTERN, PATTERN
 from minirksc.text.tokenizer import Detokenizer, Tokenizer
 
 WORDS = ("12", "123", "th", "the", " the", "é", "\u3042", "ab", "ba", "aba", "aa", "bab", "  ")
-EXAMPLES = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EXAMPLES = settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 CONFIG = {"pattern": PATTERN, "default_vocab_size": 30 + 256 + len(WORDS), "default_num_special_tokens": 30}

@@ -16,7 +16,7 @@ TEXTS = ["", "hello", " leading and trailing ", "naïve café", "日本語のテ
 TEXTS += ["👩\u200d👩\u200d👧\u200d👦", "hi</s>", "\x00", "  two  spaces  "]
 CHAT = [{"role": "user", "content": "a"}]
 CHARACTERS = st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" a\u0301👩\u200d"))
-EXAMPLES = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EXAMPLES = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,7 @@ def test_a_pool_that_one_sequence_could_get_stuck_in_is_refused(window):
         WindowPool(least - 1, window, 4)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data(), size=st.sampled_from([1, 2, 3, 4, 8]), window=st.integers(1, 20), spare=st.integers(0, 5))
 def test_a_sequence_alone_can_always_write_the_largest_chunk(data, size, window, spare):
     """Whatever was cached before, adopted, forked, merged or rewound."""
@@ -182,7 +182,7 @@ def test_a_prefix_whose_window_is_gone_is_adopted_as_far_as_one_is_left():
     assert blocks.windows.num_used <= 9
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     size=st.integers(1, 5),
     window=st.integers(1, 14),
