@@ -135,6 +135,7 @@ class DecoderLayer:
         spec, ops, num_heads = self.spec, self.backend, self.spec.num_heads
         qkv = self._qkv(stream.normed(self.attn_norm))
         own_cache = layer_cache if shared_kv is None else None
+        # Norms and turns queries and keys in place, and writes keys and values at their slots.
         ops.kv_store(qkv, self.head_norms, Placement(rope_tables, query_growth, own_cache, attention.slots))
         q, kv = qkv[:, :num_heads], self._new_kv(qkv) if shared_kv is None else shared_kv
         given = q, kv, layer_cache, attention, spec.query_scale, spec.attn_softcap

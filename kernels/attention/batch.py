@@ -19,7 +19,7 @@ class AttentionBatch:
 
     Attributes:
         cu_seqlens_q: `[sequences + 1]`, first query row of each sequence.
-        context_lens: number of keys of each sequence, the new ones included (their KV is already stored).
+        context_lens: number of keys of each sequence, the new ones included: each layer stores them before it attends.
         block_tables: block ids of each sequence: equal ids mean equal keys.
         kv_tables: places of those blocks in these layers' cache; of what is behind the window -1 perhaps.
         slots: `[tokens]` int64, kv_table entry * block_size + offset of each new token.

@@ -16,7 +16,7 @@
 Fork, then copy on write:
 
     fork                 parent [3 4 5 9 10 11 12]    child [3 4 5 9 10 11 12]    nothing is copied
-    child's token 100    parent [3 4 5 9 10 11 12]    child [3 4 5 9 10 11 20]    BlockCopy(source=12, destination=20)
+    child decodes        parent [3 4 5 9 10 11 12]    child [3 4 5 9 10 11 20]    BlockCopy(source=12, destination=20)
 
 The life of a block:
 
@@ -187,7 +187,10 @@ class BlockManager(BlockTables):
         return more + (num_tokens > len(table.token_ids) and self._must_copy(table))
 
     def can_reserve(self, seq_id: int, num_tokens: int, total: int = 0) -> bool:
-        """True when `reserve` would succeed, and could go on to a total of so many tokens, step by step."""
+        """True when `reserve` would succeed, and could go on to a total of so many tokens, step by step.
+
+        The total is asked of the pool alone: layers with a window give rooms back on the way.
+        """
         if total > num_tokens and not self._pool.has_room(self.blocks_needed(seq_id, total)):
             return False
         return self._has_room(self.blocks_needed(seq_id, num_tokens))

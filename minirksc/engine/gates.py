@@ -88,7 +88,7 @@ class LayerGate(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """Where a request sits.
+    """Where a request sits. It sits at one gate; two rules for one request are a gate that asks both.
 
     Attributes:
         gate: the gate.

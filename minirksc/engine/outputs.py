@@ -21,7 +21,8 @@ class CompletionOutput:
         token_ids: generated tokens, the one that ended it included.
         cumulative_logprob: sum over token_ids, under the raw model distribution.
         logprobs: per token {token id: logprob}, the chosen token and the top k; None unless asked for.
-        finish_reason: "stop", "abort" or "error"; "length" at max_tokens, or before where the cache has no room.
+        finish_reason: "stop" or "abort"; "length" at max_tokens, or before where the cache has no room. A sample that
+            failed has no output: its error is the prompt's.
         stop_reason: the stop string or token id that ended it; None for EOS and length.
     """
 

@@ -201,7 +201,7 @@ class Scheduler:
             elif (item := self._begin(request, budget)) is not None:
                 step.scheduled.append(item)
                 budget -= item.num_tokens
-            elif self.running or step.ended:
+            elif self.running or step.ended:  # what runs, or has just ended, makes room for it
                 self.waiting.appendleft(request)
                 break
             else:
@@ -209,7 +209,10 @@ class Scheduler:
         self.waiting.extendleft(reversed(deferred))
 
     def _begin(self, request: Request, budget: int) -> ScheduledRequest | None:
-        """The first tokens of a waiting request; None, nothing changed: no room now."""
+        """The first tokens of a waiting request; None: there is no room for them now, and it goes on waiting.
+
+        What idle and waiting sequences held may have been reclaimed for it even then.
+        """
         sequence, blocks = request.sequence, self.blocks
         seq_id, tokens = sequence.seq_id, sequence.token_ids
         if self._is_outdated(sequence):
@@ -221,7 +224,8 @@ class Scheduler:
                 seq_id, tokens, salt=self._salt(sequence), depth=sequence.depth, use_cache=self._uses_cache(request)
             )
         elif blocks.num_tokens(seq_id) > request.first_wanted:
-            # Logits come only from computing: where they are wanted of a token whose KV is there, do it again.
+            # Logits come only from computing: where they are wanted of a token whose KV is there, do it again. So a
+            # fork that decodes writes the last token that it shares anew, and copies the block of that one first.
             blocks.rewind(seq_id, request.first_wanted)
         first, num_tokens = blocks.num_tokens(seq_id), self._num_next(request, budget)
         # Room for the whole prompt is asked for at once: a chunk that starts and cannot end helps nobody.

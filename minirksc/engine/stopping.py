@@ -41,8 +41,8 @@ class StopChecker:
         finish_reason: "stop" or "length" once it has ended.
         stop_reason: the stop string or the stop token id that ended it; None for EOS and length.
         text: final text so far; whole once it has ended.
-        pieces: the same, as it was given out.
-        detokenizer: the same, in its state after the last token.
+        pieces: parts of the text, as they were given out.
+        detokenizer: the argument, in its state after the last token.
         num_provisional: characters at the end of the text that stand for half a character: another generation that
             goes on from here may complete it.
     """
@@ -64,7 +64,9 @@ class StopChecker:
         self._longest = max(map(len, self._stops), default=0)
         self._num_tokens = 0
         self._held = ""  # final text that was not given out: every stop string to come begins in it
-        self._num_decided = 0  # characters of the held text in which no stop string may end
+        # Characters of the held text in which no stop string may end. With stop "ab" and the text "xa": "x" is given
+        # out, "a" is held, for "b" may follow.
+        self._num_decided = 0
 
     @property
     def text(self) -> str:
