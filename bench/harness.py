@@ -18,10 +18,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-import torch
-
-from minirksc.errors import MinirkscError
-
+# Nothing here imports torch or minirksc before it is called: bench.gpu looks for a GPU first.
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "minirksc")
 
@@ -115,6 +112,8 @@ def groups_of(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], list[Row
 
 def environment(threads: int) -> dict[str, Any]:
     """Versions and machine."""
+    import torch
+
     versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
@@ -256,6 +255,8 @@ def keep_only(names: Iterable[str], pattern: str) -> list[str]:
 
 def run_or_exit(run: Callable[[], object]) -> None:
     """Runs a benchmark; what the engine or a file refuses is told in one line."""
+    from minirksc.errors import MinirkscError
+
     try:
         run()
     except MinirkscError as error:
