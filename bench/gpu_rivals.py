@@ -110,6 +110,17 @@ def accepted(function: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if takes_any or name in parameters}
 
 
+def _writing(out: Tensor, function: Callable[..., Any], /, **arguments: Any) -> Call:
+    """A call of a function that writes into `out`, with the arguments that its version has."""
+    known = accepted(function, **arguments)
+
+    def call() -> Tensor:
+        function(**known)
+        return out
+
+    return call
+
+
 def _ints(values: Sequence[int], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device=like.device)
 
@@ -198,7 +209,8 @@ def _vllm(module: Any, inputs: AttentionInputs) -> Call:
     def workspace(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=q.device)
 
-    arguments = accepted(
+    return _writing(
+        out,
         module.unified_attention,
         q=q,
         k=blocks.k,
@@ -223,12 +235,6 @@ def _vllm(module: Any, inputs: AttentionInputs) -> Call:
         softmax_segm_expsum=workspace(*parts),
     )
 
-    def call() -> Tensor:
-        module.unified_attention(**arguments)
-        return out
-
-    return call
-
 
 def _sglang_slots(inputs: AttentionInputs, num_leading: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(keys, values) by slot, and the slots of each sequence's leading tokens: (first of each, slots)."""
@@ -245,7 +251,8 @@ def _sglang_decode(module: Any, inputs: AttentionInputs) -> Call:
     k, v, indptr, slots = _sglang_slots(inputs, case.context_len)
     out = torch.empty_like(q)
     parts = torch.empty((case.batch, case.num_heads, max_splits, case.head_dim), device=q.device)
-    arguments = accepted(
+    return _writing(
+        out,
         module.decode_attention_fwd,
         q=q,
         k_buffer=k,
@@ -262,12 +269,6 @@ def _sglang_decode(module: Any, inputs: AttentionInputs) -> Call:
         v_scale=1.0,
     )
 
-    def call() -> Tensor:
-        module.decode_attention_fwd(**arguments)
-        return out
-
-    return call
-
 
 def _sglang_extend(module: Any, inputs: AttentionInputs) -> Call:
     case, q = inputs.case, inputs.q
@@ -276,7 +277,8 @@ def _sglang_extend(module: Any, inputs: AttentionInputs) -> Call:
     _, _, _, all_slots = _sglang_slots(inputs, case.context_len)
     new = all_slots.view(case.batch, -1)[:, before:].flatten()
     out = torch.empty_like(q)
-    arguments = accepted(
+    return _writing(
+        out,
         module.extend_attention_fwd,
         q_extend=q,
         k_extend=k[new],
@@ -295,12 +297,6 @@ def _sglang_extend(module: Any, inputs: AttentionInputs) -> Call:
         v_scale=1.0,
         sm_scale=inputs.scale,
     )
-
-    def call() -> Tensor:
-        module.extend_attention_fwd(**arguments)
-        return out
-
-    return call
 
 
 def _sglang_modules(name: str) -> tuple[str, ...]:
