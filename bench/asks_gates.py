@@ -20,14 +20,13 @@ import math
 import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from bench.harness import make_parser, parse_with_quick, positive, run_or_exit
+from bench.harness import Row, groups_of, make_parser, parse_with_quick, positive, run_or_exit
 from bench.intervals import clopper_pearson
 from bench.peer_transformers import load_transformers
 from bench.phrasings import KINDS, LEVELS, Wording, wordings
@@ -43,28 +42,6 @@ from minirksc.text.tokenizer import Tokenizer
 MAX_ACCEPTED, MAX_BOUND = 0.01, 0.02
 
 
-@dataclass(frozen=True)
-class Row:
-    """One wording against the first one of its problem.
-
-    Attributes:
-        model, split: Model that the states are of, and "calibration" or "test".
-        problem, kind, rule: Fields of `Wording`.
-        guard: why the content guard refuses it; None if it does not.
-        num_tokens: Length of this wording.
-        similarities: gate -> depth -> similarity.
-    """
-
-    model: str
-    split: str
-    problem: int
-    kind: str
-    rule: str
-    guard: str | None
-    num_tokens: int
-    similarities: dict[str, dict[int, float]]
-
-
 def depths(num_layers: int, deepest: int) -> list[int]:
     """How many layers the probes go through, up to the deepest one; the default, `num_probe_layers`, is among them."""
     wanted = {1, 2, num_probe_layers(num_layers), num_layers // 4, num_layers // 2, num_layers}
@@ -75,7 +52,13 @@ def depths(num_layers: int, deepest: int) -> list[int]:
 def measure(
     model: Any, tokenizer: Tokenizer, pairs: Sequence[Wording], name: str, split: str, probes: Sequence[int]
 ) -> Iterator[Row]:
-    """Similarities of all pairs at all probes; the pairs of a problem follow one another."""
+    """Similarities of all pairs at all probes; the pairs of a problem follow one another.
+
+    Yields:
+        A row a wording: model that the states are of; split, "calibration" or "test"; problem, kind and rule of the
+        `Wording`; guard: why the content guard refuses it, None if it does not; num_tokens: length of this wording;
+        similarities: gate -> depth -> similarity.
+    """
     # One layer more than the deepest probe, since the last state that transformers gives went through the final norm.
     model.model.layers = model.model.layers[: max(probes) + 1]
     model.config.num_hidden_layers = len(model.model.layers)
@@ -91,9 +74,16 @@ def measure(
             for depth in probes:
                 ours, theirs = (_pick(some, gate.layers(depth), first) for some in (root_states, states))
                 similarities[gate.name][depth] = gate.similarity(ours, theirs)
-        guard = refusal(pair.root, pair.text)
-        num_tokens = len(states["token_ids"])
-        yield Row(name, split, pair.problem, pair.kind, pair.rule, guard, num_tokens, similarities)
+        yield {
+            "model": name,
+            "split": split,
+            "problem": pair.problem,
+            "kind": pair.kind,
+            "rule": pair.rule,
+            "guard": refusal(pair.root, pair.text),
+            "num_tokens": len(states["token_ids"]),
+            "similarities": similarities,
+        }
         if number % 100 == 0:
             print(f"{name} {split}: {number}/{len(pairs)}", file=sys.stderr, flush=True)
 
@@ -145,7 +135,7 @@ def threshold(similarities: Sequence[float], total: int) -> float:
     return -math.inf if len(descending) <= allowed else math.nextafter(descending[allowed], math.inf)
 
 
-def summarise(rows: Sequence[Row], gate: str, depth: int, has_guard: bool, policy: str = "safe") -> dict[str, Any]:
+def summarise(rows: Sequence[Row], gate: str, depth: int, has_guard: bool, policy: str = "safe") -> Row:
     """One gate at one depth: threshold of the calibration rows, figures of the test rows.
 
     Args:
@@ -157,19 +147,20 @@ def summarise(rows: Sequence[Row], gate: str, depth: int, has_guard: bool, polic
     """
 
     def value(row: Row) -> float:
-        return 1.0 if gate == "none" else row.similarities[gate][depth]
+        return 1.0 if gate == "none" else float(row["similarities"][gate][depth])
 
     def passes(row: Row) -> bool:
-        return not has_guard or row.guard is None
+        return not has_guard or row["guard"] is None
 
-    calibration = [row for row in rows if row.split == "calibration"]
-    adversarial = [row for row in calibration if row.kind in KINDS]
+    calibration = [row for row in rows if row["split"] == "calibration"]
+    adversarial = [row for row in calibration if row["kind"] in KINDS]
     at_least = -math.inf
     if gate != "none" and policy == "safe":
         at_least = threshold([value(row) for row in adversarial if passes(row)], len(adversarial))
     elif gate != "none":
-        at_least = float(np.quantile([value(row) for row in calibration if row.kind == "minor"], 0.05))
-    test = {kind: [r for r in rows if r.split == "test" and r.kind == kind] for kind in (*LEVELS, *KINDS)}
+        at_least = float(np.quantile([value(row) for row in calibration if row["kind"] == "minor"], 0.05))
+    tests = groups_of((row for row in rows if row["split"] == "test"), "kind")
+    test = {kind: tests.get((kind,), []) for kind in (*LEVELS, *KINDS)}
     accepted = {kind: sum(passes(r) and value(r) >= at_least for r in some) for kind, some in test.items()}
     wrong, total = sum(accepted[kind] for kind in KINDS), sum(len(test[kind]) for kind in KINDS)
     values = {kind: [value(r) for r in some] for kind, some in test.items()}
@@ -188,7 +179,7 @@ def summarise(rows: Sequence[Row], gate: str, depth: int, has_guard: bool, polic
     }
 
 
-def add_model(page: Page, name: str, num_layers: int, summaries: Sequence[dict[str, Any]]) -> None:
+def add_model(page: Page, name: str, num_layers: int, summaries: Sequence[Row]) -> None:
     """The part of one model."""
     depth = num_probe_layers(num_layers)
     page.heading(f"{name}: {num_layers} layers, probe of {depth}")
@@ -234,7 +225,7 @@ def run(options: argparse.Namespace) -> None:
     }
     pairs = {split: wordings(read_problems(file)[:some], options.seed) for split, (file, some) in splits.items()}
     page = Page("Which gate tells a paraphrase from a problem that only looks alike")
-    lines: list[dict[str, Any]] = []
+    lines: list[Row] = []
     for name in options.model or ["smollm2-135m"]:
         folder = resolve_model(name)
         model, tokenizer = load_transformers(folder, "float32"), Tokenizer.from_folder(folder)
@@ -247,7 +238,7 @@ def run(options: argparse.Namespace) -> None:
         summaries = [summarise(rows, "none", 0, True)]
         for policy, has_guard in (("safe", False), ("safe", True), ("loose", False), ("loose", True)):
             summaries += [summarise(rows, g, d, has_guard, policy) for g in MEASURES for d in probes]
-        lines += [asdict(row) for row in rows] + [{"model": short, **one} for one in summaries]
+        lines += rows + [{"model": short, **one} for one in summaries]
         add_model(page, short, num_layers, summaries)
     write_run("asks-gates", options, lines, page)
 
