@@ -46,6 +46,13 @@ def summarise(values: Sequence[float]) -> Summary:
     return Summary(median(values), tenths[0], tenths[-1])
 
 
+def seconds_of(work: Callable[[], object]) -> float:
+    """Runs something once, by the clock on the wall."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
 def take_turns(
     arms: Mapping[str, Callable[[int], Row]], indices: Iterable[int], warmup: int = 0, is_quiet: bool = False
 ) -> Iterator[Row]:
