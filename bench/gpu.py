@@ -155,7 +155,8 @@ class Measure:
             common = {"part": "attention", "case": case.name, "arm": "all", **attention.sizes(case)}
             yield {**common, "skipped": describe(error)}
             return
-        makers: dict[str, Callable[[], Callable[[], Any]]] = dict(attention.arms_of_ours(inputs))
+        makers: dict[str, Callable[[], Callable[[], Any]]] = {attention.OURS: inputs.ours}
+        makers[attention.OURS_INT8] = partial(inputs.ours, int8=True)
         makers |= {found.rival.name: partial(found.prepare, inputs) for found in rivals}
 
         def prepare(arm: str) -> tuple[Callable[[], Any], float]:
@@ -304,10 +305,9 @@ def environment(options: argparse.Namespace) -> Row:
 
     from bench import gpu_device, gpu_rivals, harness
 
-    packages = {"triton": "triton", **{rival.package: rival.package for rival in gpu_rivals.RIVALS}}
     facts = harness.environment(torch.get_num_threads())
-    installed = {name: gpu_rivals.version(name) for name in packages}
-    facts["versions"] |= {name: None if version == "unknown" else version for name, version in installed.items()}
+    packages = ("triton", *(rival.package for rival in gpu_rivals.RIVALS))
+    facts["versions"] |= {name: harness.version_of(name) for name in packages}
     return {
         **facts,
         "options": vars(options),

@@ -190,13 +190,9 @@ class AttentionInputs:
         k, v = (self.cache.kv[:, :, i][order].unflatten(0, (-1, per)).flatten(1, 2) for i in (0, 1))
         return Blocks(k, v, tables, size)
 
-    def ours(self) -> Callable[[], Tensor]:
-        """A call of the engine's attention; its work list is made at the first one."""
-        return lambda: paged_attention_triton(self.q, self._no_kv, self.cache, self.batch, self.scale, None)
-
-    def ours_int8(self) -> Callable[[], Tensor]:
-        """The same on an int8 cache."""
-        cache, batch = self.int8_cache, self._batch(range(self.case.batch))
+    def ours(self, int8: bool = False) -> Callable[[], Tensor]:
+        """A call of the engine's attention on either cache; its work list is made at the first one."""
+        cache, batch = self.int8_cache if int8 else self.cache, self._batch(range(self.case.batch))
         return lambda: paged_attention_triton(self.q, self._no_kv, cache, batch, self.scale, None)
 
     def error(self, out: Tensor, int8: bool = False) -> float:
@@ -238,11 +234,6 @@ class AttentionInputs:
             block_size=self.case.block_size,
             device=self.q.device,
         )
-
-
-def arms_of_ours(inputs: AttentionInputs) -> dict[str, Callable[[], Callable[[], Tensor]]]:
-    """Our arms: name -> makes the call."""
-    return {OURS: inputs.ours, OURS_INT8: inputs.ours_int8}
 
 
 def sizes(case: AttentionCase) -> dict[str, Any]:

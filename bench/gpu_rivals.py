@@ -9,7 +9,6 @@ versions do not have are left out.
 """
 
 import importlib
-import importlib.metadata
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu_attention import AttentionInputs
+from bench.harness import version_of
 
 Call = Callable[[], Tensor]
 """Computes the case once; the result is `[tokens, num_heads, head_dim]`."""
@@ -83,19 +83,16 @@ def discover(rivals: Sequence[Rival]) -> tuple[list[FoundRival], dict[str, str]]
             except Exception as error:  # a library built for another GPU or torch may raise anything
                 reasons.append(f"{name}: {describe(error)}")
             else:
-                found.append(FoundRival(rival, module, version(rival.package, module)))
+                found.append(FoundRival(rival, module, _version(rival.package, module)))
                 break
         else:
             missing[rival.name] = "; ".join(reasons)
     return found, missing
 
 
-def version(package: str, module: Any = None) -> str:
-    """Of an installed package, else what its module says."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return str(getattr(module, "__version__", "unknown"))
+def _version(package: str, module: Any) -> str:
+    """Version of an installed package, else what its module says."""
+    return version_of(package) or str(getattr(module, "__version__", "unknown"))
 
 
 def describe(error: BaseException) -> str:

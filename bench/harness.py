@@ -121,14 +121,8 @@ def environment(threads: int) -> dict[str, Any]:
     """Versions and machine."""
     import torch
 
-    versions: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
     return {
-        "versions": versions,
+        "versions": {name: version_of(name) for name in PACKAGES},
         "commit": _commit(),
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -136,6 +130,14 @@ def environment(threads: int) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": threads,
     }
+
+
+def version_of(package: str) -> str | None:
+    """Version of a package; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:

@@ -11,7 +11,6 @@ Exit status 1: a launch does not compile, spills, or needs more shared memory th
 """
 
 import argparse
-import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -20,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def main() -> int:
         sys.exit(f"--only {options.only!r} leaves no case; there are:\n" + "\n".join(case.name for case in all_cases()))
     file = options.output or harness.ROOT / "bench" / "results" / f"static-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
     facts = harness.environment(options.jobs)
-    facts["versions"]["triton"] = importlib.metadata.version("triton")
+    facts["versions"]["triton"] = harness.version_of("triton")
     common = {"bench": "static_kernels", "environment": facts}
     rows = list(write_lines(file, compile_all(cases, options.targets, options.jobs), common))
     print(make_page(rows))
@@ -128,7 +128,7 @@ def _compiled(case: Case, launch: Launch, target: str) -> Row:
     has_bytes = case.loop_bytes is not None and "TILE" in launch.arguments()
     usage = read(compiled, TARGETS[target], case.loop_bytes(launch.arguments()) if has_bytes else None)
     row = _row(case.name, launch.kernel.__name__, target, usage.problems(TARGETS[target]))
-    return {**row, "grid": list(launch.grid), "rival": case.rival if has_bytes else None, **usage.as_dict()}
+    return {**row, "grid": list(launch.grid), "rival": case.rival if has_bytes else None, **asdict(usage)}
 
 
 def _row(case: str, kernel: str, target: str, problems: list[str]) -> Row:
