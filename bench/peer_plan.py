@@ -21,7 +21,10 @@ SETTINGS = ("exact append", "exact standalone", "none standalone")
 """Of part solve, for every engine."""
 
 GATED = "rksc"
-"""And minirksc's with --gates: what it spares is the point, so its work is not the others'."""
+"""And minirksc's with --gates: exact sharing, questions appended, asked as far as they can matter.
+
+What it spares is the point, so its work is not the others'.
+"""
 
 SLACK = 64
 """Tokens of room beyond the longest sequence."""
