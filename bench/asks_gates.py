@@ -2,16 +2,16 @@
 
     python -m bench.asks_gates --data test.jsonl --calibration train.jsonl --model smollm2-135m -o results
 
-For every wording of `bench.phrasings`, measure of `bench.similarity_measures` and depth of the probe: the similarity to
-the first wording. From these: AUROC of each level of paraphrases against each kind of adversarial wordings, and how
-many of either are accepted at two thresholds, which come from the calibration file while the figures come from the
-other one:
-- safe: the lowest that accepts at most 1% of the adversarial wordings, with an upper bound of at most 2%
+For every phrasing of `bench.phrasings`, measure of `bench.similarity_measures` and number of layers of the probe: the
+similarity to the first phrasing. From these: AUROC of each level of paraphrases against each kind of adversarial
+phrasings, and how many of either are accepted at two thresholds, which come from the calibration file while the figures
+come from the other one:
+- safe: the lowest that accepts at most 1% of the adversarial phrasings, with an upper bound of at most 2%
   (Clopper-Pearson, two-sided 95%);
 - loose: what 95% of the minor paraphrases reach. It shows what a gate is worth that is not to cost anything.
 
 States are those of transformers, in float32, from the first token on that differs, as the engine's probe sees them;
-the last one (depth = all layers) is taken after the final norm. What it does not show: the cost of a probe, wordings
+the last one (of all layers) is taken after the final norm. What it does not show: the cost of a probe, phrasings
 that people write, and adversarial ones by somebody who knows the guard.
 """
 
@@ -29,7 +29,7 @@ import torch
 from bench.harness import Row, groups_of, make_parser, parse_with_quick, positive, run_or_exit
 from bench.intervals import clopper_pearson
 from bench.peer_transformers import load_transformers
-from bench.phrasings import KINDS, LEVELS, Wording, wordings
+from bench.phrasings import KINDS, LEVELS, Phrasing, phrasings
 from bench.report import Page, write_run
 from bench.similarity_measures import MEASURES
 from bench.word_problems import read_problems
@@ -42,22 +42,22 @@ from minirksc.text.tokenizer import Tokenizer
 MAX_ACCEPTED, MAX_BOUND = 0.01, 0.02
 
 
-def depths(num_layers: int, deepest: int) -> list[int]:
+def probes_of(num_layers: int, deepest: int) -> list[int]:
     """How many layers the probes go through, up to the deepest one; the default, `num_probe_layers`, is among them."""
     wanted = {1, 2, num_probe_layers(num_layers), num_layers // 4, num_layers // 2, num_layers}
-    return sorted(depth for depth in wanted if 0 < depth <= max(deepest, num_probe_layers(num_layers)))
+    return sorted(num_probed for num_probed in wanted if 0 < num_probed <= max(deepest, num_probe_layers(num_layers)))
 
 
 @torch.inference_mode()
 def measure(
-    model: Any, tokenizer: Tokenizer, pairs: Sequence[Wording], name: str, split: str, probes: Sequence[int]
+    model: Any, tokenizer: Tokenizer, pairs: Sequence[Phrasing], name: str, split: str, probes: Sequence[int]
 ) -> Iterator[Row]:
     """Similarities of all pairs at all probes; the pairs of a problem follow one another.
 
     Yields:
-        A row a wording: model that the states are of; split, "calibration" or "test"; problem, kind and rule of the
-        `Wording`; guard: why the content guard refuses it, None if it does not; num_tokens: length of this wording;
-        similarities: gate -> depth -> similarity.
+        A row a phrasing: model that the states are of; split, "calibration" or "test"; problem, kind and rule of the
+        `Phrasing`; guard: why the content guard refuses it, None if it does not; num_tokens: length of this phrasing;
+        similarities: gate -> layers of the probe -> similarity.
     """
     # One layer more than the deepest probe, since the last state that transformers gives went through the final norm.
     model.model.layers = model.model.layers[: max(probes) + 1]
@@ -71,9 +71,9 @@ def measure(
         similarities: dict[str, dict[int, float]] = {}
         for gate in MEASURES.values():
             similarities[gate.name] = {}
-            for depth in probes:
-                ours, theirs = (_pick(some, gate.layers(depth), first) for some in (root_states, states))
-                similarities[gate.name][depth] = gate.similarity(ours, theirs)
+            for num_probed in probes:
+                ours, theirs = (_pick(some, gate.layers(num_probed), first) for some in (root_states, states))
+                similarities[gate.name][num_probed] = gate.similarity(ours, theirs)
         yield {
             "model": name,
             "split": split,
@@ -117,7 +117,7 @@ def auroc(alike: Sequence[float], other: Sequence[float]) -> float:
 
 
 def threshold(similarities: Sequence[float], total: int) -> float:
-    """The lowest that accepts few enough of adversarial wordings.
+    """The lowest that accepts few enough of adversarial phrasings.
 
     Args:
         similarities: Similarities of those that nothing else refuses.
@@ -135,19 +135,19 @@ def threshold(similarities: Sequence[float], total: int) -> float:
     return -math.inf if len(descending) <= allowed else math.nextafter(descending[allowed], math.inf)
 
 
-def summarise(rows: Sequence[Row], gate: str, depth: int, has_guard: bool, policy: str = "safe") -> Row:
-    """One gate at one depth: threshold of the calibration rows, figures of the test rows.
+def summarise(rows: Sequence[Row], gate: str, num_probed: int, has_guard: bool, policy: str = "safe") -> Row:
+    """One gate at one number of layers: threshold of the calibration rows, figures of the test rows.
 
     Args:
         rows: Rows of one model.
         gate: Name of the gate; "none" leaves the guard alone.
-        depth: layers that the probe went through.
+        num_probed: Number of layers that the probe went through.
         has_guard: whether the content guard refuses first.
         policy: "safe" or "loose", how the threshold is chosen.
     """
 
     def value(row: Row) -> float:
-        return 1.0 if gate == "none" else float(row["similarities"][gate][depth])
+        return 1.0 if gate == "none" else float(row["similarities"][gate][num_probed])
 
     def passes(row: Row) -> bool:
         return not has_guard or row["guard"] is None
@@ -168,7 +168,7 @@ def summarise(rows: Sequence[Row], gate: str, depth: int, has_guard: bool, polic
     interval = clopper_pearson(wrong, total)
     return {
         "gate": gate,
-        "depth": depth,
+        "depth": num_probed,
         "guard": has_guard,
         "policy": policy,
         "threshold": at_least,
@@ -181,11 +181,11 @@ def summarise(rows: Sequence[Row], gate: str, depth: int, has_guard: bool, polic
 
 def add_model(page: Page, name: str, num_layers: int, summaries: Sequence[Row]) -> None:
     """The part of one model."""
-    depth = num_probe_layers(num_layers)
-    page.heading(f"{name}: {num_layers} layers, probe of {depth}")
+    num_probed = num_probe_layers(num_layers)
+    page.heading(f"{name}: {num_layers} layers, probe of {num_probed}")
     table = []
     for one in summaries:
-        if one["depth"] in (0, depth):
+        if one["depth"] in (0, num_probed):
             count, total, low, high = one["adversarial"]
             shares = [f"{a / max(n, 1):.0%}" for a, n in (one["accepted"][level] for level in LEVELS)]
             wrong = [f"{a}/{n}" for a, n in (one["accepted"][kind] for kind in KINDS)]
@@ -200,7 +200,7 @@ def add_model(page: Page, name: str, num_layers: int, summaries: Sequence[Row]) 
             levels = [one["auroc"][level] for level in LEVELS[1:]]
             figures = [one["auroc"]["minor"], *one["auroc_minor"].values(), *levels]
             table.append([one["gate"], one["depth"], *(f"{x:.3f}" for x in figures)])
-    page.table(["gate", "depth", "all", *KINDS, *LEVELS[1:]], table)
+    page.table(["gate", "layers", "all", *KINDS, *LEVELS[1:]], table)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -212,7 +212,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     count_help = "to report on (%(default)s); a third as many calibrate"
     parser.add_argument("--problems", type=positive, default=165, help=count_help)
     parser.add_argument("--deepest", type=int, help="layers of the deepest probe; fewer take less time (all)")
-    parser.add_argument("--seed", type=int, default=0, help="another one chooses other wordings (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="another one chooses other phrasings (%(default)s)")
     return parse_with_quick(parser, arguments, problems=12)
 
 
@@ -223,7 +223,7 @@ def run(options: argparse.Namespace) -> None:
         "calibration": (options.calibration, options.problems // 3),
         "test": (options.data, options.problems),
     }
-    pairs = {split: wordings(read_problems(file)[:some], options.seed) for split, (file, some) in splits.items()}
+    pairs = {split: phrasings(read_problems(file)[:some], options.seed) for split, (file, some) in splits.items()}
     page = Page("Which gate tells a paraphrase from a problem that only looks alike")
     lines: list[Row] = []
     for name in options.model or ["smollm2-135m"]:
@@ -231,7 +231,7 @@ def run(options: argparse.Namespace) -> None:
         model, tokenizer = load_transformers(folder, "float32"), Tokenizer.from_folder(folder)
         short = Path(name).name
         num_layers = model.config.num_hidden_layers
-        probes = depths(num_layers, options.deepest or num_layers)
+        probes = probes_of(num_layers, options.deepest or num_layers)
         rows: list[Row] = []
         for split, some in pairs.items():
             rows += measure(model, tokenizer, some, short, split, probes)

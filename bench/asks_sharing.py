@@ -1,20 +1,20 @@
-"""What semantic sharing saves and what it changes, in the engine: W4 wordings of the same problems.
+"""What semantic sharing saves and what it changes, in the engine: W4 phrasings of the same problems.
 
     python -m bench.asks_sharing --data problems.jsonl --model smollm2-135m --quick
 
-For each problem, its first wording is computed, and then another wording of it four times, in turns: without semantic
+For each problem, its first phrasing is computed, and then another phrasing of it four times, in turns: without semantic
 sharing; with a probe that rejects it; accepted and substituted; accepted and aligned. Two workloads:
-- short: the wordings of `bench.phrasings` alone, minor and other templates;
+- short: the phrasings of `bench.phrasings` alone, minor and other templates;
 - long: an instruction in other words, then a long text that all have in common (worked examples), then the problem.
   Exact sharing finds nothing here, since the difference comes first.
 
-The same wordings then run unshared in another dtype ("rounding"): a yardstick, since a greedy text of many near ties
+The same phrasings then run unshared in another dtype ("rounding"): a yardstick, since a greedy text of many near ties
 changes with anything that is not bit for bit the same.
 
-Reported: seconds of the wording's prefill against unshared, tokens by layers that the engine counted as saved, and
-whether the greedy answer is that of the unshared run of the same wording. The guard and the gate decide as they do in
+Reported: seconds of the phrasing's prefill against unshared, tokens by layers that the engine counted as saved, and
+whether the greedy answer is that of the unshared run of the same phrasing. The guard and the gate decide as they do in
 the solver; what they refuse is counted and left out of the rest. Where aligned mode finds too little to borrow, the
-wording is computed: its row leaves such pairs out, and says how many are left.
+phrasing is computed: its row leaves such pairs out, and says how many are left.
 """
 
 import itertools
@@ -26,7 +26,7 @@ import torch
 
 from bench.harness import Row, make_parser, parse_with_quick, summarise
 from bench.intervals import clopper_pearson
-from bench.phrasings import wordings
+from bench.phrasings import phrasings
 from bench.prompts import EXAMPLES
 from bench.report import Page, write_run
 from bench.word_problems import read_problems
@@ -57,9 +57,9 @@ INSTRUCTIONS = (
 
 
 def short_pairs(file: Path, limit: int) -> list[tuple[str, str, str]]:
-    """(kind, first wording, other wording) of paraphrases."""
+    """(kind, first phrasing, other phrasing) of paraphrases."""
     problems = read_problems(file)[:limit]
-    return [(one.kind, one.root, one.text) for one in wordings(problems) if one.kind in ("minor", "template")]
+    return [(one.kind, one.root, one.text) for one in phrasings(problems) if one.kind in ("minor", "template")]
 
 
 def long_pairs(file: Path, limit: int) -> list[tuple[str, str, str]]:
@@ -73,11 +73,11 @@ def long_pairs(file: Path, limit: int) -> list[tuple[str, str, str]]:
 
 
 def run_pair(llm: LLM, texts: Sequence[str], tokens: int, mode: str, tau: float | None = None) -> Row:
-    """The second wording after the first one, from an empty prefix cache.
+    """The second phrasing after the first one, from an empty prefix cache.
 
     Args:
         llm: Engine.
-        texts: Wording that is computed before, and the one that may run on it.
+        texts: Phrasing that is computed before, and the one that may run on it.
         tokens: Number of tokens decoded greedily.
         mode: One of `MODES`; "unshared" has no probe.
         tau: Threshold of the gate; None: the default.
