@@ -64,8 +64,8 @@ def adversarial(problem: Problem, kind: str, rng: random.Random) -> Made | None:
 
     Args:
         problem: Problem to change.
-        kind: a key of RULES.
-        rng: chooses among what the rules give.
+        kind: Key of RULES.
+        rng: Random numbers that choose among what the rules give.
 
     Returns:
         None where no rule applies.

@@ -121,7 +121,7 @@ def threshold(similarities: Sequence[float], total: int) -> float:
 
     Args:
         similarities: Similarities of those that nothing else refuses.
-        total: how many there are, refused ones included.
+        total: Number of all of them, refused ones included.
 
     Returns:
         A similarity to be reached; -inf where nothing needs to be refused, inf where nothing may be accepted.
@@ -142,8 +142,8 @@ def summarise(rows: Sequence[Row], gate: str, num_probed: int, has_guard: bool, 
         rows: Rows of one model.
         gate: Name of the gate; "none" leaves the guard alone.
         num_probed: Number of layers that the probe went through.
-        has_guard: whether the content guard refuses first.
-        policy: "safe" or "loose", how the threshold is chosen.
+        has_guard: Whether the content guard refuses first.
+        policy: Way to choose the threshold, "safe" or "loose".
     """
 
     def value(row: Row) -> float:

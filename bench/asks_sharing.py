@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from bench.harness import Row, make_parser, parse_with_quick, summarise
+from bench.harness import Row, groups_of, make_parser, parse_with_quick, summarise
 from bench.intervals import clopper_pearson
 from bench.phrasings import phrasings
 from bench.prompts import EXAMPLES
@@ -149,8 +149,7 @@ def add_rounding(llm: LLM, rows: Sequence[Row], pairs: Sequence[tuple[str, str, 
 def page_of(model: str, rows: Sequence[Row]) -> Page:
     """One page."""
     page = Page(f"Semantic sharing in the engine: {model}")
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        own = [row for row in rows if row["kind"] == kind]
+    for (kind,), own in groups_of(rows, "kind").items():
         accepted = [row for row in own if row["accepted"]]
         page.heading(kind)
         refused, lengths = sum(row["refusal"] is not None for row in own), summarise([row["num_tokens"] for row in own])

@@ -25,14 +25,14 @@ class FakeEngine:
     """The calls of `minirksc.engine.engine.Engine` that a tree search makes.
 
     Args:
-        blocks: the block manager.
-        max_batch_tokens, max_batch_requests: limits of a step.
+        blocks: Block manager.
+        max_batch_tokens, max_batch_requests: Limits of a step.
         on_finish: Callback with each request right before it gives up or keeps its blocks.
 
     Attributes:
-        num_prefilled_tokens: computed, but for those that were sampled by the request that computes them.
-        num_decoded_tokens: sampled.
-        peak_used_blocks: most blocks that tables held at once.
+        num_prefilled_tokens: Tokens computed, but for those that were sampled by the request that computes them.
+        num_decoded_tokens: Tokens sampled.
+        peak_used_blocks: Most blocks that tables held at once.
     """
 
     def __init__(

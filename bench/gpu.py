@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.harness import ROOT, Row, make_parser, names, ratios, summarise, take_turns, values
+from bench.harness import OURS, ROOT, Row, groups_of, make_parser, names, ratios, summarise, take_turns, values
 from bench.report import Page, write_lines
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from bench.gpu_small import SmallCase
 
 # These, and torch, are imported once a GPU is found.
-OURS = "minirksc"
 PARTS = ("attention", "small", "engine")
 
 NO_GPU = """\
@@ -126,11 +125,11 @@ class Measure:
     """How a case becomes rows, one an arm: part, case, arm; and either `failed` or what was measured.
 
     Args:
-        device: where tensors are.
-        clock: times one call.
+        device: Device of the tensors.
+        clock: Clock that times one call.
         peak: Peak of the device.
-        repeats, warmup: runs of each arm.
-        only: regular expression of "part: case: arm".
+        repeats, warmup: Runs of each arm.
+        only: Regular expression of "part: case: arm".
     """
 
     def __init__(self, device: "Device", clock: "Clock", peak: "Peak", repeats: int, warmup: int, only: str) -> None:
@@ -144,7 +143,7 @@ class Measure:
         from bench import gpu_attention as attention
         from bench.gpu_rivals import describe
 
-        versions: dict[str, str | None] = {attention.OURS: None, attention.OURS_INT8: None}
+        versions: dict[str, str | None] = {OURS: None, attention.OURS_INT8: None}
         versions |= {found.rival.name: found.version for found in rivals if case.kind in found.rival.kinds}
         wanted = [arm for arm in versions if self._is_wanted("attention", case.name, arm)]
         if not wanted:
@@ -155,7 +154,7 @@ class Measure:
             common = {"part": "attention", "case": case.name, "arm": "all", **attention.sizes(case)}
             yield {**common, "skipped": describe(error)}
             return
-        makers: dict[str, Callable[[], Callable[[], Any]]] = {attention.OURS: inputs.ours}
+        makers: dict[str, Callable[[], Callable[[], Any]]] = {OURS: inputs.ours}
         makers[attention.OURS_INT8] = partial(inputs.ours, int8=True)
         makers |= {found.rival.name: partial(found.prepare, inputs) for found in rivals}
 
@@ -274,10 +273,10 @@ def run_engines(options: argparse.Namespace, folder: Path) -> list[Row]:
 def make_page(rows: Sequence[Row]) -> Page:
     """A table a part, in the order of the rows; what failed or is missing stands in it with its reason."""
     page = Page("Kernels on a GPU")
-    for part in dict.fromkeys(row["part"] for row in rows):
+    for (part,), own in groups_of(rows, "part").items():
         page.heading(part)
         page.text("Ratios above 1: ours is faster; shares of the device's peak.")
-        page.table(HEADINGS, [cells(row) for row in rows if row["part"] == part])
+        page.table(HEADINGS, [cells(row) for row in own])
     return page
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bench.harness import OURS
 from minirksc.kernels.attention.batch import AttentionBatch
 from minirksc.kernels.attention.paged_attention import paged_attention_reference, paged_attention_triton
 from minirksc.kernels.kv.layer_cache import LayerCache, multiply_out
@@ -24,7 +25,7 @@ TOLERANCE = 0.01
 NUM_CHECKED = 4
 """Sequences whose results are compared with the specification."""
 
-OURS, OURS_INT8 = "minirksc", "minirksc int8"
+OURS_INT8 = f"{OURS} int8"
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,13 @@ class AttentionCase:
     """One step's attention of one layer.
 
     Attributes:
-        kind: "decode", "prefix" (decode, with a prefix that all sequences share) or "prefill".
-        batch: sequences.
-        num_queries: new tokens of each.
-        context_len: keys of each, the new ones included.
+        kind: Kind of step: "decode", "prefix" (decode, with a prefix that all sequences share) or "prefill".
+        batch: Number of sequences.
+        num_queries: Number of new tokens of each.
+        context_len: Number of keys of each, the new ones included.
         prefix_len: Number of leading keys that all share.
         head_dim: Size of a query, key or value.
-        block_size: tokens a block.
+        block_size: Tokens a block.
         num_heads: Heads of queries.
         num_kv_heads: Heads of keys and values.
         dtype: Numbers of activations and of the cache.
@@ -111,8 +112,8 @@ class Blocks(NamedTuple):
 
     Attributes:
         k, v: `[num_blocks, size, num_kv_heads, head_dim]` each, contiguous.
-        tables: block ids of each sequence.
-        size: tokens a block.
+        tables: Block ids of each sequence.
+        size: Tokens a block.
     """
 
     k: Tensor
@@ -131,9 +132,9 @@ class AttentionInputs:
     Attributes:
         case: Case that they are made for.
         q: `[tokens, num_heads, head_dim]`.
-        cache: one layer of the engine's cache.
+        cache: One layer of the engine's cache.
         batch: Batch of all sequences.
-        scale: multiplied to scores.
+        scale: Factor of scores.
     """
 
     def __init__(self, case: AttentionCase, device: torch.device, seed: int = 0) -> None:

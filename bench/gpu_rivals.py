@@ -41,10 +41,10 @@ class Rival:
     """A library's kernels.
 
     Attributes:
-        name: in the results.
+        name: Name in the results.
         package: Package that is asked for its version.
-        modules: places to import from, for versions that moved it; the first that can be imported is used.
-        prepare: (module, inputs) -> the call.
+        modules: Places to import from, for versions that moved it; the first that can be imported is used.
+        prepare: Function (module, inputs) -> the call.
         kinds: Kinds of the cases it is measured on.
     """
 

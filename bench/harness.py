@@ -21,6 +21,8 @@ from typing import Any
 # Nothing here imports torch or minirksc before it is called: bench.gpu looks for a GPU first.
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "minirksc")
+OURS = "minirksc"
+"""Name that the arms of this engine begin with."""
 
 Row = dict[str, Any]
 """One measurement: plain data that JSON can hold."""

@@ -69,10 +69,10 @@ class Case:
     """One call of a launcher.
 
     Attributes:
-        name: op, sizes and dtype.
-        call: calls the launcher.
-        subset: belongs to the few that the tests compile.
-        loop_bytes: arguments of a launch -> HBM bytes that a program moves in one iteration of its main loop.
+        name: Op, sizes and dtype.
+        call: Function that calls the launcher.
+        subset: Whether it belongs to the few that the tests compile.
+        loop_bytes: Function: arguments of a launch -> HBM bytes that a program moves in one iteration of its main loop.
         rival: Name of other engines' figures that it is set beside, "decode d128" for example.
     """
 

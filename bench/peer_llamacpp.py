@@ -35,8 +35,8 @@ class Context:
     """A llama.cpp context with the lengths of its sequences.
 
     Args:
-        lib: the module `llama_cpp`.
-        model: pointer to the weights.
+        lib: Module `llama_cpp`.
+        model: Pointer to the weights.
         params: Parameters of the context.
     """
 

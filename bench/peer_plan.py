@@ -39,9 +39,9 @@ class Peer:
 
     Attributes:
         name: Name of its arms.
-        command: interpreter and arguments of its worker.
-        options: what its worker loads with.
-        fallback: further options to try where that fails; they are told.
+        command: Interpreter and arguments of its worker.
+        options: Options that its worker loads with.
+        fallback: Options to try on top where that fails; they are told.
         settings: Settings of part solve.
     """
 
@@ -57,9 +57,9 @@ class Workload:
     """One part of the run.
 
     Attributes:
-        name: such as "decode 8".
-        request: what the workers are sent, less the setting.
-        shape: sequences and new tokens of each.
+        name: Name, such as "decode 8".
+        request: Message to the workers, less the setting.
+        shape: Sequences and new tokens of each.
     """
 
     name: str

@@ -29,9 +29,9 @@ class PeerProcess:
 
     Args:
         name: Name of the peer, for messages.
-        command: interpreter and arguments.
+        command: Interpreter and arguments.
         threads: Threads for OpenMP: some engines take their number from there alone.
-        timeout_s: longest time for one reply.
+        timeout_s: Longest time for one reply, seconds.
 
     Raises:
         PeerError: there is no such interpreter.

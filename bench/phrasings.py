@@ -39,11 +39,11 @@ class Phrasing:
     """A text that is held against the first phrasing of a problem.
 
     Attributes:
-        problem: index of the problem.
-        kind: one of LEVELS or KINDS.
-        rule: what was done.
-        root: the first phrasing, a whole prompt.
-        text: this one, a whole prompt.
+        problem: Index of the problem.
+        kind: Name out of LEVELS or KINDS.
+        rule: Name of what was done.
+        root: Prompt of the first phrasing, whole.
+        text: Prompt of this one, whole.
     """
 
     problem: int
@@ -58,7 +58,7 @@ def phrasings(problems: Sequence[Problem], seed: int = 0) -> list[Phrasing]:
 
     Args:
         problems: Problems to word.
-        seed: another one chooses other rules.
+        seed: Seed of the choice of rules.
     """
     return [one for index in range(len(problems)) for one in _phrasings(problems, index, seed)]
 
@@ -81,8 +81,8 @@ def paraphrase(question: str, level: str, rng: random.Random) -> Made | None:
 
     Args:
         question: Question to say differently.
-        level: one of LEVELS.
-        rng: chooses among the rules that apply.
+        level: Name out of LEVELS.
+        rng: Random numbers that choose among the rules that apply.
 
     Returns:
         The prompt and what was done; None where no rule of the level applies.

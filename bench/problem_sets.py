@@ -24,9 +24,9 @@ class ProblemSet:
     Attributes:
         name: Name of the file.
         kind: Kind of their answers, see `minirksc.rksc.answers.parse_answer`.
-        questions: texts.
-        references: right answers in normal form.
-        shots: question and answer of other rows of the file, for worked examples; none of them is asked.
+        questions: Texts of the problems.
+        references: Right answers in normal form.
+        shots: Question and answer of other rows of the file, for worked examples; none of them is asked.
     """
 
     name: str
@@ -46,8 +46,8 @@ def read_problem_set(file: Path, limit: int | None, num_shots: int = 0) -> Probl
 
     Args:
         file: JSONL with `question` and `answer`.
-        limit: most problems; None: all that are left.
-        num_shots: rows kept for worked examples.
+        limit: Most problems; None: all other rows.
+        num_shots: Rows kept for worked examples.
 
     Raises:
         ConfigError: it cannot be read, or has too few rows.

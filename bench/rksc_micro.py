@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Callable, Collection, Sequence
 from statistics import median
 
-from bench.harness import Row, keep_only, names, ratios, seconds_of, take_turns, values
+from bench.harness import Row, groups_of, keep_only, names, ratios, seconds_of, take_turns, values
 from bench.intervals import bootstrap
 from bench.measured import begin_decoding, load
 from bench.prompts import EXAMPLES, few_shot_ids
@@ -39,7 +39,7 @@ class Leaving:
     """A layer gate at which given rows leave after one layer.
 
     Args:
-        layers: after which it is asked.
+        layers: Layers after which it is asked.
         rows: Rows that leave.
     """
 
@@ -57,7 +57,7 @@ def make_arms(llm: LLM, without_mass: LLM, options: argparse.Namespace) -> dict[
 
     Args:
         llm: Engine.
-        without_mass: the same with an eviction policy that needs no attention.
+        without_mass: Engine of the same model whose eviction policy needs no attention.
         options: Command line.
     """
     tokenizer = llm.need_tokenizer("bench.rksc")
@@ -126,8 +126,7 @@ def make_page(rows: Sequence[Row], options: argparse.Namespace) -> Page:
         f"{MASS_INTERVAL}th. Median (p10 .. p90); relative time: median within a repetition, with its 95% interval "
         "over repetitions."
     )
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        own = [row for row in rows if row["dtype"] == dtype]
+    for (dtype,), own in groups_of(rows, "dtype").items():
         page.heading(dtype)
         table = []
         for arm in names(own):

@@ -63,8 +63,8 @@ class Limits:
     """What the machine can do.
 
     Attributes:
-        bytes_per_s: read from memory.
-        flops_per_s: in the model's dtype.
+        bytes_per_s: Bytes a second read from memory.
+        flops_per_s: Operations a second in the model's dtype.
     """
 
     bytes_per_s: float
@@ -102,9 +102,9 @@ def work_of(llm: LLM, contexts: Sequence[int], num_distinct: int, num_logits: in
 
     Args:
         llm: Engine with the model.
-        contexts: keys that each token attends to, one entry a token.
-        num_distinct: keys that are read by anybody, each counted once; a window leaves no more than its own.
-        num_logits: rows of logits.
+        contexts: Keys that each token attends to, one entry a token.
+        num_distinct: Number of keys that are read at all, each counted once; a window leaves no more than its own.
+        num_logits: Rows of logits.
     """
     spec, model = llm.spec, llm.engine.runner.model
     num_flops: float = 2 * num_logits * spec.vocab_size * spec.hidden_size

@@ -53,9 +53,9 @@ class Work:
 
     Attributes:
         shape: Shape of the searches.
-        prompts: token ids, one a problem.
+        prompts: Token ids, one a problem.
         hint: Beginning of each child.
-        block_size: tokens a block.
+        block_size: Tokens a block.
         batch_requests: Requests that run at a time; the more, the more of a small pool is taken by what runs.
     """
 

@@ -44,7 +44,7 @@ class Load:
     Attributes:
         name: Name, in words.
         num_branches: Branches that decode.
-        context: tokens of each.
+        context: Tokens of each.
         shares: Whether they are forks of one prompt; else each has a prompt of its own.
         num_blocks: Size of the pool; what the branches do not use is filled with cached prompts.
     """

@@ -21,7 +21,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: an interpreted kernel cannot be compiled
 
@@ -30,13 +29,11 @@ from rich.console import Console
 from rich.progress import track
 
 from bench import harness
+from bench.harness import Row
 from bench.kernel_cases import Case, Launch, all_cases, gpu_target
 from bench.report import Page, write_lines
 from bench.static_report import TARGETS, read
 from minirksc.errors import MinirkscError
-
-Row = dict[str, Any]
-"""One launch on one target: case, kernel, target, problems, and `Usage` as plain data unless it does not compile."""
 
 RIVALS = Path(__file__).with_name("rival_kernels.json")
 COUNTED = ("MMA", "LDG", "LDG.128", "LDGSTS.128", "LDSM", "LDS", "STS", "MUFU", "SHFL", "BAR", "FP32", "CVT", "INT")
@@ -99,7 +96,11 @@ def plan(cases: Sequence[Case], targets: Sequence[str]) -> tuple[list[Job], list
 
 
 def compile_all(cases: Sequence[Case], targets: Sequence[str], num_jobs: int) -> Iterator[Row]:
-    """Rows of all launches, what was refused first."""
+    """Rows of all launches, what was refused first.
+
+    Yields:
+        One launch on one target: case, kernel, target, problems, and `Usage` as plain data unless it does not compile.
+    """
     jobs, refused = plan(cases, targets)
     yield from refused
     with tempfile.TemporaryDirectory() as cache:

@@ -31,7 +31,7 @@ class Target:
 
     Attributes:
         architecture: Name in the launch tables.
-        block_shared_bytes: shared memory (LDS) that one block may have.
+        block_shared_bytes: Shared memory (LDS) that one block may have.
         shared_bytes, warps, blocks: Limits of one multiprocessor.
         hbm_bytes: Bytes that reach one multiprocessor a clock when memory runs at its peak.
     """
@@ -101,11 +101,11 @@ class Usage:
         shared_bytes: Shared memory of one block.
         blocks: Blocks that one multiprocessor holds at a time, as far as registers, shared memory and warps allow.
         occupancy: Share of the warps then, of those that it could hold.
-        buffers: copies of the smallest pipelined tile in shared memory; 1: loads wait for the arithmetic; 0: none.
-        issue: share of the issue slots that the main loop needs while memory runs at its peak; None where the bytes
+        buffers: Copies of the smallest pipelined tile in shared memory; 1: loads wait for the arithmetic; 0: none.
+        issue: Share of the issue slots that the main loop needs while memory runs at its peak; None where the bytes
             are unknown. Above about 0.6 the loop is no longer bound by memory.
-        loop: instructions of the innermost loop with the most matrix products, else loads; empty without a loop.
-        whole: instructions of the kernel.
+        loop: Instructions of the innermost loop with the most matrix products, else loads; empty without a loop.
+        whole: Instructions of the kernel.
     """
 
     warps: int

@@ -36,9 +36,9 @@ class Shape:
     """Of each search, and how many there are.
 
     Attributes:
-        kind: one of KINDS.
+        kind: Name out of KINDS.
         branches, beam, depth, tokens, num_open: Sizes as above.
-        num_problems, concurrency: searches in all, and at a time.
+        num_problems, concurrency: Searches in all, and at a time.
         seed: Seed of the scores.
     """
 
@@ -58,8 +58,8 @@ class Round:
     """One round of a search; parents are given back once their children have been forked.
 
     Attributes:
-        expand: (parent, its children); a parent without a branch is begun anew from its token ids.
-        drop: branches that are given back when the children have been decoded.
+        expand: Pairs of (parent, its children); a parent without a branch is begun anew from its token ids.
+        drop: Branches that are given back when the children have been decoded.
     """
 
     expand: list[tuple[Path, list[Path]]]
@@ -121,10 +121,10 @@ class Search:
     Attributes:
         problem: Number of the problem.
         rounds: Rounds still to do, the present one first.
-        branches: live ones, by path.
+        branches: Live branches, by path.
         token_ids: Tokens of every node that was ever decoded.
-        pending: requests that the present round waits for.
-        forked: the present round's children exist.
+        pending: Requests that the present round waits for.
+        forked: Whether the present round's children exist.
     """
 
     problem: int
@@ -140,12 +140,12 @@ class Service:
 
     Args:
         host: Engine.
-        prompts: token ids, one a problem.
+        prompts: Token ids, one a problem.
         shape: Shape of the searches.
         hint: Beginning of each child.
 
     Attributes:
-        searches: those that have begun; all of them, when `run` is through.
+        searches: Searches that have begun; all of them, when `run` is through.
     """
 
     def __init__(self, host: Host, prompts: Sequence[list[int]], shape: Shape, hint: Hint) -> None:
