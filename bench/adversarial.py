@@ -6,7 +6,7 @@ That the answer really changes is checked, not hoped for:
 - negation: the sentence denied is one that states a number from which the answer follows;
 - other problem: its answer is another one;
 - other question: an amount is asked for that is given as another number than the answer, or of which nothing is said.
-A problem to which no rule of a kind applies, or whose calculations cannot be read, gives no wording of that kind.
+A problem to which no rule of a kind applies, or whose calculations cannot be read, gives no phrasing of that kind.
 """
 
 import random
@@ -64,8 +64,8 @@ def adversarial(problem: Problem, kind: str, rng: random.Random) -> Made | None:
 
     Args:
         problem: problem to change.
-        kind: a key of RULES.
-        rng: chooses among what the rules give.
+        kind: key of RULES.
+        rng: random numbers that choose among what the rules give.
 
     Returns:
         None where no rule applies.

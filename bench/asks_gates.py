@@ -2,16 +2,16 @@
 
     python -m bench.asks_gates --data test.jsonl --calibration train.jsonl --model smollm2-135m -o results
 
-For every wording of `bench.phrasings`, measure of `bench.similarity_measures` and depth of the probe: the similarity to
-the first wording. From these: AUROC of each level of paraphrases against each kind of adversarial wordings, and how
-many of either are accepted at two thresholds, which come from the calibration file while the figures come from the
-other one:
-- safe: the lowest that accepts at most 1% of the adversarial wordings, with an upper bound of at most 2%
+For every phrasing of `bench.phrasings`, measure of `bench.similarity_measures` and number of layers of the probe: the
+similarity to the first phrasing. From these: AUROC of each level of paraphrases against each kind of adversarial
+phrasings, and how many of either are accepted at two thresholds, which come from the calibration file while the figures
+come from the other one:
+- safe: the lowest that accepts at most 1% of the adversarial phrasings, with an upper bound of at most 2%
   (Clopper-Pearson, two-sided 95%);
 - loose: what 95% of the minor paraphrases reach. It shows what a gate is worth that is not to cost anything.
 
 States are those of transformers, in float32, from the first token on that differs, as the engine's probe sees them;
-the last one (depth = all layers) is taken after the final norm. What it does not show: the cost of a probe, wordings
+the last one (of all layers) is taken after the final norm. What it does not show: the cost of a probe, phrasings
 that people write, and adversarial ones by somebody who knows the guard.
 """
 
@@ -20,17 +20,16 @@ import math
 import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from bench.harness import make_parser, parse_with_quick, positive, run_or_exit
+from bench.harness import Row, groups_of, make_parser, parse_with_quick, positive, run_or_exit
 from bench.intervals import clopper_pearson
 from bench.peer_transformers import load_transformers
-from bench.phrasings import KINDS, LEVELS, Wording, wordings
+from bench.phrasings import KINDS, LEVELS, Phrasing, phrasings
 from bench.report import Page, write_run
 from bench.similarity_measures import MEASURES
 from bench.word_problems import read_problems
@@ -43,39 +42,23 @@ from minirksc.text.tokenizer import Tokenizer
 MAX_ACCEPTED, MAX_BOUND = 0.01, 0.02
 
 
-@dataclass(frozen=True)
-class Row:
-    """One wording against the first one of its problem.
-
-    Attributes:
-        model, split: model that the states are of, and "calibration" or "test".
-        problem, kind, rule: fields of `Wording`.
-        guard: why the content guard refuses it; None if it does not.
-        num_tokens: length of this wording.
-        similarities: gate -> depth -> similarity.
-    """
-
-    model: str
-    split: str
-    problem: int
-    kind: str
-    rule: str
-    guard: str | None
-    num_tokens: int
-    similarities: dict[str, dict[int, float]]
-
-
-def depths(num_layers: int, deepest: int) -> list[int]:
+def probes_of(num_layers: int, deepest: int) -> list[int]:
     """How many layers the probes go through, up to the deepest one; the default, `num_probe_layers`, is among them."""
     wanted = {1, 2, num_probe_layers(num_layers), num_layers // 4, num_layers // 2, num_layers}
-    return sorted(depth for depth in wanted if 0 < depth <= max(deepest, num_probe_layers(num_layers)))
+    return sorted(num_probed for num_probed in wanted if 0 < num_probed <= max(deepest, num_probe_layers(num_layers)))
 
 
 @torch.inference_mode()
 def measure(
-    model: Any, tokenizer: Tokenizer, pairs: Sequence[Wording], name: str, split: str, probes: Sequence[int]
+    model: Any, tokenizer: Tokenizer, pairs: Sequence[Phrasing], name: str, split: str, probes: Sequence[int]
 ) -> Iterator[Row]:
-    """Similarities of all pairs at all probes; the pairs of a problem follow one another."""
+    """Similarities of all pairs at all probes; the pairs of a problem follow one another.
+
+    Yields:
+        A row a phrasing: model that the states are of; split, "calibration" or "test"; problem, kind and rule of the
+        `Phrasing`; guard: why the content guard refuses it, None if it does not; num_tokens: length of this phrasing;
+        similarities: gate -> layers of the probe -> similarity.
+    """
     # One layer more than the deepest probe, since the last state that transformers gives went through the final norm.
     model.model.layers = model.model.layers[: max(probes) + 1]
     model.config.num_hidden_layers = len(model.model.layers)
@@ -88,12 +71,19 @@ def measure(
         similarities: dict[str, dict[int, float]] = {}
         for gate in MEASURES.values():
             similarities[gate.name] = {}
-            for depth in probes:
-                ours, theirs = (_pick(some, gate.layers(depth), first) for some in (root_states, states))
-                similarities[gate.name][depth] = gate.similarity(ours, theirs)
-        guard = refusal(pair.root, pair.text)
-        num_tokens = len(states["token_ids"])
-        yield Row(name, split, pair.problem, pair.kind, pair.rule, guard, num_tokens, similarities)
+            for num_probed in probes:
+                ours, theirs = (_pick(some, gate.layers(num_probed), first) for some in (root_states, states))
+                similarities[gate.name][num_probed] = gate.similarity(ours, theirs)
+        yield {
+            "model": name,
+            "split": split,
+            "problem": pair.problem,
+            "kind": pair.kind,
+            "rule": pair.rule,
+            "guard": refusal(pair.root, pair.text),
+            "num_tokens": len(states["token_ids"]),
+            "similarities": similarities,
+        }
         if number % 100 == 0:
             print(f"{name} {split}: {number}/{len(pairs)}", file=sys.stderr, flush=True)
 
@@ -127,11 +117,11 @@ def auroc(alike: Sequence[float], other: Sequence[float]) -> float:
 
 
 def threshold(similarities: Sequence[float], total: int) -> float:
-    """The lowest that accepts few enough of adversarial wordings.
+    """The lowest that accepts few enough of adversarial phrasings.
 
     Args:
         similarities: similarities of those that nothing else refuses.
-        total: how many there are, refused ones included.
+        total: number of all of them, refused ones included.
 
     Returns:
         A similarity to be reached; -inf where nothing needs to be refused, inf where nothing may be accepted.
@@ -145,31 +135,32 @@ def threshold(similarities: Sequence[float], total: int) -> float:
     return -math.inf if len(descending) <= allowed else math.nextafter(descending[allowed], math.inf)
 
 
-def summarise(rows: Sequence[Row], gate: str, depth: int, has_guard: bool, policy: str = "safe") -> dict[str, Any]:
-    """One gate at one depth: threshold of the calibration rows, figures of the test rows.
+def summarise(rows: Sequence[Row], gate: str, num_probed: int, has_guard: bool, policy: str = "safe") -> Row:
+    """One gate at one number of layers: threshold of the calibration rows, figures of the test rows.
 
     Args:
         rows: rows of one model.
         gate: name of the gate; "none" leaves the guard alone.
-        depth: layers that the probe went through.
+        num_probed: number of layers that the probe went through.
         has_guard: whether the content guard refuses first.
-        policy: "safe" or "loose", how the threshold is chosen.
+        policy: way to choose the threshold, "safe" or "loose".
     """
 
     def value(row: Row) -> float:
-        return 1.0 if gate == "none" else row.similarities[gate][depth]
+        return 1.0 if gate == "none" else float(row["similarities"][gate][num_probed])
 
     def passes(row: Row) -> bool:
-        return not has_guard or row.guard is None
+        return not has_guard or row["guard"] is None
 
-    calibration = [row for row in rows if row.split == "calibration"]
-    adversarial = [row for row in calibration if row.kind in KINDS]
+    calibration = [row for row in rows if row["split"] == "calibration"]
+    adversarial = [row for row in calibration if row["kind"] in KINDS]
     at_least = -math.inf
     if gate != "none" and policy == "safe":
         at_least = threshold([value(row) for row in adversarial if passes(row)], len(adversarial))
     elif gate != "none":
-        at_least = float(np.quantile([value(row) for row in calibration if row.kind == "minor"], 0.05))
-    test = {kind: [r for r in rows if r.split == "test" and r.kind == kind] for kind in (*LEVELS, *KINDS)}
+        at_least = float(np.quantile([value(row) for row in calibration if row["kind"] == "minor"], 0.05))
+    tests = groups_of((row for row in rows if row["split"] == "test"), "kind")
+    test = {kind: tests.get((kind,), []) for kind in (*LEVELS, *KINDS)}
     accepted = {kind: sum(passes(r) and value(r) >= at_least for r in some) for kind, some in test.items()}
     wrong, total = sum(accepted[kind] for kind in KINDS), sum(len(test[kind]) for kind in KINDS)
     values = {kind: [value(r) for r in some] for kind, some in test.items()}
@@ -177,7 +168,7 @@ def summarise(rows: Sequence[Row], gate: str, depth: int, has_guard: bool, polic
     interval = clopper_pearson(wrong, total)
     return {
         "gate": gate,
-        "depth": depth,
+        "depth": num_probed,
         "guard": has_guard,
         "policy": policy,
         "threshold": at_least,
@@ -188,13 +179,13 @@ def summarise(rows: Sequence[Row], gate: str, depth: int, has_guard: bool, polic
     }
 
 
-def add_model(page: Page, name: str, num_layers: int, summaries: Sequence[dict[str, Any]]) -> None:
+def add_model(page: Page, name: str, num_layers: int, summaries: Sequence[Row]) -> None:
     """The part of one model."""
-    depth = num_probe_layers(num_layers)
-    page.heading(f"{name}: {num_layers} layers, probe of {depth}")
+    num_probed = num_probe_layers(num_layers)
+    page.heading(f"{name}: {num_layers} layers, probe of {num_probed}")
     table = []
     for one in summaries:
-        if one["depth"] in (0, depth):
+        if one["depth"] in (0, num_probed):
             count, total, low, high = one["adversarial"]
             shares = [f"{a / max(n, 1):.0%}" for a, n in (one["accepted"][level] for level in LEVELS)]
             wrong = [f"{a}/{n}" for a, n in (one["accepted"][kind] for kind in KINDS)]
@@ -209,7 +200,7 @@ def add_model(page: Page, name: str, num_layers: int, summaries: Sequence[dict[s
             levels = [one["auroc"][level] for level in LEVELS[1:]]
             figures = [one["auroc"]["minor"], *one["auroc_minor"].values(), *levels]
             table.append([one["gate"], one["depth"], *(f"{x:.3f}" for x in figures)])
-    page.table(["gate", "depth", "all", *KINDS, *LEVELS[1:]], table)
+    page.table(["gate", "layers", "all", *KINDS, *LEVELS[1:]], table)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -221,7 +212,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     count_help = "to report on (%(default)s); a third as many calibrate"
     parser.add_argument("--problems", type=positive, default=165, help=count_help)
     parser.add_argument("--deepest", type=int, help="layers of the deepest probe; fewer take less time (all)")
-    parser.add_argument("--seed", type=int, default=0, help="another one chooses other wordings (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="another one chooses other phrasings (%(default)s)")
     return parse_with_quick(parser, arguments, problems=12)
 
 
@@ -232,22 +223,22 @@ def run(options: argparse.Namespace) -> None:
         "calibration": (options.calibration, options.problems // 3),
         "test": (options.data, options.problems),
     }
-    pairs = {split: wordings(read_problems(file)[:some], options.seed) for split, (file, some) in splits.items()}
+    pairs = {split: phrasings(read_problems(file)[:some], options.seed) for split, (file, some) in splits.items()}
     page = Page("Which gate tells a paraphrase from a problem that only looks alike")
-    lines: list[dict[str, Any]] = []
+    lines: list[Row] = []
     for name in options.model or ["smollm2-135m"]:
         folder = resolve_model(name)
         model, tokenizer = load_transformers(folder, "float32"), Tokenizer.from_folder(folder)
         short = Path(name).name
         num_layers = model.config.num_hidden_layers
-        probes = depths(num_layers, options.deepest or num_layers)
+        probes = probes_of(num_layers, options.deepest or num_layers)
         rows: list[Row] = []
         for split, some in pairs.items():
             rows += measure(model, tokenizer, some, short, split, probes)
         summaries = [summarise(rows, "none", 0, True)]
         for policy, has_guard in (("safe", False), ("safe", True), ("loose", False), ("loose", True)):
             summaries += [summarise(rows, g, d, has_guard, policy) for g in MEASURES for d in probes]
-        lines += [asdict(row) for row in rows] + [{"model": short, **one} for one in summaries]
+        lines += rows + [{"model": short, **one} for one in summaries]
         add_model(page, short, num_layers, summaries)
     write_run("asks-gates", options, lines, page)
 

@@ -1,33 +1,32 @@
-"""What semantic sharing saves and what it changes, in the engine: W4 wordings of the same problems.
+"""What semantic sharing saves and what it changes, in the engine: W4 phrasings of the same problems.
 
     python -m bench.asks_sharing --data problems.jsonl --model smollm2-135m --quick
 
-For each problem, its first wording is computed, and then another wording of it four times, in turns: without semantic
+For each problem, its first phrasing is computed, and then another phrasing of it four times, in turns: without semantic
 sharing; with a probe that rejects it; accepted and substituted; accepted and aligned. Two workloads:
-- short: the wordings of `bench.phrasings` alone, minor and other templates;
+- short: the phrasings of `bench.phrasings` alone, minor and other templates;
 - long: an instruction in other words, then a long text that all have in common (worked examples), then the problem.
   Exact sharing finds nothing here, since the difference comes first.
 
-The same wordings then run unshared in another dtype ("rounding"): a yardstick, since a greedy text of many near ties
+The same phrasings then run unshared in another dtype ("rounding"): a yardstick, since a greedy text of many near ties
 changes with anything that is not bit for bit the same.
 
-Reported: seconds of the wording's prefill against unshared, tokens by layers that the engine counted as saved, and
-whether the greedy answer is that of the unshared run of the same wording. The guard and the gate decide as they do in
+Reported: seconds of the phrasing's prefill against unshared, tokens by layers that the engine counted as saved, and
+whether the greedy answer is that of the unshared run of the same phrasing. The guard and the gate decide as they do in
 the solver; what they refuse is counted and left out of the rest. Where aligned mode finds too little to borrow, the
-wording is computed: its row leaves such pairs out, and says how many are left.
+phrasing is computed: its row leaves such pairs out, and says how many are left.
 """
 
 import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from bench.harness import make_parser, parse_with_quick, summarise
+from bench.harness import Row, groups_of, make_parser, parse_with_quick, summarise
 from bench.intervals import clopper_pearson
-from bench.phrasings import wordings
+from bench.phrasings import phrasings
 from bench.prompts import EXAMPLES
 from bench.report import Page, write_run
 from bench.word_problems import read_problems
@@ -58,9 +57,9 @@ INSTRUCTIONS = (
 
 
 def short_pairs(file: Path, limit: int) -> list[tuple[str, str, str]]:
-    """(kind, first wording, other wording) of paraphrases."""
+    """(kind, first phrasing, other phrasing) of paraphrases."""
     problems = read_problems(file)[:limit]
-    return [(one.kind, one.root, one.text) for one in wordings(problems) if one.kind in ("minor", "template")]
+    return [(one.kind, one.root, one.text) for one in phrasings(problems) if one.kind in ("minor", "template")]
 
 
 def long_pairs(file: Path, limit: int) -> list[tuple[str, str, str]]:
@@ -73,95 +72,84 @@ def long_pairs(file: Path, limit: int) -> list[tuple[str, str, str]]:
     return pairs
 
 
-class Pair:
-    """Runs of one pair of wordings.
+def run_pair(llm: LLM, texts: Sequence[str], tokens: int, mode: str, tau: float | None = None) -> Row:
+    """The second phrasing after the first one, from an empty prefix cache.
 
     Args:
-        llm: the model.
-        first: wording that is computed before.
-        other: wording that may run on it.
+        llm: engine.
+        texts: phrasing that is computed before, and the one that may run on it.
         tokens: number of tokens decoded greedily.
+        mode: one of `MODES`; "unshared" has no probe.
+        tau: threshold of the gate; None: the default.
     """
-
-    def __init__(self, llm: LLM, first: str, other: str, tokens: int) -> None:
-        self._llm = llm
-        tokenizer = llm.need_tokenizer("text")
-        self.ids = [tokenizer.encode(text) for text in (first, other)]
-        self._params = SamplingParams(temperature=0, max_tokens=tokens)
-
-    def run(self, tau: float | None, mode: str) -> dict[str, Any]:
-        """From an empty prefix cache; mode "unshared" has no probe."""
-        llm = self._llm
-        llm.reset_prefix_cache()
-        aligned = mode == "aligned"
-        probe = None
-        if mode != "unshared":
-            options = {"sharing_mode": "aligned" if aligned else "substitute", "tau": tau, "uncalibrated": True}
-            config = SolverConfig(sharing="semantic", **options)
-            probe = make_probe(llm.spec, config, can_move_kv=llm.engine.runner.model.can_move_kv)
-        seats: list[Seat | None] = [None, None]
-        if probe is not None:
-            seats = [Seat(probe, row, sees_all=row == 0) for row in (0, 1)]
-            for row, ids in enumerate(self.ids):
-                probe.watch(row, ids)
-        (root,) = llm.branches(self.ids[:1], seats=seats[:1])
-        if probe is not None:
-            probe.root = root
-        begin = time.perf_counter()
-        (branch,) = llm.branches(self.ids[1:], seats=seats[1:])
-        seconds = time.perf_counter() - begin
-        goes_on = root if branch.exit_layer is not None else branch
-        llm.extend([goes_on], self._params)
-        result = {
-            "mode": mode,
-            "prefill_s": seconds,
-            "saved_tokens": branch.num_saved_layer_rows / llm.spec.num_layers,
-            "accepted": probe is not None and 1 in probe.accepted,
-            "similarity": None if probe is None else probe.similarities.get(1),
-            "answer": parse_answer(goes_on.text, "number"),
-            "token_ids": goes_on.output_token_ids,
-        }
-        for one in (root, branch):
-            one.prune()
-        return result
+    llm.reset_prefix_cache()
+    ids = [llm.need_tokenizer("text").encode(text) for text in texts]
+    probe = None
+    if mode != "unshared":
+        sharing_mode = "aligned" if mode == "aligned" else "substitute"
+        config = SolverConfig(sharing="semantic", sharing_mode=sharing_mode, tau=tau, uncalibrated=True)
+        probe = make_probe(llm.spec, config, can_move_kv=llm.engine.runner.model.can_move_kv)
+    seats: list[Seat | None] = [None, None]
+    if probe is not None:
+        seats = [Seat(probe, row, sees_all=row == 0) for row in (0, 1)]
+        for row, token_ids in enumerate(ids):
+            probe.watch(row, token_ids)
+    (root,) = llm.branches(ids[:1], seats=seats[:1])
+    if probe is not None:
+        probe.root = root
+    begin = time.perf_counter()
+    (branch,) = llm.branches(ids[1:], seats=seats[1:])
+    seconds = time.perf_counter() - begin
+    goes_on = root if branch.exit_layer is not None else branch
+    llm.extend([goes_on], SamplingParams(temperature=0, max_tokens=tokens))
+    result = {
+        "mode": mode,
+        "prefill_s": seconds,
+        "saved_tokens": branch.num_saved_layer_rows / llm.spec.num_layers,
+        "accepted": probe is not None and 1 in probe.accepted,
+        "similarity": None if probe is None else probe.similarities.get(1),
+        "answer": parse_answer(goes_on.text, "number"),
+        "token_ids": goes_on.output_token_ids,
+    }
+    for one in (root, branch):
+        one.prune()
+    return result
 
 
 MODES = ("unshared", "rejected", "substitute", "aligned")
 ROUNDING = "rounding"
 
 
-def measure(llm: LLM, pairs: Sequence[tuple[str, str, str]], tokens: int) -> list[dict[str, Any]]:
+def measure(llm: LLM, pairs: Sequence[tuple[str, str, str]], tokens: int) -> list[Row]:
     """One row a pair."""
     rows = []
     for index, (kind, first, other) in enumerate(pairs):
-        pair = Pair(llm, first, other, tokens)
-        reason = refusal(first, other)
-        natural = None if reason else pair.run(None, "substitute")
-        row: dict[str, Any] = {"kind": kind, "num_tokens": len(pair.ids[1]), "refusal": reason}
+        texts, reason = (first, other), refusal(first, other)
+        natural = None if reason else run_pair(llm, texts, tokens, "substitute")
+        row: Row = {"kind": kind, "num_tokens": len(llm.need_tokenizer("text").encode(other)), "refusal": reason}
         row["similarity"] = None if natural is None else natural["similarity"]
         row["accepted"] = natural is not None and natural["accepted"]
         if row["accepted"]:
             # Another order each time, so that no mode always runs on caches that another has warmed.
             for mode in (*MODES[index % 4 :], *MODES[: index % 4]):
-                row[mode] = pair.run(REJECT if mode == "rejected" else ACCEPT, mode)
+                row[mode] = run_pair(llm, texts, tokens, mode, REJECT if mode == "rejected" else ACCEPT)
         rows.append(row)
         outcome = "accepted" if row["accepted"] else reason or "not alike"
         print(f"{index + 1}/{len(pairs)} {kind}: {outcome}", flush=True)
     return rows
 
 
-def add_rounding(llm: LLM, rows: Sequence[dict[str, Any]], pairs: Sequence[tuple[str, str, str]], tokens: int) -> None:
+def add_rounding(llm: LLM, rows: Sequence[Row], pairs: Sequence[tuple[str, str, str]], tokens: int) -> None:
     """The unshared runs of accepted pairs, on the same model in another dtype."""
     for row, (_, first, other) in zip(rows, pairs, strict=True):
         if row["accepted"]:
-            row[ROUNDING] = Pair(llm, first, other, tokens).run(None, "unshared")
+            row[ROUNDING] = run_pair(llm, (first, other), tokens, "unshared")
 
 
-def page_of(model: str, rows: Sequence[dict[str, Any]]) -> Page:
+def page_of(model: str, rows: Sequence[Row]) -> Page:
     """One page."""
     page = Page(f"Semantic sharing in the engine: {model}")
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        own = [row for row in rows if row["kind"] == kind]
+    for (kind,), own in groups_of(rows, "kind").items():
         accepted = [row for row in own if row["accepted"]]
         page.heading(kind)
         refused, lengths = sum(row["refusal"] is not None for row in own), summarise([row["num_tokens"] for row in own])

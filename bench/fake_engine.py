@@ -25,13 +25,13 @@ class FakeEngine:
     """The calls of `minirksc.engine.engine.Engine` that a tree search makes.
 
     Args:
-        blocks: the block manager.
+        blocks: block manager.
         max_batch_tokens, max_batch_requests: limits of a step.
         on_finish: callback with each request right before it gives up or keeps its blocks.
 
     Attributes:
-        num_prefilled_tokens: computed, but for those that were sampled by the request that computes them.
-        num_decoded_tokens: sampled.
+        num_prefilled_tokens: tokens computed, but for those that were sampled by the request that computes them.
+        num_decoded_tokens: tokens sampled.
         peak_used_blocks: most blocks that tables held at once.
     """
 

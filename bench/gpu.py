@@ -7,7 +7,8 @@
 
 Attention: decode, shared prefixes and prompts of one layer against the kernels of flash-attn, FlashInfer, vLLM and
 SGLang. Small kernels: against torch's ops, plain and compiled. Engine: solve, decode and prefill of a checkpoint by
-`bench.peers`, against transformers and what else is installed in this environment; --only is then of its arms.
+`bench.peers`, in a tenth of the repetitions, against transformers and what else is installed in this environment.
+--only is a pattern of "part: case: arm", as in the tables, and of the arms of engines.
 
 Results are compared with the plain specification first; an arm that is wrong is not timed. Kernels are timed with
 events, from a cold L2 cache, all arms of a case in turns. Bytes are those that must move at least (what is shared
@@ -28,6 +29,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.harness import OURS, ROOT, Row, groups_of, make_parser, names, ratios, summarise, take_turns, values
+from bench.report import Page, write_lines
+
 if TYPE_CHECKING:
     from torch import device as Device
 
@@ -35,16 +39,9 @@ if TYPE_CHECKING:
     from bench.gpu_device import Clock, Peak
     from bench.gpu_rivals import FoundRival
     from bench.gpu_small import SmallCase
-    from bench.report import Page
 
-# Nothing else is imported before a GPU is found.
-ROOT = Path(__file__).resolve().parent.parent
-OURS = "minirksc"
-
+# These, and torch, are imported once a GPU is found.
 PARTS = ("attention", "small", "engine")
-
-Row = dict[str, Any]
-"""One arm of one case. Always: part, case, arm; and either `failed` or what was measured."""
 
 NO_GPU = """\
 bench.gpu: {reason}. It needs an NVIDIA or AMD GPU, a build of torch for it, and Triton (pip install -e '.[gpu,bench]').
@@ -66,8 +63,6 @@ def main() -> int:
     import torch
 
     file = options.output or ROOT / "bench" / "results" / f"gpu-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
-    from bench.report import write_lines
-
     device = torch.device("cuda", torch.cuda.current_device())
     common = {"bench": "gpu", "environment": environment(options)}
     rows = list(write_lines(file, run(options, device), common))
@@ -94,28 +89,17 @@ def no_gpu_reason() -> str | None:
 
 
 def parse_options() -> argparse.Namespace:
-    """Options, with wrong patterns refused."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Options, with unknown parts refused."""
+    common = "model kv-cache-bytes repeats warmup only quick"
+    parser = make_parser("bench.gpu", __doc__, common, repeats=50, warmup=5)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all if left out")
-    parser.add_argument("--only", default="", metavar="REGEX", help='of "part: case: arm", as in the tables')
-    parser.add_argument("--quick", action="store_true", help="few cases: minutes")
-    parser.add_argument("--repeats", type=int, default=50, help="of each kernel; an engine's are a tenth (%(default)s)")
-    parser.add_argument("--warmup", type=int, default=5, help="runs of each kernel before those (%(default)s)")
-    parser.add_argument("--model", default="smollm2-135m", help="of the engines: alias or folder (%(default)s)")
-    parser.add_argument("--kv-cache-bytes", default="2GiB", help="of each minirksc engine (%(default)s)")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSONL (in bench/results)")
     options = parser.parse_args()
     if unknown := [part for part in options.parts if part not in PARTS]:
         parser.error(f"unknown {', '.join(unknown)}; there are {', '.join(PARTS)}")
     options.parts = options.parts or list(PARTS)
-    try:
-        re.compile(options.only)
-    except re.error as error:
-        parser.error(f"--only {options.only!r} is no regular expression: {error}")
-    if options.repeats < 1 or options.warmup < 0:
-        parser.error(f"--repeats {options.repeats} must be at least 1, --warmup {options.warmup} at least 0")
+    if options.warmup < 0:
+        parser.error(f"--warmup {options.warmup} must be at least 0")
     return options
 
 
@@ -138,11 +122,11 @@ def run(options: argparse.Namespace, device: "Device") -> Iterator[Row]:
 
 
 class Measure:
-    """How a case becomes rows.
+    """How a case becomes rows, one an arm: part, case, arm; and either `failed` or what was measured.
 
     Args:
-        device: where tensors are.
-        clock: times one call.
+        device: device of the tensors.
+        clock: clock that times one call.
         peak: peak of the device.
         repeats, warmup: runs of each arm.
         only: regular expression of "part: case: arm".
@@ -159,7 +143,7 @@ class Measure:
         from bench import gpu_attention as attention
         from bench.gpu_rivals import describe
 
-        versions: dict[str, str | None] = {attention.OURS: None, attention.OURS_INT8: None}
+        versions: dict[str, str | None] = {OURS: None, attention.OURS_INT8: None}
         versions |= {found.rival.name: found.version for found in rivals if case.kind in found.rival.kinds}
         wanted = [arm for arm in versions if self._is_wanted("attention", case.name, arm)]
         if not wanted:
@@ -170,7 +154,8 @@ class Measure:
             common = {"part": "attention", "case": case.name, "arm": "all", **attention.sizes(case)}
             yield {**common, "skipped": describe(error)}
             return
-        makers: dict[str, Callable[[], Callable[[], Any]]] = dict(attention.arms_of_ours(inputs))
+        makers: dict[str, Callable[[], Callable[[], Any]]] = {OURS: inputs.ours}
+        makers[attention.OURS_INT8] = partial(inputs.ours, int8=True)
         makers |= {found.rival.name: partial(found.prepare, inputs) for found in rivals}
 
         def prepare(arm: str) -> tuple[Callable[[], Any], float]:
@@ -209,7 +194,6 @@ class Measure:
         """Prepares, checks and times the arms; what fails is a row with its reason."""
         from bench.gpu_device import read_smi
         from bench.gpu_rivals import describe
-        from bench.harness import take_turns
 
         print(f"{part}: {case}", file=sys.stderr, flush=True)
         rows: dict[str, Row] = {arm: {"part": part, "case": case, "arm": arm} for arm in arms}
@@ -256,8 +240,6 @@ def add_times(rows: dict[str, Row], times: Sequence[Row]) -> None:
         rows: rows by arm.
         times: one row an arm and repetition.
     """
-    from bench.harness import names, ratios, summarise, values
-
     arms = names(times)
     for arm in arms:
         us = values(times, arm, "us")
@@ -288,15 +270,13 @@ def run_engines(options: argparse.Namespace, folder: Path) -> list[Row]:
         return []
 
 
-def make_page(rows: Sequence[Row]) -> "Page":
+def make_page(rows: Sequence[Row]) -> Page:
     """A table a part, in the order of the rows; what failed or is missing stands in it with its reason."""
-    from bench.report import Page
-
     page = Page("Kernels on a GPU")
-    for part in dict.fromkeys(row["part"] for row in rows):
+    for (part,), own in groups_of(rows, "part").items():
         page.heading(part)
         page.text("Ratios above 1: ours is faster; shares of the device's peak.")
-        page.table(HEADINGS, [cells(row) for row in rows if row["part"] == part])
+        page.table(HEADINGS, [cells(row) for row in own])
     return page
 
 
@@ -324,10 +304,9 @@ def environment(options: argparse.Namespace) -> Row:
 
     from bench import gpu_device, gpu_rivals, harness
 
-    packages = {"triton": "triton", **{rival.package: rival.package for rival in gpu_rivals.RIVALS}}
     facts = harness.environment(torch.get_num_threads())
-    installed = {name: gpu_rivals.version(name) for name in packages}
-    facts["versions"] |= {name: None if version == "unknown" else version for name, version in installed.items()}
+    packages = ("triton", *(rival.package for rival in gpu_rivals.RIVALS))
+    facts["versions"] |= {name: harness.version_of(name) for name in packages}
     return {
         **facts,
         "options": vars(options),

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bench.harness import OURS
 from minirksc.kernels.attention.batch import AttentionBatch
 from minirksc.kernels.attention.paged_attention import paged_attention_reference, paged_attention_triton
 from minirksc.kernels.kv.layer_cache import LayerCache, multiply_out
@@ -24,7 +25,7 @@ TOLERANCE = 0.01
 NUM_CHECKED = 4
 """Sequences whose results are compared with the specification."""
 
-OURS, OURS_INT8 = "minirksc", "minirksc int8"
+OURS_INT8 = f"{OURS} int8"
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,10 @@ class AttentionCase:
     """One step's attention of one layer.
 
     Attributes:
-        kind: "decode", "prefix" (decode, with a prefix that all sequences share) or "prefill".
-        batch: sequences.
-        num_queries: new tokens of each.
-        context_len: keys of each, the new ones included.
+        kind: kind of step: "decode", "prefix" (decode, with a prefix that all sequences share) or "prefill".
+        batch: number of sequences.
+        num_queries: number of new tokens of each.
+        context_len: number of keys of each, the new ones included.
         prefix_len: number of leading keys that all share.
         head_dim: size of a query, key or value.
         block_size: tokens a block.
@@ -133,7 +134,7 @@ class AttentionInputs:
         q: `[tokens, num_heads, head_dim]`.
         cache: one layer of the engine's cache.
         batch: batch of all sequences.
-        scale: multiplied to scores.
+        scale: factor of scores.
     """
 
     def __init__(self, case: AttentionCase, device: torch.device, seed: int = 0) -> None:
@@ -190,13 +191,9 @@ class AttentionInputs:
         k, v = (self.cache.kv[:, :, i][order].unflatten(0, (-1, per)).flatten(1, 2) for i in (0, 1))
         return Blocks(k, v, tables, size)
 
-    def ours(self) -> Callable[[], Tensor]:
-        """A call of the engine's attention; its work list is made at the first one."""
-        return lambda: paged_attention_triton(self.q, self._no_kv, self.cache, self.batch, self.scale, None)
-
-    def ours_int8(self) -> Callable[[], Tensor]:
-        """The same on an int8 cache."""
-        cache, batch = self.int8_cache, self._batch(range(self.case.batch))
+    def ours(self, int8: bool = False) -> Callable[[], Tensor]:
+        """A call of the engine's attention on either cache; its work list is made at the first one."""
+        cache, batch = self.int8_cache if int8 else self.cache, self._batch(range(self.case.batch))
         return lambda: paged_attention_triton(self.q, self._no_kv, cache, batch, self.scale, None)
 
     def error(self, out: Tensor, int8: bool = False) -> float:
@@ -238,11 +235,6 @@ class AttentionInputs:
             block_size=self.case.block_size,
             device=self.q.device,
         )
-
-
-def arms_of_ours(inputs: AttentionInputs) -> dict[str, Callable[[], Callable[[], Tensor]]]:
-    """Our arms: name -> makes the call."""
-    return {OURS: inputs.ours, OURS_INT8: inputs.ours_int8}
 
 
 def sizes(case: AttentionCase) -> dict[str, Any]:

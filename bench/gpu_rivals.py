@@ -9,7 +9,6 @@ versions do not have are left out.
 """
 
 import importlib
-import importlib.metadata
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu_attention import AttentionInputs
+from bench.harness import version_of
 
 Call = Callable[[], Tensor]
 """Computes the case once; the result is `[tokens, num_heads, head_dim]`."""
@@ -41,10 +41,10 @@ class Rival:
     """A library's kernels.
 
     Attributes:
-        name: in the results.
+        name: name in the results.
         package: package that is asked for its version.
         modules: places to import from, for versions that moved it; the first that can be imported is used.
-        prepare: (module, inputs) -> the call.
+        prepare: function (module, inputs) -> the call.
         kinds: kinds of the cases it is measured on.
     """
 
@@ -83,19 +83,16 @@ def discover(rivals: Sequence[Rival]) -> tuple[list[FoundRival], dict[str, str]]
             except Exception as error:  # a library built for another GPU or torch may raise anything
                 reasons.append(f"{name}: {describe(error)}")
             else:
-                found.append(FoundRival(rival, module, version(rival.package, module)))
+                found.append(FoundRival(rival, module, _version(rival.package, module)))
                 break
         else:
             missing[rival.name] = "; ".join(reasons)
     return found, missing
 
 
-def version(package: str, module: Any = None) -> str:
-    """Of an installed package, else what its module says."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return str(getattr(module, "__version__", "unknown"))
+def _version(package: str, module: Any) -> str:
+    """Version of an installed package, else what its module says."""
+    return version_of(package) or str(getattr(module, "__version__", "unknown"))
 
 
 def describe(error: BaseException) -> str:
@@ -108,6 +105,17 @@ def accepted(function: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
     parameters = inspect.signature(function).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return {name: value for name, value in arguments.items() if takes_any or name in parameters}
+
+
+def _writing(out: Tensor, function: Callable[..., Any], /, **arguments: Any) -> Call:
+    """A call of a function that writes into `out`, with the arguments that its version has."""
+    known = accepted(function, **arguments)
+
+    def call() -> Tensor:
+        function(**known)
+        return out
+
+    return call
 
 
 def _ints(values: Sequence[int], like: Tensor) -> Tensor:
@@ -198,7 +206,8 @@ def _vllm(module: Any, inputs: AttentionInputs) -> Call:
     def workspace(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=q.device)
 
-    arguments = accepted(
+    return _writing(
+        out,
         module.unified_attention,
         q=q,
         k=blocks.k,
@@ -223,12 +232,6 @@ def _vllm(module: Any, inputs: AttentionInputs) -> Call:
         softmax_segm_expsum=workspace(*parts),
     )
 
-    def call() -> Tensor:
-        module.unified_attention(**arguments)
-        return out
-
-    return call
-
 
 def _sglang_slots(inputs: AttentionInputs, num_leading: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(keys, values) by slot, and the slots of each sequence's leading tokens: (first of each, slots)."""
@@ -245,7 +248,8 @@ def _sglang_decode(module: Any, inputs: AttentionInputs) -> Call:
     k, v, indptr, slots = _sglang_slots(inputs, case.context_len)
     out = torch.empty_like(q)
     parts = torch.empty((case.batch, case.num_heads, max_splits, case.head_dim), device=q.device)
-    arguments = accepted(
+    return _writing(
+        out,
         module.decode_attention_fwd,
         q=q,
         k_buffer=k,
@@ -262,12 +266,6 @@ def _sglang_decode(module: Any, inputs: AttentionInputs) -> Call:
         v_scale=1.0,
     )
 
-    def call() -> Tensor:
-        module.decode_attention_fwd(**arguments)
-        return out
-
-    return call
-
 
 def _sglang_extend(module: Any, inputs: AttentionInputs) -> Call:
     case, q = inputs.case, inputs.q
@@ -276,7 +274,8 @@ def _sglang_extend(module: Any, inputs: AttentionInputs) -> Call:
     _, _, _, all_slots = _sglang_slots(inputs, case.context_len)
     new = all_slots.view(case.batch, -1)[:, before:].flatten()
     out = torch.empty_like(q)
-    arguments = accepted(
+    return _writing(
+        out,
         module.extend_attention_fwd,
         q_extend=q,
         k_extend=k[new],
@@ -295,12 +294,6 @@ def _sglang_extend(module: Any, inputs: AttentionInputs) -> Call:
         v_scale=1.0,
         sm_scale=inputs.scale,
     )
-
-    def call() -> Tensor:
-        module.extend_attention_fwd(**arguments)
-        return out
-
-    return call
 
 
 def _sglang_modules(name: str) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.harness import OURS
 from minirksc.kernels import confidence, gated_act, rms_norm
 from minirksc.kernels.kv import kv_store
 from minirksc.kernels.kv.layer_cache import LayerCache
@@ -15,9 +16,6 @@ from minirksc.kernels.rope import rope_tables
 
 TOLERANCE = 0.01
 """Largest |out - exact| / |exact| as norms, as for the attention."""
-
-OURS = "minirksc"
-COMPOSED, COMPILED = "torch", "torch.compile"
 
 Args = tuple[Any, ...]
 
@@ -28,10 +26,10 @@ class SmallCase:
 
     Attributes:
         name: op and sizes.
-        make: device -> new arguments, the same numbers each time.
-        results: (arguments, what the op returned) -> what is compared.
+        make: function device -> new arguments, the same numbers each time.
+        results: function (arguments, what the op returned) -> what is compared.
         num_bytes: bytes that must go through memory.
-        reference, composed, kernel: the op's forms.
+        reference, composed, kernel: forms of the op.
     """
 
     name: str
@@ -46,8 +44,8 @@ class SmallCase:
         """Name -> makes the form of the op."""
         return {
             OURS: lambda: self.kernel,
-            COMPOSED: lambda: self.composed,
-            COMPILED: lambda: torch.compile(self.composed),
+            "torch": lambda: self.composed,
+            "torch.compile": lambda: torch.compile(self.composed),
         }
 
     def prepare(self, form: Callable[..., Any], device: torch.device) -> tuple[Callable[[], object], float]:

@@ -18,12 +18,11 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-import torch
-
-from minirksc.errors import MinirkscError
-
+# Nothing here imports torch or minirksc before it is called: bench.gpu looks for a GPU first.
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "minirksc")
+OURS = "minirksc"
+"""Name that the arms of this engine begin with."""
 
 Row = dict[str, Any]
 """One measurement: plain data that JSON can hold."""
@@ -47,6 +46,13 @@ def summarise(values: Sequence[float]) -> Summary:
         return Summary(values[0], values[0], values[0])
     tenths = quantiles(values, n=10, method="inclusive")
     return Summary(median(values), tenths[0], tenths[-1])
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Runs something once, by the clock on the wall."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
 
 
 def take_turns(
@@ -115,14 +121,10 @@ def groups_of(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], list[Row
 
 def environment(threads: int) -> dict[str, Any]:
     """Versions and machine."""
-    versions: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
+    import torch
+
     return {
-        "versions": versions,
+        "versions": {name: version_of(name) for name in PACKAGES},
         "commit": _commit(),
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -130,6 +132,14 @@ def environment(threads: int) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": threads,
     }
+
+
+def version_of(package: str) -> str | None:
+    """Version of a package; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:
@@ -256,6 +266,8 @@ def keep_only(names: Iterable[str], pattern: str) -> list[str]:
 
 def run_or_exit(run: Callable[[], object]) -> None:
     """Runs a benchmark; what the engine or a file refuses is told in one line."""
+    from minirksc.errors import MinirkscError
+
     try:
         run()
     except MinirkscError as error:

@@ -32,9 +32,9 @@ def clopper_pearson(count: int, total: int, confidence: float = 0.95) -> Interva
     """Two-sided exact interval of a rate; for a one-sided bound see `minirksc.calibrate.binomial.upper_bound`.
 
     Args:
-        count: 0..total.
-        total: trials; of none nothing is known, and the estimate is NaN.
-        confidence: 0..1.
+        count: number of successes, 0..total.
+        total: number of trials; of none nothing is known, and the estimate is NaN.
+        confidence: share of intervals that hold the truth, 0..1.
     """
     if not 0 <= count <= total:
         raise ValueError(f"{count} of {total}: the count must be in 0..total")
@@ -56,10 +56,10 @@ def bootstrap(
     interval without width: that says nothing about rare problems, `clopper_pearson` of their number does.
 
     Args:
-        values: one a problem, at least one.
+        values: values, one a problem, at least one.
         statistic: function of values.
-        confidence: 0..1.
-        resamples: how often it is drawn.
+        confidence: share of intervals that hold the truth, 0..1.
+        resamples: number of draws.
         seed: seed of the draws.
     """
     if not values:

@@ -70,9 +70,9 @@ class Case:
 
     Attributes:
         name: op, sizes and dtype.
-        call: calls the launcher.
-        subset: belongs to the few that the tests compile.
-        loop_bytes: arguments of a launch -> HBM bytes that a program moves in one iteration of its main loop.
+        call: function that calls the launcher.
+        subset: whether it belongs to the few that the tests compile.
+        loop_bytes: function: arguments of a launch -> HBM bytes that a program moves in one iteration of its main loop.
         rival: name of other engines' figures that it is set beside, "decode d128" for example.
     """
 

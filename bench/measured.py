@@ -10,7 +10,8 @@ from typing import Any
 
 from bench.harness import Row, keep_only
 from bench.problem_sets import ProblemSet
-from minirksc import LLM, Solver, SolverConfig
+from minirksc import LLM, SamplingParams, Solver, SolverConfig
+from minirksc.engine.gates import LayerGate, Seat
 from minirksc.rksc.cgee import DEFAULT_GATES, Gates
 from minirksc.rksc.gates_file import read_gates_file, settings_of
 
@@ -56,6 +57,36 @@ def solve(llm: LLM, config: SolverConfig, problem: str | Sequence[int]) -> Row:
         "num_tokens": [len(branch.token_ids) for branch in branches],
         "token_ids": [branch.token_ids for branch in branches],
     }
+
+
+def begin_decoding(
+    llm: LLM, prompt: list[int], count: int, params: SamplingParams, gate: LayerGate | None = None
+) -> Callable[[], None]:
+    """Begins sequences of the prompt and one more token of their own; each has its first new token then.
+
+    Args:
+        llm: engine.
+        prompt: token ids that the sequences share.
+        count: number of sequences.
+        params: sampling, with nothing left open.
+        gate: layer gate at which each has a seat.
+
+    Returns:
+        What decodes all the others.
+    """
+    engine, requests = llm.engine, []
+    for row in range(count):
+        sequence = engine.new_sequence([*prompt, prompt[row - count]])
+        seat = None if gate is None else Seat(gate, row)
+        requests.append(engine.add_request(sequence, params, seed=row, seat=seat))
+    while not all(request.output_token_ids for request in requests):
+        engine.step()
+
+    def steps() -> None:
+        while engine.has_work:
+            engine.step()
+
+    return steps
 
 
 def solving(

@@ -76,7 +76,7 @@ def make_arms(base: SolverConfig, gates: Gates) -> dict[str, SolverConfig]:
     """Every condition.
 
     Args:
-        base: branches, tokens, hints, sampling, parser.
+        base: options of all conditions: branches, tokens, hints, sampling, parser.
         gates: gates of RKSC.
     """
     full = replace(base, verify="always", verify_style="standalone")

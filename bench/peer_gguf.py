@@ -56,9 +56,9 @@ def convert(source: Path, destination: Path, kind: str) -> None:
     """Writes the GGUF file with all matrices in one type and everything else as it was.
 
     Args:
-        source: any GGUF file that the gguf package can dequantise.
-        destination: is overwritten.
-        kind: one of `KINDS`.
+        source: GGUF file that the gguf package can dequantise.
+        destination: file that is overwritten.
+        kind: name out of `KINDS`.
 
     Raises:
         PeerError: the gguf package is not installed.

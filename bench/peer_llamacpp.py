@@ -35,7 +35,7 @@ class Context:
     """A llama.cpp context with the lengths of its sequences.
 
     Args:
-        lib: the module `llama_cpp`.
+        lib: module `llama_cpp`.
         model: pointer to the weights.
         params: parameters of the context.
     """

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.measured import load_gates, solve
+from bench.peer_plan import GATED
 from bench.peer_worker import Measured, serve
 from minirksc import LLM, SamplingParams, SolverConfig
-
-GATED = "rksc"
-"""Setting with gates: exact sharing, questions appended, asked as far as they can matter."""
 
 
 class MinirkscPeer:

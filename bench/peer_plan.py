@@ -21,7 +21,10 @@ SETTINGS = ("exact append", "exact standalone", "none standalone")
 """Of part solve, for every engine."""
 
 GATED = "rksc"
-"""And minirksc's with --gates: what it spares is the point, so its work is not the others'."""
+"""And minirksc's with --gates: exact sharing, questions appended, asked as far as they can matter.
+
+What it spares is the point, so its work is not the others'.
+"""
 
 SLACK = 64
 """Tokens of room beyond the longest sequence."""
@@ -37,8 +40,8 @@ class Peer:
     Attributes:
         name: name of its arms.
         command: interpreter and arguments of its worker.
-        options: what its worker loads with.
-        fallback: further options to try where that fails; they are told.
+        options: options that its worker loads with.
+        fallback: options to try on top where that fails; they are told.
         settings: settings of part solve.
     """
 
@@ -54,8 +57,8 @@ class Workload:
     """One part of the run.
 
     Attributes:
-        name: such as "decode 8".
-        request: what the workers are sent, less the setting.
+        name: name, such as "decode 8".
+        request: message to the workers, less the setting.
         shape: sequences and new tokens of each.
     """
 

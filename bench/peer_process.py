@@ -31,7 +31,7 @@ class PeerProcess:
         name: name of the peer, for messages.
         command: interpreter and arguments.
         threads: threads for OpenMP: some engines take their number from there alone.
-        timeout_s: longest time for one reply.
+        timeout_s: longest time for one reply, seconds.
 
     Raises:
         PeerError: there is no such interpreter.

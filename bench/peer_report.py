@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from bench.harness import Row, groups_of, names, ratios, values
+from bench.harness import OURS, Row, groups_of, names, ratios, values
 from bench.report import Page, spread
 
 METRICS = {
@@ -18,7 +18,6 @@ METRICS = {
 COMPARED = {"solve": "total_s", "decode": "decode_s", "prefill": "first_s"}
 """Seconds that ratios are of."""
 
-OURS = "minirksc"
 BEST = "exact append"
 
 
@@ -42,13 +41,11 @@ def make_page(
         "bits, other tokens are rounding, not errors."
     )
     page.items(missing)
-    done = [row for row in rows if "failed" not in row]
-    for workload in dict.fromkeys(row["workload"] for row in rows):
+    for (workload,), group in groups_of(rows, "workload").items():
         page.heading(title_of(workload, options))
-        group = [row for row in done if row["workload"] == workload]
-        if group:
-            workload_table(page, workload, group)
-        page.items(failures([row for row in rows if row["workload"] == workload]))
+        if done := [row for row in group if "failed" not in row]:
+            workload_table(page, workload, done)
+        page.items(failures(group))
     page.heading("Engines")
     peers_table(page, facts)
     return page

@@ -117,7 +117,7 @@ def serve(load: Callable[[dict[str, Any]], Peer]) -> None:
     """Answers requests until stdin ends.
 
     Args:
-        load: makes the peer from the options of the first request.
+        load: function that makes the peer from the options of the first request.
     """
     replies = _take_stdout()
     # The folder of a file that runs by its path comes first on the path; its neighbours are no modules.

@@ -46,7 +46,7 @@ class Running:
     """A peer's worker.
 
     Attributes:
-        peer: it.
+        peer: engine and its options.
         process: None once it is of no more use.
         facts: reply to "load".
     """
@@ -126,7 +126,7 @@ def measure(
     """Starts what is needed and runs all of it.
 
     Args:
-        workloads: in order.
+        workloads: workloads in order.
         arms: arms of each workload, by name.
         options: command line.
 

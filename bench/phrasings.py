@@ -5,7 +5,7 @@ Rules and word lists, no model: the same file and seed give the same texts. Para
 2 template: another instruction around the same problem;
 3 structure: sentences built differently, the template is the same;
 4 reordered: the question told first or sentences exchanged, with 1 to 3 on top.
-Adversarial wordings, six kinds, are those of `bench.adversarial` in the first wording's template.
+Adversarial phrasings, six kinds, are those of `bench.adversarial` in the first phrasing's template.
 """
 
 import random
@@ -35,15 +35,15 @@ COURTESIES = (
 
 
 @dataclass(frozen=True)
-class Wording:
-    """A text that is held against the first wording of a problem.
+class Phrasing:
+    """A text that is held against the first phrasing of a problem.
 
     Attributes:
         problem: index of the problem.
-        kind: one of LEVELS or KINDS.
-        rule: what was done.
-        root: the first wording, a whole prompt.
-        text: this one, a whole prompt.
+        kind: name out of LEVELS or KINDS.
+        rule: name of what was done.
+        root: prompt of the first phrasing, whole.
+        text: prompt of this one, whole.
     """
 
     problem: int
@@ -53,27 +53,27 @@ class Wording:
     text: str
 
 
-def wordings(problems: Sequence[Problem], seed: int = 0) -> list[Wording]:
-    """At most one wording of each level and kind a problem, in the order of the problems.
+def phrasings(problems: Sequence[Problem], seed: int = 0) -> list[Phrasing]:
+    """At most one phrasing of each level and kind a problem, in the order of the problems.
 
     Args:
         problems: problems to word.
-        seed: another one chooses other rules.
+        seed: seed of the choice of rules.
     """
-    return [one for index in range(len(problems)) for one in _wordings(problems, index, seed)]
+    return [one for index in range(len(problems)) for one in _phrasings(problems, index, seed)]
 
 
-def _wordings(problems: Sequence[Problem], index: int, seed: int) -> Iterator[Wording]:
+def _phrasings(problems: Sequence[Problem], index: int, seed: int) -> Iterator[Phrasing]:
     problem = problems[index]
     rng = random.Random(f"{seed} {index}")
     root = ROOT_TEMPLATE.format(problem.question)
     for level in LEVELS:
         if made := paraphrase(problem.question, level, rng):
-            yield Wording(index, level, made[1], root, made[0])
+            yield Phrasing(index, level, made[1], root, made[0])
     for kind in KINDS:
         changed = adversarial(problem, kind, rng) if kind in RULES else other_problem(problems, index, rng)
         if changed:
-            yield Wording(index, kind, changed[1], root, ROOT_TEMPLATE.format(changed[0]))
+            yield Phrasing(index, kind, changed[1], root, ROOT_TEMPLATE.format(changed[0]))
 
 
 def paraphrase(question: str, level: str, rng: random.Random) -> Made | None:
@@ -81,8 +81,8 @@ def paraphrase(question: str, level: str, rng: random.Random) -> Made | None:
 
     Args:
         question: question to say differently.
-        level: one of LEVELS.
-        rng: chooses among the rules that apply.
+        level: name out of LEVELS.
+        rng: random numbers that choose among the rules that apply.
 
     Returns:
         The prompt and what was done; None where no rule of the level applies.

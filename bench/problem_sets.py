@@ -24,7 +24,7 @@ class ProblemSet:
     Attributes:
         name: name of the file.
         kind: kind of their answers, see `minirksc.rksc.answers.parse_answer`.
-        questions: texts.
+        questions: texts of the problems.
         references: right answers in normal form.
         shots: question and answer of other rows of the file, for worked examples; none of them is asked.
     """
@@ -46,7 +46,7 @@ def read_problem_set(file: Path, limit: int | None, num_shots: int = 0) -> Probl
 
     Args:
         file: JSONL with `question` and `answer`.
-        limit: most problems; None: all that are left.
+        limit: most problems; None: all other rows.
         num_shots: rows kept for worked examples.
 
     Raises:

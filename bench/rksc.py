@@ -37,8 +37,8 @@ def make_arms(base: SolverConfig, gates: Gates) -> dict[str, SolverConfig]:
     """Every arm.
 
     Args:
-        base: prompts, tokens, sampling: what all have in common.
-        gates: thresholds.
+        base: options that all arms have in common: prompts, tokens, sampling.
+        gates: gates with their thresholds.
     """
     plain = replace(base, verify="always")
     gated = replace(base, verify="auto", decode_exit="off")

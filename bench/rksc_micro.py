@@ -8,18 +8,16 @@ Started by `python -m bench.rksc --micro`. Everything runs behind one prompt of 
 """
 
 import argparse
-import time
 from collections.abc import Callable, Collection, Sequence
 from statistics import median
 
-from bench.harness import Row, keep_only, names, ratios, take_turns, values
+from bench.harness import Row, groups_of, keep_only, names, ratios, seconds_of, take_turns, values
 from bench.intervals import bootstrap
-from bench.measured import load
+from bench.measured import begin_decoding, load
 from bench.prompts import EXAMPLES, few_shot_ids
 from bench.report import Page, spread
 from minirksc import LLM, SamplingParams
-from minirksc.engine.branch import Branch
-from minirksc.engine.gates import LEAVE, Decisions, GateRows, LayerGate, Seat
+from minirksc.engine.gates import LEAVE, Decisions, GateRows, LayerGate
 from minirksc.engine.mass import MASS_INTERVAL
 from minirksc.rksc.exits import MarginRule
 
@@ -41,7 +39,7 @@ class Leaving:
     """A layer gate at which given rows leave after one layer.
 
     Args:
-        layers: after which it is asked.
+        layers: layers after which it is asked.
         rows: rows that leave.
     """
 
@@ -59,7 +57,7 @@ def make_arms(llm: LLM, without_mass: LLM, options: argparse.Namespace) -> dict[
 
     Args:
         llm: engine.
-        without_mass: the same with an eviction policy that needs no attention.
+        without_mass: engine of the same model whose eviction policy needs no attention.
         options: command line.
     """
     tokenizer = llm.need_tokenizer("bench.rksc")
@@ -85,9 +83,9 @@ def make_arms(llm: LLM, without_mass: LLM, options: argparse.Namespace) -> dict[
         "score, half leaves": score(lambda: Leaving((num_layers // 2 - 1,), half)),
         "score, all watched": score(lambda: watching.gate(llm.lens, (yes, no), num_layers)),
         "score, gate never asked": score(lambda: Leaving((), ())),
-        "decode, no gate": lambda index: decode(llm, prompt, branches, index, None),
-        "decode, gate never asked": lambda index: decode(llm, prompt, branches, index, Leaving((), ())),
-        "decode, no mass": lambda index: decode(without_mass, prompt, branches, index, None),
+        "decode, no gate": lambda _: decode(llm, prompt, len(branches), None),
+        "decode, gate never asked": lambda _: decode(llm, prompt, len(branches), Leaving((), ())),
+        "decode, no mass": lambda _: decode(without_mass, prompt, len(branches), None),
     }
 
 
@@ -97,24 +95,11 @@ def window(token_ids: Sequence[int], number: int) -> list[int]:
     return list(token_ids[begin : begin + NUM_QUESTION_TOKENS])
 
 
-def decode(llm: LLM, prompt: list[int], branches: Sequence[Branch], index: int, gate: LayerGate | None) -> Row:
+def decode(llm: LLM, prompt: list[int], num_branches: int, gate: LayerGate | None) -> Row:
     """`NUM_STEPS` decode steps of one sequence a branch, after the prompt and one more token of its own."""
-    engine = llm.engine
     params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=NUM_STEPS + 1).resolved(llm.sampling_defaults)
-    requests = []
-    for row in range(len(branches)):
-        sequence = engine.new_sequence([*prompt, prompt[row - len(branches)]])
-        seat = None if gate is None else Seat(gate, row)
-        requests.append(engine.add_request(sequence, params, seed=index, seat=seat))
-    while not all(request.output_token_ids for request in requests):
-        engine.step()
-
-    def steps() -> None:
-        while engine.has_work:
-            engine.step()
-
-    measured = _counted(llm, steps)
-    assert measured["num_decoded_tokens"] == NUM_STEPS * len(branches), "all must have begun in the same step"
+    measured = _counted(llm, begin_decoding(llm, prompt, num_branches, params, gate))
+    assert measured["num_decoded_tokens"] == NUM_STEPS * num_branches, "all must have begun in the same step"
     return {**measured, "seconds": measured["seconds"] / NUM_STEPS}
 
 
@@ -141,8 +126,7 @@ def make_page(rows: Sequence[Row], options: argparse.Namespace) -> Page:
         f"{MASS_INTERVAL}th. Median (p10 .. p90); relative time: median within a repetition, with its 95% interval "
         "over repetitions."
     )
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        own = [row for row in rows if row["dtype"] == dtype]
+    for (dtype,), own in groups_of(rows, "dtype").items():
         page.heading(dtype)
         table = []
         for arm in names(own):
@@ -160,9 +144,7 @@ def make_page(rows: Sequence[Row], options: argparse.Namespace) -> Page:
 
 def _counted(llm: LLM, work: Callable[[], object]) -> Row:
     before = llm.stats()
-    begin = time.perf_counter()
-    work()
-    seconds = time.perf_counter() - begin
+    seconds = seconds_of(work)
     after = llm.stats()
     counters = ("num_layer_rows", "num_prefilled_tokens", "num_decoded_tokens")
     return {"seconds": seconds, **{name: after[name] - before[name] for name in counters}}

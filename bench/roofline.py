@@ -18,14 +18,14 @@ operations measure themselves: from that run come the shares of the groups of op
 """
 
 import argparse
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import torch
 
-from bench.harness import Row, make_parser, parse_with_quick, summarise
+from bench.harness import Row, make_parser, parse_with_quick, seconds_of, summarise
+from bench.measured import begin_decoding
 from bench.prompts import EXAMPLES, few_shot_ids
 from bench.report import Page, write_run
 from minirksc import LLM, SamplingParams
@@ -63,8 +63,8 @@ class Limits:
     """What the machine can do.
 
     Attributes:
-        bytes_per_s: read from memory.
-        flops_per_s: in the model's dtype.
+        bytes_per_s: bytes a second read from memory.
+        flops_per_s: operations a second in the model's dtype.
     """
 
     bytes_per_s: float
@@ -92,8 +92,8 @@ def measure_limits(dtype: torch.dtype) -> Limits:
     """The best of some attempts at either."""
     array = empty(LIMIT_BYTES // 4, dtype=torch.float32).fill_(1)
     square = torch.randn(LIMIT_SIZE, LIMIT_SIZE).to(dtype)
-    sum_s = min(_seconds(lambda: array.sum()) for _ in range(LIMIT_REPEATS))
-    product_s = min(_seconds(lambda: square @ square) for _ in range(LIMIT_REPEATS))
+    sum_s = min(seconds_of(lambda: array.sum()) for _ in range(LIMIT_REPEATS))
+    product_s = min(seconds_of(lambda: square @ square) for _ in range(LIMIT_REPEATS))
     return Limits(LIMIT_BYTES / sum_s, 2 * LIMIT_SIZE**3 / product_s)
 
 
@@ -103,7 +103,7 @@ def work_of(llm: LLM, contexts: Sequence[int], num_distinct: int, num_logits: in
     Args:
         llm: engine with the model.
         contexts: keys that each token attends to, one entry a token.
-        num_distinct: keys that are read by anybody, each counted once; a window leaves no more than its own.
+        num_distinct: number of keys that are read at all, each counted once; a window leaves no more than its own.
         num_logits: rows of logits.
     """
     spec, model = llm.spec, llm.engine.runner.model
@@ -119,55 +119,32 @@ def work_of(llm: LLM, contexts: Sequence[int], num_distinct: int, num_logits: in
     return Work(num_bytes, num_flops)
 
 
-class Phases:
-    """Runs of each phase on one engine.
+def phases_of(llm: LLM, prompt: list[int], num_branches: int) -> dict[str, tuple[Callable[[], float], Work]]:
+    """Phase -> (what runs it and gives its seconds, what it needs at least).
 
     Args:
         llm: engine.
-        prompt: token ids.
+        prompt: token ids of the prompt.
         num_branches: branches of the last phase.
     """
+    params = SamplingParams(temperature=0.8, top_p=0.95, ignore_eos=True, max_tokens=NUM_STEPS + 1, seed=0)
 
-    def __init__(self, llm: LLM, prompt: list[int], num_branches: int) -> None:
-        self._llm = llm
-        self._prompt = prompt
-        self._num_branches = num_branches
-        self._params = SamplingParams(temperature=0.8, top_p=0.95, ignore_eos=True, max_tokens=NUM_STEPS + 1, seed=0)
+    def prefill() -> float:
+        llm.reset_prefix_cache()
+        return seconds_of(lambda: llm.branch(prompt).prune())
 
-    def prefill(self) -> float:
-        """Seconds of the prompt, from an empty cache."""
-        self._llm.reset_prefix_cache()
-        return _seconds(lambda: self._llm.branch(self._prompt).prune())
+    def decode(num_sequences: int) -> float:
+        return seconds_of(begin_decoding(llm, prompt, num_sequences, params.resolved({}))) / NUM_STEPS
 
-    def decode(self, num_sequences: int) -> float:
-        """Seconds of a decode step of sequences that share the prompt."""
-        engine = self._llm.engine
-        params = self._params.resolved({})
-        own = [[*self._prompt, self._prompt[-1 - row]] for row in range(num_sequences)]
-        requests = [engine.add_request(engine.new_sequence(ids), params, seed=row) for row, ids in enumerate(own)]
-        while not all(request.output_token_ids for request in requests):
-            engine.step()
-
-        def steps() -> None:
-            while engine.has_work:
-                engine.step()
-
-        return _seconds(steps) / NUM_STEPS
-
-    def all(self) -> dict[str, tuple[Callable[[], float], Work]]:
-        """Phase -> (what runs it, what it needs at least)."""
-        length, several = len(self._prompt), self._num_branches
-        behind = length + 1 + NUM_STEPS // 2  # on average
-        each = NUM_STEPS // 2 + 1
-        llm = self._llm
-        return {
-            f"prompt of {length}": (self.prefill, work_of(llm, range(1, length + 1), length, 0)),
-            "decode, 1 sequence": (lambda: self.decode(1), work_of(llm, [behind], behind, 1)),
-            f"decode, {several} branches": (
-                lambda: self.decode(several),
-                work_of(llm, [behind] * several, length + several * each, several),
-            ),
-        }
+    length = len(prompt)
+    behind = length + 1 + NUM_STEPS // 2  # on average
+    num_distinct = length + num_branches * (NUM_STEPS // 2 + 1)
+    branches = work_of(llm, [behind] * num_branches, num_distinct, num_branches)
+    return {
+        f"prompt of {length}": (prefill, work_of(llm, range(1, length + 1), length, 0)),
+        "decode, 1 sequence": (lambda: decode(1), work_of(llm, [behind], behind, 1)),
+        f"decode, {num_branches} branches": (lambda: decode(num_branches), branches),
+    }
 
 
 def measure(
@@ -175,29 +152,25 @@ def measure(
 ) -> list[Row]:
     """One row a phase."""
     rows: list[Row] = []
-    phases = Phases(llm, prompt, num_branches).all()
-    seconds: dict[str, list[float]] = {name: [] for name in phases}
+    phases = phases_of(llm, prompt, num_branches)
     limits: list[Limits] = []
-    for repeat in range(repeats + 1):
+    seconds: list[dict[str, float]] = []
+    for _ in range(repeats + 1):
         limits.append(limits_of(llm.engine.runner.model.dtype))
-        for name, (run, _) in phases.items():
-            seconds[name].append(run())
-        if repeat == 0:  # it warms up
-            limits.clear()
-            seconds = {name: [] for name in phases}
+        seconds.append({name: run() for name, (run, _) in phases.items()})
+    del limits[0], seconds[0]  # that run warmed up
     for name, (run, work) in phases.items():
-        groups = _shares(run)
         calls = 1 if name.startswith("prompt") else NUM_STEPS
         rows.append(
             {
                 "phase": name,
-                "seconds": seconds[name],
+                "seconds": [one[name] for one in seconds],
                 "bound_s": [one.bound_s(work.num_bytes, work.num_flops) for one in limits],
                 "bytes_per_s": [one.bytes_per_s for one in limits],
                 "flops_per_s": [one.flops_per_s for one in limits],
                 "num_bytes": work.num_bytes,
                 "num_flops": work.num_flops,
-                "operator_s": {group: one / calls for group, one in groups.items()},
+                "operator_s": {group: one / calls for group, one in _shares(run).items()},
             }
         )
     return rows
@@ -250,12 +223,6 @@ def make_page(rows: Sequence[Row], options: argparse.Namespace, dtype: str) -> P
     page.text("Where the time goes, ms a step; operators under the profiler, which slows the small ones down:")
     page.table(["phase", *names, "between them"], table)
     return page
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
 
 
 def main() -> None:

@@ -64,14 +64,9 @@ LOADS = (
 )
 
 
-def prepare(work: Load, policy: str = "rksc") -> FakeEngine:
-    """An engine whose branches are about to decode.
-
-    Args:
-        work: load of the engine.
-        policy: policy of eviction.
-    """
-    engine = FakeEngine(BlockManager(work.num_blocks, BLOCK_SIZE, policy), 1 << 20, work.num_branches)
+def prepare(work: Load) -> FakeEngine:
+    """An engine whose branches are about to decode."""
+    engine = FakeEngine(BlockManager(work.num_blocks, BLOCK_SIZE, "rksc"), 1 << 20, work.num_branches)
     used = work.num_branches * (NUM_STEPS // BLOCK_SIZE + 2)
     used += work.context // BLOCK_SIZE * (1 if work.shares else work.num_branches)
     for number in range(max(0, work.num_blocks - used) // (work.context // BLOCK_SIZE)):

@@ -68,7 +68,7 @@ class Nearest(_AtDeepest):
     the same gap in the other phrasing, or its two neighbours where that gap is empty. Cosines of standardised states.
 
     Attributes:
-        count: how many of the worst tokens are averaged.
+        count: number of the worst tokens, which are averaged.
 
     Source: greedy matching by cosine as in BERTScore (arXiv 1904.09675), of unmatched tokens only.
     """

@@ -11,7 +11,6 @@ Exit status 1: a launch does not compile, spills, or needs more shared memory th
 """
 
 import argparse
-import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -20,8 +19,8 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: an interpreted kernel cannot be compiled
 
@@ -30,13 +29,11 @@ from rich.console import Console
 from rich.progress import track
 
 from bench import harness
+from bench.harness import Row
 from bench.kernel_cases import Case, Launch, all_cases, gpu_target
 from bench.report import Page, write_lines
 from bench.static_report import TARGETS, read
 from minirksc.errors import MinirkscError
-
-Row = dict[str, Any]
-"""One launch on one target: case, kernel, target, problems, and `Usage` as plain data unless it does not compile."""
 
 RIVALS = Path(__file__).with_name("rival_kernels.json")
 COUNTED = ("MMA", "LDG", "LDG.128", "LDGSTS.128", "LDSM", "LDS", "STS", "MUFU", "SHFL", "BAR", "FP32", "CVT", "INT")
@@ -51,7 +48,7 @@ def main() -> int:
         sys.exit(f"--only {options.only!r} leaves no case; there are:\n" + "\n".join(case.name for case in all_cases()))
     file = options.output or harness.ROOT / "bench" / "results" / f"static-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
     facts = harness.environment(options.jobs)
-    facts["versions"]["triton"] = importlib.metadata.version("triton")
+    facts["versions"]["triton"] = harness.version_of("triton")
     common = {"bench": "static_kernels", "environment": facts}
     rows = list(write_lines(file, compile_all(cases, options.targets, options.jobs), common))
     print(make_page(rows))
@@ -99,7 +96,11 @@ def plan(cases: Sequence[Case], targets: Sequence[str]) -> tuple[list[Job], list
 
 
 def compile_all(cases: Sequence[Case], targets: Sequence[str], num_jobs: int) -> Iterator[Row]:
-    """Rows of all launches, what was refused first."""
+    """Rows of all launches, what was refused first.
+
+    Yields:
+        One launch on one target: case, kernel, target, problems, and `Usage` as plain data unless it does not compile.
+    """
     jobs, refused = plan(cases, targets)
     yield from refused
     with tempfile.TemporaryDirectory() as cache:
@@ -128,7 +129,7 @@ def _compiled(case: Case, launch: Launch, target: str) -> Row:
     has_bytes = case.loop_bytes is not None and "TILE" in launch.arguments()
     usage = read(compiled, TARGETS[target], case.loop_bytes(launch.arguments()) if has_bytes else None)
     row = _row(case.name, launch.kernel.__name__, target, usage.problems(TARGETS[target]))
-    return {**row, "grid": list(launch.grid), "rival": case.rival if has_bytes else None, **usage.as_dict()}
+    return {**row, "grid": list(launch.grid), "rival": case.rival if has_bytes else None, **asdict(usage)}
 
 
 def _row(case: str, kernel: str, target: str, problems: list[str]) -> Row:

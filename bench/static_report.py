@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +131,6 @@ class Usage:
         elif not self.blocks:
             found.append("its registers do not fit on a multiprocessor")
         return found
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
 
 
 def read(compiled: Any, target: Target, loop_bytes: int | None) -> Usage:

@@ -36,7 +36,7 @@ class Shape:
     """Of each search, and how many there are.
 
     Attributes:
-        kind: one of KINDS.
+        kind: name out of KINDS.
         branches, beam, depth, tokens, num_open: sizes as above.
         num_problems, concurrency: searches in all, and at a time.
         seed: seed of the scores.
@@ -58,7 +58,7 @@ class Round:
     """One round of a search; parents are given back once their children have been forked.
 
     Attributes:
-        expand: (parent, its children); a parent without a branch is begun anew from its token ids.
+        expand: pairs of (parent, its children); a parent without a branch is begun anew from its token ids.
         drop: branches that are given back when the children have been decoded.
     """
 
@@ -121,10 +121,10 @@ class Search:
     Attributes:
         problem: number of the problem.
         rounds: rounds still to do, the present one first.
-        branches: live ones, by path.
+        branches: live branches, by path.
         token_ids: tokens of every node that was ever decoded.
         pending: requests that the present round waits for.
-        forked: the present round's children exist.
+        forked: whether the present round's children exist.
     """
 
     problem: int
@@ -145,7 +145,7 @@ class Service:
         hint: beginning of each child.
 
     Attributes:
-        searches: those that have begun; all of them, when `run` is through.
+        searches: searches that have begun; all of them, when `run` is through.
     """
 
     def __init__(self, host: Host, prompts: Sequence[list[int]], shape: Shape, hint: Hint) -> None:

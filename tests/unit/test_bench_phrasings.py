@@ -20,7 +20,7 @@ if "bench" not in sys.modules:
 
 from bench.adversarial import RULES, adversarial  # noqa: E402
 from bench.intervals import clopper_pearson  # noqa: E402
-from bench.phrasings import KINDS, LEVELS, MINOR, ROOT_TEMPLATE, paraphrase, wordings  # noqa: E402
+from bench.phrasings import KINDS, LEVELS, MINOR, ROOT_TEMPLATE, paraphrase, phrasings  # noqa: E402
 from bench.prompts import EXAMPLES  # noqa: E402
 from bench.word_problems import Problem, numerals, sentences, single_numerals, to_number  # noqa: E402
 
@@ -30,7 +30,7 @@ SEEDS = range(8)
 
 @functools.cache
 def all_wordings():
-    return [one for seed in SEEDS for one in wordings(PROBLEMS, seed)]
+    return [one for seed in SEEDS for one in phrasings(PROBLEMS, seed)]
 
 
 def made(kind):
@@ -38,8 +38,8 @@ def made(kind):
 
 
 def test_the_same_seed_gives_the_same_wordings():
-    assert wordings(PROBLEMS, 3) == wordings(PROBLEMS, 3)
-    assert wordings(PROBLEMS, 3) != wordings(PROBLEMS, 4)
+    assert phrasings(PROBLEMS, 3) == phrasings(PROBLEMS, 3)
+    assert phrasings(PROBLEMS, 3) != phrasings(PROBLEMS, 4)
 
 
 @pytest.mark.parametrize("kind", [*LEVELS, *KINDS])
