@@ -247,8 +247,8 @@ class LLM:
             Conversation(conversation, add_generation_prompt, tools, chat_template_kwargs)
             for conversation in conversation_list(conversations)
         ]
-        shared: dict[str, Any] = {"sampling_params": sampling_params, "salt": salt}
-        return self.generate(prompts, params, use_tqdm, return_errors, **shared)  # type: ignore[arg-type]
+        params = either_params(params, sampling_params)
+        return self.generate(prompts, params, use_tqdm, return_errors, salt=salt)  # type: ignore[arg-type]
 
     def logits(self, token_ids: Iterable[int], *, salt: Salt | None = None) -> Tensor:
         """Next-token logits at every position: `[tokens, vocab]` float32 on the CPU.

@@ -1,6 +1,6 @@
 """From a schedule to the tensors of one forward pass."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,20 +87,15 @@ def build_batch(
 
     def attention(window: int | None) -> AttentionBatch:
         kv_tables = block_tables if window is None else window_tables
-        slots = torch.tensor(
-            [
-                table[p // size] * size + p % size
-                for item, table in zip(items, kv_tables, strict=True)
-                for p in range(item.first, item.first + item.num_tokens)
-            ],
-            device=device,
-        )
+        slots: list[int] = []
+        for item, table in zip(items, kv_tables, strict=True):
+            slots += slots_of(table, range(item.first, item.first + item.num_tokens), size)
         return AttentionBatch(
             cu_seqlens_q,
             context_lens,
             block_tables,
             kv_tables,
-            slots,
+            torch.tensor(slots, device=device),
             block_size=size,
             device=device,
             window=window,
@@ -118,6 +113,17 @@ def build_batch(
         wanted=wanted,
         copies=[copy for item in items for copy in item.copies],
     )
+
+
+def slots_of(table: Sequence[int], positions: Iterable[int], block_size: int) -> list[int]:
+    """Where the KV of tokens lies in a cache: one slot for each of these positions.
+
+    Args:
+        table: places of the sequence's blocks in that cache, in order of position.
+        positions: positions of the tokens.
+        block_size: number of tokens a block.
+    """
+    return [table[p // block_size] * block_size + p % block_size for p in positions]
 
 
 def _first_logits_position(item: ScheduledRequest) -> int:

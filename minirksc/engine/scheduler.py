@@ -2,7 +2,7 @@
 
 Order of service: decodes first (what continues its own output), then prefills under way, then new requests in order of
 arrival, up to max_batch_tokens. A request that finds no block for its next token takes the blocks of a kept,
-idle sequence, else of the request that came last; both are recomputed when they run again, so no token is
+idle sequence, else of the request that was admitted last; both are recomputed when they run again, so no token is
 ever dropped. Requests that begin alike while nothing is cached yet wait for the first of them: one prefill.
 
 Pure bookkeeping: knows blocks and tokens, neither torch nor the model.

@@ -307,8 +307,8 @@ PAPER_GATES = Gates(
     compares_answers=False,
     layer_exit=EntropyRule(entropy=12.0, stability=3.0, start=2),
     decode_exit=(Lead(0.72, 0.10),),
-    decode_min_tokens=3,
+    decode_min_tokens=4,
     source="paper",
 )
 """Every published rule and constant. Source: arXiv 2606.09937, and its notebook, whose theta is 12 where the text has 8
-for most models."""
+for most models, and which counts steps from 0: after its step 3 there are 4 tokens."""

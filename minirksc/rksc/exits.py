@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from minirksc.engine.gates import LEAVE, Decisions, GateRows
 
@@ -53,6 +53,7 @@ class MarginRule:
     """Thresholds of `MarginExit`.
 
     Attributes:
+        reason: what makes a row leave, in words.
         margin: least |YES - NO|, in logits.
         patience: layers in a row that it must hold with one sign.
         start: first layer that is looked at, counted from 0; None: half of them.
@@ -61,6 +62,7 @@ class MarginRule:
             is read.
     """
 
+    reason: ClassVar[str] = "the margin of YES over NO is clear"
     margin: float
     patience: int = 3
     start: int | None = None
@@ -72,6 +74,11 @@ class MarginRule:
         lines = self.correction or ()
         has_counts = is_count(self.patience) and self.patience > 0 and (self.start is None or is_count(self.start))
         return has_counts and is_number(self.margin) and all(is_number(part) for line in lines for part in line)
+
+    @property
+    def threshold(self) -> float | None:
+        """What margins are held against."""
+        return self.margin
 
     def gate(self, make_lens: "MakeLens", choices: tuple[int, int], num_layers: int) -> "LayerExit":
         """The gate of one pass."""
@@ -149,11 +156,13 @@ class EntropyRule:
     """Thresholds of `EntropyExit`.
 
     Attributes:
+        reason: what makes a row leave, in words.
         entropy: the row leaves below it, nats (theta).
         stability: most that it may differ from the layer before, nats (epsilon).
         start: first layer that may be left, counted from 1.
     """
 
+    reason: ClassVar[str] = "the entropy of the lens is low and stable"
     entropy: float
     stability: float
     start: int
@@ -162,6 +171,11 @@ class EntropyRule:
     def is_finite(self) -> bool:
         """Whether its numbers are some."""
         return is_number(self.entropy) and is_number(self.stability) and is_count(self.start)
+
+    @property
+    def threshold(self) -> float | None:
+        """What margins are held against; nothing here."""
+        return None
 
     def gate(self, make_lens: "MakeLens", choices: tuple[int, int], num_layers: int) -> "EntropyExit":
         """The gate of one pass."""

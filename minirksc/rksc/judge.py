@@ -126,12 +126,14 @@ class Judge:
         rivals = self._answers if self._gates.compares_answers else None
         leader = leader_of(self._values, rivals, self._gates.skip)
         _, top, rest = best_and_rest(self._values, rivals)
+        # Of several rules the one that holds is noted, else the first.
+        lead = next((lead for lead in self._gates.skip if lead.holds(top, rest)), self._gates.skip[0])
         note = GateNote(
             "skip",
             "ask" if leader is None else "nobody is asked",
             f"{self._gates.signal} {', '.join(f'{value:.3f}' for value in self._values)}",
-            value=self._gates.skip[0].distance(top, rest),
-            threshold=self._gates.skip[0].gap,
+            value=lead.distance(top, rest),
+            threshold=lead.gap,
             calibrated=self._gates.is_calibrated,
         )
         return Ruling(best, ask, (note,)) if leader is None else Ruling(leader, (), (note,))

@@ -58,11 +58,9 @@ class Solver:
     """
 
     def __init__(self, llm: Any, config: SolverConfig | None = None) -> None:
-        if not hasattr(llm, "tokenizer"):
-            raise ConfigError(f"a Solver works on an LLM, not on {brief(llm)}")
         if config is not None and not isinstance(config, SolverConfig):
             raise ConfigError(f"config {brief(config)} must be a SolverConfig(...), or None for the defaults")
-        self.session: Session = llm.session() if hasattr(llm, "session") else llm
+        self.session = _session_of(llm)
         self.config = config or SolverConfig()
         if self.session.tokenizer is None:
             check_needs_no_text(self.session, self.config)
@@ -219,17 +217,18 @@ class _Search:
 
     def _note_exit(self, node: Node, verdict: Verdict) -> None:
         """Notes what the layer exit decided in the pass of a verdict, if anything."""
+        rule = self._gates.layer_exit
         if verdict.saw_nan:
             self._tree.record.note("layer_exit", "goes on", "a hidden state was not finite", node=node)
-        elif verdict.exit_layer is not None:
+        elif rule is not None and verdict.exit_layer is not None:
             self._tree.record.note(
                 "layer_exit",
                 "leaves",
-                f"the margin of YES is clear: p(YES) {verdict.probability:.3f}",
+                f"{rule.reason}: p(YES) {verdict.probability:.3f}",
                 node=node,
                 layer=verdict.exit_layer,
                 value=verdict.margin,
-                threshold=getattr(self._gates.layer_exit, "margin", None),
+                threshold=rule.threshold,
                 calibrated=self._gates.is_calibrated,
             )
 
@@ -254,6 +253,20 @@ class _Search:
         """None where the vote was over before it had ended: a text that was cut off is no answer."""
         is_cut = node.branch.finish_reason == "consensus"
         return None if is_cut else parse_answer(node.text, self._config.answer_parser)
+
+
+def _session_of(llm: Any) -> "Session":
+    """The session of an LLM, or the session itself.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    from minirksc.engine.session import Session  # torch is there by now
+
+    session = llm.session() if callable(getattr(llm, "session", None)) else llm
+    if not isinstance(session, Session):
+        raise ConfigError(f"a Solver works on an LLM or a session, not on {brief(llm)}")
+    return session
 
 
 def _well(nodes: Sequence[Node]) -> list[Node]:

@@ -96,6 +96,11 @@ def test_the_published_policy_stops_everybody(llm):
     assert all(len(b.token_ids) == 3 or b.finish_reason == "stop" for b in gated.branches)
     paper = solve(llm, policy="paper", verify_style="standalone")
     assert paper.gates == "paper" and Solver(llm, SolverConfig(policy="paper")).gates is PAPER_GATES
+    # The notebook looks from step 3 on, and its first step is 0.
+    assert PAPER_GATES.decode_min_tokens == 4
+    # Whatever leaves by entropy is not said to have a clear margin.
+    exits = [note for note in paper.trace["gates"] if note["gate"] == "layer_exit"]
+    assert exits and all("entropy" in note["reason"] and note["threshold"] is None for note in exits)
 
 
 def test_a_skip_asks_nobody(llm):

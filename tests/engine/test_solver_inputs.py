@@ -173,6 +173,8 @@ def test_params_may_be_a_dict(llm):
 def test_what_is_no_llm_no_config_or_no_callback_is_refused(llm):
     with pytest.raises(ConfigError, match="works on an LLM"):
         Solver("smollm2-135m")
+    with pytest.raises(ConfigError, match="works on an LLM"):
+        Solver(llm.tokenizer)  # nor is everything that has a tokenizer, or is one
     with pytest.raises(ConfigError, match="SolverConfig"):
         Solver(llm, {"branches": 4})
     with pytest.raises(ConfigError, match="on_event"):

@@ -93,6 +93,14 @@ def test_the_surest_are_asked_first_then_whoever_can_still_win():
     assert notes == [GateNote("bound", "2 not asked", "whatever they would score, the answer stays", value=2)]
 
 
+def test_of_several_leads_the_one_that_holds_is_noted():
+    gates = Gates(skip=(Lead(top=0.9), Lead(gap=0.2)), source="uncalibrated")
+    judge = Judge(gates, "score", answers=["1", "2"], confidences=[0.8] * 2, values=[0.8, 0.2])
+    (note,) = judge.ruling([None] * 2).notes
+    assert (note.decision, note.threshold) == ("nobody is asked", 0.2)
+    assert note.value == pytest.approx(0.75)
+
+
 def test_what_was_asked_in_vain_counts_nothing():
     judge = Judge(NO_GATES, "score", answers=["1", "2"], confidences=[None, 0.5], values=[math.nan, 0.5])
     assert judge.ruling([None, None]).ask == (0, 1)
