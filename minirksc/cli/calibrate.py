@@ -54,9 +54,9 @@ RULES = ("select", "answer_parser", "decode_exit")
 SOLVER = ("branches", "tokens_per_step", "verify_style", "select", "answer_parser", "decode_exit")
 CHOICES: dict[str, tuple[Any, str]] = {
     "budget": (float, "most decisions that may change, as a share of problems (default: 0.01)"),
-    "confidence": (float, "that the result keeps to the budget (default: 0.95)"),
-    "signal": (("auto", *SIGNALS), "what a lead is measured on (default: auto, by part of the data)"),
-    "split_seed": (int, "of the random division of the problems (default: 0)"),
+    "confidence": (float, "confidence that the result keeps to the budget (default: 0.95)"),
+    "signal": (("auto", *SIGNALS), "signal that a lead is measured on (default: auto, by part of the data)"),
+    "split_seed": (int, "seed of the random division of the problems (default: 0)"),
     "limit": (int, "use the first N problems only"),
 }
 STEP_SAMPLING = tuple(name for name in SAMPLING if name not in ("max_tokens", "n", "logprobs", "ignore_eos"))

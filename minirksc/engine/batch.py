@@ -89,7 +89,7 @@ def build_batch(
         kv_tables = block_tables if window is None else window_tables
         slots: list[int] = []
         for item, table in zip(items, kv_tables, strict=True):
-            slots += slots_of(table, range(item.first, item.first + item.num_tokens), size)
+            slots += slots_at(table, range(item.first, item.first + item.num_tokens), size)
         return AttentionBatch(
             cu_seqlens_q,
             context_lens,
@@ -115,7 +115,7 @@ def build_batch(
     )
 
 
-def slots_of(table: Sequence[int], positions: Iterable[int], block_size: int) -> list[int]:
+def slots_at(table: Sequence[int], positions: Iterable[int], block_size: int) -> list[int]:
     """Where the KV of tokens lies in a cache: one slot for each of these positions.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minirksc.cache.rsbcm import BlockManager
-from minirksc.engine.batch import ForwardBatch, slots_of
+from minirksc.engine.batch import ForwardBatch, slots_at
 from minirksc.engine.gates import Borrow
 from minirksc.engine.runner import Runner
 
@@ -51,7 +51,7 @@ class Loans:
         destinations: dict[int | None, Tensor] = {}
         for window, attention in self._batch.attention.items():
             table_of = self._blocks.block_table if window is None else self._blocks.window_table
-            slots = slots_of(table_of(borrow.seq_id), borrow.positions, attention.block_size)
+            slots = slots_at(table_of(borrow.seq_id), borrow.positions, attention.block_size)
             sources[window] = torch.tensor(slots, device=device)
             destinations[window] = attention.slots[rows]
         shifts = [first_position + o - p for o, p in zip(borrow.offsets, borrow.positions, strict=True)]
