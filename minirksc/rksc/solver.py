@@ -60,7 +60,9 @@ class Solver:
     def __init__(self, llm: Any, config: SolverConfig | None = None) -> None:
         if config is not None and not isinstance(config, SolverConfig):
             raise ConfigError(f"config {brief(config)} must be a SolverConfig(...), or None for the defaults")
-        self.session = _session_of(llm)
+        self.session: Session = llm.session() if callable(getattr(llm, "session", None)) else llm
+        if not hasattr(self.session, "extend"):
+            raise ConfigError(f"a Solver works on an LLM or a session, not on {brief(llm)}")
         self.config = config or SolverConfig()
         if self.session.tokenizer is None:
             check_needs_no_text(self.session, self.config)
@@ -253,20 +255,6 @@ class _Search:
         """None where the vote was over before it had ended: a text that was cut off is no answer."""
         is_cut = node.branch.finish_reason == "consensus"
         return None if is_cut else parse_answer(node.text, self._config.answer_parser)
-
-
-def _session_of(llm: Any) -> "Session":
-    """The session of an LLM, or the session itself.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    from minirksc.engine.session import Session  # torch is there by now
-
-    session = llm.session() if callable(getattr(llm, "session", None)) else llm
-    if not isinstance(session, Session):
-        raise ConfigError(f"a Solver works on an LLM or a session, not on {brief(llm)}")
-    return session
 
 
 def _well(nodes: Sequence[Node]) -> list[Node]:
