@@ -6,6 +6,7 @@ scheduling or the owner of the cache.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -42,12 +43,6 @@ class LayerFeed:
         tables = [tensor for pair in self.tables.values() for tensor in pair]
         return [self.hidden, *tables, *(one for one in (self.growth, self.inputs) if one is not None)]
 
-    def clone(self) -> "LayerFeed":
-        """A copy that shares nothing."""
-        tables = {rope: (cos.clone(), sin.clone()) for rope, (cos, sin) in self.tables.items()}
-        growth, inputs = (None if one is None else one.clone() for one in (self.growth, self.inputs))
-        return LayerFeed(self.hidden.clone(), tables, growth, inputs)
-
     def copy_(self, other: "LayerFeed") -> None:
         """Takes the numbers of another of the same shape."""
         for own, given in zip(self.tensors(), other.tensors(), strict=True):
@@ -73,26 +68,13 @@ class Decoder:
         self.backend = backend
         self._pack = backend.packer()
         self.layers: list[DecoderLayer] = []
+        tied = self._add_embedding(next(weights)[1])
         top: dict[str, Tensor] = {}
-        of_layer: dict[str, Tensor] = {}
-        tied: Linear | None = None
-        for name, tensor in weights:
-            if name == "embed.weight":  # [vocab, hidden]
-                self.device, self.dtype = tensor.device, tensor.dtype
-                # Packed at once: a tied head that gives its rows is the only copy.
-                tied = Linear(tensor, pack=self._pack) if spec.tie_word_embeddings else None
-                rows = None if tied is None else tied.embedder()
-                self.embed = PlainWeight(tensor).rows if rows is None else rows  # [tokens] int64 -> [tokens, hidden]
-                continue
-            if not name.startswith("layers."):
-                top[name] = tensor
-                continue
-            _, index, rest = name.split(".", 2)
-            if int(index) > len(self.layers):  # the layer before is complete: pack it, free its tensors
-                self._add_layer(of_layer)
-                of_layer = {}
-            of_layer[rest] = tensor
-        self._add_layer(of_layer)
+        for prefix, group in groupby(weights, _layer_prefix):
+            if prefix:
+                self._add_layer({name.removeprefix(prefix): tensor for name, tensor in group})
+            else:
+                top.update(group)
         self.norm = norm_weight(spec, top["norm.weight"])
         own_head = top.get("lm_head.weight")  # a checkpoint may have one although its config ties it
         self.head = tied if own_head is None and tied is not None else Linear(top["lm_head.weight"], pack=self._pack)
@@ -102,7 +84,16 @@ class Decoder:
         # Layers that rotate alike share one table a step.
         self._rotaries = {rope: Rotary(rope, self.device) for rope in {layer.rope for layer in spec.layers} if rope}
         self._kv_sources = {layer.kv_layer for layer in spec.layers}
+        self._lenses: dict[tuple[int, ...] | None, Callable[[Tensor], Tensor]] = {}
         self._embed_scale = torch.tensor(spec.embed_scale, dtype=self.dtype, device=self.device)
+
+    def _add_embedding(self, weight: Tensor) -> Linear | None:
+        """Packs `[vocab, hidden]`; gives the head if it is tied to it, which then is the only copy if it gives rows."""
+        self.device, self.dtype = weight.device, weight.dtype
+        tied = Linear(weight, pack=self._pack) if self.spec.tie_word_embeddings else None
+        rows = None if tied is None else tied.embedder()
+        self.embed = PlainWeight(weight).rows if rows is None else rows  # [tokens] int64 -> [tokens, hidden]
+        return tied
 
     def _add_layer(self, weights: Mapping[str, Tensor]) -> None:
         spec, layer = self.spec, self.spec.layers[len(self.layers)]
@@ -208,7 +199,7 @@ class Decoder:
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     def lens(self, token_ids: Sequence[int] | None = None) -> Callable[[Tensor], Tensor]:
-        """The logit lens: reads hidden states of any layer as if they were the last one's.
+        """The logit lens: reads hidden states of any layer as if they were the last one's. Each is made once.
 
         Args:
             token_ids: tokens whose logits are read; None: all of the vocabulary.
@@ -219,12 +210,15 @@ class Decoder:
 
         Source: nostalgebraist 2020, "interpreting GPT: the logit lens" (lesswrong.com/posts/AcKRB8wDpdaN6v6ru).
         """
-        head = self.head if token_ids is None else self.head.rows(token_ids)
+        key = None if token_ids is None else tuple(token_ids)
+        if key not in self._lenses:
+            head = self.head if key is None else self.head.rows(key)  # copies them
 
-        def read(hidden: Tensor) -> Tensor:
-            return self.capped(head.in_float32(self.backend.rms_norm(hidden, self.norm, self.spec.norm_eps)))
+            def read(hidden: Tensor) -> Tensor:
+                return self.capped(head.in_float32(self.backend.rms_norm(hidden, self.norm, self.spec.norm_eps)))
 
-        return read
+            self._lenses[key] = read
+        return self._lenses[key]
 
     @property
     def can_move_kv(self) -> bool:
@@ -255,3 +249,9 @@ class Decoder:
         beta, length = self.spec.query_growth
         growth = 1 + beta * torch.log1p(torch.floor(positions / length))
         return growth.to(self.dtype)[:, None, None]
+
+
+def _layer_prefix(named: tuple[str, Tensor]) -> str:
+    """The part "layers.3." of "layers.3.o.weight"; "" of what belongs to no layer."""
+    name, _ = named
+    return name[: name.index(".", len("layers.")) + 1] if name.startswith("layers.") else ""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from minirksc.engine.request import Request
 from minirksc.engine.signals import TokenSignals
-from minirksc.engine.stopping import TextSource
+from minirksc.text.tokenizer import Detokenizer
 
 
 @dataclass(slots=True)
@@ -24,7 +24,7 @@ class BranchOutput:
     signals: TokenSignals = field(default_factory=TokenSignals)
     text: str = ""
     num_provisional: int = 0
-    detokenizer: TextSource | None = None
+    detokenizer: Detokenizer | None = None
 
     @property
     def settled_text(self) -> str:
@@ -61,7 +61,7 @@ class BranchOutput:
             self.detokenizer = self.detokenizer.cut()
 
 
-def num_within(token_ids: SequenceOf[int], text: str, source: "TextSource") -> tuple[int, int]:
+def num_within(token_ids: SequenceOf[int], text: str, source: Detokenizer) -> tuple[int, int]:
     """(the most tokens that spell a beginning of the text, its length); a token may spell some of it and more."""
     num_tokens = num_chars = num_final = 0
     for count, token_id in enumerate(token_ids, start=1):

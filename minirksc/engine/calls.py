@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from threading import get_ident
-from types import FrameType, TracebackType
+from types import FrameType
 
 import torch
 
@@ -77,9 +77,7 @@ class Marked:
     def __enter__(self) -> None:
         self.mark = Mark(sys._getframe(1), TorchModes() if self._keeps_modes else None)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, *rest: object) -> None:
         if kind is None:
             self.mark = None
 
@@ -112,9 +110,7 @@ class Call:
     def __enter__(self) -> "Call":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._end(self)
 
     def close(self) -> None:

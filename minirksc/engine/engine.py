@@ -31,7 +31,7 @@ from minirksc.engine.sampling import Delivery, Sampled, SamplingRow, derived_see
 from minirksc.engine.scheduler import ScheduledRequest, Scheduler
 from minirksc.engine.sequences import Sequences
 from minirksc.engine.stats import Counters, Stats, work_done
-from minirksc.engine.stopping import StopChecker, TextSource
+from minirksc.engine.stopping import StopChecker
 from minirksc.errors import ConfigError, MinirkscError, NumericalError, PromptError
 from minirksc.kernels.attention.batch import KEY_CHUNK
 from minirksc.options import EngineConfig, SamplingParams
@@ -106,7 +106,7 @@ class Engine(Sequences):
         on_logits: LogitsCallback | None = None,
         seat: Seat | None = None,
         earlier_output_ids: SequenceOf[int] = (),
-        detokenizer: TextSource | None = None,
+        detokenizer: Detokenizer | None = None,
         call: Call | None = None,
     ) -> Request:
         """Queues a generation on a sequence.
@@ -308,7 +308,7 @@ class Engine(Sequences):
         """Counters since start and the state of the cache; see `minirksc.engine.stats.work_done`."""
         return work_done(self.counters, self.scheduler, self.blocks, self.block_bytes)
 
-    def _make_checker(self, params: SamplingParams, num_prompt: int, before: TextSource | None) -> StopChecker:
+    def _make_checker(self, params: SamplingParams, num_prompt: int, before: Detokenizer | None) -> StopChecker:
         room = self.max_model_len - num_prompt
         if params.max_tokens is not None and params.max_tokens > room:
             raise PromptError(
@@ -328,7 +328,7 @@ class Engine(Sequences):
             params = replace(params, max_tokens=room)
         return StopChecker(params, self.eos_token_ids, self.text_source(params, before))
 
-    def text_source(self, params: SamplingParams, before: TextSource | None) -> TextSource | None:
+    def text_source(self, params: SamplingParams, before: Detokenizer | None) -> Detokenizer | None:
         """What makes text of a generation that goes on where `before` is, or begins; None where there is no text."""
         if self.tokenizer is None or not params.detokenize:
             return None

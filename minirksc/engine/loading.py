@@ -163,7 +163,8 @@ def _choose_target(config: EngineConfig, checkpoint: _Checkpoint) -> _Target:
 
 def _load_weights(checkpoint: _Checkpoint, target: _Target, use_tqdm: bool) -> tuple[Decoder, float]:
     """(the model, seconds that went into making it of the tensors that were read)."""
-    spec, total = checkpoint.spec, _total_bytes(target.device)
+    spec = checkpoint.spec
+    _, total = _memory(target.device)
     max_numbers = None if total is None else total // target.number_bytes
     reading = _Reading(iter_weights(checkpoint.path, spec, target.dtype, max_numbers), target.device)
     begin = time.perf_counter()
@@ -183,13 +184,13 @@ def _make_cache(config: EngineConfig, target: _Target, model: Decoder) -> tuple[
     if window is not None and window >= config.max_model_len:
         window = None  # it never hides anything
     size = block_bytes(spec, config.block_size, target.kv_dtype, window)
-    budget = _cache_budget(config, spec, size, _free_bytes(device) if config.kv_cache_bytes is None else 0)
+    budget = _cache_budget(config, spec, size, _memory(device)[0] if config.kv_cache_bytes is None else 0)
     num_blocks, num_window_blocks = _num_blocks(config, size, window, budget)
     try:
         runner = Runner(model, num_blocks, num_window_blocks, config.block_size, target.kv_dtype)
     except (OSError, RuntimeError) as error:  # what mmap and torch raise where there is no room
         raise CacheFullError(
-            f"no room for a KV cache of {budget} bytes, and {_free_bytes(device)} are free; "
+            f"no room for a KV cache of {budget} bytes, and {_memory(device)[0]} are free; "
             "lower kv_cache_bytes (--kv-cache-bytes)"
         ) from error
     runner.recorded = None if config.enforce_eager else _recordings(config, target, runner)
@@ -211,32 +212,30 @@ def _recordings(config: EngineConfig, target: _Target, runner: Runner) -> Record
     return DecodeGraphs(model, layers, config.block_size, max_batch, config.max_model_len, CudaRecorder(target.device))
 
 
+@dataclass
 class _Reading:
     """Hands the weights on, and measures how long they take to come.
 
-    Args:
+    Attributes:
         weights: tensors of `iter_weights`.
         device: device that they go to.
-
-    Attributes:
         read_s: time spent on reading so far.
     """
 
-    def __init__(self, weights: Iterator[tuple[str, Tensor]], device: torch.device) -> None:
-        self._weights = weights
-        self._device = device
-        self.read_s = 0.0
+    weights: Iterator[tuple[str, Tensor]]
+    device: torch.device
+    read_s: float = 0.0
 
     def tensors(self, bar: Any) -> Iterator[tuple[str, Tensor]]:
         """All of them; the bar goes on layer by layer."""
         num_bytes = 0
         while True:
             begin = time.perf_counter()
-            named = next(self._weights, None)
+            named = next(self.weights, None)
             if named is None:
                 return
             name, tensor = named
-            tensor = tensor.to(self._device)
+            tensor = tensor.to(self.device)
             self.read_s += time.perf_counter() - begin
             if name.startswith("layers."):
                 bar.update(int(name.split(".")[1]) - bar.n)
@@ -297,12 +296,9 @@ def _num_blocks(config: EngineConfig, size: BlockBytes, window: int | None, budg
     return num_blocks, num_window_blocks
 
 
-def _free_bytes(device: torch.device) -> int:
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host.free_bytes()
-
-
-def _total_bytes(device: torch.device) -> int | None:
-    return int(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else host.total_bytes()
+def _memory(device: torch.device) -> tuple[int, int | None]:
+    """(bytes that are free on a device, bytes that it has; None where the system does not say)."""
+    return torch.cuda.mem_get_info(device) if device.type == "cuda" else (host.free_bytes(), host.total_bytes())
 
 
 def _sampling_defaults(generation: dict[str, Any]) -> dict[str, float]:

@@ -75,20 +75,20 @@ class StreamChunk:
     finish_reason: str | None
 
 
+@dataclass(slots=True)
 class ChunkReader:
     """Reads a request piece by piece: each reader gets everything exactly once, wherever the engine is stepped.
 
-    Args:
-        request: what is read.
+    Attributes:
+        request: request that is read.
         index: which of the prompt's n samples it is.
     """
 
-    def __init__(self, request: Request, index: int) -> None:
-        self._request = request
-        self._index = index
-        self._num_pieces = 0
-        self._num_tokens = 0
-        self._has_ended = False
+    request: Request
+    index: int
+    _num_pieces: int = 0
+    _num_tokens: int = 0
+    _has_ended: bool = False
 
     def read(self) -> StreamChunk | None:
         """What is new since the last time, the end included; None when nothing is.
@@ -96,7 +96,7 @@ class ChunkReader:
         Raises:
             MinirkscError: the request has failed, and all that came before has been read.
         """
-        request = self._request
+        request = self.request
         pieces = request.pieces[self._num_pieces :]
         token_ids = request.output_token_ids[self._num_tokens :]
         self._num_pieces += len(pieces)
@@ -107,7 +107,7 @@ class ChunkReader:
         if self._has_ended or not (token_ids or pieces or ends):
             return None
         self._has_ended = ends
-        return StreamChunk(self._index, "".join(pieces), token_ids, request.finish_reason if ends else None)
+        return StreamChunk(self.index, "".join(pieces), token_ids, request.finish_reason if ends else None)
 
 
 @dataclass(slots=True)

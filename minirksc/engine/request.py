@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from minirksc.engine.gates import Seat
 from minirksc.engine.signals import TokenSignals
-from minirksc.engine.stopping import StopChecker, TextSource
+from minirksc.engine.stopping import StopChecker
 from minirksc.errors import ConfigError, MinirkscError, brief
 from minirksc.options import SamplingParams
+from minirksc.text.tokenizer import Detokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,7 +113,7 @@ class Request:
     on_logits: LogitsCallback | None = None
     seat: Seat | None = None
     earlier_output_ids: SequenceOf[int] = ()
-    detokenizer: TextSource | None = None
+    detokenizer: Detokenizer | None = None
     num_taken_out: int = 0
     state: RequestState = RequestState.WAITING
     num_cached_tokens: int | None = None

@@ -128,13 +128,7 @@ def sample(
         draw: a form of `kernels.draw`.
     """
     sure = confidence(logits)
-    token_ids = sure.argmax
-    changed = [i for i, row in enumerate(rows) if row.params.temperature != 0 or _changes_logits(row)]
-    if len(changed) == len(rows) and not any(map(_changes_logits, rows)):
-        token_ids = _choose(logits, rows, draw)
-    elif changed:
-        token_ids = token_ids.clone()
-        token_ids[changed] = _choose(logits[changed], [rows[i] for i in changed], draw)
+    token_ids = _choose(logits, rows, sure.argmax, draw)  # [rows]
     chosen = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1) - sure.logsumexp  # [rows]
     k = max((row.params.logprobs or 0 for row in rows), default=0)
     top_ids: list[list[int]] = [[]] * len(rows)
@@ -202,17 +196,22 @@ def _changes_logits(row: SamplingRow) -> bool:
     )
 
 
-def _choose(logits: Tensor, rows: Sequence[SamplingRow], draw: Callable[[Tensor, Sequence[Draw]], Tensor]) -> Tensor:
-    """Token ids `[rows]` of rows that are not plainly greedy; logits are the caller's to change."""
-    for scores, row in zip(logits, rows, strict=True):
-        if _changes_logits(row):
-            _penalise(scores, row)
+def _choose(
+    logits: Tensor, rows: Sequence[SamplingRow], argmax: Tensor, draw: Callable[[Tensor, Sequence[Draw]], Tensor]
+) -> Tensor:
+    """Token ids `[rows]`, drawn where the temperature is not 0; `argmax` are those of the logits as they are."""
+    changed = [i for i, row in enumerate(rows) if _changes_logits(row)]
+    if changed:
+        logits = logits.clone()
+        for i in changed:
+            _penalise(logits[i], rows[i])
     sampled = [i for i, row in enumerate(rows) if row.params.temperature != 0]
     draws = [_draw_of(rows[i]) for i in sampled]
     if len(sampled) == len(rows):
         return draw(logits, draws)
-    token_ids = logits.argmax(-1)
+    token_ids = logits.argmax(-1) if changed else argmax
     if sampled:
+        token_ids = token_ids.clone()
         token_ids[sampled] = draw(logits[sampled], draws)
     return token_ids
 

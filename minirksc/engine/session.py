@@ -6,7 +6,6 @@ Everything here is a loop over `Engine.step`. It knows neither how a model was l
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +13,6 @@ from torch import Tensor
 from minirksc.cache.eviction import Eviction as Eviction
 from minirksc.engine.branch import Branch, BranchProgress, branch_list
 from minirksc.engine.calls import Call
-from minirksc.engine.engine import Engine
 from minirksc.engine.gates import LayerGate, Seat
 from minirksc.engine.open_engine import OpenEngine
 from minirksc.engine.outputs import Job
@@ -23,22 +21,13 @@ from minirksc.engine.request import Request, Salt
 from minirksc.engine.scoring import score_requests
 from minirksc.engine.stats import Stats, runs_on
 from minirksc.errors import BranchError, ConfigError, MinirkscError, NumericalError, brief, named
-from minirksc.options import EngineConfig, SamplingParams
+from minirksc.options import SamplingParams
 from minirksc.text.tokenizer import Tokenizer as Tokenizer
 from minirksc.token_ids import is_list, plain, read_token_ids
 
 
 class Session(OpenEngine):
     """Work on one engine; arguments and attributes are those of `OpenEngine`."""
-
-    def __init__(self, engine: Engine, config: EngineConfig, model_path: Path) -> None:
-        super().__init__(engine, config, model_path)
-        self._lenses: dict[tuple[int, ...] | None, Callable[[Tensor], Tensor]] = {}
-
-    def close(self) -> None:
-        """Lets go of the engine and of what was made of its weights; see `OpenEngine.close`."""
-        super().close()
-        self._lenses.clear()
 
     # Requests
 
@@ -287,7 +276,7 @@ class Session(OpenEngine):
         return self.engine.blocks.evictions
 
     def lens(self, token_ids: Iterable[int] | None = None) -> Callable[[Tensor], Tensor]:
-        """Reads hidden states of any layer as logits; see `Decoder.lens`. Made once, since that copies the head.
+        """Reads hidden states of any layer as logits; see `Decoder.lens`.
 
         Args:
             token_ids: tokens whose logits are read; None: all of the vocabulary.
@@ -295,10 +284,8 @@ class Session(OpenEngine):
         Raises:
             PromptError: a token id is none.
         """
-        key = None if token_ids is None else tuple(read_token_ids(token_ids, self.spec.vocab_size))
-        if key not in self._lenses:
-            self._lenses[key] = self.engine.runner.model.lens(key)
-        return self._lenses[key]
+        ids = None if token_ids is None else read_token_ids(token_ids, self.spec.vocab_size)
+        return self.engine.runner.model.lens(ids)
 
 
 def raise_named(error: Exception | None, what: str, index: int, count: int) -> None:

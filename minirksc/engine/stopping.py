@@ -4,29 +4,8 @@ Text that could be the beginning of a stop string is held back until the next to
 character (by the detokenizer), so that what was shown is never taken back.
 """
 
-from typing import Protocol, Self
-
 from minirksc.options import SamplingParams
-
-
-class TextSource(Protocol):
-    """What turns tokens into text; `tokenizer.Detokenizer` in use."""
-
-    def push(self, token_ids: list[int]) -> str:
-        """New text that is final."""
-        ...
-
-    def flush(self) -> str:
-        """The rest, for which more tokens may still give other text."""
-        ...
-
-    def copy(self, skip_special_tokens: bool) -> Self:
-        """Another one that goes on from here."""
-        ...
-
-    def cut(self) -> Self:
-        """Another one that goes on behind what was flushed."""
-        ...
+from minirksc.text.tokenizer import Detokenizer
 
 
 class StopChecker:
@@ -51,7 +30,7 @@ class StopChecker:
         self,
         params: SamplingParams,
         eos_token_ids: frozenset[int],
-        detokenizer: TextSource | None,
+        detokenizer: Detokenizer | None,
     ) -> None:
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None

@@ -4,6 +4,7 @@ What a step begins with (embedded tokens, cosines and sines, slots, the plan of 
 and copied to where the recording reads it; see `kernels/native/tape.py`. Of a small model a fifth of a step is saved.
 """
 
+import copy
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -86,7 +87,7 @@ class _Tape:
         self, model: Decoder, cache: Sequence[LayerCache], recorder: NativeRecorder, batch: ForwardBatch
     ) -> None:
         spec = model.spec
-        self._feed = model.feed(batch.token_ids, batch.positions, batch.sequence_lens).clone()
+        self._feed = copy.deepcopy(model.feed(batch.token_ids, batch.positions, batch.sequence_lens))
         self._slots = {window: one.slots.clone() for window, one in batch.attention.items()}
         alike: dict[tuple[int | None, int], list[int]] = {}  # layers by window and head_dim
         for index, layer in enumerate(spec.layers):
