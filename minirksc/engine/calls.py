@@ -196,7 +196,9 @@ class Interruptible(ABC):
         self._handles.pop(sequence.seq_id, None)
 
     def _enter(self) -> Marked:
-        """The way in for all that changes something; what it returns is to be held meanwhile.
+        """The way in for all that changes something; what it returns is to be held while something changes.
+
+        What must check its arguments first enters, checks, and holds `_changes` only then.
 
         Raises:
             EngineBusyError: another thread is inside, or a step of this one.

@@ -59,6 +59,7 @@ class Loans:
 
     def copy(self, layer: int) -> None:
         """Copies what is borrowed within the cache of a layer, before that is computed."""
-        window = self._runner.model.spec.layers[layer].window
+        model, cache = self._runner.model, self._runner.cache.layers[layer]
+        window = model.spec.layers[layer].window
         for loan in self._loans:
-            self._runner.copy_kv(layer, loan.sources[window], loan.destinations[window], loan.shifts)
+            model.copy_kv(layer, cache, loan.sources[window], loan.destinations[window], loan.shifts)

@@ -62,7 +62,3 @@ class Runner:
             control,
             mass,
         )
-
-    def copy_kv(self, layer: int, sources: Tensor, destinations: Tensor, shifts: Tensor) -> None:
-        """Copies KV within one layer's cache; see `Decoder.copy_kv`."""
-        self.model.copy_kv(layer, self.cache.layers[layer], sources, destinations, shifts)

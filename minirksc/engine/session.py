@@ -88,7 +88,7 @@ class Session(OpenEngine):
         Raises:
             ConfigError, PromptError, CacheFullError, TokenizerError.
         """
-        return self._branches([prompt], share, seed, None, salt)[0]
+        return self.branches([self.encode(prompt, salt)], share=share, seed=seed, salt=salt)[0]
 
     def branches(
         self,
@@ -112,23 +112,14 @@ class Session(OpenEngine):
         Raises:
             ConfigError, PromptError, CacheFullError, TokenizerError: none of them is made.
         """
-        return self._branches(one_or_many(prompts)[0], share, seed, seats, salt)
-
-    def _branches(
-        self,
-        prompts: list[Any],
-        share: bool,
-        seed: int | None,
-        seats: SequenceOf[Seat | None] | None,
-        salt: Salt | None,
-    ) -> list[Branch]:
-        seats = [None] * len(prompts) if seats is None else seats
-        if len(seats) != len(prompts):
-            raise ConfigError(f"{len(seats)} seats for {len(prompts)} prompts; give one each, None for none")
+        items, _ = one_or_many(prompts)
+        seats = [None] * len(items) if seats is None else seats
+        if len(seats) != len(items):
+            raise ConfigError(f"{len(seats)} seats for {len(items)} prompts; give one each, None for none")
         SamplingParams(seed=seed)  # checks its range
         made: list[Branch] = []
         with self.engine.call() as call:
-            for index, (prompt, seat) in enumerate(zip(prompts, seats, strict=True)):
+            for index, (prompt, seat) in enumerate(zip(items, seats, strict=True)):
                 try:
                     _, token_ids, own_salt = self.encode(prompt, salt)
                     own_seed = self.engine.next_seed() if seed is None else seed
@@ -138,7 +129,7 @@ class Session(OpenEngine):
                     made.append(Branch(self, sequence))
                     self.engine.add_request(sequence, SamplingParams(), prefill_only=True, seat=seat, call=call)
                 except MinirkscError as error:
-                    raise_named(error, "prompt", index, len(prompts))
+                    raise_named(error, "prompt", index, len(items))
             self.run_all(call.requests, "prompt")
             for branch, request in zip(made, call.requests, strict=True):
                 branch.exit_layer = request.exit_layer
