@@ -43,6 +43,11 @@ class ForwardBatch:
     wanted: list[LogitsRows]
     copies: list[BlockCopy]
 
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(token_ids, positions, sequence_lens): what a pass begins with."""
+        return self.token_ids, self.positions, self.sequence_lens
+
 
 def build_batch(
     items: Sequence[ScheduledRequest],

@@ -95,15 +95,11 @@ class OpenEngine:
     def encode(self, prompt: Any, salt: Salt | None) -> Piece:
         """One prompt, in any form of one or as a `Conversation`, with its token ids and the salt that counts for it.
 
-        A `Piece` that this has made stays as it is.
-
         Raises:
             ConfigError: it has another salt of its own than the one of the call, or unknown keys.
             PromptError: it is neither text nor token ids nor a conversation.
             TokenizerError: there is no tokenizer, or its chat template fails.
         """
-        if isinstance(prompt, Piece):
-            return prompt
         if isinstance(prompt, Conversation):
             tokenizer = self.need_tokenizer("chat()")
             options = prompt.add_generation_prompt, prompt.tools, prompt.chat_template_kwargs

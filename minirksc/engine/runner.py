@@ -52,13 +52,4 @@ class Runner:
             logits = self.recorded.forward(batch, mass)
             if logits is not None:
                 return logits
-        return self.model.forward(
-            batch.token_ids,
-            batch.positions,
-            batch.sequence_lens,
-            batch.attention,
-            self.cache.layers,
-            batch.logits_rows,
-            control,
-            mass,
-        )
+        return self.model.forward(*batch.inputs, batch.attention, self.cache.layers, batch.logits_rows, control, mass)

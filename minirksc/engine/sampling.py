@@ -130,30 +130,17 @@ def sample(
     sure = confidence(logits)
     token_ids = _choose(logits, rows, sure.argmax, draw)  # [rows]
     chosen = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1) - sure.logsumexp  # [rows]
-    k = max((row.params.logprobs or 0 for row in rows), default=0)
-    top_ids: list[list[int]] = [[]] * len(rows)
-    top_logprobs: list[list[float]] = [[]] * len(rows)
-    if k:
-        values, indices = logits.topk(min(k, logits.shape[-1]))  # [rows, k]
-        top_ids, top_logprobs = indices.tolist(), (values - sure.logsumexp.unsqueeze(-1)).tolist()
-    columns = (
-        token_ids.tolist(),
-        chosen.tolist(),
-        sure.top1_probability.tolist(),
-        sure.self_certainty(logits.shape[-1]).tolist(),
-        sure.logsumexp.tolist(),
-        top_ids,
-        top_logprobs,
-    )
-    drawn = []
-    for i, (token_id, logprob, top1, certainty, lse, ids, logprobs) in enumerate(zip(*columns, strict=True)):
-        if not abs(lse) < float("inf"):  # NaN, or an infinity
-            drawn.append(Sampled(-1, 0.0, None, top1, certainty, _describe(logits[i])))
-            continue
-        num_top = rows[i].params.logprobs
-        top = None if num_top is None else _ranked(token_id, logprob, ids, logprobs, num_top)
-        drawn.append(Sampled(token_id, logprob, top, top1, certainty))
-    return drawn
+    given = list(zip(token_ids.tolist(), chosen.tolist(), strict=True))
+    tops = _tops(logits, sure.logsumexp, given, [row.params.logprobs for row in rows])
+    top1 = sure.top1_probability.tolist()
+    certainty = sure.self_certainty(logits.shape[-1]).tolist()
+    is_sound = [abs(lse) < float("inf") for lse in sure.logsumexp.tolist()]  # neither NaN nor an infinity
+    return [
+        Sampled(*given[i], tops[i], top1[i], certainty[i])
+        if is_sound[i]
+        else Sampled(-1, 0.0, None, top1[i], certainty[i], _describe(logits[i]))
+        for i in range(len(rows))
+    ]
 
 
 def top_logprobs_of(logits: Tensor, token_ids: Sequence[int], k: int) -> list[dict[int, float]]:
@@ -167,22 +154,26 @@ def top_logprobs_of(logits: Tensor, token_ids: Sequence[int], k: int) -> list[di
     Returns:
         One {token id: logprob} a row, likeliest first.
     """
-    logprobs = logits.log_softmax(-1)
-    values, ids = logprobs.topk(min(k, logits.shape[-1]))
-    given = logprobs.gather(-1, torch.tensor(list(token_ids), device=logits.device).view(-1, 1))
-    return [
-        _ranked(token_id, logprob, row_ids, row_values, k)
-        for token_id, logprob, row_ids, row_values in zip(
-            token_ids, given.flatten().tolist(), ids.tolist(), values.tolist(), strict=True
-        )
-    ]
+    logsumexp = logits.logsumexp(-1)  # [rows]
+    chosen = logits.gather(-1, torch.tensor(list(token_ids), device=logits.device).view(-1, 1)).squeeze(-1) - logsumexp
+    given = list(zip(token_ids, chosen.tolist(), strict=True))
+    return [top for top in _tops(logits, logsumexp, given, [k] * len(given)) if top is not None]
 
 
-def _ranked(token_id: int, logprob: float, ids: list[int], values: list[float], k: int) -> dict[int, float]:
-    """The top k, and the given token after them if it is not among them."""
-    top = dict(zip(ids[:k], values[:k], strict=True))
-    top.setdefault(token_id, logprob)
-    return top
+def _tops(
+    logits: Tensor, logsumexp: Tensor, given: Sequence[tuple[int, float]], counts: Sequence[int | None]
+) -> list[dict[int, float] | None]:
+    """Per row {token id: logprob} of so many of the likeliest, and then of the given token; None where the count is."""
+    if all(count is None for count in counts):
+        return [None] * len(counts)
+    most = max(count or 0 for count in counts)
+    values, ids = logits.topk(min(most, logits.shape[-1]))  # [rows, most]
+    likeliest = zip(ids.tolist(), (values - logsumexp.unsqueeze(-1)).tolist(), strict=True)
+    tops: list[dict[int, float] | None] = []
+    for count, (token_id, logprob), (top_ids, top_logprobs) in zip(counts, given, likeliest, strict=True):
+        top = dict(zip(top_ids[:count], top_logprobs[:count], strict=True))
+        tops.append(None if count is None else top | {token_id: logprob})
+    return tops
 
 
 def _changes_logits(row: SamplingRow) -> bool:

@@ -88,7 +88,8 @@ class Session(OpenEngine):
         Raises:
             ConfigError, PromptError, CacheFullError, TokenizerError.
         """
-        return self.branches([self.encode(prompt, salt)], share=share, seed=seed, salt=salt)[0]
+        _, token_ids, own_salt = self.encode(prompt, salt)
+        return self.branches([{"prompt_token_ids": token_ids}], share=share, seed=seed, salt=own_salt)[0]
 
     def branches(
         self,

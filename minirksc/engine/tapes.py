@@ -87,7 +87,7 @@ class _Tape:
         self, model: Decoder, cache: Sequence[LayerCache], recorder: NativeRecorder, batch: ForwardBatch
     ) -> None:
         spec = model.spec
-        self._feed = copy.deepcopy(model.feed(batch.token_ids, batch.positions, batch.sequence_lens))
+        self._feed = copy.deepcopy(model.feed(*batch.inputs))
         self._slots = {window: one.slots.clone() for window, one in batch.attention.items()}
         alike: dict[tuple[int | None, int], list[int]] = {}  # layers by window and head_dim
         for index, layer in enumerate(spec.layers):
@@ -140,7 +140,7 @@ class DecodeTapes(Recordings[_Tape]):
         model = self._model
         num_rows = batch.token_ids.shape[0]
         tape = self._recording(num_rows, lambda: _Tape(model, self._cache, self._recorder, batch))
-        tape.run(model.feed(batch.token_ids, batch.positions, batch.sequence_lens), batch, mass)
+        tape.run(model.feed(*batch.inputs), batch, mass)
         return model.capped(tape.logits)  # the next step overwrites them
 
 
