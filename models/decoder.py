@@ -38,16 +38,6 @@ class LayerFeed:
     growth: Tensor | None
     inputs: Tensor | None
 
-    def tensors(self) -> list[Tensor]:
-        """All that it is made of, in the same order for every pass of a model."""
-        tables = [tensor for pair in self.tables.values() for tensor in pair]
-        return [self.hidden, *tables, *(one for one in (self.growth, self.inputs) if one is not None)]
-
-    def copy_(self, other: "LayerFeed") -> None:
-        """Takes the numbers of another of the same shape."""
-        for own, given in zip(self.tensors(), other.tensors(), strict=True):
-            own.copy_(given)
-
 
 class Decoder:
     """A causal language model ready to run.

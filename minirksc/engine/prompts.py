@@ -1,6 +1,6 @@
 """The forms in which prompts and sampling parameters may be given."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -47,28 +47,24 @@ class Piece(NamedTuple):
     salt: Salt | None
 
 
-def one_or_many(prompts: Any) -> tuple[list[Any], bool]:
-    """(prompts, True if it was a single one); numbers in a list are one prompt of token ids, be they wrong ones.
+def one_or_many(prompts: Any, is_part: Callable[[Any], bool] = is_number) -> tuple[list[Any], bool]:
+    """(prompts, True if it was a single one); a list of parts of a prompt, such as token ids, is a single one.
 
-    What is no prompt at all counts as one, and is refused where it is read.
+    What is no prompt at all counts as one, and is refused where it is read; so do wrong token ids.
     """
     prompts = plain(prompts)
     if not is_list(prompts):
         return [prompts], True
     items = list(prompts)
-    if items and all(map(is_number, items)):
+    if items and all(map(is_part, items)):
         return [items], True
     return items, False
 
 
 def conversation_list(conversations: Any) -> list[Any]:
     """One conversation or many; a message alone is a conversation too."""
-    if isinstance(conversations, Mapping):
-        return [[conversations]]
-    if not is_list(conversations):
-        return [conversations]
-    items = list(conversations)
-    return [items] if items and all(isinstance(item, Mapping) for item in items) else items
+    given = [conversations] if isinstance(conversations, Mapping) else conversations
+    return one_or_many(given, lambda item: isinstance(item, Mapping))[0]
 
 
 def either_params(params: Any, sampling_params: Any) -> Any:

@@ -108,7 +108,8 @@ class _Tape:
 
     def run(self, feed: LayerFeed, batch: ForwardBatch, mass: MassSample | None) -> None:
         """Fills `logits`, `[rows, vocab]` float32, and what is asked for of the attention."""
-        self._feed.copy_(feed)
+        for buffer, tensor in zip(_tensors(self._feed), _tensors(feed), strict=True):
+            buffer.copy_(tensor)
         for window, slots in self._slots.items():
             slots.copy_(batch.attention[window].slots)
         measured = () if mass is None else mass.layers
@@ -142,6 +143,12 @@ class DecodeTapes(Recordings[_Tape]):
         tape = self._recording(num_rows, lambda: _Tape(model, self._cache, self._recorder, batch))
         tape.run(model.feed(*batch.inputs), batch, mass)
         return model.capped(tape.logits)  # the next step overwrites them
+
+
+def _tensors(feed: LayerFeed) -> list[Tensor]:
+    """All that it is made of, in the same order for every pass of a model."""
+    tables = [tensor for pair in feed.tables.values() for tensor in pair]
+    return [feed.hidden, *tables, *(one for one in (feed.growth, feed.inputs) if one is not None)]
 
 
 def _plan(batch: AttentionBatch) -> NativePlan:
