@@ -7,7 +7,7 @@ loaded. `page.py` makes text of it.
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -234,10 +234,9 @@ def reasons_of(field: str, values: Values) -> tuple[Reason, ...]:
 
 def layer_kinds(spec: ArchSpec) -> tuple[LayerKind, ...]:
     """Layers by what they are: those that read the cache of others are alike whichever these are."""
-    groups: dict[Any, list[int]] = {}
+    groups: dict[tuple[LayerSpec, bool], list[int]] = {}
     for index, layer in enumerate(spec.layers):
-        key = tuple(getattr(layer, f.name) for f in fields(LayerSpec) if f.name != "kv_layer")
-        groups.setdefault((*key, layer.kv_layer is None), []).append(index)
+        groups.setdefault((replace(layer, kv_layer=None), layer.kv_layer is None), []).append(index)
     return tuple(
         LayerKind(tuple(indices), spec.layers[indices[0]], _kv_numbers(spec.layers[indices[0]]))
         for indices in groups.values()
@@ -256,13 +255,9 @@ def kv_bytes(spec: ArchSpec, dtype: torch.dtype) -> KvBytes:
         dtype: dtype of keys and values.
     """
     window = spec.retained_window
-    full = windowed = 0
-    for layer in spec.layers:
-        size = _kv_numbers(layer) * dtype.itemsize
-        if window is None or layer.window is None:
-            full += size
-        else:
-            windowed += size
+    total = sum(map(_kv_numbers, spec.layers)) * dtype.itemsize
+    full = sum(_kv_numbers(layer) for layer in spec.layers if None in (window, layer.window)) * dtype.itemsize
+    windowed = total - full
     length = spec.max_position_embeddings
     longest = full * length + windowed * min(window or 0, length)
     return KvBytes(full, windowed, windowed * (window or 0), longest)
