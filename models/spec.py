@@ -219,7 +219,5 @@ class ArchSpec:
     @property
     def retained_window(self) -> int | None:
         """Tokens that the layers with a window keep, where others keep all; None: every layer keeps all."""
-        windows = {layer.window for layer in self.layers}
-        if None not in windows or len(windows) == 1:
-            return None
-        return max(window for window in windows if window is not None)
+        windows = [layer.window for layer in self.layers if layer.window is not None]
+        return max(windows) if 0 < len(windows) < self.num_layers else None
