@@ -13,7 +13,7 @@ from minirksc.models.plain import (
     SLIDING,
     default_rope,
     plain,
-    with_ropes,
+    with_each,
     with_windows,
     without_windows,
 )
@@ -68,7 +68,7 @@ def gemma3(f: Fields) -> ArchSpec:
     inner = Fields({"rope_parameters": nested.get(SLIDING)}, f.where)
     inner.default(rope_theta=f.get("rope_local_base_freq"), max_position_embeddings=spec.max_position_embeddings)
     slow, fast = spec.layers[0].rope, read_rope(inner, spec.layers[0].head_dim)
-    return with_ropes(spec, [slow if layer.window is None else fast for layer in spec.layers])
+    return with_each(spec, "rope", [slow if layer.window is None else fast for layer in spec.layers])
 
 
 def gemma4(f: Fields) -> ArchSpec:
@@ -152,10 +152,9 @@ def _plain_gemma(f: Fields, **changes: Any) -> ArchSpec:
     f.default(hidden_act="gelu_pytorch_tanh", hidden_activation=f.get("hidden_act"))
     f.only("use_bidirectional_attention", "vision")
     bias = f.flag("attention_bias")
+    act = "hidden_act" if f.get("hidden_activation") is None else "hidden_activation"
     values = {
-        "activation": f.choice(
-            "hidden_act" if f.get("hidden_activation") is None else "hidden_activation", GEMMA_ACTIVATIONS
-        ),
+        "activation": f.choice(act, GEMMA_ACTIVATIONS),
         "qkv_bias": bias,
         "o_bias": bias,
         "norm_offset": 1.0,
