@@ -15,18 +15,13 @@ from minirksc.models.weights.fp8 import ROW, WHOLE, Extent, Fp8
 
 SUFFIXES = {
     ".qweight": "AWQ",
-    ".weight_packed": "compressed-tensors",
-    ".weight_shape": "compressed-tensors",
+    **dict.fromkeys((".weight_packed", ".weight_shape"), "compressed-tensors"),
     ".weight_scale_2": "nvfp4",
-    ".SCB": "bitsandbytes",
-    ".absmax": "bitsandbytes",
-    ".quant_map": "bitsandbytes",
+    **dict.fromkeys((".SCB", ".absmax", ".quant_map"), "bitsandbytes"),
     ".codebooks": "AQLM",
     ".weight_scale_inv": "fp8",
     ".weight_scale": "fp8 or int8",
-    ".input_scale": "fp8",
-    ".qscale_weight": "fp8",
-    ".qscale_act": "fp8",
+    **dict.fromkeys((".input_scale", ".qscale_weight", ".qscale_act"), "fp8"),
     "_blocks": "mxfp4",
 }
 """Ends of tensor names, the most telling first."""
@@ -192,16 +187,11 @@ def quantisation_of(dtypes: Mapping[str, str]) -> tuple[str, str] | None:
     """
     suspects = [name for name, dtype in dtypes.items() if name.endswith(ENDINGS) or dtype.startswith("F8_")]
     if not suspects:
-        return _mlx(dtypes)
+        scaled = {name.removesuffix("scales") + "weight" for name in dtypes if name.endswith(".scales")}
+        integers = [name for name, dtype in dtypes.items() if dtype in INTEGERS and name in scaled]
+        return ("MLX", integers[0]) if integers else None
     has_order = any(name.endswith(ORDER) for name in suspects)
     for suffix, method in SUFFIXES.items():
         if name := next((name for name in suspects if name.endswith(suffix)), None):
             return ("GPTQ" if method == "AWQ" and has_order else method), name
     return "fp8", suspects[0]
-
-
-def _mlx(dtypes: Mapping[str, str]) -> tuple[str, str] | None:
-    for name, dtype in dtypes.items():
-        if dtype in INTEGERS and name.endswith(".weight") and name.removesuffix("weight") + "scales" in dtypes:
-            return "MLX", name
-    return None

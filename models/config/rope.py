@@ -97,10 +97,9 @@ def _read(fields: Fields, raw: Mapping[str, Any], head_dim: int, is_partial: boo
         share = given.pop("partial_rotary_factor", fields.given("partial_rotary_factor"))
         rotary_dim = int(head_dim * _share(1.0 if share is None else share, where))
     factor = {"yarn": max_len / original, "proportional": 1.0}.get(kind)
-    defaults = {**DEFAULTS, "original_max_position_embeddings": original, "factor": factor}
+    own = max_len if kind == "dynamic" else original  # dynamic knows no other length than the model's own
+    defaults = {**DEFAULTS, "original_max_position_embeddings": own, "factor": factor}
     parameters = {name: given.get(name, defaults.get(name)) for name in NEEDED[kind]}
-    if kind == "dynamic":  # which knows no other length than the model's own
-        parameters["original_max_position_embeddings"] = max_len
     if kind == "proportional":
         _share(parameters["partial_rotary_factor"], where)
     if "truncate" in parameters and not isinstance(raw.get("truncate", True), bool):  # null is not the default
