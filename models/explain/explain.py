@@ -285,27 +285,22 @@ def _device() -> torch.device:
 
 def _weights(folder: Path, spec: ArchSpec, dtype: torch.dtype) -> Weights:
     report = checkpoint_report(folder, spec)
-    num_parameters = sum(parameter_counts(spec).values())
-    has_own_head = report.num_parameters != num_parameters
+    has_own_head = report.num_parameters != sum(parameter_counts(spec).values())
     shares_embedding = spec.tie_word_embeddings and not has_own_head
     is_packed = _device().type == "cpu" and bool(torch._C._has_mkldnn)
     packed = spec.vocab_size * spec.hidden_size * dtype.itemsize
     entries = read_entries(folder, spec.layout.fp8 is not None)
+    names = {code: _name(known) for code, known in DTYPES.items()}  # those that hold no weights go by their codes
     return Weights(
         num_tensors=report.num_tensors,
         num_bytes=report.num_bytes,
-        stored=dict(Counter(_dtype_name(entry.dtype) for entry in entries.values())),
+        stored=dict(Counter(names.get(entry.dtype, entry.dtype) for entry in entries.values())),
         skipped=report.skipped,
         has_own_head=has_own_head,
         run_dtype=_name(dtype),
         run_bytes=report.num_parameters * dtype.itemsize,
         packed_head_bytes=packed if shares_embedding and is_packed else 0,
     )
-
-
-def _dtype_name(code: str) -> str:
-    """A dtype by its common name; the file's code for one that holds no weights."""
-    return _name(DTYPES[code]) if code in DTYPES else code
 
 
 def _name(dtype: torch.dtype) -> str:

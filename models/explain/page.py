@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console, Group, JustifyMethod, RenderableType
@@ -94,10 +95,8 @@ def compare_page(names: tuple[str, str], differences: Sequence[Difference], widt
         return _page([_text(f"Nothing in the architecture differs between {names[0]} and {names[1]}.")], width)
     parts = [_text(f"A: {names[0]}"), _text(f"B: {names[1]}")]
     for difference in differences:
-        sides = (("A:", difference.values), ("B:", difference.others))
-        parts += [_text(), _text(_title(difference))]
-        parts.append(_grid([(name, show(difference.field, values)) for name, values in sides], 1))
-        parts += _reasons(difference)
+        a, b = show(difference.field, difference.values), show(difference.field, difference.others)
+        parts += [_text(), _text(_title(difference)), _grid([("A:", a), ("B:", b)], 1), *_reasons(difference)]
     return _page(parts, width)
 
 
@@ -305,13 +304,9 @@ def _short_size(num_bytes: int) -> str:
 
 def _ranges(indices: Sequence[int]) -> str:
     """0-4, 6-10, 12; the first few of many."""
-    ranges: list[list[int]] = []
-    for index in indices:
-        if ranges and index == ranges[-1][-1] + 1:
-            ranges[-1] = [ranges[-1][0], index]
-        else:
-            ranges.append([index])
-    texts = ["-".join(map(str, ends)) for ends in ranges]
+    # Within a range, an index grows as its place does.
+    ranges = [[index for _, index in run] for _, run in groupby(enumerate(indices), lambda pair: pair[1] - pair[0])]
+    texts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in ranges]
     return ", ".join(texts[:MAX_RANGES]) + (", ..." if len(texts) > MAX_RANGES else "")
 
 
