@@ -95,13 +95,11 @@ def _read(fields: Fields, raw: Mapping[str, Any], head_dim: int, is_partial: boo
     rotary_dim = head_dim
     if is_partial:
         share = given.pop("partial_rotary_factor", fields.given("partial_rotary_factor"))
-        rotary_dim = int(head_dim * _share(1.0 if share is None else share, where))
+        rotary_dim = int(head_dim * _number(1.0 if share is None else share, where, "partial_rotary_factor"))
     factor = {"yarn": max_len / original, "proportional": 1.0}.get(kind)
     own = max_len if kind == "dynamic" else original  # dynamic knows no other length than the model's own
     defaults = {**DEFAULTS, "original_max_position_embeddings": own, "factor": factor}
     parameters = {name: given.get(name, defaults.get(name)) for name in NEEDED[kind]}
-    if kind == "proportional":
-        _share(parameters["partial_rotary_factor"], where)
     if "truncate" in parameters and not isinstance(raw.get("truncate", True), bool):  # null is not the default
         raise CheckpointError(f"{where} truncate {raw['truncate']!r:.80} must be true or false")
     neutral = [name for name in NEUTRAL if given.get(name) == 1 and given[name] is not True]
@@ -111,7 +109,7 @@ def _read(fields: Fields, raw: Mapping[str, Any], head_dim: int, is_partial: boo
             f"rope type {kind!r} has parameters that nothing reads: {listing([repr(name) for name in unread], ', ')}; "
             f"if you know that they change nothing, pass them over: --ignore-config-key {unread[0]:.200}"
         )
-    checked = {name: _parameter(value, f"{where} {name}", name) for name, value in parameters.items()}
+    checked = {name: _parameter(value, where, name) for name, value in parameters.items()}
     attention_factor = _attention_factor(kind, given, where, max_len / original, original)
     return RopeSpec(kind, theta, rotary_dim, tuple(checked.items()), attention_factor)
 
@@ -127,23 +125,21 @@ def _kind(names: list[Any], has_factors: bool) -> str:
     return kind
 
 
-def _share(value: Any, where: str) -> float:
-    share = positive(value, f"{where} partial_rotary_factor")
-    if share > 1:
-        raise CheckpointError(f"{where} partial_rotary_factor {share} must be at most 1")
-    return share
-
-
-def _parameter(value: Any, what: str, name: str) -> float | tuple[float, ...]:
+def _parameter(value: Any, where: str, name: str) -> float | tuple[float, ...]:
     if value is None:
-        raise CheckpointError(f"{what.replace('rope: ', 'rope lacks ')}")
+        raise CheckpointError(f"{where.removesuffix(':')} lacks {name}")
     if name in LISTS:
         if not isinstance(value, list):
-            raise CheckpointError(f"{what} {value!r:.80} must be a list of numbers")
-        return tuple(positive(item, what) for item in value)
-    if name == "truncate":
-        return float(value)
-    return positive(value, what)
+            raise CheckpointError(f"{where} {name} {value!r:.80} must be a list of numbers")
+        return tuple(_number(item, where, name) for item in value)
+    return float(value) if name == "truncate" else _number(value, where, name)
+
+
+def _number(value: Any, where: str, name: str) -> float:
+    number = positive(value, f"{where} {name}")
+    if name == "partial_rotary_factor" and number > 1:
+        raise CheckpointError(f"{where} {name} {number} must be at most 1")
+    return number
 
 
 def _attention_factor(kind: str, given: Mapping[str, Any], where: str, ratio: float, original: float) -> float:
