@@ -305,7 +305,8 @@ def _short_size(num_bytes: int) -> str:
 def _ranges(indices: Sequence[int]) -> str:
     """0-4, 6-10, 12; the first few of many."""
     # Within a range, an index grows as its place does.
-    ranges = [[index for _, index in run] for _, run in groupby(enumerate(indices), lambda pair: pair[1] - pair[0])]
+    runs = groupby(enumerate(indices), lambda pair: pair[1] - pair[0])
+    ranges = [[index for _, index in run] for _, run in runs]
     texts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in ranges]
     return ", ".join(texts[:MAX_RANGES]) + (", ..." if len(texts) > MAX_RANGES else "")
 
