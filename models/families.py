@@ -20,7 +20,7 @@ from minirksc.models.plain import (
     either,
     plain,
     with_biases,
-    with_ropes,
+    with_each,
     with_windows,
     within_one_chunk,
     without_windows,
@@ -140,9 +140,8 @@ def _smollm3(f: Fields) -> ArchSpec:
         int((i + 1) % interval != 0) for i in range(spec.num_layers)
     ]
     spec = with_windows(f, spec, lambda i: bool(turns[i]), f.flag("use_sliding_window"))
-    return with_ropes(
-        spec, [layer.rope if turning else None for layer, turning in zip(spec.layers, turns, strict=True)]
-    )
+    rope = spec.layers[0].rope
+    return with_each(spec, "rope", [rope if turning else None for turning in turns])
 
 
 def _cwm(f: Fields) -> ArchSpec:

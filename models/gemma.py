@@ -13,7 +13,7 @@ from minirksc.models.plain import (
     SLIDING,
     default_rope,
     plain,
-    with_ropes,
+    with_each,
     with_windows,
     without_windows,
 )
@@ -39,11 +39,10 @@ def vaultgemma(f: Fields) -> ArchSpec:
     f.default(num_key_value_heads=4, max_position_embeddings=8192, sliding_window=4096, query_pre_attn_scalar=256)
     f.default(attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
     f.only("sliding_window_size", f.get("sliding_window"))  # said twice in Gemma 2's files
-    spec = _plain_gemma(
+    spec = _later_gemma(
         f,
         query_scale=f.number("query_pre_attn_scalar") ** -0.5,
         attn_softcap=f.optional_number("attn_logit_softcapping"),
-        **_of_later_gemmas(f),
     )
     return with_windows(f, spec, lambda i: i % 2 == 1)
 
@@ -58,19 +57,18 @@ def gemma3(f: Fields) -> ArchSpec:
     nested = f.get("rope_parameters") or {}
     if nested and isinstance(nested, Mapping) and FULL not in nested:
         raise CheckpointError(f"{f.where}: rope_parameters {nested!r:.200} lacks {FULL}, whose rotation is its own")
-    spec = _plain_gemma(
+    spec = _later_gemma(
         f,
         layer_type=FULL,
         query_scale=f.number("query_pre_attn_scalar") ** -0.5,
         qk_norm=True,
         sandwich_norms=True,
-        **_of_later_gemmas(f),
     )
     spec = with_windows(f, spec, lambda i: (i + 1) % pattern == 0)
     inner = Fields({"rope_parameters": nested.get(SLIDING)}, f.where)
     inner.default(rope_theta=f.get("rope_local_base_freq"), max_position_embeddings=spec.max_position_embeddings)
     slow, fast = spec.layers[0].rope, read_rope(inner, spec.layers[0].head_dim)
-    return with_ropes(spec, [slow if layer.window is None else fast for layer in spec.layers])
+    return with_each(spec, "rope", [slow if layer.window is None else fast for layer in spec.layers])
 
 
 def gemma4(f: Fields) -> ArchSpec:
@@ -84,15 +82,10 @@ def gemma4(f: Fields) -> ArchSpec:
     input_size = f.count("hidden_size_per_layer_input") or None
     if f.get("vocab_size_per_layer_input") is not None and input_size is not None:
         f.only("vocab_size_per_layer_input", f.size("vocab_size"))
-    default_rope(
-        f,
-        **{
-            SLIDING: {"rope_type": "default", "rope_theta": 1e4},
-            FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
-        },
-    )
+    full = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6}
+    default_rope(f, **{SLIDING: {"rope_type": "default", "rope_theta": 1e4}, FULL: full})
     _check_both_ropes(f)
-    spec = _plain_gemma(
+    spec = _later_gemma(
         f,
         layer_type=SLIDING,
         query_scale=1.0,
@@ -102,7 +95,6 @@ def gemma4(f: Fields) -> ArchSpec:
         sandwich_norms=True,
         layer_scale=True,
         layer_input_size=input_size,
-        **_of_later_gemmas(f),
     )
     spec = with_windows(f, spec, lambda i: (i + 1) % 6 == 0)
     layers = list(spec.layers)
@@ -160,10 +152,9 @@ def _plain_gemma(f: Fields, **changes: Any) -> ArchSpec:
     f.default(hidden_act="gelu_pytorch_tanh", hidden_activation=f.get("hidden_act"))
     f.only("use_bidirectional_attention", "vision")
     bias = f.flag("attention_bias")
+    act = "hidden_act" if f.get("hidden_activation") is None else "hidden_activation"
     values = {
-        "activation": f.choice(
-            "hidden_act" if f.get("hidden_activation") is None else "hidden_activation", GEMMA_ACTIVATIONS
-        ),
+        "activation": f.choice(act, GEMMA_ACTIVATIONS),
         "qkv_bias": bias,
         "o_bias": bias,
         "norm_offset": 1.0,
@@ -173,9 +164,7 @@ def _plain_gemma(f: Fields, **changes: Any) -> ArchSpec:
     return plain(f, **(values | changes))
 
 
-def _of_later_gemmas(f: Fields) -> dict[str, Any]:
+def _later_gemma(f: Fields, **changes: Any) -> ArchSpec:
     """What Gemma 2 and its successors have in common beside that."""
-    return {
-        "final_softcap": f.optional_number("final_logit_softcapping"),
-        "layout": WeightLayout(mlp_norm="pre_feedforward_layernorm"),
-    }
+    layout = WeightLayout(mlp_norm="pre_feedforward_layernorm")
+    return _plain_gemma(f, final_softcap=f.optional_number("final_logit_softcapping"), layout=layout, **changes)

@@ -143,11 +143,7 @@ def with_windows(
         why = "sliding_window is null" if is_on else "use_sliding_window is off"
         raise CheckpointError(f"{f.where}: layer_types names {SLIDING} layers, but {why}; keep the right one")
     kinds = named or [FULL if is_full(index) else SLIDING for index in range(spec.num_layers)]
-    layers = [
-        replace(layer, window=window if kind == SLIDING else None)
-        for layer, kind in zip(spec.layers, kinds, strict=True)
-    ]
-    return replace(spec, layers=tuple(layers))
+    return with_each(spec, "window", [window if kind == SLIDING else None for kind in kinds])
 
 
 def without_windows(f: Fields, spec: ArchSpec) -> ArchSpec:
@@ -183,7 +179,7 @@ def within_one_chunk(f: Fields, spec: ArchSpec) -> ArchSpec:
     return replace(spec, max_position_embeddings=length)
 
 
-def with_ropes(spec: ArchSpec, ropes: Sequence[RopeSpec | None]) -> ArchSpec:
-    """Gives each layer its own rotation."""
-    layers = [replace(layer, rope=rope) for layer, rope in zip(spec.layers, ropes, strict=True)]
+def with_each(spec: ArchSpec, field: str, values: Sequence[Any]) -> ArchSpec:
+    """Gives each layer its own value of one field of `LayerSpec`."""
+    layers = [replace(layer, **{field: value}) for layer, value in zip(spec.layers, values, strict=True)]
     return replace(spec, layers=tuple(layers))

@@ -82,8 +82,7 @@ class Rotary:
         Raises:
             UnsupportedModelError: not `can_shift`.
         """
-        if not self.can_shift:
-            kind = self._rope.kind
+        if (kind := self._rope.kind) in UNSHIFTABLE:
             raise UnsupportedModelError(
                 f"keys of {kind} rope cannot be moved to other positions: {UNSHIFTABLE[kind]}; compute them anew"
             )
@@ -102,10 +101,9 @@ def inv_freq(rope: RopeSpec, is_long: bool = False) -> Tensor:
     """
     if rope.kind not in KINDS:
         raise UnsupportedModelError(f"rope type {rope.kind!r} is not implemented; known: {', '.join(KINDS)}")
-    if rope.kind == "longrope":
-        factors = torch.tensor(rope.numbers("long_factor" if is_long else "short_factor"))
-        return 1.0 / (factors * rope.theta ** _exponents(rope))
-    return KINDS[rope.kind](rope, 1.0 / (rope.theta ** _exponents(rope)))
+    name = "long_factor" if is_long else "short_factor"
+    factors = torch.tensor(rope.numbers(name)) if rope.kind == "longrope" else 1.0
+    return KINDS[rope.kind](rope, 1.0 / (factors * rope.theta ** _exponents(rope)))
 
 
 def _exponents(rope: RopeSpec, device: torch.device | None = None) -> Tensor:

@@ -47,10 +47,9 @@ class RopeSpec:
             raise CheckpointError(f"dynamic rope: rotary dimension {self.rotary_dim} must be at least 4")
         if self.kind == "longrope":
             for name in ("short_factor", "long_factor"):
-                if len(self.numbers(name)) != self.rotary_dim // 2:
-                    raise CheckpointError(
-                        f"longrope: {name} has {len(self.numbers(name))} entries, {self.rotary_dim // 2} pairs rotate"
-                    )
+                count, pairs = len(self.numbers(name)), self.rotary_dim // 2
+                if count != pairs:
+                    raise CheckpointError(f"longrope: {name} has {count} entries, {pairs} pairs rotate")
 
     def number(self, name: str, default: float | None = None) -> float:
         """A parameter that is one number."""
@@ -209,17 +208,11 @@ class ArchSpec:
     @property
     def switch_len(self) -> int | None:
         """Longest sequence of the short rotations; all positions of a longer one rotate otherwise. None: all alike."""
-        lengths = {
-            int(layer.rope.number("original_max_position_embeddings"))
-            for layer in self.layers
-            if layer.rope is not None and layer.rope.kind == "longrope"
-        }
-        return min(lengths, default=None)
+        ropes = [layer.rope for layer in self.layers if layer.rope is not None and layer.rope.kind == "longrope"]
+        return min((int(rope.number("original_max_position_embeddings")) for rope in ropes), default=None)
 
     @property
     def retained_window(self) -> int | None:
         """Tokens that the layers with a window keep, where others keep all; None: every layer keeps all."""
-        windows = {layer.window for layer in self.layers}
-        if None not in windows or len(windows) == 1:
-            return None
-        return max(window for window in windows if window is not None)
+        windows = [layer.window for layer in self.layers if layer.window is not None]
+        return max(windows) if 0 < len(windows) < self.num_layers else None

@@ -117,7 +117,10 @@ def config_from_params(params: Params) -> dict[str, Any]:
     for name in SIZES:
         if name in params:
             positive(params[name], f"{PARAMS_FILE}: {name}")
-    length = params.get("max_position_embeddings") or params.get("max_seq_len") or _default_length(params)
+    rope = _rope(params)
+    yarn = rope.get("rope_parameters", {})
+    factor, original = yarn.get("factor", 1), yarn.get("original_max_position_embeddings", DEFAULT_LENGTH)
+    length = params.get("max_position_embeddings") or params.get("max_seq_len") or int(factor * original)
     text = {
         "model_type": "mistral",
         **config,
@@ -129,13 +132,8 @@ def config_from_params(params: Params) -> dict[str, Any]:
         "bos_token_id": 1,
         "eos_token_id": 2,
         **_windows(params, length),
+        **rope,
     }
-    if params.get("llama_4_scaling") and not params.get("yarn"):
-        raise UnsupportedModelError(f"{PARAMS_FILE}: llama_4_scaling {params['llama_4_scaling']!r:.200} without yarn")
-    if params.get("yarn"):
-        text |= {"model_type": "ministral3", "rope_parameters": _yarn(params)}
-    else:
-        text["rope_theta"] = _rope_theta(params)
     quantised = _quantised(params)
     if _is_multimodal(params):
         return {"model_type": "mistral3", "dtype": text.pop("dtype"), "text_config": text, **quantised}
@@ -204,32 +202,29 @@ def _rope_theta(params: Params) -> float:
     return 1e4 if theta is None else theta
 
 
-def _yarn(params: Params) -> dict[str, Any]:
-    yarn, growth = params["yarn"], params.get("llama_4_scaling") or {}
+def _rope(params: Params) -> dict[str, Any]:
+    """What config.json says of the rotation; YaRN makes it a ministral3."""
+    yarn, growth = params.get("yarn"), params.get("llama_4_scaling")
+    if growth and not yarn:
+        raise UnsupportedModelError(f"{PARAMS_FILE}: llama_4_scaling {growth!r:.200} without yarn")
+    if not yarn:
+        return {"rope_theta": _rope_theta(params)}
     if not isinstance(yarn, Mapping) or set(yarn) != {*YARN, "apply_scale"}:
         raise CheckpointError(f"{PARAMS_FILE}: yarn {yarn!r:.200} must have {', '.join(YARN)} and apply_scale")
-    for name in YARN:
-        positive(yarn[name], f"{PARAMS_FILE}: yarn: {name}")
-    rope = {"rope_type": "yarn", "rope_theta": _rope_theta(params), **{hf: yarn[name] for name, hf in YARN.items()}}
+    numbers = {hf: positive(yarn[name], f"{PARAMS_FILE}: yarn: {name}") for name, hf in YARN.items()}
+    rope = {"rope_type": "yarn", "rope_theta": _rope_theta(params), **numbers}
     if not yarn["apply_scale"]:
         rope |= {"mscale": 1.0, "mscale_all_dim": 1.0}  # their ratio multiplies cosines and sines
     if growth:
         length = yarn["original_max_position_embeddings"]
-        expected = {"original_max_position_embeddings": length, "beta": None}
-        if not isinstance(growth, Mapping) or {**growth, "beta": None} != expected:
+        beta = growth.get("beta") if isinstance(growth, Mapping) else None
+        if growth != {"original_max_position_embeddings": length, "beta": beta}:
             raise UnsupportedModelError(
                 f"{PARAMS_FILE}: llama_4_scaling {growth!r:.200} is not supported; known: beta, and "
                 f"original_max_position_embeddings as yarn has it ({length})"
             )
-        rope["llama_4_scaling_beta"] = growth["beta"]
-    return rope
-
-
-def _default_length(params: Params) -> int:
-    if not params.get("yarn"):
-        return DEFAULT_LENGTH
-    rope = _yarn(params)
-    return int(rope["factor"] * rope["original_max_position_embeddings"])
+        rope["llama_4_scaling_beta"] = beta
+    return {"model_type": "ministral3", "rope_parameters": rope}
 
 
 def _windows(params: Params, length: int) -> dict[str, Any]:
@@ -240,19 +235,18 @@ def _windows(params: Params, length: int) -> dict[str, Any]:
         return {"sliding_window": None if given is None else _window(given)}
     pattern = [None if window is None or _window(window) >= length else _window(window) for window in given]
     num_layers = params["n_layers"]
-    sizes = {window for window in pattern if window is not None}
+    sizes = {*pattern} - {None}
     if not pattern or num_layers % len(pattern) or len(sizes) > 1:
         raise UnsupportedModelError(
             f"{PARAMS_FILE}: sliding_window {given!r:.200} is not supported: it must repeat evenly over {num_layers} "
             "layers and have one size"
         )
-    window = next(iter(sizes), None)
-    if None not in pattern or window is None:
-        return {"sliding_window": window}
+    if len({*pattern}) == 1:
+        return {"sliding_window": pattern[0]}
     kinds = ["full_attention" if window is None else "sliding_attention" for window in pattern]
     return {
         "model_type": "ministral",
-        "sliding_window": window,
+        "sliding_window": sizes.pop(),
         "layer_types": kinds * (num_layers // len(pattern)),
     }
 

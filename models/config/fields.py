@@ -166,11 +166,9 @@ class Fields:
             CheckpointError: it is something else.
         """
         value = self.given(name)
-        if value is None:
-            return False
-        if not isinstance(value, bool):
+        if not isinstance(value, bool | None):
             raise CheckpointError(f"{self.where}: {name} {value!r:.80} must be true or false")
-        return value
+        return bool(value)
 
     def token_ids(self, name: str) -> tuple[int, ...]:
         """A token id or a list of them; null and absent are ().
@@ -209,10 +207,9 @@ class Fields:
             raise CheckpointError(
                 f"{self.where}: {name} must have one entry for each of {num_layers} layers, not {found}"
             )
-        for value in values:
-            if value not in allowed:
-                listed = ", ".join(map(str, allowed))
-                raise CheckpointError(f"{self.where}: {name} holds {value!r:.80}; known: {listed}")
+        if unknown := [value for value in values if value not in allowed]:
+            listed = ", ".join(map(str, allowed))
+            raise CheckpointError(f"{self.where}: {name} holds {unknown[0]!r:.80}; known: {listed}")
         return values
 
     def only(self, name: str, *neutral: Any) -> None:

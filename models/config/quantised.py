@@ -14,18 +14,14 @@ from minirksc.errors import UnsupportedModelError, listing
 from minirksc.models.weights.fp8 import ROW, WHOLE, Extent, Fp8
 
 SUFFIXES = {
-    ".weight_packed": "compressed-tensors",
-    ".weight_shape": "compressed-tensors",
+    ".qweight": "AWQ",
+    **dict.fromkeys((".weight_packed", ".weight_shape"), "compressed-tensors"),
     ".weight_scale_2": "nvfp4",
-    ".SCB": "bitsandbytes",
-    ".absmax": "bitsandbytes",
-    ".quant_map": "bitsandbytes",
+    **dict.fromkeys((".SCB", ".absmax", ".quant_map"), "bitsandbytes"),
     ".codebooks": "AQLM",
     ".weight_scale_inv": "fp8",
     ".weight_scale": "fp8 or int8",
-    ".input_scale": "fp8",
-    ".qscale_weight": "fp8",
-    ".qscale_act": "fp8",
+    **dict.fromkeys((".input_scale", ".qscale_weight", ".qscale_act"), "fp8"),
     "_blocks": "mxfp4",
 }
 """Ends of tensor names, the most telling first."""
@@ -53,14 +49,18 @@ COMPRESSED_FIELDS: Known = {
     **dict.fromkeys(("quant_method", "format", "config_groups", "ignore", "kv_cache_scheme", "quantization_status")),
     **dict.fromkeys(("version", "global_compression_ratio")),
 }
+EXTENTS = {"tensor": WHOLE, "channel": ROW}
 WEIGHTS_FIELDS: Known = {
     "symmetric": (None, True),
-    "strategy": ("tensor", "channel", "block"),
+    "strategy": (*EXTENTS, "block"),
     **dict.fromkeys(("num_bits", "type", "block_structure", "dynamic", "observer", "observer_kwargs", "scale_dtype")),
     "zp_dtype": None,
 }
 
-ENDINGS = (".qweight", ".g_idx", *SUFFIXES)
+ORDER = ".g_idx"
+"""End of the names of tensors that say in which order columns were quantised; only GPTQ keeps it."""
+
+ENDINGS = (ORDER, *SUFFIXES)
 INTEGERS = ("U32", "I32", "U8", "I8")
 
 
@@ -94,16 +94,14 @@ def fp8_of(config: Mapping[str, Any]) -> Fp8 | None:
             if config.get(name) is not None:
                 raise refusal("the checkpoint", f"{tool}: {name} {config[name]!r:.80}")
         return None
-    fp8 = _fp8(given)
+    fp8 = _fp8(given) if isinstance(given, Mapping) else None
     if fp8 is None:
         raise refusal("the checkpoint", _method(given))
     return fp8
 
 
-def _fp8(quantised: Any) -> Fp8 | None:
+def _fp8(quantised: Mapping[str, Any]) -> Fp8 | None:
     """What an object `quantization_config` says of FP8 weights; None where another method made them."""
-    if not isinstance(quantised, Mapping):
-        return None
     method = quantised.get("quant_method")
     if method == "fp8":
         _check("", quantised, FP8_FIELDS)
@@ -111,9 +109,7 @@ def _fp8(quantised: Any) -> Fp8 | None:
             return Fp8((WHOLE, PUBLISHED_BLOCK))
         block = quantised["weight_block_size"]
         return Fp8((WHOLE if block is None else _block("weight_block_size", block),))
-    if method == "compressed-tensors":
-        return _compressed(quantised)
-    return None
+    return _compressed(quantised) if method == "compressed-tensors" else None
 
 
 def _compressed(quantised: Mapping[str, Any]) -> Fp8 | None:
@@ -128,11 +124,8 @@ def _compressed(quantised: Mapping[str, Any]) -> Fp8 | None:
         if any(each.get("format") not in (None, *FORMATS) for each in (quantised, scheme)):
             return None
         _check("config_groups: weights: ", weights, WEIGHTS_FIELDS)
-        strategy = weights["strategy"]
-        if strategy == "block":
-            extents[_block("block_structure", weights.get("block_structure"))] = None
-        else:
-            extents[WHOLE if strategy == "tensor" else ROW] = None
+        extent = EXTENTS.get(weights["strategy"]) or _block("block_structure", weights.get("block_structure"))
+        extents[extent] = None
     sparsity = quantised.get("sparsity_config")
     is_dense = isinstance(sparsity, Mapping) and sparsity.get("format") == "dense"
     _check("", quantised, {**COMPRESSED_FIELDS, "sparsity_config": None} if is_dense else COMPRESSED_FIELDS)
@@ -194,19 +187,11 @@ def quantisation_of(dtypes: Mapping[str, str]) -> tuple[str, str] | None:
     """
     suspects = [name for name, dtype in dtypes.items() if name.endswith(ENDINGS) or dtype.startswith("F8_")]
     if not suspects:
-        return _mlx(dtypes)
-    integers = next((name for name in suspects if name.endswith(".qweight")), None)
-    if integers is not None:
-        # Only GPTQ keeps the order in which columns were quantised.
-        return ("GPTQ" if any(name.endswith(".g_idx") for name in suspects) else "AWQ"), integers
+        scaled = {name.removesuffix("scales") + "weight" for name in dtypes if name.endswith(".scales")}
+        integers = [name for name, dtype in dtypes.items() if dtype in INTEGERS and name in scaled]
+        return ("MLX", integers[0]) if integers else None
+    has_order = any(name.endswith(ORDER) for name in suspects)
     for suffix, method in SUFFIXES.items():
         if name := next((name for name in suspects if name.endswith(suffix)), None):
-            return method, name
+            return ("GPTQ" if method == "AWQ" and has_order else method), name
     return "fp8", suspects[0]
-
-
-def _mlx(dtypes: Mapping[str, str]) -> tuple[str, str] | None:
-    for name, dtype in dtypes.items():
-        if dtype in INTEGERS and name.endswith(".weight") and name.removesuffix("weight") + "scales" in dtypes:
-            return "MLX", name
-    return None

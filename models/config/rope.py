@@ -28,11 +28,11 @@ NEEDED = {
 LISTS = ("short_factor", "long_factor")
 """Parameters that are lists, with a number a pair."""
 
-OF_ATTENTION_FACTOR = {
-    "yarn": ("attention_factor", "attn_factor", "mscale", "mscale_all_dim"),
+BESIDE = {
+    "yarn": ("attention_factor", "attn_factor", "mscale", "mscale_all_dim", "finetuned"),
     "longrope": ("factor", "attention_factor"),
 }
-"""What the attention factor follows from."""
+"""What the attention factor follows from, and how YaRN's numbers were found, which is no part of them."""
 
 NEUTRAL = ("factor", "attention_factor", "attn_factor", "extrapolation_factor", "partial_rotary_factor")
 """Factors that are not of a kind, and that some files have all the same: 1 changes nothing."""
@@ -40,7 +40,7 @@ NEUTRAL = ("factor", "attention_factor", "attn_factor", "extrapolation_factor", 
 OF_IMAGES = ("mrope_section", "mrope_interleaved")
 """Which pairs turn with which coordinate of an image: those of text are all alike, so that text has plain positions."""
 
-DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "factor": 1.0, "partial_rotary_factor": 1.0}
+DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "partial_rotary_factor": 1.0}
 
 
 def read_rope(
@@ -95,31 +95,23 @@ def _read(fields: Fields, raw: Mapping[str, Any], head_dim: int, is_partial: boo
     rotary_dim = head_dim
     if is_partial:
         share = given.pop("partial_rotary_factor", fields.given("partial_rotary_factor"))
-        rotary_dim = int(head_dim * _share(1.0 if share is None else share, where))
-    defaults = {**DEFAULTS, "original_max_position_embeddings": original}
-    if kind == "yarn":
-        defaults["factor"] = max_len / original
-    elif kind != "proportional":
-        del defaults["factor"]
+        rotary_dim = int(head_dim * _number(1.0 if share is None else share, where, "partial_rotary_factor"))
+    factor = {"yarn": max_len / original, "proportional": 1.0}.get(kind)
+    own = max_len if kind == "dynamic" else original  # dynamic knows no other length than the model's own
+    defaults = {**DEFAULTS, "original_max_position_embeddings": own, "factor": factor}
     parameters = {name: given.get(name, defaults.get(name)) for name in NEEDED[kind]}
-    if kind == "dynamic":  # which knows no other length than the model's own
-        parameters["original_max_position_embeddings"] = max_len
-    if kind == "proportional":
-        _share(parameters["partial_rotary_factor"], where)
     if "truncate" in parameters and not isinstance(raw.get("truncate", True), bool):  # null is not the default
         raise CheckpointError(f"{where} truncate {raw['truncate']!r:.80} must be true or false")
-    known = {*parameters, *OF_ATTENTION_FACTOR.get(kind, ()), *others}
-    unread = [name for name in given.keys() - known if not _is_neutral(name, given[name])]
-    if kind == "yarn":  # says how its numbers were found, and is no part of them
-        unread = [name for name in unread if name != "finetuned"]
-    if unread := fields.pass_over(unread):
+    neutral = [name for name in NEUTRAL if given.get(name) == 1 and given[name] is not True]
+    known = {*parameters, *BESIDE.get(kind, ()), *OF_IMAGES, *neutral, *others}
+    if unread := fields.pass_over(given.keys() - known):
         raise UnsupportedModelError(
             f"rope type {kind!r} has parameters that nothing reads: {listing([repr(name) for name in unread], ', ')}; "
             f"if you know that they change nothing, pass them over: --ignore-config-key {unread[0]:.200}"
         )
-    checked = {name: _parameter(value, f"{where} {name}", name) for name, value in parameters.items()}
-    factor = _attention_factor(kind, given, where, max_len / original, original)
-    return RopeSpec(kind, theta, rotary_dim, tuple(checked.items()), factor)
+    checked = {name: _parameter(value, where, name) for name, value in parameters.items()}
+    attention_factor = _attention_factor(kind, given, where, max_len / original, original)
+    return RopeSpec(kind, theta, rotary_dim, tuple(checked.items()), attention_factor)
 
 
 def _kind(names: list[Any], has_factors: bool) -> str:
@@ -133,58 +125,46 @@ def _kind(names: list[Any], has_factors: bool) -> str:
     return kind
 
 
-def _is_neutral(name: str, value: Any) -> bool:
-    if name in OF_IMAGES:
-        return True
-    return name in NEUTRAL and not isinstance(value, bool) and value == 1
-
-
-def _share(value: Any, where: str) -> float:
-    share = positive(value, f"{where} partial_rotary_factor")
-    if share > 1:
-        raise CheckpointError(f"{where} partial_rotary_factor {share} must be at most 1")
-    return share
-
-
-def _parameter(value: Any, what: str, name: str) -> float | tuple[float, ...]:
+def _parameter(value: Any, where: str, name: str) -> float | tuple[float, ...]:
     if value is None:
-        raise CheckpointError(f"{what.replace('rope: ', 'rope lacks ')}")
+        raise CheckpointError(f"{where.removesuffix(':')} lacks {name}")
     if name in LISTS:
         if not isinstance(value, list):
-            raise CheckpointError(f"{what} {value!r:.80} must be a list of numbers")
-        return tuple(positive(item, what) for item in value)
-    if name == "truncate":
-        return float(value)
-    return positive(value, what)
+            raise CheckpointError(f"{where} {name} {value!r:.80} must be a list of numbers")
+        return tuple(_number(item, where, name) for item in value)
+    return float(value) if name == "truncate" else _number(value, where, name)
+
+
+def _number(value: Any, where: str, name: str) -> float:
+    number = positive(value, f"{where} {name}")
+    if name == "partial_rotary_factor" and number > 1:
+        raise CheckpointError(f"{where} {name} {number} must be at most 1")
+    return number
 
 
 def _attention_factor(kind: str, given: Mapping[str, Any], where: str, ratio: float, original: float) -> float:
     """What cosines and sines are multiplied by."""
-    if kind not in OF_ATTENTION_FACTOR:
+    if kind not in BESIDE:
         return 1.0
-    numbers = {
-        name: positive(given[name], f"{where} {name}")
-        for name in ("attention_factor", "attn_factor", "factor")
-        if name in given
-    }
+
+    def number(name: str, default: float = 1.0) -> float:
+        return positive(given[name], f"{where} {name}") if name in given else default
+
     # YaRN's own code multiplies its attn_factor in; transformers, which calls something else so, passes it over.
-    own = numbers.get("attn_factor", 1.0)
-    if "attention_factor" in numbers:
+    absolute, own, factor = number("attention_factor"), number("attn_factor"), number("factor", ratio)
+    if "attention_factor" in given:
         if own != 1.0:
             raise CheckpointError(f"{where} attention_factor and attn_factor contradict each other; keep the right one")
-        return numbers["attention_factor"]
-    factor = numbers.get("factor", ratio)
+        return absolute
     if kind == "yarn":
-        mscale, all_dim = given.get("mscale"), given.get("mscale_all_dim")
-        if mscale and all_dim:
-            mscale, all_dim = positive(mscale, f"{where} mscale"), positive(all_dim, f"{where} mscale_all_dim")
-            return own * _mscale(factor, mscale) / _mscale(factor, all_dim)
+        if given.get("mscale") and given.get("mscale_all_dim"):
+            return own * _mscale(factor, number("mscale")) / _mscale(factor, number("mscale_all_dim"))
         return own * _mscale(factor, 1.0)
-    if factor > 1:
-        if original <= 1:
-            raise CheckpointError(f"{where} original_max_position_embeddings {original} must be more than 1")
-        return math.sqrt(1 + math.log(factor) / math.log(original))
-    return 1.0
+    if factor <= 1:
+        return 1.0
+    if original <= 1:
+        raise CheckpointError(f"{where} original_max_position_embeddings {original} must be more than 1")
+    return math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 def _mscale(factor: float, weight: float) -> float:

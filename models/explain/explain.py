@@ -7,7 +7,7 @@ loaded. `page.py` makes text of it.
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -234,10 +234,9 @@ def reasons_of(field: str, values: Values) -> tuple[Reason, ...]:
 
 def layer_kinds(spec: ArchSpec) -> tuple[LayerKind, ...]:
     """Layers by what they are: those that read the cache of others are alike whichever these are."""
-    groups: dict[Any, list[int]] = {}
+    groups: dict[tuple[LayerSpec, bool], list[int]] = {}
     for index, layer in enumerate(spec.layers):
-        key = tuple(getattr(layer, f.name) for f in fields(LayerSpec) if f.name != "kv_layer")
-        groups.setdefault((*key, layer.kv_layer is None), []).append(index)
+        groups.setdefault((replace(layer, kv_layer=None), layer.kv_layer is None), []).append(index)
     return tuple(
         LayerKind(tuple(indices), spec.layers[indices[0]], _kv_numbers(spec.layers[indices[0]]))
         for indices in groups.values()
@@ -256,13 +255,9 @@ def kv_bytes(spec: ArchSpec, dtype: torch.dtype) -> KvBytes:
         dtype: dtype of keys and values.
     """
     window = spec.retained_window
-    full = windowed = 0
-    for layer in spec.layers:
-        size = _kv_numbers(layer) * dtype.itemsize
-        if window is None or layer.window is None:
-            full += size
-        else:
-            windowed += size
+    total = sum(map(_kv_numbers, spec.layers)) * dtype.itemsize
+    full = sum(_kv_numbers(layer) for layer in spec.layers if None in (window, layer.window)) * dtype.itemsize
+    windowed = total - full
     length = spec.max_position_embeddings
     longest = full * length + windowed * min(window or 0, length)
     return KvBytes(full, windowed, windowed * (window or 0), longest)
@@ -290,27 +285,22 @@ def _device() -> torch.device:
 
 def _weights(folder: Path, spec: ArchSpec, dtype: torch.dtype) -> Weights:
     report = checkpoint_report(folder, spec)
-    num_parameters = sum(parameter_counts(spec).values())
-    has_own_head = report.num_parameters != num_parameters
+    has_own_head = report.num_parameters != sum(parameter_counts(spec).values())
     shares_embedding = spec.tie_word_embeddings and not has_own_head
     is_packed = _device().type == "cpu" and bool(torch._C._has_mkldnn)
     packed = spec.vocab_size * spec.hidden_size * dtype.itemsize
     entries = read_entries(folder, spec.layout.fp8 is not None)
+    names = {code: _name(known) for code, known in DTYPES.items()}  # those that hold no weights go by their codes
     return Weights(
         num_tensors=report.num_tensors,
         num_bytes=report.num_bytes,
-        stored=dict(Counter(_dtype_name(entry.dtype) for entry in entries.values())),
+        stored=dict(Counter(names.get(entry.dtype, entry.dtype) for entry in entries.values())),
         skipped=report.skipped,
         has_own_head=has_own_head,
         run_dtype=_name(dtype),
         run_bytes=report.num_parameters * dtype.itemsize,
         packed_head_bytes=packed if shares_embedding and is_packed else 0,
     )
-
-
-def _dtype_name(code: str) -> str:
-    """A dtype by its common name; the file's code for one that holds no weights."""
-    return _name(DTYPES[code]) if code in DTYPES else code
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -2,7 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console, Group, JustifyMethod, RenderableType
@@ -94,10 +95,8 @@ def compare_page(names: tuple[str, str], differences: Sequence[Difference], widt
         return _page([_text(f"Nothing in the architecture differs between {names[0]} and {names[1]}.")], width)
     parts = [_text(f"A: {names[0]}"), _text(f"B: {names[1]}")]
     for difference in differences:
-        sides = (("A:", difference.values), ("B:", difference.others))
-        parts += [_text(), _text(_title(difference))]
-        parts.append(_grid([(name, show(difference.field, values)) for name, values in sides], 1))
-        parts += _reasons(difference)
+        a, b = show(difference.field, difference.values), show(difference.field, difference.others)
+        parts += [_text(), _text(_title(difference)), _grid([("A:", a), ("B:", b)], 1), *_reasons(difference)]
     return _page(parts, width)
 
 
@@ -122,33 +121,30 @@ def _sizes(spec: ArchSpec) -> RenderableType:
     return _grid(rows, 1)
 
 
-def _departures(departures: Sequence[Difference]) -> list[RenderableType]:
+def _departures(departures: Sequence[Difference]) -> Iterator[RenderableType]:
     if not departures:
-        return [_text("Nothing: this is it.", 1)]
-    parts: list[RenderableType] = []
-    for departure in departures:
+        yield _text("Nothing: this is it.", 1)
+    for number, departure in enumerate(departures):
+        if number:
+            yield _text()
         value, plain = show(departure.field, departure.values), show(departure.field, departure.others)
         text = f"{_title(departure)}: {value}" + (f"; plain: {plain}" if plain not in ("no", "none") else "")
-        parts += [*([_text()] if parts else []), _text(text, 1), *_reasons(departure)]
-    return parts
+        yield _text(text, 1)
+        yield from _reasons(departure)
 
 
-def _reasons(difference: Difference) -> list[RenderableType]:
-    parts: list[RenderableType] = []
+def _reasons(difference: Difference) -> Iterator[RenderableType]:
     for reason in difference.reasons:
         begin = f"{reason.title}: " if len(difference.reasons) > 1 else ""
         source = f" [{reason.source}]" if reason.source else ""
-        parts.append(_text(f"{begin}{reason.text}{source}", 2))
-    return parts
+        yield _text(f"{begin}{reason.text}{source}", 2)
 
 
-def _kinds(kinds: Sequence[LayerKind]) -> list[RenderableType]:
-    parts: list[RenderableType] = []
+def _kinds(kinds: Sequence[LayerKind]) -> Iterator[RenderableType]:
     for kind in kinds:
         count = f"{len(kind.layers)} layer{'s' if len(kind.layers) > 1 else ''} ({_ranges(kind.layers)})"
         others = [other.layer for other in kinds if other is not kind]
-        parts += [_text(f"{count}:", 1), _text(", ".join(_describe(kind.layer, others)), 2)]
-    return parts
+        yield from (_text(f"{count}:", 1), _text(", ".join(_describe(kind.layer, others)), 2))
 
 
 def _describe(layer: LayerSpec, others: Sequence[LayerSpec]) -> list[str]:
@@ -171,22 +167,22 @@ def _describe(layer: LayerSpec, others: Sequence[LayerSpec]) -> list[str]:
     return parts
 
 
-def _parameters(model: Explanation) -> list[RenderableType]:
+def _parameters(model: Explanation) -> Iterator[RenderableType]:
     total = sum(model.parameters.values())
     rows = [(PARTS.get(part, part), f"{count:,}", f"{count / total:.1%}") for part, count in model.parameters.items()]
-    parts = [_grid([*rows, ("total", f"{total:,}", "")], 1, "right")]
+    yield _grid([*rows, ("total", f"{total:,}", "")], 1, "right")
     if model.spec.tie_word_embeddings and "head" not in model.parameters:
-        parts.append(_text("The head is the embedding and is counted once.", 1))
+        yield _text("The head is the embedding and is counted once.", 1)
     if model.weights is not None and model.weights.has_own_head:
         text = "config.json ties the head to the embedding, but the file has another one: the file's is used."
-        parts.append(_text(text, 1))
-    return parts
+        yield _text(text, 1)
 
 
-def _weights(weights: Weights | None) -> list[RenderableType]:
+def _weights(weights: Weights | None) -> Iterator[RenderableType]:
     if weights is None:
         text = "There is no .safetensors file here: all of this follows from config.json, and no tensor was checked."
-        return [_text(text, 1)]
+        yield _text(text, 1)
+        return
     run = f'{_size(weights.run_bytes)}, which is what dtype="auto" runs here'
     if weights.run_dtype == "float32" and "float32" not in weights.stored:
         run += ", or half where float16 holds a matrix exactly"
@@ -198,16 +194,15 @@ def _weights(weights: Weights | None) -> list[RenderableType]:
         ("tensors used", f"{weights.num_tensors:,}"),
         ("tensors skipped", f"{len(weights.skipped):,}"),
     ]
-    parts = [_grid(rows, 1)]
+    yield _grid(rows, 1)
     groups: dict[str, list[str]] = {}
     for name in weights.skipped:
         groups.setdefault(_prefix(name), []).append(name)
     for prefix, names in list(groups.items())[:MAX_LISTED]:
         listed = ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
-        parts.append(_text(f"{len(names):,} in {prefix}: {listed}", 2))
+        yield _text(f"{len(names):,} in {prefix}: {listed}", 2)
     if len(groups) > MAX_LISTED:
-        parts.append(_text(f"and {len(groups) - MAX_LISTED} other groups", 2))
-    return parts
+        yield _text(f"and {len(groups) - MAX_LISTED} other groups", 2)
 
 
 def _kv(model: Explanation) -> list[RenderableType]:
@@ -250,14 +245,11 @@ def show(field: str, values: Values) -> str:
 
 
 def _value(field: str, value: Any) -> str:
-    if field == "window" and value is None:
-        return "all keys"
     if value is None:
-        return "none"
-    if field == "rope":
-        return "RoPE" if value else "none"
+        return "all keys" if field == "window" else "none"
     if isinstance(value, bool):
-        return "yes" if value else "no"
+        yes, no = ("RoPE", "none") if field == "rope" else ("yes", "no")
+        return yes if value else no
     if field == "query_scale" and _is_whole(value**-2):
         return f"{round(value**-2)}^-0.5" if value != 1 else "1"
     if field == "embed_scale" and _is_whole(value**2) and value != 1:
@@ -265,15 +257,11 @@ def _value(field: str, value: Any) -> str:
     if field == "query_growth":
         return f"beta {value[0]:g}, length {_number(value[1])}"
     if field == "rope.parameters":
-        return ", ".join(f"{name} {_parameter(number)}" for name, number in value) or "none"
+        return ", ".join(f"{name} {_value(name, parameter)}" for name, parameter in value) or "none"
     if field == "eos_token_ids":
         return ", ".join(map(str, value)) or "none"
     if field in ("bos_token_id", "model_type", "layout.fp8") or isinstance(value, str):
         return str(value)
-    return _number(value)
-
-
-def _parameter(value: float | tuple[float, ...]) -> str:
     if isinstance(value, tuple):
         return f"[{len(value)} numbers from {min(value):g} to {max(value):g}]"
     return _number(value)
@@ -316,13 +304,10 @@ def _short_size(num_bytes: int) -> str:
 
 def _ranges(indices: Sequence[int]) -> str:
     """0-4, 6-10, 12; the first few of many."""
-    ranges: list[list[int]] = []
-    for index in indices:
-        if ranges and index == ranges[-1][-1] + 1:
-            ranges[-1] = [ranges[-1][0], index]
-        else:
-            ranges.append([index])
-    texts = ["-".join(map(str, ends)) for ends in ranges]
+    # Within a range, an index grows as its place does.
+    runs = groupby(enumerate(indices), lambda pair: pair[1] - pair[0])
+    ranges = [[index for _, index in run] for _, run in runs]
+    texts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in ranges]
     return ", ".join(texts[:MAX_RANGES]) + (", ..." if len(texts) > MAX_RANGES else "")
 
 

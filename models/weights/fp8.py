@@ -98,9 +98,8 @@ def _scale(name: str, weight: TensorEntry, scales: list[TensorEntry], fp8: Fp8) 
     expected = []
     for extent in fp8.extents:
         across = (min(extent[0] or rows, rows) or 1, min(extent[1] or columns, columns) or 1)
-        shapes: list[tuple[int, ...]] = [(-(-rows // across[0]), -(-columns // across[1]))]
-        if extent == WHOLE:
-            shapes = [(), (1,)]
+        blocks = (-(-rows // across[0]), -(-columns // across[1]))
+        shapes: list[tuple[int, ...]] = [(), (1,)] if extent == WHOLE else [blocks]
         if scale.shape in shapes:
             return Scale(scale, across)
         expected += [str(list(shape)) for shape in shapes]

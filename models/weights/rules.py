@@ -101,9 +101,8 @@ def _layer_rules(spec: ArchSpec, layer: LayerSpec, to: str, source: str) -> list
     for name, (parts, columns, has_bias) in _linears(spec, layer).items():
         kinds = {"weight": (columns,), "bias": ()} if has_bias else {"weight": (columns,)}
         for kind, rest in kinds.items():
-            rules.append(
-                _rule(f"{to}{name}.{kind}", *((f"{source}{part}.{kind}", (rows, *rest)) for part, rows in parts))
-            )
+            sources = [(f"{source}{part}.{kind}", (rows, *rest)) for part, rows in parts]
+            rules.append(_rule(f"{to}{name}.{kind}", *sources))
     return rules
 
 

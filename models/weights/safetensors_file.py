@@ -66,10 +66,10 @@ def read_entries(folder: Path, is_fp8: bool = False) -> dict[str, TensorEntry]:
     for file in files:
         found, length = _read_header(file, room)
         room -= length
-        for name, entry in found.items():
-            if name in entries:
-                raise CheckpointError(f"tensor {shown(name)} is in both {entries[name].file.name} and {file.name}")
-            entries[name] = entry
+        if twice := [name for name in found if name in entries]:
+            first = entries[twice[0]].file.name
+            raise CheckpointError(f"tensor {shown(twice[0])} is in both {first} and {file.name}")
+        entries |= found
     quantised = quantisation_of({name: entry.dtype for name, entry in entries.items()})
     if quantised and not (is_fp8 and quantised[0].startswith("fp8")):
         method, name = quantised
@@ -201,12 +201,10 @@ def read_into(entry: TensorEntry, out: Tensor) -> None:
         CheckpointError: the file has changed since its header was read, or an FP8 weight or scale is no number.
     """
     heads = entry.interleaved_heads
-    if heads is None:
-        _read(entry, out)
-        return
-    rows = torch.empty(entry.shape, dtype=out.dtype)
+    rows = out if heads is None else torch.empty(entry.shape, dtype=out.dtype)
     _read(entry, rows)
-    out.view(heads, 2, -1, *entry.shape[1:]).copy_(halves_apart(rows, heads))
+    if heads is not None:
+        out.view(heads, 2, -1, *entry.shape[1:]).copy_(halves_apart(rows, heads))
 
 
 def halves_apart(rows: Tensor, num_heads: int) -> Tensor:
