@@ -121,6 +121,7 @@ def config_from_params(params: Params) -> dict[str, Any]:
     yarn = rope.get("rope_parameters", {})
     factor, original = yarn.get("factor", 1), yarn.get("original_max_position_embeddings", DEFAULT_LENGTH)
     length = params.get("max_position_embeddings") or params.get("max_seq_len") or int(factor * original)
+    positive(length, f"{PARAMS_FILE}: max_position_embeddings or max_seq_len")
     text = {
         "model_type": "mistral",
         **config,

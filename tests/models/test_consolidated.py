@@ -233,6 +233,7 @@ def test_yarn_and_growing_queries_are_what_transformers_computes(apply_scale):
         ({"q_lora_rank": 12}, r"fields that nothing reads: q_lora_rank=12"),
         ({"dim": None}, "lacks dim"),
         ({"sliding_window": "wide"}, "sliding_window 'wide' must be an integer"),
+        ({"max_seq_len": "long", "sliding_window": [4, None]}, "max_seq_len 'long' must be a positive number"),
         ({"yarn": {"factor": 16}}, "yarn .* must have factor"),
         ({"yarn": {**YARN, "mscale": 2}}, "yarn .* must have factor"),
         ({"yarn": YARN, "llama_4_scaling": {**GROWTH, "original_max_position_embeddings": 1}}, "llama_4_scaling"),
