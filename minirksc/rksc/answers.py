@@ -204,10 +204,10 @@ def _sentence(text: str) -> str:
 
 def _in_box(text: str) -> str:
     r"""Up to the brace that closes the box, without \text{...} and the like."""
-    depth = 1
+    nesting = 1
     for brace in re.finditer(r"[{}]", text):
-        depth += 1 if brace[0] == "{" else -1
-        if depth == 0:
+        nesting += 1 if brace[0] == "{" else -1
+        if nesting == 0:
             text = text[: brace.start()]
             break
     else:

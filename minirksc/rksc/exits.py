@@ -1,7 +1,11 @@
 """Layer exit: rows leave the pass of the question between two layers, once its answer is clear (CGEE-2 of the paper).
 
 A rule holds thresholds and makes the gate of one pass. Deciding is apart from reading: `MarginExit` is fed numbers,
-`LayerExit` reads them out of hidden rows through a lens. All gates are listed in `minirksc.rksc.cgee`.
+`LayerExit` reads them out of hidden states through a lens. All gates are listed in `minirksc.rksc.cgee`.
+
+A *row*, as at every gate (`minirksc.engine.gates`), is a whole request: here the question about one branch, of which
+the last token's hidden state is read. A *lens* reads hidden states of any layer as if they were the last one's: final
+norm, then head (`Decoder.lens`; the logit lens of nostalgebraist 2020, lesswrong.com/posts/AcKRB8wDpdaN6v6ru).
 """
 
 import math
@@ -56,7 +60,8 @@ class MarginRule:
         reason: what makes a row leave, in words.
         margin: least |YES - NO|, in logits.
         patience: layers in a row that it must hold with one sign.
-        start: first layer that is looked at, counted from 0; None: half of them.
+        start: index of the first layer that is looked at, from 0 (`EntropyRule.start` counts from 1); None: half of
+            them.
         correction: (slope, offset) of each layer, from the lens's margin to an estimate of the last layer's: a lens in
             the middle of a model is biased, and has another scale (Belrose et al. 2023, arXiv 2303.08112); None: as it
             is read.
@@ -157,12 +162,15 @@ class EntropyRule:
 
     Attributes:
         reason: what makes a row leave, in words.
+        threshold: what margins are held against: nothing.
         entropy: the row leaves below it, nats (theta).
         stability: most that it may differ from the layer before, nats (epsilon).
-        start: first layer that may be left, counted from 1.
+        start: number of the first layer after which a row may leave, from 1 as in the paper (`MarginRule.start` is an
+            index, from 0).
     """
 
     reason: ClassVar[str] = "the entropy of the lens is low and stable"
+    threshold: ClassVar[float | None] = None
     entropy: float
     stability: float
     start: int
@@ -172,11 +180,6 @@ class EntropyRule:
         """Whether its numbers are some."""
         return is_number(self.entropy) and is_number(self.stability) and is_count(self.start)
 
-    @property
-    def threshold(self) -> float | None:
-        """What margins are held against; nothing here."""
-        return None
-
     def gate(self, make_lens: "MakeLens", choices: tuple[int, int], num_layers: int) -> "EntropyExit":
         """The gate of one pass."""
         return EntropyExit(make_lens(None), choices, num_layers, **asdict(self))
@@ -185,7 +188,7 @@ class EntropyRule:
 class EntropyExit(_Exits):
     """CGEE-2 as published: the entropy H of the whole vocabulary under the lens is low and stable.
 
-    A row leaves after layer l (counted from 1) when l >= start, H_l < theta and |H_l - H_{l-1}| < epsilon.
+    A row leaves after layer l (from 1) when l >= start, H_l < theta and |H_l - H_{l-1}| < epsilon.
 
     Args:
         lens: `[rows, hidden]` of any layer -> logits `[rows, vocab]`.

@@ -116,7 +116,7 @@ def _phrasing_list(phrasings: Any, num_branches: int) -> list[Any]:
     if phrasings is None:
         return []
     if not is_list(phrasings):
-        raise ConfigError(f"phrasings must be a list of wordings, one a branch, not {brief(phrasings)}")
+        raise ConfigError(f"phrasings must be a list of prompts, one a branch, not {brief(phrasings)}")
     found = list(phrasings)
     if len(found) != num_branches:
         raise ConfigError(f"{len(found)} phrasings for {num_branches} branches; give one a branch")

@@ -56,7 +56,7 @@ class Verdict:
 
     Attributes:
         probability: p(YES) of the two choices; None where the pass failed.
-        exit_layer: layers that its row went through, where it left the pass early.
+        exit_layer: layers that the question went through, where it left the pass early.
         margin: YES - NO in logits, as it was there.
         saw_nan: a gate saw a hidden state that was not finite, and let the row go on.
         error: reason why the pass failed.
@@ -150,10 +150,10 @@ class Verifier:
             return [verdict for branch, question in pairs for verdict in self._score([branch], [question], None)]
         verdicts = [Verdict(float(row[0])) for row in scores]
         if gate is not None:
-            for row, margin in gate.margins.items():
-                verdicts[row] = Verdict((1 + math.tanh(margin / 2)) / 2, gate.exit_layers[row], margin)
-            for row in gate.problems:
-                verdicts[row] = replace(verdicts[row], saw_nan=True)
+            for index, margin in gate.margins.items():
+                verdicts[index] = Verdict((1 + math.tanh(margin / 2)) / 2, gate.exit_layers[index], margin)
+            for index in gate.problems:
+                verdicts[index] = replace(verdicts[index], saw_nan=True)
         return verdicts
 
     def _choice_ids(self, choices: Sequence[str]) -> list[list[int]]:
