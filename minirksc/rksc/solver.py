@@ -31,7 +31,7 @@ from minirksc.rksc.problem import Problem, check_needs_no_text, read_problem
 from minirksc.rksc.results import BranchResult, Choice, SolveResult, make_result
 from minirksc.rksc.solver_config import DEFAULT_SAMPLING, MAX_BRANCHES, SolverConfig
 from minirksc.rksc.tree import Tree
-from minirksc.rksc.verify import Candidate, Verdict, Verifier
+from minirksc.rksc.verify import Verdict, Verifier
 
 if TYPE_CHECKING:
     from minirksc.engine.request import Salt
@@ -208,8 +208,8 @@ class _Search:
                 node.score = node.confidence
             return
         with self._tree.record.phase("verify", nodes) as event:
-            candidates = [Candidate(self._tree.exact_branch(node), node.answer_ids) for node in nodes]
-            verdicts = self._verifier.ask(candidates, self._gates.layer_exit)
+            branches = [self._tree.exact_branch(node) for node in nodes]
+            verdicts = self._verifier.ask(branches, [node.answer_ids for node in nodes], self._gates.layer_exit)
             event["probabilities"] = [verdict.probability for verdict in verdicts]
         for node, verdict in zip(nodes, verdicts, strict=True):
             node.verification, node.exit_layer, node.error = verdict.probability, verdict.exit_layer, verdict.error

@@ -38,19 +38,6 @@ _PROBLEM, _ANSWER = "PROBLEM7f3a9c", "ANSWER7f3a9c"
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """An answer to verify.
-
-    Attributes:
-        branch: branch whose tokens end with the answer.
-        answer_ids: tokens of the answer alone, hint included, perhaps with an end-of-sequence token last.
-    """
-
-    branch: "Branch"
-    answer_ids: Sequence[int]
-
-
-@dataclass(frozen=True)
 class Verdict:
     """What the model says about one answer.
 
@@ -98,11 +85,18 @@ class Verifier:
         # An answer that stopped by itself has closed its turn; the others' turns are closed here.
         self._closing, self._question = _split_after_eos(self._encode(after), tokenizer)
 
-    def ask(self, candidates: Sequence[Candidate], rule: "MarginRule | EntropyRule | None" = None) -> list["Verdict"]:
-        """Asks about candidates in one pass; the branches stay as they were.
+    def ask(
+        self,
+        branches: Sequence["Branch"],
+        answers: Sequence[Sequence[int]],
+        rule: "MarginRule | EntropyRule | None" = None,
+    ) -> list[Verdict]:
+        """Asks about answers in one pass; the branches stay as they were.
 
         Args:
-            candidates: distinct branches. One whose pass fails has an error for a verdict, and harms no other.
+            branches: distinct branches, each of which ends with an answer. One whose pass fails has an error for a
+                verdict, and harms no other.
+            answers: tokens of each answer alone, hint included, perhaps with an end-of-sequence token last.
             rule: lets rows leave the pass early; only where each choice is one token: a layer has a margin of these.
 
         Raises:
@@ -113,8 +107,7 @@ class Verifier:
             choices = (self._choices[0][0], self._choices[1][0])
             gate = rule.gate(self._session.lens, choices, self._session.spec.num_layers)
         if self._prompt is not None:
-            return self._standalone(self._prompt, candidates, gate)
-        branches = [candidate.branch for candidate in candidates]
+            return self._standalone(self._prompt, answers, gate)
         closings = [[] if self._is_closed(branch.token_ids) else self._closing for branch in branches]
         return self._score(branches, [[*closing, *self._question] for closing in closings], gate)
 
@@ -124,17 +117,16 @@ class Verifier:
         return num_before + len(self._closing) + len(self._question)
 
     def _standalone(
-        self, prompt: list[int], candidates: Sequence[Candidate], gate: "LayerExit | EntropyExit | None"
+        self, prompt: list[int], answers: Sequence[Sequence[int]], gate: "LayerExit | EntropyExit | None"
     ) -> list[Verdict]:
         options: dict[str, Any] = {"share": self._share, "seed": 0, "salt": self._salt}  # any seed: nothing is sampled
-        prompts = [prompt] if self._share else [prompt] * len(candidates)
+        prompts = [prompt] if self._share else [prompt] * len(answers)
         with self._session.engine.call() as call:
             call.sequences.extend(map(attrgetter("sequence"), asked := self._session.branches(prompts, **options)))
             if self._share:
-                call.sequences.extend(map(attrgetter("sequence"), asked := asked[0].fork(len(candidates))))
-            for branch, candidate in zip(asked, candidates, strict=True):
-                is_closed = self._is_closed(candidate.answer_ids)
-                branch.append(candidate.answer_ids[:-1] if is_closed else candidate.answer_ids)
+                call.sequences.extend(map(attrgetter("sequence"), asked := asked[0].fork(len(answers))))
+            for branch, answer_ids in zip(asked, answers, strict=True):
+                branch.append(answer_ids[:-1] if self._is_closed(answer_ids) else answer_ids)
             return self._score(asked, [[*self._closing, *self._question]] * len(asked), gate)
 
     def _score(
@@ -186,8 +178,7 @@ def _chat_parts(tokenizer: "Tokenizer", style: str) -> tuple[str, str, str] | No
     if style == "append":
         turns = [("user", _PROBLEM), ("assistant", _ANSWER), ("user", QUESTION)]
     else:
-        asked = f"Problem:\n{_PROBLEM}\n\nProposed answer:\n{_ANSWER}\n\n{QUESTION}"
-        turns = [("user", asked)]
+        turns = [("user", f"Problem:\n{_PROBLEM}\n\nProposed answer:\n{_ANSWER}\n\n{QUESTION}")]
     try:
         text = tokenizer.render_chat([{"role": role, "content": content} for role, content in turns])
     except ChatTemplateError:
@@ -201,7 +192,5 @@ def _chat_parts(tokenizer: "Tokenizer", style: str) -> tuple[str, str, str] | No
 
 def _split_after_eos(token_ids: list[int], tokenizer: "Tokenizer") -> tuple[list[int], list[int]]:
     """Splits behind the first end-of-sequence token; where there is none, nothing needs closing."""
-    for index, token_id in enumerate(token_ids):
-        if token_id in tokenizer.eos_token_ids:
-            return token_ids[: index + 1], token_ids[index + 1 :]
-    return [], token_ids
+    end = next((i + 1 for i, token_id in enumerate(token_ids) if token_id in tokenizer.eos_token_ids), 0)
+    return token_ids[:end], token_ids[end:]
