@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Fact(NamedTuple):
@@ -60,8 +60,8 @@ def refusal(root: str, branch: str) -> str | None:
 def facts(text: str) -> list[Fact]:
     """The facts of one phrasing, in their order."""
     found: list[Fact] = []
-    for pattern, replacement in _PHRASES:
-        text = pattern.sub(replacement, text)
+    for pattern, replacement in _tables()["idioms"]:
+        text = re.sub(pattern, replacement, text)
     for part in _PARTS.split(text):
         if not all(match.lastgroup == "word" and _is_empty(match[0]) for match in _TOKEN.finditer(part)):
             found += _facts_of_part(part)
@@ -83,18 +83,6 @@ _TOKEN = re.compile(
     re.VERBOSE,
 )
 _PARTS = re.compile(r"(?<=[.!?:])\s+|\n+")
-_PHRASES = (
-    (re.compile(r"\bin all\b", re.IGNORECASE), "in total"),
-    (re.compile(r"\baltogether\b", re.IGNORECASE), "in total"),
-    (re.compile(r"\b(all|any\w*|every\w*|no\w*) but\b", re.IGNORECASE), r"\1 except"),
-    (re.compile(r"\b[Cc]an(?:not|['’]t)\b"), "can not"),
-    (re.compile(r"\b[Ww]on['’]t\b"), "will not"),
-    (re.compile(r"(?<=[a-z])n['’]t\b"), " not"),
-    (re.compile(r"\ban?(?= (?:second|minute|hour|day|night|week|month|year)\b)"), "each"),  # "$5 an hour"
-    (re.compile(r"\b[Ww]hat (?:number|amount) of(?: money)?\b"), "how many"),
-    (re.compile(r"\b[Hh]ow much money\b"), "how many"),
-)
-
 _ENDINGS = frozenset(["s", "re"])  # "it's" is "it is"; but "he'll", "he'd"
 
 _ONES = (
@@ -108,10 +96,15 @@ _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
 
 
 @cache
+def _tables() -> dict[str, Any]:
+    """What guard_words.toml says."""
+    return tomllib.loads(Path(__file__).with_name("guard_words.toml").read_text(encoding="utf-8"))
+
+
+@cache
 def _words() -> tuple[dict[str, Fact], frozenset[str], frozenset[str]]:
     """(word or sign -> its fact, words that may come and go, words of instructions), see guard_words.toml."""
-    tables = tomllib.loads(Path(__file__).with_name("guard_words.toml").read_text(encoding="utf-8"))
-    known = {}
+    known, tables = {}, _tables()
     for kind, entries in tables["facts"].items():
         for word, _, form in (entry.partition("=") for entry in entries.split()):
             known[word] = Fact(kind, form or word)
