@@ -239,6 +239,5 @@ def make_probe(spec: ArchSpec, config: SolverConfig, *, can_move_kv: bool) -> Pr
             f"sharing_mode 'aligned' moves keys to other positions, and the rotation of this {spec.model_type} depends "
             "on more than the distance; use sharing_mode='substitute'"
         )
-    if tau is None:
-        tau = UNTESTED if tested is None else tested
+    tau = (tested or UNTESTED) if tau is None else tau
     return Probe(MEASURES["alignment"], num_probe_layers(spec.num_layers), tau, aligned=aligned)

@@ -85,7 +85,8 @@ def read_problem(
     prompts = given or [own] * config.branches
     has_template = session.tokenizer is not None and session.tokenizer.has_chat_template
     chats = [isinstance(prompt, str) and config.chat and has_template for prompt in prompts]
-    hints = config.hints or [_default_hint(k, chat) for k, chat in enumerate(chats)]
+    # Where no hints are given: in a conversation they begin the assistant's turn; in plain text, a paragraph.
+    hints = config.hints or [("" if chat else "\n\n") + f"Approach #{k}:" for k, chat in enumerate(chats, 1)]
     starts = []
     for prompt, chat, hint in zip(prompts, chats, hints, strict=True):
         # The published rule has no guard.
@@ -151,9 +152,3 @@ def _token_ids(prompt: str | list[int], chat: bool, session: "Session") -> list[
 
 def _shown(prompt: str | list[int], session: "Session") -> str:
     return prompt if isinstance(prompt, str) else session.decode(prompt)
-
-
-def _default_hint(index: int, chat: bool) -> str:
-    """How the answer of a branch begins where no hints are given."""
-    # In a conversation it begins the assistant's turn; in plain text, a paragraph.
-    return f"Approach #{index + 1}:" if chat else f"\n\nApproach #{index + 1}:"

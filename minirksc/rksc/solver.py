@@ -104,8 +104,7 @@ class Solver:
         seed = config.step_sampling.seed
         seed = session.engine.next_seed() if seed is None else seed
         with session.engine.call() as call:
-            share = config.sharing != "none"
-            tree = Tree(session, call, share=share, seed=seed, salt=given.salt, on_event=on_event)
+            tree = Tree(session, call, share=config.sharing != "none", seed=seed, salt=given.salt, on_event=on_event)
             nodes = tree.plant(given.starts, self._probe(given))
             choice = _Search(config, self.gates, tree, verifier).run(nodes)
             tree.record.finish()
@@ -136,8 +135,7 @@ class Solver:
             return None
         from minirksc.rksc.asks import make_probe  # it compares tensors: torch is there by now
 
-        can_move_kv = self.session.engine.runner.model.can_move_kv
-        return make_probe(self.session.spec, self.config, can_move_kv=can_move_kv)
+        return make_probe(self.session.spec, self.config, can_move_kv=self.session.engine.runner.model.can_move_kv)
 
 
 class _Search:

@@ -165,16 +165,15 @@ class SolverConfig(Options):
         """As plain data that JSON can hold."""
         values = asdict(self)
         values["sampling"] = plain(asdict(self.step_sampling))
-        values["gates"] = str(self.gates) if isinstance(self.gates, Path) else values["gates"]
         if callable(self.answer_parser):
             values["answer_parser"] = getattr(self.answer_parser, "__name__", "function")
         return dict(plain(values))
 
 
 def plain(value: Any) -> Any:
-    """The same data with lists for every other sequence, and strings as keys."""
+    """The same data with lists for every other sequence, and strings as keys and for paths."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [plain(item) for item in value]
-    return value
+    return str(value) if isinstance(value, Path) else value

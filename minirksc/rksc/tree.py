@@ -11,7 +11,7 @@ branch reads `exact_branch` instead: the first phrasing's own KV, and the answer
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -47,42 +47,32 @@ class Start:
     refusal: str | None = None
 
 
+@dataclass(eq=False)
 class Tree:
     """Nodes and branches of one solve.
 
-    Args:
+    Attributes:
         session: session that computes the branches.
         call: call with whose end all its branches are released.
         share: False: every branch computes all its tokens.
         seed: seed of all branches, whose paths tell their random numbers apart.
         salt: salt of all branches, see `LLM.branches`.
         on_event: called with each event as it happens.
-
-    Attributes:
         nodes: all that were ever made, in order.
         record: what happened.
-        session: session that computes the branches.
-        seed: seed of all branches.
     """
 
-    def __init__(
-        self,
-        session: "Session",
-        call: "Call",
-        *,
-        share: bool,
-        seed: int,
-        salt: "Salt | None" = None,
-        on_event: Callable[[dict[str, Any]], None] | None = None,
-    ) -> None:
-        self.nodes: list[Node] = []
-        self.record = Record(session, on_event)
-        self.session = session
-        self.seed = seed
-        self._share = share
-        self._salt = salt
-        self._call = call
-        self._first: Branch | None = None  # of the first phrasing, that others may run on
+    session: "Session"
+    call: "Call"
+    share: bool
+    seed: int
+    salt: "Salt | None" = None
+    on_event: Callable[[dict[str, Any]], None] | None = None
+    nodes: list[Node] = field(default_factory=list, init=False)
+    _first: "Branch | None" = field(default=None, init=False)  # of the first phrasing, that others may run on
+
+    def __post_init__(self) -> None:
+        self.record = Record(self.session, self.on_event)
 
     def plant(self, starts: Sequence[Start], probe: "Probe | None" = None) -> list[Node]:
         """The first round: equal prompts are computed once, and each branch is forked from its own.
@@ -94,7 +84,7 @@ class Tree:
         nodes: list[Node] = []
         with self.record.phase("prefill", nodes) as event:
             known: dict[Any, int] = {}  # prompt -> its key, the index of the first branch that has it
-            keys = [known.setdefault(tuple(one.prompt) if self._share else i, i) for i, one in enumerate(starts)]
+            keys = [known.setdefault(tuple(one.prompt) if self.share else i, i) for i, one in enumerate(starts)]
             trunks = self._compute_prompts({key: starts[key] for key in keys}, probe)
             # What a prompt's branches are forked from: its trunk, or the first one where that is substituted for it.
             # Then its own left its prefill, which a trunk's exit_layer is about; a node's is about the question.
@@ -173,7 +163,7 @@ class Tree:
         parents = [node for node in survivors if not node.finished]
         num_slots = width - len(finished)
         kids: list[Node] = []
-        with self.record.phase("fork" if self._share else "prefill", kids) as event:
+        with self.record.phase("fork" if self.share else "prefill", kids) as event:
             for index, parent in enumerate(parents):
                 num_kids = num_slots // len(parents) + (index < num_slots % len(parents))
                 for branch in self._children(parent.branch, num_kids):
@@ -202,8 +192,8 @@ class Tree:
         return trunks | dict(zip(others, computed, strict=True))
 
     def _trunks(self, prompts: Sequence[Sequence[int]], seats: Sequence[Seat | None] | None = None) -> list["Branch"]:
-        options: dict[str, Any] = {"share": self._share, "seed": self.seed, "seats": seats, "salt": self._salt}
-        self._call.sequences.extend(map(attrgetter("sequence"), trunks := self.session.branches(prompts, **options)))
+        options: dict[str, Any] = {"share": self.share, "seed": self.seed, "seats": seats, "salt": self.salt}
+        self.call.sequences.extend(map(attrgetter("sequence"), trunks := self.session.branches(prompts, **options)))
         return trunks
 
     def _note_probe(self, node: Node, start: Start, key: int, trunk: "Branch", probe: "Probe") -> None:
@@ -230,13 +220,13 @@ class Tree:
 
     def _fork(self, branch: "Branch", indices: Sequence[int]) -> list["Branch"]:
         """The forks with these indices: a path must not depend on what else was planted."""
-        self._call.sequences.extend(map(attrgetter("sequence"), kids := branch.fork(max(indices) + 1)))
+        self.call.sequences.extend(map(attrgetter("sequence"), kids := branch.fork(max(indices) + 1)))
         wanted = set(indices)
         self._prune([kid for index, kid in enumerate(kids) if index not in wanted])
         return [kids[index] for index in indices]
 
     def _children(self, branch: "Branch", count: int) -> list["Branch"]:
-        if self._share:
+        if self.share:
             return self._fork(branch, range(count))
         return [self._replant(branch, index) for index in range(count)]
 
