@@ -122,11 +122,10 @@ class MarginExit(_Exits):
         departed = []
         for row, read in margins.items():
             margin = slope * read + offset
-            is_finite = math.isfinite(margin)
-            if not is_finite:
+            if not math.isfinite(margin):
                 self.problems.add(row)
             sign = 1 if margin > 0 else -1
-            is_clear = is_finite and abs(margin) >= rule.margin
+            is_clear = rule.margin <= abs(margin) < math.inf  # neither holds of NaN
             # A pass that is computed once more, after a preemption, begins anew.
             before = 0 if layer == self.layers.start else self._streaks.get(row, 0)
             self._streaks[row] = sign * (max(before * sign, 0) + 1) if is_clear else 0

@@ -104,10 +104,9 @@ def _tables() -> dict[str, Any]:
 @cache
 def _words() -> tuple[dict[str, Fact], frozenset[str], frozenset[str]]:
     """(word or sign -> its fact, words that may come and go, words of instructions), see guard_words.toml."""
-    known, tables = {}, _tables()
-    for kind, entries in tables["facts"].items():
-        for word, _, form in (entry.partition("=") for entry in entries.split()):
-            known[word] = Fact(kind, form or word)
+    tables = _tables()
+    entries = [(kind, *entry.partition("=")) for kind, words in tables["facts"].items() for entry in words.split()]
+    known = {word: Fact(kind, form or word) for kind, word, _, form in entries}
     return known, frozenset(tables["ordinary"].split()), frozenset(tables["instructions"].split())
 
 
@@ -146,10 +145,8 @@ def _facts_of_word(token: str) -> Iterator[Fact]:
     known, ordinary, _ = _words()
     base, *rest = re.split("['’]", token.lower())
     singular = base[:-1] if len(base) > 3 and base.endswith("s") else base
-    if fact := known.get(base) or known.get(singular):
-        yield fact
-    elif base not in ordinary:
-        yield Fact("word", base)
+    if base not in ordinary:
+        yield known.get(base) or known.get(singular) or Fact("word", base)
     yield from (Fact("word", ending) for ending in rest if ending not in _ENDINGS)
 
 

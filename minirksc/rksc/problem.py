@@ -102,14 +102,13 @@ def check_needs_no_text(session: "Session", config: SolverConfig) -> None:
     Raises:
         ConfigError: what a solve does by itself would take one.
     """
-    remedies = []
-    if config.hints is None or any(isinstance(hint, str) for hint in config.hints):
-        remedies.append("hints as token ids, such as [()] * branches")
-    if config.verify != "never":
-        remedies.append("verify='never'")
-    if config.select != "score":
-        remedies.append("select='score'")
-    if remedies:
+    has_text = config.hints is None or any(isinstance(hint, str) for hint in config.hints)
+    needs = {
+        "hints as token ids, such as [()] * branches": has_text,
+        "verify='never'": config.verify != "never",
+        "select='score'": config.select != "score",
+    }
+    if remedies := [remedy for remedy, is_needed in needs.items() if is_needed]:
         raise ConfigError(f"{session.model_path} has no tokenizer; use {', '.join(remedies)}")
 
 

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 QUESTION = "Is this answer correct? YES or NO."
 _PLAIN_CHOICES = (" YES", " NO")
 _CHAT_CHOICES = ("YES", "NO")
+_PLAIN_AFTER = f"\n\n{QUESTION}\nAnswer:"
+_PLAIN_PARTS = {"append": ("", "", _PLAIN_AFTER), "standalone": ("Problem:\n", "\n\nProposed answer:\n", _PLAIN_AFTER)}
+"""Text before the problem, between problem and answer, and after the answer, by style."""
 # Letters and digits only: a template that strips or escapes leaves them alone.
 _PROBLEM, _ANSWER = "PROBLEM7f3a9c", "ANSWER7f3a9c"
 
@@ -77,7 +80,7 @@ class Verifier:
         self._salt = problem.salt
         parts = _chat_parts(tokenizer, style) if problem.is_chat and tokenizer.has_chat_template else None
         self._choices = self._choice_ids(_PLAIN_CHOICES if parts is None else _CHAT_CHOICES)
-        before, between, after = parts or _plain_parts(style)
+        before, between, after = parts or _PLAIN_PARTS[style]
         # Only a prompt starts with BOS; the other parts continue one. None: the question follows the branch.
         self._prompt: list[int] | None = None
         if style == "standalone":
@@ -167,14 +170,8 @@ class Verifier:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
 
-def _plain_parts(style: str) -> tuple[str, str, str]:
-    """Text before the problem, between problem and answer, and after the answer."""
-    before, between = ("", "") if style == "append" else ("Problem:\n", "\n\nProposed answer:\n")
-    return before, between, f"\n\n{QUESTION}\nAnswer:"
-
-
 def _chat_parts(tokenizer: "Tokenizer", style: str) -> tuple[str, str, str] | None:
-    """The same in the checkpoint's chat format; None when its template cannot be taken apart."""
+    """`_PLAIN_PARTS` in the checkpoint's chat format; None when its template cannot be taken apart."""
     if style == "append":
         turns = [("user", _PROBLEM), ("assistant", _ANSWER), ("user", QUESTION)]
     else:
