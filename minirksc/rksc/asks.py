@@ -160,6 +160,7 @@ class Probe:
         return decisions
 
     def _is_alike(self, row: int, prefill: _Prefill) -> bool:
+        """The rule for sharing: similarity to the root >= tau. With sigma for a measure it is the paper's."""
         root, first = self._prefills[ROOT], prefill.first or 0
         similarity = 0.0  # where the first phrasing ends before, there is nothing to compare
         if first < len(root.token_ids):

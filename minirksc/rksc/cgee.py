@@ -65,7 +65,7 @@ class Lead:
         return (best - rest) / best if self.is_relative and best > 0 else best - rest
 
     def holds(self, best: float, rest: float) -> bool:
-        """Whether `best` leads decisively; never where a number is NaN."""
+        """Whether `best` leads decisively, the inequality of CGEE-1; never where a number is NaN."""
         return best >= self.top and self.distance(best, rest) >= self.gap
 
 
