@@ -6,7 +6,7 @@ approximate kind, in this order, each step cheaper than what it may save:
 1. guard   numbers, units, negations, names and the like must agree (`guard.py`); else the phrasing is computed.
 2. probe   the phrasing's own prefill starts, and after some layers its hidden states are compared with those of the
            first phrasing (`similarity.py`). Below tau, or NaN: the same prefill goes on, at the cost of one comparison.
-3. accept  substitute: all its rows leave, and the branch continues the first phrasing's KV. This is the paper's mode,
+3. accept  substitute: it leaves as a whole, and the branch continues the first phrasing's KV. This is the paper's mode,
            and the same as having sent the first phrasing.
            aligned: the branch keeps its own tokens. Those that both phrasings have leave, and use the first one's
            KV from here on, keys turned to their new positions. Computed to the end are the others, the first

@@ -38,8 +38,8 @@ class _Exits:
     """What a layer exit has decided so far.
 
     Attributes:
-        margins: row that left -> YES - NO in logits, as it was there.
-        exit_layers: row that left -> layers that it went through.
+        margins: row that departed -> YES - NO in logits, as it was there.
+        exit_layers: row that departed -> number of layers that it went through.
         problems: rows at which a number was not finite, and which went on.
     """
 
@@ -59,7 +59,7 @@ class MarginRule:
     Attributes:
         reason: what makes a row leave, in words.
         margin: least |YES - NO|, in logits.
-        patience: layers in a row that it must hold with one sign.
+        patience: consecutive layers that it must hold with one sign.
         start: index of the first layer that is looked at, from 0 (`EntropyRule.start` counts from 1); None: half of
             them.
         correction: (slope, offset) of each layer, from the lens's margin to an estimate of the last layer's: a lens in
@@ -99,8 +99,8 @@ class MarginExit(_Exits):
 
     Attributes:
         layers: layers after which it is to be fed, counted from 0.
-        margins: row that left -> YES - NO in logits, corrected.
-        exit_layers, problems: layers of rows that left, and rows that went on, see `_Exits`.
+        margins: row that departed -> YES - NO in logits, corrected.
+        exit_layers, problems: layers of rows that departed, and rows that went on, see `_Exits`.
     """
 
     def __init__(self, rule: MarginRule, num_layers: int) -> None:
@@ -108,7 +108,7 @@ class MarginExit(_Exits):
         # After the last layer there is nothing left to save.
         self.layers = range(num_layers // 2 if rule.start is None else rule.start, num_layers - 1)
         self._rule = rule
-        self._streaks: dict[int, int] = {}  # layers in a row, negative for NO
+        self._streaks: dict[int, int] = {}  # consecutive layers, negative for NO
 
     def leaving(self, layer: int, margins: Mapping[int, float]) -> list[int]:
         """Names the rows that leave.
