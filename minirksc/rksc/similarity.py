@@ -50,8 +50,8 @@ class SimilarityMeasure(Protocol):
 class Sigma:
     """Equation 2 of the paper: the last tokens' cosine at every layer, the later layers counting more.
 
-    sigma_b = sum over layers l of w_l cos(h_b, h_root), w_l = exp(alpha l / L) / sum over k of exp(alpha k / L), where h
-    is the state after layer l. Blind to whatever the last token does not carry: phrasings in one template end alike,
+    sigma_b = sum over layers l of w_l cos(h_b, h_root), w_l = exp(alpha l / L) / sum over k of exp(alpha k / L), with h
+    for the state after layer l. Blind to whatever the last token does not carry: phrasings in one template end alike,
     whatever they say.
 
     Attributes:

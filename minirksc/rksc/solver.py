@@ -111,14 +111,13 @@ class Solver:
         return make_result(tree, choice, given, config, self.gates.source)
 
     def _gates(self) -> Gates:
-        config = self.config
+        config, gates = self.config, self.config.gates
         if config.verify != "auto":
             return NO_GATES
         if config.policy == "paper":
             return PAPER_GATES
-        if config.gates is None:
+        if gates is None:
             return DEFAULT_GATES
-        gates = config.gates
         if not isinstance(gates, Gates):
             gates = read_gates(gates, self.session.model_path, settings_of(config, self.session))
         correction, num_layers = getattr(gates.layer_exit, "correction", None), self.session.spec.num_layers
