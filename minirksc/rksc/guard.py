@@ -85,13 +85,6 @@ _TOKEN = re.compile(
 _PARTS = re.compile(r"(?<=[.!?:])\s+|\n+")
 _ENDINGS = frozenset(["s", "re"])  # "it's" is "it is"; but "he'll", "he'd"
 
-_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
-    " eighteen nineteen"
-)
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-_SMALL = {word: value for value, word in enumerate(_ONES.split())}
-_SMALL |= {word: 10 * value for value, word in enumerate(_TENS.split(), 2)}
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
 
 
@@ -108,6 +101,13 @@ def _words() -> tuple[dict[str, Fact], frozenset[str], frozenset[str]]:
     entries = [(kind, *entry.partition("=")) for kind, words in tables["facts"].items() for entry in words.split()]
     known = {word: Fact(kind, form or word) for kind, word, _, form in entries}
     return known, frozenset(tables["ordinary"].split()), frozenset(tables["instructions"].split())
+
+
+@cache
+def _small_numbers() -> dict[str, int]:
+    """Those below a hundred that are one word."""
+    entries = (entry.partition("=") for entry in _tables()["numbers"].split())
+    return {word: int(value) for word, _, value in entries}
 
 
 def _facts_of_part(text: str) -> Iterator[Fact]:
@@ -179,16 +179,17 @@ def _run_of_words(text: str, matches: list[re.Match[str]], at: int) -> list[str]
 def _spoken_number(words: list[str]) -> tuple[int, int]:
     """The number that a text begins with in words, and how many words that takes; (0, 0) for none."""
     total = current = length = 0
+    small = _small_numbers()
     limit = 10**12  # what the next word must stay below: "twenty five" is one number, "five twenty" two
     for place, word in enumerate(words):
-        if word in _SMALL and _SMALL[word] < limit:
-            current += _SMALL[word]
-            limit = 10 if _SMALL[word] >= 20 else 0
+        if word in small and small[word] < limit:
+            current += small[word]
+            limit = 10 if small[word] >= 20 else 0
         elif word == "hundred" and current < 100:
             current, limit = 100 * (current or 1), 100
         elif word in _SCALES and (current or not length):
             total, current, limit = total + _SCALES[word] * (current or 1), 0, 1000
-        elif word == "and" and length and limit >= 100 and words[place + 1 : place + 2] and words[place + 1] in _SMALL:
+        elif word == "and" and length and limit >= 100 and words[place + 1 : place + 2] and words[place + 1] in small:
             continue
         else:
             break
