@@ -289,7 +289,7 @@ def _auto(read: _Read) -> str | None:
     if read.statement is None:
         return _number(read) or _choice(read) or _text(read)
     found = _stated_number(read.statement)
-    if found is not None and read.is_boxed:
+    if found and read.is_boxed:
         value = found.string
         beside = value[: found.start()] + value[found.end() :]
         found = None if _NO_UNIT.search(beside) else found

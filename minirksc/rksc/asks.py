@@ -162,11 +162,11 @@ class Probe:
     def _is_alike(self, row: int, prefill: _Prefill) -> bool:
         """The rule for sharing: similarity to the root >= tau. With sigma for a measure it is the paper's."""
         root, first = self._prefills[ROOT], prefill.first or 0
-        similarity = 0.0  # where the first phrasing ends before, there is nothing to compare
+        value = 0.0  # where the first phrasing ends before, there is nothing to compare
         if first < len(root.token_ids):
-            similarity = self._measure.similarity(root.states(first), prefill.states(first))
-        self.similarities[row] = similarity
-        return similarity >= self.tau  # never where it is NaN
+            value = self._measure.similarity(root.states(first), prefill.states(first))
+        self.similarities[row] = value
+        return value >= self.tau  # never where it is NaN
 
     def _borrowed(self, prefill: _Prefill, positions: range, lender: "Branch") -> list[tuple[int, int]]:
         """Positions (in the branch, in the first phrasing) of tokens whose KV is borrowed from here on; [] for none."""
