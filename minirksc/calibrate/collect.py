@@ -13,7 +13,7 @@ from minirksc.rksc.node import Node
 from minirksc.rksc.problem import Problem, read_problem
 from minirksc.rksc.solver import Solver, SolverConfig
 from minirksc.rksc.tree import Tree
-from minirksc.rksc.verify import Candidate, Verdict, Verifier
+from minirksc.rksc.verify import Verdict, Verifier
 
 if TYPE_CHECKING:
     from minirksc.engine.branch import Branch
@@ -126,8 +126,7 @@ class Collector(Solver):
         verifier = Verifier(self.session, config, solves[0].problem)
         recording = Recording()
         before = self.session.stats()["num_prefilled_tokens"]
-        candidates = [Candidate(node.branch, node.answer_ids) for node in nodes]
-        verdicts = verifier.ask(candidates, recording)
+        verdicts = verifier.ask([node.branch for node in nodes], [node.answer_ids for node in nodes], recording)
         num_question_tokens = (self.session.stats()["num_prefilled_tokens"] - before) / len(nodes)
         noted = recording.made[0].noted if recording.made else {}
         branches = [

@@ -204,10 +204,10 @@ def _sentence(text: str) -> str:
 
 def _in_box(text: str) -> str:
     r"""Up to the brace that closes the box, without \text{...} and the like."""
-    depth = 1
+    nesting = 1
     for brace in re.finditer(r"[{}]", text):
-        depth += 1 if brace[0] == "{" else -1
-        if depth == 0:
+        nesting += 1 if brace[0] == "{" else -1
+        if nesting == 0:
             text = text[: brace.start()]
             break
     else:
@@ -248,10 +248,9 @@ def _stated_number(statement: str) -> re.Match[str] | None:
 
 
 def _choice(read: _Read) -> str | None:
-    for part in (read.statement, read.text):
-        match = _BARE_CHOICE.match(part or "")
-        if match and not (part is read.text and _is_word(match)):
-            return _letter(match)
+    match = _BARE_CHOICE.match(read.statement or "") or _BARE_CHOICE.match(read.text)
+    if match and (match.string is read.statement or not _is_word(match)):
+        return _letter(match)
     letters = _BRACKETED_CHOICE.findall(read.text)
     return str(letters[-1]).upper() if letters else None
 
@@ -266,10 +265,8 @@ def _is_word(match: re.Match[str]) -> bool:
 
 
 def _boolean(read: _Read) -> str | None:
-    for part in (read.statement, read.text):
-        if match := _LEADING_BOOLEAN.match(part or ""):
-            return _yes_or_no(match[1])
-    words = _BOOLEAN.findall(read.text)
+    leading = _LEADING_BOOLEAN.match(read.statement or "") or _LEADING_BOOLEAN.match(read.text)
+    words = [leading[1]] if leading else _BOOLEAN.findall(read.text)
     return _yes_or_no(words[-1]) if words else None
 
 
@@ -285,14 +282,14 @@ def _auto(read: _Read) -> str | None:
     """The kind that the statement of the answer has; without one, that of the text."""
     stated = read.statement or read.text
     choice = _BARE_CHOICE.match(stated)
-    if choice and (choice[1] or stated[choice.end() :].strip(" .):*") == ""):
+    if choice and (choice[1] or not stated[choice.end() :].strip(" .):*")):
         return _letter(choice)
     if leading := _LEADING_BOOLEAN.match(stated):
         return _yes_or_no(leading[1])
     if read.statement is None:
         return _number(read) or _choice(read) or _text(read)
     found = _stated_number(read.statement)
-    if found is not None and read.is_boxed:
+    if found and read.is_boxed:
         value = found.string
         beside = value[: found.start()] + value[found.end() :]
         found = None if _NO_UNIT.search(beside) else found

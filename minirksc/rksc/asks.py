@@ -6,7 +6,7 @@ approximate kind, in this order, each step cheaper than what it may save:
 1. guard   numbers, units, negations, names and the like must agree (`guard.py`); else the phrasing is computed.
 2. probe   the phrasing's own prefill starts, and after some layers its hidden states are compared with those of the
            first phrasing (`similarity.py`). Below tau, or NaN: the same prefill goes on, at the cost of one comparison.
-3. accept  substitute: all its rows leave, and the branch continues the first phrasing's KV. This is the paper's mode,
+3. accept  substitute: it leaves as a whole, and the branch continues the first phrasing's KV. This is the paper's mode,
            and the same as having sent the first phrasing.
            aligned: the branch keeps its own tokens. Those that both phrasings have leave, and use the first one's
            KV from here on, keys turned to their new positions. Computed to the end are the others, the first
@@ -14,8 +14,9 @@ approximate kind, in this order, each step cheaper than what it may save:
            most. Where that leaves less than `LEAST_BORROWED` of the phrasing to borrow, it is computed: it would gain
            next to nothing, and approximate for it.
 
-Other salts never meet: both phrasings belong to one solve, and a private root shares with none. Verification never
-reads what was accepted here: see `Tree.exact_branch`.
+Other salts never meet: both phrasings belong to one solve, and have its salt. Verification never reads what was
+accepted here: see `Tree.exact_branch`. The *root*, as in the paper, is the first phrasing; a *row*, as at every gate, a
+whole request: here the prefill of one phrasing.
 
 Where this differs from the paper (Sekar 2026, arXiv 2606.09937): its similarity is taken over all layers, when nothing
 is left to save, of the last tokens alone, which say more about the template than about the problem; that measure is
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from minirksc.engine.branch import Branch
 
 ROOT = 0
-"""Row of the first phrasing."""
+"""Row at the probe of the first phrasing, which the paper calls the root."""
 
 MIN_RUN = 8
 """Tokens of a match that is worth a splice."""
@@ -159,12 +160,13 @@ class Probe:
         return decisions
 
     def _is_alike(self, row: int, prefill: _Prefill) -> bool:
+        """The rule for sharing: similarity to the root >= tau. With sigma for a measure it is the paper's."""
         root, first = self._prefills[ROOT], prefill.first or 0
-        similarity = 0.0  # where the first phrasing ends before, there is nothing to compare
+        value = 0.0  # where the first phrasing ends before, there is nothing to compare
         if first < len(root.token_ids):
-            similarity = self._measure.similarity(root.states(first), prefill.states(first))
-        self.similarities[row] = similarity
-        return similarity >= self.tau  # never where it is NaN
+            value = self._measure.similarity(root.states(first), prefill.states(first))
+        self.similarities[row] = value
+        return value >= self.tau  # never where it is NaN
 
     def _borrowed(self, prefill: _Prefill, positions: range, lender: "Branch") -> list[tuple[int, int]]:
         """Positions (in the branch, in the first phrasing) of tokens whose KV is borrowed from here on; [] for none."""
@@ -177,9 +179,9 @@ class Probe:
         if not pairs or not lender.has_kv([there for _, there in pairs]):
             return []
         ours, theirs = (one.states(first).hidden[self.num_layers - 1] for one in (prefill, root))  # [tokens, hidden]
-        here_rows, there_rows = (torch.tensor([pair[i] - first for pair in pairs]) for i in (0, 1))
-        there_states = theirs[there_rows]
-        deviation = (ours[here_rows] - there_states).norm(dim=-1) / there_states.norm(dim=-1).clamp_min(1e-12)
+        here, there = (torch.tensor([pair[i] - first for pair in pairs]) for i in (0, 1))  # [pairs]
+        lent = theirs[there]
+        deviation = (ours[here] - lent).norm(dim=-1) / lent.norm(dim=-1).clamp_min(1e-12)
         computed = set(deviation.topk(math.ceil(DEVIATING * len(pairs))).indices.tolist())
         borrowed = [pair for i, pair in enumerate(pairs) if i not in computed]
         return borrowed if len(borrowed) >= LEAST_BORROWED * len(ours) else []
@@ -200,7 +202,7 @@ def reusable(branch: Sequence[int], root: Sequence[int]) -> list[tuple[int, int]
 
 
 def num_probe_layers(num_layers: int) -> int:
-    """Layers after which a phrasing is compared: deep enough for the states to mean something, an eighth of the way."""
+    """Layers after which a phrasing is compared: enough for the states to mean something, an eighth of the way."""
     return min(max(2, round(num_layers / 8)), num_layers - 1)
 
 
@@ -238,6 +240,5 @@ def make_probe(spec: ArchSpec, config: SolverConfig, *, can_move_kv: bool) -> Pr
             f"sharing_mode 'aligned' moves keys to other positions, and the rotation of this {spec.model_type} depends "
             "on more than the distance; use sharing_mode='substitute'"
         )
-    if tau is None:
-        tau = UNTESTED if tested is None else tested
+    tau = (tested or UNTESTED) if tau is None else tau
     return Probe(MEASURES["alignment"], num_probe_layers(spec.num_layers), tau, aligned=aligned)

@@ -7,7 +7,7 @@
                      skip        one branch leads decisively by confidence: none is asked about
     asking           bound       the most confident are asked about first; those that cannot win any more, or could win
                                  only with the answer that leads already, are not asked about at all
-    inside the pass  layer exit  a row leaves between layers once its YES - NO is clear
+    inside the pass  layer exit  a branch's question leaves between layers once its YES - NO is clear
 
 Consensus, agreement and bound are exact for the parsed answer: it is the one that asking about all would give, since
 p(YES) <= 1 and a score is p(YES) sqrt(confidence). Which of the branches that give it is named is another matter, and
@@ -65,7 +65,7 @@ class Lead:
         return (best - rest) / best if self.is_relative and best > 0 else best - rest
 
     def holds(self, best: float, rest: float) -> bool:
-        """Whether `best` leads decisively; never where a number is NaN."""
+        """Whether `best` leads decisively, the inequality of CGEE-1; never where a number is NaN."""
         return best >= self.top and self.distance(best, rest) >= self.gap
 
 
@@ -124,6 +124,14 @@ def standing(
         (0, [1])
         >>> standing(["4", "7"], [0.4, None], [0.9, 0.3], "score")
         (0, [])
+
+        A third branch answers "4" too. It may score more than the first, which changes no answer, so it is not asked
+        about; where scores of equal answers add up, both must be.
+
+        >>> standing(["4", "7", "4"], [0.4, None, None], [0.9, 0.5, 0.8], "score")
+        (0, [1])
+        >>> standing(["4", "7", "4"], [0.4, None, None], [0.9, 0.5, 0.8], "weighted_vote")
+        (0, [2, 1])
     """
     unknown = {i for i, score in enumerate(scores) if score is None}
     low = [score or 0.0 for score in scores]

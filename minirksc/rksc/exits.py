@@ -1,7 +1,11 @@
 """Layer exit: rows leave the pass of the question between two layers, once its answer is clear (CGEE-2 of the paper).
 
 A rule holds thresholds and makes the gate of one pass. Deciding is apart from reading: `MarginExit` is fed numbers,
-`LayerExit` reads them out of hidden rows through a lens. All gates are listed in `minirksc.rksc.cgee`.
+`LayerExit` reads them out of hidden states through a lens. All gates are listed in `minirksc.rksc.cgee`.
+
+A *row*, as at every gate (`minirksc.engine.gates`), is a whole request: here the question about one branch, of which
+the last token's hidden state is read. A *lens* reads hidden states of any layer as if they were the last one's: final
+norm, then head (`Decoder.lens`; the logit lens of nostalgebraist 2020, lesswrong.com/posts/AcKRB8wDpdaN6v6ru).
 """
 
 import math
@@ -34,8 +38,8 @@ class _Exits:
     """What a layer exit has decided so far.
 
     Attributes:
-        margins: row that left -> YES - NO in logits, as it was there.
-        exit_layers: row that left -> layers that it went through.
+        margins: row that departed -> YES - NO in logits, as it was there.
+        exit_layers: row that departed -> number of layers that it went through.
         problems: rows at which a number was not finite, and which went on.
     """
 
@@ -55,8 +59,9 @@ class MarginRule:
     Attributes:
         reason: what makes a row leave, in words.
         margin: least |YES - NO|, in logits.
-        patience: layers in a row that it must hold with one sign.
-        start: first layer that is looked at, counted from 0; None: half of them.
+        patience: consecutive layers that it must hold with one sign.
+        start: index of the first layer that is looked at, from 0 (`EntropyRule.start` counts from 1); None: half of
+            them.
         correction: (slope, offset) of each layer, from the lens's margin to an estimate of the last layer's: a lens in
             the middle of a model is biased, and has another scale (Belrose et al. 2023, arXiv 2303.08112); None: as it
             is read.
@@ -94,8 +99,8 @@ class MarginExit(_Exits):
 
     Attributes:
         layers: layers after which it is to be fed, counted from 0.
-        margins: row that left -> YES - NO in logits, corrected.
-        exit_layers, problems: layers of rows that left, and rows that went on, see `_Exits`.
+        margins: row that departed -> YES - NO in logits, corrected.
+        exit_layers, problems: layers of rows that departed, and rows that went on, see `_Exits`.
     """
 
     def __init__(self, rule: MarginRule, num_layers: int) -> None:
@@ -103,7 +108,7 @@ class MarginExit(_Exits):
         # After the last layer there is nothing left to save.
         self.layers = range(num_layers // 2 if rule.start is None else rule.start, num_layers - 1)
         self._rule = rule
-        self._streaks: dict[int, int] = {}  # layers in a row, negative for NO
+        self._streaks: dict[int, int] = {}  # consecutive layers, negative for NO
 
     def leaving(self, layer: int, margins: Mapping[int, float]) -> list[int]:
         """Names the rows that leave.
@@ -117,11 +122,10 @@ class MarginExit(_Exits):
         departed = []
         for row, read in margins.items():
             margin = slope * read + offset
-            is_finite = math.isfinite(margin)
-            if not is_finite:
+            if not math.isfinite(margin):
                 self.problems.add(row)
             sign = 1 if margin > 0 else -1
-            is_clear = is_finite and abs(margin) >= rule.margin
+            is_clear = rule.margin <= abs(margin) < math.inf  # neither holds of NaN
             # A pass that is computed once more, after a preemption, begins anew.
             before = 0 if layer == self.layers.start else self._streaks.get(row, 0)
             self._streaks[row] = sign * (max(before * sign, 0) + 1) if is_clear else 0
@@ -157,12 +161,15 @@ class EntropyRule:
 
     Attributes:
         reason: what makes a row leave, in words.
+        threshold: what margins are held against: nothing.
         entropy: the row leaves below it, nats (theta).
         stability: most that it may differ from the layer before, nats (epsilon).
-        start: first layer that may be left, counted from 1.
+        start: number of the first layer after which a row may leave, from 1 as in the paper (`MarginRule.start` is an
+            index, from 0).
     """
 
     reason: ClassVar[str] = "the entropy of the lens is low and stable"
+    threshold: ClassVar[float | None] = None
     entropy: float
     stability: float
     start: int
@@ -172,11 +179,6 @@ class EntropyRule:
         """Whether its numbers are some."""
         return is_number(self.entropy) and is_number(self.stability) and is_count(self.start)
 
-    @property
-    def threshold(self) -> float | None:
-        """What margins are held against; nothing here."""
-        return None
-
     def gate(self, make_lens: "MakeLens", choices: tuple[int, int], num_layers: int) -> "EntropyExit":
         """The gate of one pass."""
         return EntropyExit(make_lens(None), choices, num_layers, **asdict(self))
@@ -185,7 +187,7 @@ class EntropyRule:
 class EntropyExit(_Exits):
     """CGEE-2 as published: the entropy H of the whole vocabulary under the lens is low and stable.
 
-    A row leaves after layer l (counted from 1) when l >= start, H_l < theta and |H_l - H_{l-1}| < epsilon.
+    A row leaves after layer l (from 1) when l >= start, H_l < theta and |H_l - H_{l-1}| < epsilon.
 
     Args:
         lens: `[rows, hidden]` of any layer -> logits `[rows, vocab]`.

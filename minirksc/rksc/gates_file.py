@@ -160,9 +160,8 @@ def write_gates(path: str | Path, file: GatesFile) -> None:
     """
     if file.gates.layer_exit is not None and not isinstance(file.gates.layer_exit, MarginRule):
         raise ConfigError(f"layer_exit={file.gates.layer_exit!r} cannot be calibrated; use a MarginRule")
-    gates = asdict(file.gates)
-    del gates["source"]
-    content = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **asdict(file), "gates": gates}
+    content = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **asdict(file)}
+    del content["gates"]["source"]
     content["checksum"] = checksum(content)
     path = Path(path)
     partial = path.with_name(path.name + ".partial")

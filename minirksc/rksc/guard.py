@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Fact(NamedTuple):
@@ -60,8 +60,8 @@ def refusal(root: str, branch: str) -> str | None:
 def facts(text: str) -> list[Fact]:
     """The facts of one phrasing, in their order."""
     found: list[Fact] = []
-    for pattern, replacement in _PHRASES:
-        text = pattern.sub(replacement, text)
+    for pattern, replacement in _tables()["idioms"]:
+        text = re.sub(pattern, replacement, text)
     for part in _PARTS.split(text):
         if not all(match.lastgroup == "word" and _is_empty(match[0]) for match in _TOKEN.finditer(part)):
             found += _facts_of_part(part)
@@ -83,39 +83,31 @@ _TOKEN = re.compile(
     re.VERBOSE,
 )
 _PARTS = re.compile(r"(?<=[.!?:])\s+|\n+")
-_PHRASES = (
-    (re.compile(r"\bin all\b", re.IGNORECASE), "in total"),
-    (re.compile(r"\baltogether\b", re.IGNORECASE), "in total"),
-    (re.compile(r"\b(all|any\w*|every\w*|no\w*) but\b", re.IGNORECASE), r"\1 except"),
-    (re.compile(r"\b[Cc]an(?:not|['’]t)\b"), "can not"),
-    (re.compile(r"\b[Ww]on['’]t\b"), "will not"),
-    (re.compile(r"(?<=[a-z])n['’]t\b"), " not"),
-    (re.compile(r"\ban?(?= (?:second|minute|hour|day|night|week|month|year)\b)"), "each"),  # "$5 an hour"
-    (re.compile(r"\b[Ww]hat (?:number|amount) of(?: money)?\b"), "how many"),
-    (re.compile(r"\b[Hh]ow much money\b"), "how many"),
-)
-
 _ENDINGS = frozenset(["s", "re"])  # "it's" is "it is"; but "he'll", "he'd"
 
-_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
-    " eighteen nineteen"
-)
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-_SMALL = {word: value for value, word in enumerate(_ONES.split())}
-_SMALL |= {word: 10 * value for value, word in enumerate(_TENS.split(), 2)}
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
+
+
+@cache
+def _tables() -> dict[str, Any]:
+    """What guard_words.toml says."""
+    return tomllib.loads(Path(__file__).with_name("guard_words.toml").read_text(encoding="utf-8"))
 
 
 @cache
 def _words() -> tuple[dict[str, Fact], frozenset[str], frozenset[str]]:
     """(word or sign -> its fact, words that may come and go, words of instructions), see guard_words.toml."""
-    tables = tomllib.loads(Path(__file__).with_name("guard_words.toml").read_text(encoding="utf-8"))
-    known = {}
-    for kind, entries in tables["facts"].items():
-        for word, _, form in (entry.partition("=") for entry in entries.split()):
-            known[word] = Fact(kind, form or word)
+    tables = _tables()
+    entries = [(kind, *entry.partition("=")) for kind, words in tables["facts"].items() for entry in words.split()]
+    known = {word: Fact(kind, form or word) for kind, word, _, form in entries}
     return known, frozenset(tables["ordinary"].split()), frozenset(tables["instructions"].split())
+
+
+@cache
+def _small_numbers() -> dict[str, int]:
+    """Those below a hundred that are one word."""
+    entries = (entry.partition("=") for entry in _tables()["numbers"].split())
+    return {word: int(value) for word, _, value in entries}
 
 
 def _facts_of_part(text: str) -> Iterator[Fact]:
@@ -153,10 +145,8 @@ def _facts_of_word(token: str) -> Iterator[Fact]:
     known, ordinary, _ = _words()
     base, *rest = re.split("['’]", token.lower())
     singular = base[:-1] if len(base) > 3 and base.endswith("s") else base
-    if fact := known.get(base) or known.get(singular):
-        yield fact
-    elif base not in ordinary:
-        yield Fact("word", base)
+    if base not in ordinary:
+        yield known.get(base) or known.get(singular) or Fact("word", base)
     yield from (Fact("word", ending) for ending in rest if ending not in _ENDINGS)
 
 
@@ -189,16 +179,17 @@ def _run_of_words(text: str, matches: list[re.Match[str]], at: int) -> list[str]
 def _spoken_number(words: list[str]) -> tuple[int, int]:
     """The number that a text begins with in words, and how many words that takes; (0, 0) for none."""
     total = current = length = 0
+    small = _small_numbers()
     limit = 10**12  # what the next word must stay below: "twenty five" is one number, "five twenty" two
     for place, word in enumerate(words):
-        if word in _SMALL and _SMALL[word] < limit:
-            current += _SMALL[word]
-            limit = 10 if _SMALL[word] >= 20 else 0
+        if word in small and small[word] < limit:
+            current += small[word]
+            limit = 10 if small[word] >= 20 else 0
         elif word == "hundred" and current < 100:
             current, limit = 100 * (current or 1), 100
         elif word in _SCALES and (current or not length):
             total, current, limit = total + _SCALES[word] * (current or 1), 0, 1000
-        elif word == "and" and length and limit >= 100 and words[place + 1 : place + 2] and words[place + 1] in _SMALL:
+        elif word == "and" and length and limit >= 100 and words[place + 1 : place + 2] and words[place + 1] in small:
             continue
         else:
             break

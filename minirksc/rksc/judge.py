@@ -6,7 +6,7 @@ values go in, rulings come out; the caller does the asking.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from minirksc.rksc.answers import choose
 from minirksc.rksc.cgee import Gates, best_and_rest, leader_of, standing
@@ -59,13 +59,14 @@ class Ruling:
     notes: tuple[GateNote, ...] = ()
 
 
+@dataclass(eq=False)
 class Judge:
     """Chooses among the branches of one solve.
 
     The caller asks for a ruling, asks about the branches that it names, and comes back with their scores, until a
     ruling names none.
 
-    Args:
+    Attributes:
         gates: gates that are on.
         select: rule by which the answer is chosen, see `answers.choose`.
         answers: answer of each branch; None: it gives none.
@@ -75,23 +76,13 @@ class Judge:
             did.
     """
 
-    def __init__(
-        self,
-        gates: Gates,
-        select: str,
-        *,
-        answers: Sequence[str | None],
-        confidences: Sequence[float | None],
-        values: Sequence[float],
-        leader: int | None = None,
-    ) -> None:
-        self._gates = gates
-        self._select = select
-        self._answers = answers
-        self._bounds = [score_of(1.0, confidence) for confidence in confidences]  # p(YES) is at most 1
-        self._values = values
-        self._leader = leader
-        self._asked: set[int] = set()
+    gates: Gates
+    select: str
+    answers: Sequence[str | None]
+    confidences: Sequence[float | None]
+    values: Sequence[float]
+    leader: int | None = None
+    _asked: set[int] = field(default_factory=set, init=False)
 
     def ruling(self, scores: Sequence[float | None]) -> Ruling:
         """Says which are to be asked about next, or which one wins.
@@ -99,10 +90,10 @@ class Judge:
         Args:
             scores: score of each branch, see `score_of`, or `FAILED`; None: it has not been asked about, or in vain.
         """
-        if self._leader is not None:
-            return Ruling(self._leader)
+        if self.leader is not None:
+            return Ruling(self.leader)
         best, unsettled = self._standing(scores)
-        if not self._asked and (unsettled or not self._gates.exact):
+        if not self._asked and (unsettled or not self.gates.exact):
             ruling = self._after_skip(best, unsettled)
         else:
             ruling = Ruling(best, tuple(unsettled), () if unsettled else self._spared(scores, best))
@@ -112,29 +103,30 @@ class Judge:
     def _standing(self, scores: Sequence[float | None]) -> tuple[int, list[int]]:
         """Which leads, and which are still to be asked about: those that can change the answer, or all of them."""
         known = [0.0 if score is None and i in self._asked else score for i, score in enumerate(scores)]
-        answers = [None if score == FAILED else answer for score, answer in zip(known, self._answers, strict=True)]
-        if self._gates.exact:
-            return standing(answers, known, self._bounds, self._select)
+        answers = [None if score == FAILED else answer for score, answer in zip(known, self.answers, strict=True)]
+        if self.gates.exact:
+            bounds = [score_of(1.0, confidence) for confidence in self.confidences]  # p(YES) is at most 1
+            return standing(answers, known, bounds, self.select)
         unknown = [i for i, score in enumerate(known) if score is None]
-        return choose(answers, [score or 0.0 for score in known], self._select), unknown
+        return choose(answers, [score or 0.0 for score in known], self.select), unknown
 
     def _after_skip(self, best: int, unsettled: Sequence[int]) -> Ruling:
         """The first to be asked about, unless one branch leads decisively by its signal."""
-        ask = tuple(unsettled[:ASK_FIRST] if self._gates.exact else unsettled)
-        if not self._gates.skip:
+        ask = tuple(unsettled[:ASK_FIRST] if self.gates.exact else unsettled)
+        if not self.gates.skip:
             return Ruling(best, ask)
-        rivals = self._answers if self._gates.compares_answers else None
-        leader = leader_of(self._values, rivals, self._gates.skip)
-        _, top, rest = best_and_rest(self._values, rivals)
+        rivals = self.answers if self.gates.compares_answers else None
+        leader = leader_of(self.values, rivals, self.gates.skip)
+        _, top, rest = best_and_rest(self.values, rivals)
         # Of several rules the one that holds is noted, else the first.
-        lead = next((lead for lead in self._gates.skip if lead.holds(top, rest)), self._gates.skip[0])
+        lead = next((lead for lead in self.gates.skip if lead.holds(top, rest)), self.gates.skip[0])
         note = GateNote(
             "skip",
             "ask" if leader is None else "nobody is asked",
-            f"{self._gates.signal} {', '.join(f'{value:.3f}' for value in self._values)}",
+            f"{self.gates.signal} {', '.join(f'{value:.3f}' for value in self.values)}",
             value=lead.distance(top, rest),
             threshold=lead.gap,
-            calibrated=self._gates.is_calibrated,
+            calibrated=self.gates.is_calibrated,
         )
         return Ruling(best, ask, (note,)) if leader is None else Ruling(leader, (), (note,))
 
@@ -144,7 +136,7 @@ class Judge:
         if not num_spared:
             return ()
         if not self._asked:
-            reason = f"all that can win answer {self._answers[best]!r}; the surest of them is named"
+            reason = f"all that can win answer {self.answers[best]!r}; the surest of them is named"
             return (GateNote("agreement", "nobody is asked", reason),)
         reason = "whatever they would score, the answer stays"
         return (GateNote("bound", f"{num_spared} not asked", reason, value=num_spared),)

@@ -31,7 +31,8 @@ class Node:
         text: text of output_ids.
         signals: signals of how sure the model was of each of output_ids.
         verification: p(YES); None where it was not asked about.
-        exit_layer: layers that the pass of the question went through, where it left early.
+        exit_layer: layers that the pass of the question went through, where it left early; what a prompt's own prefill
+            went through is the `exit_layer` of its trunk, a branch.
         score: None until it has been scored.
         error: reason why it failed; a failed node is not among those that go on.
         num_tokens: number of tokens: prompt, hint and output_ids.
@@ -71,8 +72,6 @@ class Node:
             is_semantic=self.is_semantic,
             is_approximate=self.is_approximate,
             similarity=self.similarity,
-            output_ids=list(self.output_ids),
-            signals=self.signals,
         )
 
     def read_branch(self) -> None:

@@ -85,7 +85,8 @@ def read_problem(
     prompts = given or [own] * config.branches
     has_template = session.tokenizer is not None and session.tokenizer.has_chat_template
     chats = [isinstance(prompt, str) and config.chat and has_template for prompt in prompts]
-    hints = config.hints or [_default_hint(k, chat) for k, chat in enumerate(chats)]
+    # Where no hints are given: in a conversation they begin the assistant's turn; in plain text, a paragraph.
+    hints = config.hints or [("" if chat else "\n\n") + f"Approach #{k}:" for k, chat in enumerate(chats, 1)]
     starts = []
     for prompt, chat, hint in zip(prompts, chats, hints, strict=True):
         # The published rule has no guard.
@@ -101,14 +102,13 @@ def check_needs_no_text(session: "Session", config: SolverConfig) -> None:
     Raises:
         ConfigError: what a solve does by itself would take one.
     """
-    remedies = []
-    if config.hints is None or any(isinstance(hint, str) for hint in config.hints):
-        remedies.append("hints as token ids, such as [()] * branches")
-    if config.verify != "never":
-        remedies.append("verify='never'")
-    if config.select != "score":
-        remedies.append("select='score'")
-    if remedies:
+    has_text = config.hints is None or any(isinstance(hint, str) for hint in config.hints)
+    needs = {
+        "hints as token ids, such as [()] * branches": has_text,
+        "verify='never'": config.verify != "never",
+        "select='score'": config.select != "score",
+    }
+    if remedies := [remedy for remedy, is_needed in needs.items() if is_needed]:
         raise ConfigError(f"{session.model_path} has no tokenizer; use {', '.join(remedies)}")
 
 
@@ -116,7 +116,7 @@ def _phrasing_list(phrasings: Any, num_branches: int) -> list[Any]:
     if phrasings is None:
         return []
     if not is_list(phrasings):
-        raise ConfigError(f"phrasings must be a list of wordings, one a branch, not {brief(phrasings)}")
+        raise ConfigError(f"phrasings must be a list of prompts, one a branch, not {brief(phrasings)}")
     found = list(phrasings)
     if len(found) != num_branches:
         raise ConfigError(f"{len(found)} phrasings for {num_branches} branches; give one a branch")
@@ -151,9 +151,3 @@ def _token_ids(prompt: str | list[int], chat: bool, session: "Session") -> list[
 
 def _shown(prompt: str | list[int], session: "Session") -> str:
     return prompt if isinstance(prompt, str) else session.decode(prompt)
-
-
-def _default_hint(index: int, chat: bool) -> str:
-    """How the answer of a branch begins where no hints are given."""
-    # In a conversation it begins the assistant's turn; in plain text, a paragraph.
-    return f"Approach #{index + 1}:" if chat else f"\n\nApproach #{index + 1}:"

@@ -67,8 +67,7 @@ class Record:
         **values: Any,
     ) -> None:
         """Notes what a gate decided: its value (None where it is NaN), threshold and layer, where it has them."""
-        values["value"] = finite(value)
-        entry = {"gate": gate, "node": None if node is None else node.node_id, "layer": None, "value": None}
+        entry = {"gate": gate, "node": None if node is None else node.node_id, "layer": None, "value": finite(value)}
         entry |= {"threshold": None, "calibrated": None, **values, "decision": decision, "reason": reason}
         self.gates.append({**entry, "at_s": time.perf_counter() - self._start})
 

@@ -48,13 +48,14 @@ class SimilarityMeasure(Protocol):
 
 @dataclass(frozen=True)
 class Sigma:
-    """Equation 2 of the paper: the last tokens' cosine at every layer, the deeper layers counting more.
+    """Equation 2 of the paper: the last tokens' cosine at every layer, the later layers counting more.
 
-    sigma = sum over layers l of w_l cos(h_l, a_l), w_l = exp(alpha l / L) / sum over k of exp(alpha k / L). Blind to
-    whatever the last token does not carry: phrasings in one template end alike, whatever they say.
+    sigma_b = sum over layers l of w_l cos(h_b, h_root), w_l = exp(alpha l / L) / sum over k of exp(alpha k / L), with h
+    for the state after layer l. Blind to whatever the last token does not carry: phrasings in one template end alike,
+    whatever they say.
 
     Attributes:
-        alpha: weight by which the deeper layers count more.
+        alpha: weight by which the later layers count more.
 
     Source: Sekar 2026, arXiv 2606.09937, equation 2.
     """
@@ -75,8 +76,9 @@ class Sigma:
             return math.nan
         norms = torch.linalg.vector_norm(theirs, dim=-1) * torch.linalg.vector_norm(ours, dim=-1)  # [layers]
         cosines = torch.where(norms == 0, 0.0, torch.linalg.vecdot(theirs, ours) / norms)  # [layers]
-        depths = torch.arange(len(ours), device=ours.device) / len(ours)
-        return min(1.0, float(cosines @ torch.softmax(self.alpha * depths, 0)))
+        shares = torch.arange(len(ours), device=ours.device) / len(ours)  # l / L
+        # The softmax is w_l, and the same whether layers count from 0 or from 1.
+        return min(1.0, float(cosines @ torch.softmax(self.alpha * shares, 0)))
 
 
 @dataclass(frozen=True)

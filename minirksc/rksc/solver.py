@@ -31,7 +31,7 @@ from minirksc.rksc.problem import Problem, check_needs_no_text, read_problem
 from minirksc.rksc.results import BranchResult, Choice, SolveResult, make_result
 from minirksc.rksc.solver_config import DEFAULT_SAMPLING, MAX_BRANCHES, SolverConfig
 from minirksc.rksc.tree import Tree
-from minirksc.rksc.verify import Candidate, Verdict, Verifier
+from minirksc.rksc.verify import Verdict, Verifier
 
 if TYPE_CHECKING:
     from minirksc.engine.request import Salt
@@ -104,22 +104,20 @@ class Solver:
         seed = config.step_sampling.seed
         seed = session.engine.next_seed() if seed is None else seed
         with session.engine.call() as call:
-            share = config.sharing != "none"
-            tree = Tree(session, call, share=share, seed=seed, salt=given.salt, on_event=on_event)
+            tree = Tree(session, call, share=config.sharing != "none", seed=seed, salt=given.salt, on_event=on_event)
             nodes = tree.plant(given.starts, self._probe(given))
             choice = _Search(config, self.gates, tree, verifier).run(nodes)
             tree.record.finish()
         return make_result(tree, choice, given, config, self.gates.source)
 
     def _gates(self) -> Gates:
-        config = self.config
+        config, gates = self.config, self.config.gates
         if config.verify != "auto":
             return NO_GATES
         if config.policy == "paper":
             return PAPER_GATES
-        if config.gates is None:
+        if gates is None:
             return DEFAULT_GATES
-        gates = config.gates
         if not isinstance(gates, Gates):
             gates = read_gates(gates, self.session.model_path, settings_of(config, self.session))
         correction, num_layers = getattr(gates.layer_exit, "correction", None), self.session.spec.num_layers
@@ -136,8 +134,7 @@ class Solver:
             return None
         from minirksc.rksc.asks import make_probe  # it compares tensors: torch is there by now
 
-        can_move_kv = self.session.engine.runner.model.can_move_kv
-        return make_probe(self.session.spec, self.config, can_move_kv=can_move_kv)
+        return make_probe(self.session.spec, self.config, can_move_kv=self.session.engine.runner.model.can_move_kv)
 
 
 class _Search:
@@ -208,8 +205,8 @@ class _Search:
                 node.score = node.confidence
             return
         with self._tree.record.phase("verify", nodes) as event:
-            candidates = [Candidate(self._tree.exact_branch(node), node.answer_ids) for node in nodes]
-            verdicts = self._verifier.ask(candidates, self._gates.layer_exit)
+            branches = [self._tree.exact_branch(node) for node in nodes]
+            verdicts = self._verifier.ask(branches, [node.answer_ids for node in nodes], self._gates.layer_exit)
             event["probabilities"] = [verdict.probability for verdict in verdicts]
         for node, verdict in zip(nodes, verdicts, strict=True):
             node.verification, node.exit_layer, node.error = verdict.probability, verdict.exit_layer, verdict.error

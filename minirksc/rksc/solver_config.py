@@ -67,15 +67,15 @@ class SolverConfig(Options):
         depth: rounds of decoding; before each further one the best branches are forked again.
         beam: branches that go on into the next round.
         tokens_per_step: most tokens of a branch in a round.
-        hints: beginnings of the answers, as text or token ids, one a branch; deeper ones get none (default: Approach
+        hints: beginnings of the answers, as text or token ids, one a branch; later rounds have none (default: Approach
             #1: and so on).
         sampling: sampling parameters of all branches; tokens_per_step takes the place of max_tokens, and stop strings
             are looked for within a round (default: temperature 0.8, top_p 0.95).
-        sharing: what branches share; exact: what begins alike is computed once; semantic: besides, wordings that mean
+        sharing: what branches share; exact: what begins alike is computed once; semantic: besides, phrasings that mean
             the same (an approximation); none: nothing, for comparison.
-        sharing_mode: with semantic sharing: the first wording in place of another, or (aligned) its own tokens on the
+        sharing_mode: with semantic sharing: the first phrasing in place of another, or (aligned) its own tokens on the
             KV of those that both have.
-        tau: with semantic sharing: similarity from which on a wording is accepted; above 1 none is (default: as tested
+        tau: with semantic sharing: similarity from which on a phrasing is accepted; above 1 none is (default: as tested
             for the model).
         uncalibrated: allow semantic sharing on a model for which no threshold was tested.
         verify: whether the model is asked about the answers; auto: as far as the gates leave a doubt, and what was not
@@ -165,16 +165,15 @@ class SolverConfig(Options):
         """As plain data that JSON can hold."""
         values = asdict(self)
         values["sampling"] = plain(asdict(self.step_sampling))
-        values["gates"] = str(self.gates) if isinstance(self.gates, Path) else values["gates"]
         if callable(self.answer_parser):
             values["answer_parser"] = getattr(self.answer_parser, "__name__", "function")
         return dict(plain(values))
 
 
 def plain(value: Any) -> Any:
-    """The same data with lists for every other sequence, and strings as keys."""
+    """The same data with lists for every other sequence, and strings as keys and for paths."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [plain(item) for item in value]
-    return value
+    return str(value) if isinstance(value, Path) else value

@@ -4,14 +4,14 @@ A `Tree` plants, extends, expands and prunes, and notes every step in its record
 call that it belongs to in the same breath, so that all blocks go back with the call, wherever that is left.
 
 With share=False no branch takes a token of KV from another: each is prefilled from scratch, also
-when a deeper round begins. Paths, and with them the random numbers, are those of the shared tree.
+when a later round begins. Paths, and with them the random numbers, are those of the shared tree.
 
 With semantic sharing a phrasing may run on the KV of the first one (`minirksc.rksc.asks`). Verification of such a
 branch reads `exact_branch` instead: the first phrasing's own KV, and the answer computed on it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -47,42 +47,32 @@ class Start:
     refusal: str | None = None
 
 
+@dataclass(eq=False)
 class Tree:
     """Nodes and branches of one solve.
 
-    Args:
+    Attributes:
         session: session that computes the branches.
         call: call with whose end all its branches are released.
         share: False: every branch computes all its tokens.
         seed: seed of all branches, whose paths tell their random numbers apart.
         salt: salt of all branches, see `LLM.branches`.
         on_event: called with each event as it happens.
-
-    Attributes:
         nodes: all that were ever made, in order.
         record: what happened.
-        session: session that computes the branches.
-        seed: seed of all branches.
     """
 
-    def __init__(
-        self,
-        session: "Session",
-        call: "Call",
-        *,
-        share: bool,
-        seed: int,
-        salt: "Salt | None" = None,
-        on_event: Callable[[dict[str, Any]], None] | None = None,
-    ) -> None:
-        self.nodes: list[Node] = []
-        self.record = Record(session, on_event)
-        self.session = session
-        self.seed = seed
-        self._share = share
-        self._salt = salt
-        self._call = call
-        self._first_root: Branch | None = None  # that others may run on
+    session: "Session"
+    call: "Call"
+    share: bool
+    seed: int
+    salt: "Salt | None" = None
+    on_event: Callable[[dict[str, Any]], None] | None = None
+    nodes: list[Node] = field(default_factory=list, init=False)
+    _first: "Branch | None" = field(default=None, init=False)  # of the first phrasing, that others may run on
+
+    def __post_init__(self) -> None:
+        self.record = Record(self.session, self.on_event)
 
     def plant(self, starts: Sequence[Start], probe: "Probe | None" = None) -> list[Node]:
         """The first round: equal prompts are computed once, and each branch is forked from its own.
@@ -93,43 +83,44 @@ class Tree:
         """
         nodes: list[Node] = []
         with self.record.phase("prefill", nodes) as event:
-            firsts: dict[Any, int] = {}  # prompt -> index of the first branch that has it, the prompt's row in a probe
-            rows = [firsts.setdefault(tuple(one.prompt) if self._share else i, i) for i, one in enumerate(starts)]
-            roots = self._compute_prompts({row: starts[row] for row in rows}, probe)
-            # The root that a prompt's branches are forked from: its own, or the first one, which is substituted for it.
-            grounds = {row: root if root.exit_layer is None else roots[0] for row, root in roots.items()}
+            known: dict[Any, int] = {}  # prompt -> its key, the index of the first branch that has it
+            keys = [known.setdefault(tuple(one.prompt) if self.share else i, i) for i, one in enumerate(starts)]
+            trunks = self._compute_prompts({key: starts[key] for key in keys}, probe)
+            # What a prompt's branches are forked from: its trunk, or the first one where that is substituted for it.
+            # Then its own left its prefill, which a trunk's exit_layer is about; a node's is about the question.
+            grounds = {key: trunk if trunk.exit_layer is None else trunks[0] for key, trunk in trunks.items()}
             grown: dict[int, Branch] = {}
             for ground in dict.fromkeys(grounds.values()):
-                indices = [index for index, row in enumerate(rows) if grounds[row] is ground]
+                indices = [index for index, key in enumerate(keys) if grounds[key] is ground]
                 grown.update(zip(indices, self._fork(ground, indices), strict=True))
-            for index, (start, row) in enumerate(zip(starts, rows, strict=True)):
+            for index, (start, key) in enumerate(zip(starts, keys, strict=True)):
                 node = Node(
                     node_id=index,
                     parent_id=None,
                     branch=grown[index],
                     depth=1,
                     hint=start.hint if isinstance(start.hint, str) else self.session.decode(start.hint),
-                    num_prompt_tokens=grounds[row].num_tokens,
-                    num_cached_tokens=grounds[row].num_cached_tokens,
+                    num_prompt_tokens=grounds[key].num_tokens,
+                    num_cached_tokens=grounds[key].num_cached_tokens,
                 )
                 nodes.append(node)
                 self.nodes.append(node)
-                if probe is not None and row > 0:
-                    self._note_probe(node, start, row, roots[row], probe)
+                if probe is not None and key > 0:
+                    self._note_probe(node, start, key, trunks[key], probe)
             is_lent = any(node.is_approximate for node in nodes)
-            self._prune([root for row, root in roots.items() if row > 0 or not is_lent])
+            self._prune([trunk for key, trunk in trunks.items() if key > 0 or not is_lent])
             self._measure_sharing(nodes)
             for start, node in zip(starts, nodes, strict=True):
                 node.branch.append(start.hint)
-            event["num_prompts"] = len(roots)
+            event["num_prompts"] = len(trunks)
         return nodes
 
     def exact_branch(self, node: Node) -> "Branch":
         """A branch to verify: the node's own where that is exact, else its answer on the first phrasing."""
         if not node.is_approximate:
             return node.branch
-        assert self._first_root is not None
-        (branch,) = self._fork(self._first_root, [0])
+        assert self._first is not None
+        (branch,) = self._fork(self._first, [0])
         branch.append(node.answer_ids)
         return branch
 
@@ -172,7 +163,7 @@ class Tree:
         parents = [node for node in survivors if not node.finished]
         num_slots = width - len(finished)
         kids: list[Node] = []
-        with self.record.phase("fork" if self._share else "prefill", kids) as event:
+        with self.record.phase("fork" if self.share else "prefill", kids) as event:
             for index, parent in enumerate(parents):
                 num_kids = num_slots // len(parents) + (index < num_slots % len(parents))
                 for branch in self._children(parent.branch, num_kids):
@@ -184,36 +175,35 @@ class Tree:
         return finished + kids
 
     def _compute_prompts(self, starts: Mapping[int, Start], probe: "Probe | None") -> dict[int, "Branch"]:
-        """Computes distinct prompts: row -> root, which all branches that begin with the prompt share."""
-        if probe is None:
-            roots = self._roots([start.prompt for start in starts.values()])
-        else:
-            roots = self._probed_roots(starts, probe)
-        return dict(zip(starts, roots, strict=True))
+        """Computes distinct prompts: key -> trunk, the branch that all which begin with the prompt are forked from.
 
-    def _probed_roots(self, starts: Mapping[int, Start], probe: "Probe") -> list["Branch"]:
-        """The first prompt is computed; the others start, and leave where the probe says so."""
-        for row, start in starts.items():
-            probe.watch(row, start.prompt)
-        (first,) = self._roots([starts[0].prompt], [Seat(probe, 0, sees_all=True)])
-        self._first_root = probe.root = first
-        others = {row: start for row, start in starts.items() if row > 0}
-        seats = [Seat(probe, row) if start.refusal is None else None for row, start in others.items()]
-        return [first, *(self._roots([start.prompt for start in others.values()], seats) if others else [])]
+        With a probe the first one is computed before the others start, and these leave where the probe says so. Their
+        keys are their rows at it.
+        """
+        trunks: dict[int, Branch] = {}
+        if probe is not None:
+            for key, start in starts.items():
+                probe.watch(key, start.prompt)
+            (trunks[0],) = self._trunks([starts[0].prompt], [Seat(probe, 0, sees_all=True)])
+            self._first = probe.root = trunks[0]
+        others = {key: start for key, start in starts.items() if key not in trunks}
+        seats = [Seat(probe, key) if probe and start.refusal is None else None for key, start in others.items()]
+        computed = self._trunks([start.prompt for start in others.values()], seats) if others else []
+        return trunks | dict(zip(others, computed, strict=True))
 
-    def _roots(self, prompts: Sequence[Sequence[int]], seats: Sequence[Seat | None] | None = None) -> list["Branch"]:
-        options: dict[str, Any] = {"share": self._share, "seed": self.seed, "seats": seats, "salt": self._salt}
-        self._call.sequences.extend(map(attrgetter("sequence"), roots := self.session.branches(prompts, **options)))
-        return roots
+    def _trunks(self, prompts: Sequence[Sequence[int]], seats: Sequence[Seat | None] | None = None) -> list["Branch"]:
+        options: dict[str, Any] = {"share": self.share, "seed": self.seed, "seats": seats, "salt": self.salt}
+        self.call.sequences.extend(map(attrgetter("sequence"), trunks := self.session.branches(prompts, **options)))
+        return trunks
 
-    def _note_probe(self, node: Node, start: Start, row: int, root: "Branch", probe: "Probe") -> None:
+    def _note_probe(self, node: Node, start: Start, key: int, trunk: "Branch", probe: "Probe") -> None:
         """Puts into the node, and for the first with its prompt into the record, what the probe decided."""
-        is_accepted = row in probe.accepted
-        node.similarity = finite(probe.similarities.get(row))
+        is_accepted = key in probe.accepted
+        node.similarity = finite(probe.similarities.get(key))
         node.is_semantic = is_accepted
-        node.is_approximate = is_accepted and root.exit_layer is None
-        node.num_saved_tokens = root.num_saved_layer_rows / self.session.spec.num_layers if is_accepted else 0.0
-        if node.node_id != row:
+        node.is_approximate = is_accepted and trunk.exit_layer is None
+        node.num_saved_tokens = trunk.num_saved_layer_rows / self.session.spec.num_layers if is_accepted else 0.0
+        if node.node_id != key:
             return
         if start.refusal is not None:
             self.record.note("guard", decision="computed", reason=start.refusal, node=node)
@@ -221,7 +211,7 @@ class Tree:
         self.record.note(
             "share",
             decision=probe.mode if is_accepted else "computed",
-            reason=f"{node.num_saved_tokens:.1f} prompt tokens saved" if is_accepted else probe.why_not(row),
+            reason=f"{node.num_saved_tokens:.1f} prompt tokens saved" if is_accepted else probe.why_not(key),
             node=node,
             value=node.similarity,
             threshold=probe.tau,
@@ -230,19 +220,19 @@ class Tree:
 
     def _fork(self, branch: "Branch", indices: Sequence[int]) -> list["Branch"]:
         """The forks with these indices: a path must not depend on what else was planted."""
-        self._call.sequences.extend(map(attrgetter("sequence"), kids := branch.fork(max(indices) + 1)))
+        self.call.sequences.extend(map(attrgetter("sequence"), kids := branch.fork(max(indices) + 1)))
         wanted = set(indices)
         self._prune([kid for index, kid in enumerate(kids) if index not in wanted])
         return [kids[index] for index in indices]
 
     def _children(self, branch: "Branch", count: int) -> list["Branch"]:
-        if self._share:
+        if self.share:
             return self._fork(branch, range(count))
         return [self._replant(branch, index) for index in range(count)]
 
     def _replant(self, branch: "Branch", index: int) -> "Branch":
         """Child `index` of a branch, all its tokens computed anew."""
-        (child,) = self._roots([branch.token_ids])
+        (child,) = self._trunks([branch.token_ids])
         for step in (*branch.path, index):
             ancestor = child
             (child,) = self._fork(ancestor, [step])

@@ -33,21 +33,11 @@ if TYPE_CHECKING:
 QUESTION = "Is this answer correct? YES or NO."
 _PLAIN_CHOICES = (" YES", " NO")
 _CHAT_CHOICES = ("YES", "NO")
+_PLAIN_AFTER = f"\n\n{QUESTION}\nAnswer:"
+_PLAIN_PARTS = {"append": ("", "", _PLAIN_AFTER), "standalone": ("Problem:\n", "\n\nProposed answer:\n", _PLAIN_AFTER)}
+"""Text before the problem, between problem and answer, and after the answer, by style."""
 # Letters and digits only: a template that strips or escapes leaves them alone.
 _PROBLEM, _ANSWER = "PROBLEM7f3a9c", "ANSWER7f3a9c"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """An answer to verify.
-
-    Attributes:
-        branch: branch whose tokens end with the answer.
-        answer_ids: tokens of the answer alone, hint included, perhaps with an end-of-sequence token last.
-    """
-
-    branch: "Branch"
-    answer_ids: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -56,7 +46,7 @@ class Verdict:
 
     Attributes:
         probability: p(YES) of the two choices; None where the pass failed.
-        exit_layer: layers that its row went through, where it left the pass early.
+        exit_layer: layers that the question went through, where it left the pass early.
         margin: YES - NO in logits, as it was there.
         saw_nan: a gate saw a hidden state that was not finite, and let the row go on.
         error: reason why the pass failed.
@@ -90,7 +80,7 @@ class Verifier:
         self._salt = problem.salt
         parts = _chat_parts(tokenizer, style) if problem.is_chat and tokenizer.has_chat_template else None
         self._choices = self._choice_ids(_PLAIN_CHOICES if parts is None else _CHAT_CHOICES)
-        before, between, after = parts or _plain_parts(style)
+        before, between, after = parts or _PLAIN_PARTS[style]
         # Only a prompt starts with BOS; the other parts continue one. None: the question follows the branch.
         self._prompt: list[int] | None = None
         if style == "standalone":
@@ -98,11 +88,18 @@ class Verifier:
         # An answer that stopped by itself has closed its turn; the others' turns are closed here.
         self._closing, self._question = _split_after_eos(self._encode(after), tokenizer)
 
-    def ask(self, candidates: Sequence[Candidate], rule: "MarginRule | EntropyRule | None" = None) -> list["Verdict"]:
-        """Asks about candidates in one pass; the branches stay as they were.
+    def ask(
+        self,
+        branches: Sequence["Branch"],
+        answers: Sequence[Sequence[int]],
+        rule: "MarginRule | EntropyRule | None" = None,
+    ) -> list[Verdict]:
+        """Asks about answers in one pass; the branches stay as they were.
 
         Args:
-            candidates: distinct branches. One whose pass fails has an error for a verdict, and harms no other.
+            branches: distinct branches, each of which ends with an answer. One whose pass fails has an error for a
+                verdict, and harms no other.
+            answers: tokens of each answer alone, hint included, perhaps with an end-of-sequence token last.
             rule: lets rows leave the pass early; only where each choice is one token: a layer has a margin of these.
 
         Raises:
@@ -113,8 +110,7 @@ class Verifier:
             choices = (self._choices[0][0], self._choices[1][0])
             gate = rule.gate(self._session.lens, choices, self._session.spec.num_layers)
         if self._prompt is not None:
-            return self._standalone(self._prompt, candidates, gate)
-        branches = [candidate.branch for candidate in candidates]
+            return self._standalone(self._prompt, answers, gate)
         closings = [[] if self._is_closed(branch.token_ids) else self._closing for branch in branches]
         return self._score(branches, [[*closing, *self._question] for closing in closings], gate)
 
@@ -124,17 +120,16 @@ class Verifier:
         return num_before + len(self._closing) + len(self._question)
 
     def _standalone(
-        self, prompt: list[int], candidates: Sequence[Candidate], gate: "LayerExit | EntropyExit | None"
+        self, prompt: list[int], answers: Sequence[Sequence[int]], gate: "LayerExit | EntropyExit | None"
     ) -> list[Verdict]:
         options: dict[str, Any] = {"share": self._share, "seed": 0, "salt": self._salt}  # any seed: nothing is sampled
-        prompts = [prompt] if self._share else [prompt] * len(candidates)
+        prompts = [prompt] if self._share else [prompt] * len(answers)
         with self._session.engine.call() as call:
             call.sequences.extend(map(attrgetter("sequence"), asked := self._session.branches(prompts, **options)))
             if self._share:
-                call.sequences.extend(map(attrgetter("sequence"), asked := asked[0].fork(len(candidates))))
-            for branch, candidate in zip(asked, candidates, strict=True):
-                is_closed = self._is_closed(candidate.answer_ids)
-                branch.append(candidate.answer_ids[:-1] if is_closed else candidate.answer_ids)
+                call.sequences.extend(map(attrgetter("sequence"), asked := asked[0].fork(len(answers))))
+            for branch, answer_ids in zip(asked, answers, strict=True):
+                branch.append(answer_ids[:-1] if self._is_closed(answer_ids) else answer_ids)
             return self._score(asked, [[*self._closing, *self._question]] * len(asked), gate)
 
     def _score(
@@ -150,10 +145,10 @@ class Verifier:
             return [verdict for branch, question in pairs for verdict in self._score([branch], [question], None)]
         verdicts = [Verdict(float(row[0])) for row in scores]
         if gate is not None:
-            for row, margin in gate.margins.items():
-                verdicts[row] = Verdict((1 + math.tanh(margin / 2)) / 2, gate.exit_layers[row], margin)
-            for row in gate.problems:
-                verdicts[row] = replace(verdicts[row], saw_nan=True)
+            for index, margin in gate.margins.items():
+                verdicts[index] = Verdict((1 + math.tanh(margin / 2)) / 2, gate.exit_layers[index], margin)
+            for index in gate.problems:
+                verdicts[index] = replace(verdicts[index], saw_nan=True)
         return verdicts
 
     def _choice_ids(self, choices: Sequence[str]) -> list[list[int]]:
@@ -175,19 +170,12 @@ class Verifier:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
 
-def _plain_parts(style: str) -> tuple[str, str, str]:
-    """Text before the problem, between problem and answer, and after the answer."""
-    before, between = ("", "") if style == "append" else ("Problem:\n", "\n\nProposed answer:\n")
-    return before, between, f"\n\n{QUESTION}\nAnswer:"
-
-
 def _chat_parts(tokenizer: "Tokenizer", style: str) -> tuple[str, str, str] | None:
-    """The same in the checkpoint's chat format; None when its template cannot be taken apart."""
+    """`_PLAIN_PARTS` in the checkpoint's chat format; None when its template cannot be taken apart."""
     if style == "append":
         turns = [("user", _PROBLEM), ("assistant", _ANSWER), ("user", QUESTION)]
     else:
-        asked = f"Problem:\n{_PROBLEM}\n\nProposed answer:\n{_ANSWER}\n\n{QUESTION}"
-        turns = [("user", asked)]
+        turns = [("user", f"Problem:\n{_PROBLEM}\n\nProposed answer:\n{_ANSWER}\n\n{QUESTION}")]
     try:
         text = tokenizer.render_chat([{"role": role, "content": content} for role, content in turns])
     except ChatTemplateError:
@@ -201,7 +189,5 @@ def _chat_parts(tokenizer: "Tokenizer", style: str) -> tuple[str, str, str] | No
 
 def _split_after_eos(token_ids: list[int], tokenizer: "Tokenizer") -> tuple[list[int], list[int]]:
     """Splits behind the first end-of-sequence token; where there is none, nothing needs closing."""
-    for index, token_id in enumerate(token_ids):
-        if token_id in tokenizer.eos_token_ids:
-            return token_ids[: index + 1], token_ids[index + 1 :]
-    return [], token_ids
+    end = next((i + 1 for i, token_id in enumerate(token_ids) if token_id in tokenizer.eos_token_ids), 0)
+    return token_ids[:end], token_ids[end:]

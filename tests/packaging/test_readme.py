@@ -27,6 +27,7 @@ COMMANDS = [
     if "python -m minirksc" in line
 ]
 STATIONS = re.findall(r"`([\w/]+\.py):([\w.]+)`", README)
+RULES = re.findall(r"`([\w/]+\.py):([\w.]+)`", RKSC)
 FILES = re.findall(r"`((?:minirksc|kernels|models|tests|bench)/[\w/.]*)[:`]", README + RKSC)
 MAP = README.partition("## Map\n")[2].partition("\n## ")[0]
 ROWS = re.findall(r"^\| (`.*/`) \| (.*) \|$", MAP, re.MULTILINE)
@@ -104,7 +105,7 @@ def test_quoted_code_is_in_the_source(code):
     assert any(code.strip() in (ROOT / file).read_text(encoding="utf-8") for file in set(FILES) if file.endswith(".py"))
 
 
-@pytest.mark.parametrize(("file", "name"), STATIONS)
+@pytest.mark.parametrize(("file", "name"), STATIONS + RULES)
 def test_station_exists(file, name):
     assert name in names_in(ROOT / file)
 

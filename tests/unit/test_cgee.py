@@ -31,6 +31,8 @@ def candidates(draw):
 def test_the_example_of_where_a_choice_stands():
     assert standing(["4", "7"], [0.4, None], [0.9, 0.5], "score") == (0, [1])  # 0.5 would be more than 0.4
     assert standing(["4", "7"], [0.4, None], [0.9, 0.3], "score") == (0, [])
+    assert standing(["4", "7", "4"], [0.4, None, None], [0.9, 0.5, 0.8], "score") == (0, [1])
+    assert standing(["4", "7", "4"], [0.4, None, None], [0.9, 0.5, 0.8], "weighted_vote") == (0, [2, 1])
 
 
 @given(candidates(), st.sampled_from(SELECT_RULES), st.integers(1, 3), st.data())
