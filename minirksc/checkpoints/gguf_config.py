@@ -113,17 +113,12 @@ def make_config(
     fields.check_known((*KNOWN_FIELDS, *arch.fields), NEUTRAL_FIELDS)
     sizes = {name: fields.integer(field) for name, field in SIZES.items()}
     if sizes["num_hidden_layers"] > MAX_LAYERS:
-        raise CheckpointError(
-            f"{fields.source}: {fields.prefix}block_count is {sizes['num_hidden_layers']}, no model has over "
-            f"{MAX_LAYERS}"
-        )
+        raise fields.error("block_count", f"is {sizes['num_hidden_layers']}, no model has over {MAX_LAYERS}")
     heads = sizes["num_attention_heads"]
     head_dim = fields.integer("attention.key_length", sizes["hidden_size"] // heads)
     for name in ("attention.value_length", "rope.dimension_count"):
         if fields.integer(name, head_dim) != head_dim:
-            raise CheckpointError(
-                f"{fields.source}: {fields.prefix}{name} is {fields[name]}, only the head size {head_dim} is supported"
-            )
+            raise fields.error(name, f"is {fields[name]}, only the head size {head_dim} is supported")
     config: dict[str, Any] = {
         "architectures": [arch.hf_class],
         "model_type": arch.model_type,
@@ -180,10 +175,7 @@ def _gemma3(fields: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
         period = fields.integer("attention.sliding_window_pattern", GEMMA3_PERIOD)
         slides = [(layer + 1) % period != 0 for layer in range(num_layers)]
     if len(slides) != num_layers:
-        raise CheckpointError(
-            f"{fields.source}: {fields.prefix}attention.sliding_window_pattern has {len(slides)} layers, the model has "
-            f"{num_layers}"
-        )
+        raise fields.error("attention.sliding_window_pattern", f"has {len(slides)} layers, the model has {num_layers}")
     is_27b = num_layers == GEMMA3_27B_LAYERS
     return {
         "attention_bias": False,

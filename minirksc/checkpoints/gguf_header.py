@@ -10,8 +10,8 @@ import mmap
 import struct
 from pathlib import Path
 
+from minirksc.checkpoints.folder import check_file
 from minirksc.errors import CheckpointError
-from minirksc.json_file import open_regular
 
 MAX_FIELDS = 10_000
 MAX_TENSORS = 100_000
@@ -34,14 +34,10 @@ def check_header(source: Path) -> None:
     Raises:
         CheckpointError: it is no regular file, no GGUF file, damaged, or beyond the limits.
     """
+    check_file(source)
     try:
-        with open_regular(source) as stream:
-            if stream is None:
-                raise CheckpointError(
-                    f"{source} is no regular file, and nothing else is read; put the file itself there"
-                )
-            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                _Header(data).check()
+        with source.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            _Header(data).check()
     except OSError as error:
         raise CheckpointError(f"{source} cannot be read: {error.strerror or error}") from error
     except (ValueError, struct.error) as error:  # of mmap, that the file is empty

@@ -133,9 +133,8 @@ class GgufModel:
         sources = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
         found = {name: token_id(tokens, source) for name, source in sources.items()}
         ids = {name: i for name, i in found.items() if i is not None}
-        words = tokens["tokens"]
-        settings: dict[str, Any] = {f"{name}_token": words[i] for name, i in ids.items()}
-        settings |= {
+        settings: dict[str, Any] = {
+            **{f"{name}_token": tokens["tokens"][i] for name, i in ids.items()},
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": self._config["max_position_embeddings"],
             "clean_up_tokenization_spaces": False,
@@ -154,10 +153,7 @@ class GgufModel:
     def _end_ids(self) -> list[int]:
         """Whatever ends a turn or a message ends generation too."""
         tokens = self._tokens
-        named = [
-            i
-            for i, (word, kind) in enumerate(zip(tokens["tokens"], tokens["token_type"], strict=True))
-            if kind == CONTROL and word in self._arch.end_tokens
-        ]
+        words = enumerate(zip(tokens["tokens"], tokens["token_type"], strict=True))
+        named = [i for i, (word, kind) in words if kind == CONTROL and word in self._arch.end_tokens]
         ends = [token_id(tokens, name) for name in ("eos", "eot", "eom")]
         return list(dict.fromkeys(i for i in (*ends, *named) if i is not None))

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from minirksc.checkpoints.folder import check_file, check_folder, snapshot_of, what_file_is
+from minirksc.checkpoints.folder import check_folder, snapshot_of, what_file_is
 from minirksc.checkpoints.gguf_import import DTYPES, FILES, GgufModel
 from minirksc.checkpoints.hub import fetch, is_hub_id
 from minirksc.errors import CheckpointError
@@ -115,7 +115,6 @@ def import_gguf(
     source, destination = Path(source), Path(destination)
     if not source.is_file():
         raise CheckpointError(f"there is no file {source}")
-    check_file(source)
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     try:

@@ -100,7 +100,7 @@ def mend_split(backend: "Backend", settings: Mapping[str, Any], config: Mapping[
         patterns = [split.get("pattern") for split in state.get("pretokenizers", []) if split["type"] == "Split"]
         wanted = patterns == [{"Regex": FAULTY_PATTERN}] and not is_recent
     if wanted:
-        backend.pre_tokenizer = _split_at(PATTERN)
+        backend.pre_tokenizer = split_at(PATTERN)
 
 
 def _build(table: list[bytes], special: list[str], pattern: str) -> "Backend":
@@ -115,7 +115,7 @@ def _build(table: list[bytes], special: list[str], pattern: str) -> "Backend":
     merges = [(spelled[left], spelled[right]) for left, right in _pairs(table)]
     # A piece that is in the table is one token, whatever the pairs in it: ignore_merges.
     backend = Backend(models.BPE(vocab, merges, ignore_merges=True))
-    backend.pre_tokenizer = _split_at(pattern)
+    backend.pre_tokenizer = split_at(pattern)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
     bos = NAMED_TOKENS["bos_token"]
@@ -123,12 +123,13 @@ def _build(table: list[bytes], special: list[str], pattern: str) -> "Backend":
     return backend
 
 
-def _split_at(pattern: str) -> Any:
-    """What cuts text into pieces, and makes letters of their bytes."""
+def split_at(*patterns: str) -> Any:
+    """What cuts text into pieces at the matches of one pattern after another, and makes letters of their bytes."""
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
-    return Sequence([Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
+    splits = [Split(Regex(pattern), "isolated") for pattern in patterns]
+    return Sequence([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _table(entries: list[dict[str, Any]], num_ranks: int) -> list[bytes]:
