@@ -15,12 +15,10 @@ from minirksc.errors import CheckpointError
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[A-Za-z0-9][\w./-]*)?", re.ASCII)
 LISTING_TIMEOUT_S = 10.0
 
-SMALL_FILES = frozenset(
-    {
-        *("config.json", "generation_config.json", "params.json"),
-        *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
-        *("added_tokens.json", "tekken.json", "chat_template.jinja", "chat_template.json"),
-    }
+SMALL_FILES = (
+    *("config.json", "generation_config.json", "params.json"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
+    *("added_tokens.json", "tekken.json", "chat_template.jinja", "chat_template.json"),
 )
 TEMPLATES = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 WEIGHTS = re.compile(r"(?!\.|adapter_|optimizer)[^/]+\.safetensors(\.index\.json)?")
