@@ -27,6 +27,10 @@ SILENT_FIELDS = frozenset(["role", "content", "name", "id", "tool_call_id", "ann
 """Fields that say nothing by themselves."""
 
 
+COPIES: Mapping[type, Callable[[Any], Any]] = {str: str.__str__, int: int.__int__, float: float.__float__}
+"""What makes a plain value of one of a class that derives from its type; of an Enum, str() would be the name."""
+
+
 class ToolArguments(dict[str, Any]):
     """Arguments of a tool call: an object, and JSON text wherever a template takes them as text.
 
@@ -189,12 +193,9 @@ def plain_data(value: Any) -> Any:
     """
     if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, str):
-        return str.__str__(value)  # of an Enum that is text too, str() would be the name
-    if isinstance(value, int):
-        return int.__int__(value)
-    if isinstance(value, float):
-        return float.__float__(value)
+    for kind, copy_of in COPIES.items():
+        if isinstance(value, kind):
+            return copy_of(value)
     if isinstance(value, Mapping):
         return {str(plain_data(key)): plain_data(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

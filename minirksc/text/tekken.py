@@ -155,11 +155,10 @@ def _pairs(table: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
 
 def _special_tokens(declared: list[dict[str, Any]] | None, num_special: int) -> list[str]:
     """All special tokens in order of their ids, with fillers for ids that have no name."""
-    tokens = {i: f"<SPECIAL_{i}>" for i in range(num_special)}
-    if declared is None:
-        tokens |= dict(enumerate(DEFAULT_SPECIAL_TOKENS))
-    else:
-        tokens |= {token["rank"]: token["token_str"] for token in declared}
+    named = dict(enumerate(DEFAULT_SPECIAL_TOKENS))
+    if declared is not None:
+        named = {token["rank"]: token["token_str"] for token in declared}
+    tokens = {i: f"<SPECIAL_{i}>" for i in range(num_special)} | named
     if sorted(tokens) != list(range(num_special)) or len(set(tokens.values())) < num_special:
         raise ValueError(f"special tokens must differ and have the ids 0..{num_special - 1}")
     return list(tokens.values())
