@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from minirksc.checkpoints.gguf_fields import GgufFields
-from minirksc.errors import CheckpointError
 
 ROPE_FACTORS = "rope_freqs.weight"
 
@@ -144,17 +143,12 @@ def make_config(
 
 def expected_shapes(arch: Architecture, config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every tensor that a file of this config has, by its GGUF name."""
-    for name, _, shape in _tensors(arch, config):
+    for name, _, shape in expected_tensors(arch, config):
         yield name, shape
 
 
-def hf_names(arch: Architecture, config: Mapping[str, Any]) -> dict[str, str]:
-    """The Hugging Face name of each tensor that a file of this config has, by its GGUF name."""
-    return {name: hf_name for name, hf_name, _ in _tensors(arch, config)}
-
-
-def _tensors(arch: Architecture, config: Mapping[str, Any]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """(GGUF name, Hugging Face name, shape) of every tensor."""
+def expected_tensors(arch: Architecture, config: Mapping[str, Any]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """(GGUF name, Hugging Face name, shape) of every tensor that a file of this config has."""
     import gguf  # here, and torch with the two below: to say where a folder is needs none of them
 
     from minirksc.models.families import spec_from_config
@@ -196,10 +190,7 @@ def _rope_scaling(
     factor = fields.decimal("rope.scaling.factor", fields.decimal("rope.scale_linear", 1.0)) or 1.0
     kind = fields.get("rope.scaling.type", "linear")  # what a factor without a type means
     if kind not in ("none", "linear"):
-        raise CheckpointError(
-            f"{fields.source}: RoPE scaling of type {kind!r} cannot be translated from GGUF exactly; "
-            "use the safetensors checkpoint of this model"
-        )
+        raise fields.untranslatable(f"RoPE scaling of type {kind!r} cannot be translated from GGUF exactly")
     linear = {"rope_type": "linear", "factor": float(factor)} if kind == "linear" and factor != 1.0 else None
     if rope_factors is None:
         return linear
@@ -207,9 +198,9 @@ def _rope_scaling(
         wanted = _llama3_factors(config["rope_theta"], config["head_dim"], candidate)
         if len(wanted) == len(rope_factors) and np.allclose(wanted, rope_factors, rtol=1e-5, atol=0):
             return {"rope_type": "llama3", "factor": candidate, **LLAMA3_BANDS}
-    raise CheckpointError(
-        f"{fields.source}: its RoPE factors ({ROPE_FACTORS}) are not those of Llama 3.1 or 3.2, so they cannot be "
-        "translated from GGUF exactly; use the safetensors checkpoint of this model"
+    raise fields.untranslatable(
+        f"its RoPE factors ({ROPE_FACTORS}) are not those of Llama 3.1 or 3.2, so they cannot be translated from GGUF "
+        "exactly"
     )
 
 

@@ -43,6 +43,10 @@ class GgufFields:
         """
         return CheckpointError(f"{self.source}: {self.prefix}{name} {fault}")
 
+    def untranslatable(self, fault: str) -> CheckpointError:
+        """What to raise for what a checkpoint cannot say as the file does; `fault`: sentence that says so."""
+        return CheckpointError(f"{self.source}: {fault}; use the safetensors checkpoint of this model")
+
     def integer(self, name: str, default: int | None = None) -> int:
         """A positive integer.
 
@@ -77,7 +81,4 @@ class GgufFields:
         """
         for name, value in self._fields.items():
             if name not in known and not (name in neutral and neutral[name] == value):
-                raise CheckpointError(
-                    f"{self.source}: the field {self.prefix}{name} = {value!r:.80} cannot be translated; "
-                    "use the safetensors checkpoint of this model"
-                )
+                raise self.untranslatable(f"the field {self.prefix}{name} = {value!r:.80} cannot be translated")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from minirksc.checkpoints.gguf_config import ARCHITECTURES, ROPE_FACTORS, expected_shapes, hf_names, make_config
+from minirksc.checkpoints.gguf_config import ARCHITECTURES, ROPE_FACTORS, expected_shapes, expected_tensors, make_config
 from minirksc.checkpoints.gguf_fields import GgufFields
 from minirksc.checkpoints.gguf_header import check_header
 from minirksc.checkpoints.gguf_tokenizer import CONTROL, adds_bos, build_tokenizer, token_id
@@ -88,7 +88,8 @@ class GgufModel:
         from minirksc.models.families import spec_from_config
         from minirksc.models.weights.safetensors_file import halves_apart
 
-        names, spec = hf_names(self._arch, self._config), spec_from_config(self._config)
+        names = {name: hf_name for name, hf_name, _ in expected_tensors(self._arch, self._config)}
+        spec = spec_from_config(self._config)
         weights = {}
         tensors = [tensor for tensor in self._reader.tensors if tensor.name in self._shapes]
         for tensor in tqdm(tensors, desc="converting", unit="tensor", disable=None if progress else True):

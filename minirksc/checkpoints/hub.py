@@ -114,10 +114,9 @@ def _cached(repository: str, revision: str, reason: str, instead: str) -> Path:
     import huggingface_hub
 
     try:
-        folder = huggingface_hub.snapshot_download(repository, revision=revision or None, local_files_only=True)
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision or None, local_files_only=True))
     except Exception as error:
         raise CheckpointError(
             f"there is no folder {repository!r}, and the hub cannot be reached ({reason}), where nothing of that name "
             f"is cached. Connect and try again, {instead}"
         ) from error
-    return Path(folder)

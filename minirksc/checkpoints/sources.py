@@ -28,6 +28,9 @@ FORMAT_VERSION = 1
 """Part of a cached folder's name: a changed importer converts anew."""
 
 TEMP_PREFIX = ".importing-"
+OWN_PREFIX = f"{TEMP_PREFIX}{re.sub('[^A-Za-z0-9]', '_', platform.node())}-"
+"""Beginning of the names of this machine's temporary folders: a process id means nothing on another."""
+
 MAX_TEMP_AGE_S = 24 * 3600
 
 
@@ -221,7 +224,7 @@ def _temp_folder(destination: Path, needed: int) -> Iterator[Path]:
         _remove_dead(folder)
         if shutil.disk_usage(folder).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        prefix = f"{_temp_prefix()}{os.getpid()}-"
+        prefix = f"{OWN_PREFIX}{os.getpid()}-"
         with tempfile.TemporaryDirectory(prefix=prefix, dir=folder, ignore_cleanup_errors=True) as temp:
             yield Path(temp)  # gone, on an error, before the free bytes are counted
     except CheckpointError:
@@ -281,15 +284,10 @@ def _not_a_folder(model: str, folder: Path) -> str:
     )
 
 
-def _temp_prefix() -> str:
-    """Beginning of the names of this machine's temporary folders: a process id means nothing on another."""
-    return f"{TEMP_PREFIX}{re.sub('[^A-Za-z0-9]', '_', platform.node())}-"
-
-
 def _remove_dead(folder: Path) -> None:
     """Removes what killed conversions left behind: of dead processes of this machine, and all after a day."""
     for leftover in folder.glob(f"{TEMP_PREFIX}*"):
-        pid = leftover.name.removeprefix(_temp_prefix()).split("-")[0]  # no number where the prefix is another's
+        pid = leftover.name.removeprefix(OWN_PREFIX).split("-")[0]  # no number where the prefix is another's
         is_dead = pid.isdecimal() and not _is_alive(int(pid))
         with suppress(OSError):
             if is_dead or time.time() - leftover.stat().st_mtime > MAX_TEMP_AGE_S:
@@ -308,13 +306,11 @@ def _is_alive(pid: int) -> bool:
 
 
 def _cannot_write(error: Exception, number: int, needed: int, destination: Path) -> CheckpointError:
+    another = "choose another folder (MINIRKSC_CACHE for named models)"
     if number not in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):  # Windows has no EDQUOT
-        return CheckpointError(
-            f"{destination} cannot be written: {error}; choose another folder (MINIRKSC_CACHE for named models)"
-        )
+        return CheckpointError(f"{destination} cannot be written: {error}; {another}")
     there = next(folder for folder in destination.absolute().parents if folder.exists())
     return CheckpointError(
         f"the disk is full: {destination} cannot be written, converting into it needs about {needed} bytes, "
-        f"{shutil.disk_usage(there).free} are free in {there}; make room, or choose another folder (MINIRKSC_CACHE for "
-        "named models)"
+        f"{shutil.disk_usage(there).free} are free in {there}; make room, or {another}"
     )

@@ -13,6 +13,7 @@ in parts. Templates were written for text, for arguments as objects, and some fo
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from minirksc.errors import ChatTemplateError, brief
@@ -175,13 +176,11 @@ def suit_contents(messages: Sequence[dict[str, Any]], render: Callable[[list[dic
             marks[place] = f"{MARK}{place:06}"
     if marks:  # texts that a loop went through: some templates do so beside showing them, some instead
         marked = [m if i not in marks else {**m, "content": marks[i]} for i, m in enumerate(messages)]
-        try:
+        with suppress(Exception):  # the template may refuse the conversation, whatever the form of these
             shown = render(marked)
-        except Exception:  # the template refuses the conversation, whatever the form of these
-            marks = {}
-        for place, mark in marks.items():
-            if mark not in shown:
-                messages[place]["content"] = TextParts([TextPart(type="text", text=str(contents[place]))])
+            for place, mark in marks.items():
+                if mark not in shown:
+                    messages[place]["content"] = TextParts([TextPart(type="text", text=str(contents[place]))])
     return any(message["content"] is not content for message, content in zip(messages, contents, strict=True))
 
 

@@ -121,13 +121,10 @@ class Guard:
         self.tick()
         if isinstance(value, str):
             refuse(len(value) > MAX_CHARS, TOO_LONG)
-        elif isinstance(value, list | tuple | dict):
-            if len(value) > MAX_ITEMS:
-                raise ChatTemplateError(f"the chat template makes a list of more than {MAX_ITEMS} items")
-            if isinstance(value, tuple):
-                self.weigh(value, is_shown=False)  # a tuple may be hashed, which goes through all of it
-        elif isinstance(value, int):
-            self.weigh(value)
+        elif isinstance(value, list | tuple | dict) and len(value) > MAX_ITEMS:
+            raise ChatTemplateError(f"the chat template makes a list of more than {MAX_ITEMS} items")
+        elif isinstance(value, int | tuple):
+            self.weigh(value, is_shown=False)  # a tuple may be hashed, which goes through all of it
         self._bytes_left -= sys.getsizeof(value)
         if with_items and isinstance(value, list):
             self._bytes_left -= sum(map(sys.getsizeof, value))
