@@ -16,7 +16,7 @@ from minirksc.checkpoints.gguf_fields import GgufFields
 from minirksc.errors import CheckpointError
 from minirksc.text.tekken import FAULTY_PATTERN as LLAMA3_SPLIT
 from minirksc.text.tekken import PATTERN as TEKKEN_SPLIT
-from minirksc.text.tekken import split_at
+from minirksc.text.tekken import pairs_of, split_at
 
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6  # GGUF token types
 SPACE = "▁"
@@ -208,8 +208,6 @@ def _merges(vocab: dict[str, int], ranks: Sequence[float], types: Sequence[int])
     for word, i in vocab.items():
         if types[i] in (CONTROL, BYTE):
             continue
-        for cut in range(1, len(word)):
-            left, right = word[:cut], word[cut:]
-            if left in vocab and right in vocab:
-                found.append((ranks[i], -cut, -len(right), i, left, right))
+        for left, right in pairs_of(word, vocab):
+            found.append((ranks[i], -len(left), -len(right), i, left, right))
     return [(left, right) for *_, left, right in sorted(found)]

@@ -14,9 +14,9 @@ describes the fault.
 import base64
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, AnyStr
 
 from minirksc.errors import TokenizerError
 from minirksc.json_file import MAX_TOKENIZER_BYTES, read_json_object
@@ -112,7 +112,7 @@ def _build(table: list[bytes], special: list[str], pattern: str) -> "Backend":
     spelled = {token: "".join([letters[byte] for byte in token]) for token in table}
     vocab = {text: i for i, text in enumerate(special)}
     vocab |= {text: rank + len(special) for rank, text in enumerate(spelled.values())}
-    merges = [(spelled[left], spelled[right]) for left, right in _pairs(table)]
+    merges = [(spelled[left], spelled[right]) for token in table for left, right in pairs_of(token, spelled)]
     # A piece that is in the table is one token, whatever the pairs in it: ignore_merges.
     backend = Backend(models.BPE(vocab, merges, ignore_merges=True))
     backend.pre_tokenizer = split_at(pattern)
@@ -143,14 +143,12 @@ def _table(entries: list[dict[str, Any]], num_ranks: int) -> list[bytes]:
     return table
 
 
-def _pairs(table: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
-    """Every pair of entries that joins to an entry, in the order of what they join to."""
-    known = set(table)
-    for token in table:
-        for place in range(1, len(token)):
-            left, right = token[:place], token[place:]
-            if left in known and right in known:
-                yield left, right
+def pairs_of(token: AnyStr, known: Container[AnyStr]) -> Iterator[tuple[AnyStr, AnyStr]]:
+    """Every pair of known tokens that joins to this one, the shortest left part first."""
+    for place in range(1, len(token)):
+        left, right = token[:place], token[place:]
+        if left in known and right in known:
+            yield left, right
 
 
 def _special_tokens(declared: list[dict[str, Any]] | None, num_special: int) -> list[str]:

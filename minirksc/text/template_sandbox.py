@@ -222,9 +222,7 @@ def _tojson(
 @pass_context
 def _join(context: Context, value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
     """The items as one text, once they are known."""
-    items = list(value)
-    if attribute is not None:
-        items = list(map(make_attrgetter(context.environment, attribute), items))
+    items = list(value if attribute is None else map(make_attrgetter(context.environment, attribute), value))
     _guard(context).check_join(str(d), items)
     return str(d).join(map(str, items))
 
