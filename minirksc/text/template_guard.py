@@ -193,10 +193,8 @@ class Guard:
             take_apart(subject)
         operands = [*args, *kwargs.values()]
         self._check_text(name, subject, operands)
-        if name in SHOWING:
-            self.weigh([subject, *operands])
-        elif name in COMPARING:
-            self.weigh([subject, *operands], is_shown=False)
+        if name in SHOWING | COMPARING:
+            self.weigh([subject, *operands], is_shown=name in SHOWING)
         if name == "format":
             self._check_format(str(subject), WIDE_PERCENT, "%", kwargs or args)
         elif name == "round":
