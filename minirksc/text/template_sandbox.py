@@ -65,7 +65,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         tests: dict[str, Any] = dict(self.tests)
         del tests["upper"], tests["lower"]  # all that would read a whole text
         self.tests = {name: _guarded(name, function, Guard.check_test) for name, function in tests.items()}
-        self.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now, namespace=TemplateNamespace)
+        self.globals["raise_exception"] = _raise_exception
+        self.globals["strftime_now"] = _strftime_now
+        self.globals["namespace"] = TemplateNamespace
         del self.globals["lipsum"]
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
