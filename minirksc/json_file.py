@@ -26,6 +26,12 @@ MAX_DEPTH = 64
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """How a file begins that Git LFS left in place of the real one."""
 
+LFS_FAULT = (
+    "a pointer of Git LFS, not the file itself: the repository was cloned without git-lfs; in its folder, "
+    "type: git lfs install && git lfs pull"
+)
+"""What is said of such a file."""
+
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[BinaryIO | None]:
@@ -71,10 +77,7 @@ def read_bytes(path: Path, error: type[MinirkscError] = CheckpointError, max_byt
     if max(size, len(content)) > max_bytes:
         raise error(f"{path} has {size} bytes, more than {max_bytes}, and no such file needs as many; it is damaged")
     if content.startswith(LFS_POINTER):
-        raise error(
-            f"{path} is a pointer of Git LFS, not the file itself: the repository was cloned without git-lfs; "
-            "in its folder, type: git lfs install && git lfs pull"
-        )
+        raise error(f"{path} is {LFS_FAULT}")
     return content
 
 
@@ -99,12 +102,12 @@ def read_json(path: Path, error: type[MinirkscError] = CheckpointError, max_byte
     text = read_text(path, error, max_bytes)
     try:
         content = json.loads(text)
+        if is_nested_deeper(content, MAX_DEPTH):
+            raise RecursionError(f"of more than {MAX_DEPTH} levels")
     except ValueError as cause:
         raise error(f"{path} is not readable JSON: {cause}") from cause
     except RecursionError as cause:
-        raise _too_deep(path, error) from cause
-    if is_nested_deeper(content, MAX_DEPTH):
-        raise _too_deep(path, error)
+        raise error(f"{path} is not readable JSON: it is nested more than {MAX_DEPTH} deep; it is damaged") from cause
     return content
 
 
@@ -131,7 +134,3 @@ def is_nested_deeper(content: Any, num_levels: int) -> bool:
         items = (item for value in level for item in (value.values() if isinstance(value, dict) else value))
         level = [item for item in items if isinstance(item, dict | list)]
     return bool(level)
-
-
-def _too_deep(path: Path, error: type[MinirkscError]) -> MinirkscError:
-    return error(f"{path} is not readable JSON: it is nested more than {MAX_DEPTH} deep; it is damaged")

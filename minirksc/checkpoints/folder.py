@@ -10,7 +10,7 @@ from pathlib import Path
 
 from minirksc.checkpoints.hub import is_weights, wanted_files
 from minirksc.errors import CheckpointError, UnsupportedModelError, listing
-from minirksc.json_file import LFS_POINTER, open_regular, read_json_object, read_text
+from minirksc.json_file import LFS_FAULT, LFS_POINTER, open_regular, read_json_object, read_text
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
@@ -46,9 +46,7 @@ def snapshot_of(folder: Path) -> Path:
     main = folder / "refs" / "main"
     if os.path.lexists(main):
         commit = read_text(main, max_bytes=1 << 10).strip()
-        if commit in names:
-            return snapshots / commit
-        names = []
+        names = [name for name in names if name == commit]
     if len(names) == 1:
         return snapshots / names[0]
     if names:
@@ -70,8 +68,7 @@ def check_folder(folder: Path) -> None:
     """
     names = _names(folder)
     _check_files(folder, names)
-    what = _what_it_is(folder, names)
-    if what is not None:
+    if (what := _what_it_is(folder, names)) is not None:
         raise CheckpointError(f"{folder} {what}")
     sidecar = next((name for name in QUANTISED if name in names), None)
     if sidecar is not None and not read_json_object(folder / "config.json").get("quantization_config"):
@@ -98,8 +95,8 @@ def check_file(file: Path) -> None:
     Raises:
         CheckpointError: it is a pointer of Git LFS, a web page, no regular file, or cannot be read.
     """
-    if (fault := _fault_of(file)) is not None:
-        raise CheckpointError(f"{file}: {fault.format(again='fetch it again')}")
+    if (fault := _fault_of(file, "fetch it again")) is not None:
+        raise CheckpointError(f"{file}: {fault}")
 
 
 def _without_config(folder: Path) -> str:
@@ -157,33 +154,29 @@ def _cached_repository(folder: Path) -> str | None:
 
 def _check_files(folder: Path, names: list[str]) -> None:
     """Refuses files that are not what their names say, all of a kind at once."""
-    wanted = [name for name in wanted_files(names) if name in names]
     found: dict[str, list[str]] = {}
-    for name in wanted:
-        if (fault := _fault_of(folder / name)) is not None:
+    for name in wanted_files(names):
+        if (fault := _fault_of(folder / name, _again(folder))) is not None:
             found.setdefault(fault, []).append(name)
     for fault, files in found.items():
-        raise CheckpointError(f"{folder}: {listing(files, ', ')}: {fault.format(again=_again(folder))}")
+        raise CheckpointError(f"{folder}: {listing(files, ', ')}: {fault}")
 
 
-def _fault_of(file: Path) -> str | None:
-    """Why a file cannot be what its name says; None: it may be."""
+def _fault_of(file: Path, again: str) -> str | None:
+    """Why a file cannot be what its name says, and what to do (`again`: how to fetch it anew); None: it may be."""
     try:
         with open_regular(file) as stream:
             if stream is None:
                 return "no regular file, and nothing else is read"
             head = stream.read(HEAD_BYTES)
     except FileNotFoundError:
-        return "a link to a file that is not there: the download or copy is not complete; {again}"
+        return f"a link to a file that is not there: the download or copy is not complete; {again}"
     except OSError as error:
-        return f"cannot be read: {error.strerror or error}".replace("{", "{{").replace("}", "}}")
+        return f"cannot be read: {error.strerror or error}"
     if head.startswith(LFS_POINTER):
-        return (
-            "a pointer of Git LFS, not the file itself: the repository was cloned without git-lfs; in its folder, "
-            "type: git lfs install && git lfs pull"
-        )
+        return LFS_FAULT
     if WEB_PAGE.match(head):
-        return "a web page, saved in place of the file; {again}"
+        return f"a web page, saved in place of the file; {again}"
     return None
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from minirksc.checkpoints.gguf_fields import GgufFields
-from minirksc.errors import CheckpointError
 
 ROPE_FACTORS = "rope_freqs.weight"
 
@@ -113,17 +112,12 @@ def make_config(
     fields.check_known((*KNOWN_FIELDS, *arch.fields), NEUTRAL_FIELDS)
     sizes = {name: fields.integer(field) for name, field in SIZES.items()}
     if sizes["num_hidden_layers"] > MAX_LAYERS:
-        raise CheckpointError(
-            f"{fields.source}: {fields.prefix}block_count is {sizes['num_hidden_layers']}, no model has over "
-            f"{MAX_LAYERS}"
-        )
+        raise fields.error("block_count", f"is {sizes['num_hidden_layers']}, no model has over {MAX_LAYERS}")
     heads = sizes["num_attention_heads"]
     head_dim = fields.integer("attention.key_length", sizes["hidden_size"] // heads)
     for name in ("attention.value_length", "rope.dimension_count"):
         if fields.integer(name, head_dim) != head_dim:
-            raise CheckpointError(
-                f"{fields.source}: {fields.prefix}{name} is {fields[name]}, only the head size {head_dim} is supported"
-            )
+            raise fields.error(name, f"is {fields[name]}, only the head size {head_dim} is supported")
     config: dict[str, Any] = {
         "architectures": [arch.hf_class],
         "model_type": arch.model_type,
@@ -149,17 +143,12 @@ def make_config(
 
 def expected_shapes(arch: Architecture, config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every tensor that a file of this config has, by its GGUF name."""
-    for name, _, shape in _tensors(arch, config):
+    for name, _, shape in expected_tensors(arch, config):
         yield name, shape
 
 
-def hf_names(arch: Architecture, config: Mapping[str, Any]) -> dict[str, str]:
-    """The Hugging Face name of each tensor that a file of this config has, by its GGUF name."""
-    return {name: hf_name for name, hf_name, _ in _tensors(arch, config)}
-
-
-def _tensors(arch: Architecture, config: Mapping[str, Any]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """(GGUF name, Hugging Face name, shape) of every tensor."""
+def expected_tensors(arch: Architecture, config: Mapping[str, Any]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """(GGUF name, Hugging Face name, shape) of every tensor that a file of this config has."""
     import gguf  # here, and torch with the two below: to say where a folder is needs none of them
 
     from minirksc.models.families import spec_from_config
@@ -180,10 +169,7 @@ def _gemma3(fields: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
         period = fields.integer("attention.sliding_window_pattern", GEMMA3_PERIOD)
         slides = [(layer + 1) % period != 0 for layer in range(num_layers)]
     if len(slides) != num_layers:
-        raise CheckpointError(
-            f"{fields.source}: {fields.prefix}attention.sliding_window_pattern has {len(slides)} layers, the model has "
-            f"{num_layers}"
-        )
+        raise fields.error("attention.sliding_window_pattern", f"has {len(slides)} layers, the model has {num_layers}")
     is_27b = num_layers == GEMMA3_27B_LAYERS
     return {
         "attention_bias": False,
@@ -204,10 +190,7 @@ def _rope_scaling(
     factor = fields.decimal("rope.scaling.factor", fields.decimal("rope.scale_linear", 1.0)) or 1.0
     kind = fields.get("rope.scaling.type", "linear")  # what a factor without a type means
     if kind not in ("none", "linear"):
-        raise CheckpointError(
-            f"{fields.source}: RoPE scaling of type {kind!r} cannot be translated from GGUF exactly; "
-            "use the safetensors checkpoint of this model"
-        )
+        raise fields.untranslatable(f"RoPE scaling of type {kind!r} cannot be translated from GGUF exactly")
     linear = {"rope_type": "linear", "factor": float(factor)} if kind == "linear" and factor != 1.0 else None
     if rope_factors is None:
         return linear
@@ -215,9 +198,9 @@ def _rope_scaling(
         wanted = _llama3_factors(config["rope_theta"], config["head_dim"], candidate)
         if len(wanted) == len(rope_factors) and np.allclose(wanted, rope_factors, rtol=1e-5, atol=0):
             return {"rope_type": "llama3", "factor": candidate, **LLAMA3_BANDS}
-    raise CheckpointError(
-        f"{fields.source}: its RoPE factors ({ROPE_FACTORS}) are not those of Llama 3.1 or 3.2, so they cannot be "
-        "translated from GGUF exactly; use the safetensors checkpoint of this model"
+    raise fields.untranslatable(
+        f"its RoPE factors ({ROPE_FACTORS}) are not those of Llama 3.1 or 3.2, so they cannot be translated from GGUF "
+        "exactly"
     )
 
 

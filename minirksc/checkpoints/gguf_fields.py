@@ -34,6 +34,19 @@ class GgufFields:
             raise CheckpointError(f"{self.source} lacks the field {self.prefix}{name}")
         return self._fields[name]
 
+    def error(self, name: str, fault: str) -> CheckpointError:
+        """What to raise for a field.
+
+        Args:
+            name: name of the field.
+            fault: predicate that says what is wrong with it, "is 0, expected a number" for example.
+        """
+        return CheckpointError(f"{self.source}: {self.prefix}{name} {fault}")
+
+    def untranslatable(self, fault: str) -> CheckpointError:
+        """What to raise for what a checkpoint cannot say as the file does; `fault`: sentence that says so."""
+        return CheckpointError(f"{self.source}: {fault}; use the safetensors checkpoint of this model")
+
     def integer(self, name: str, default: int | None = None) -> int:
         """A positive integer.
 
@@ -42,7 +55,7 @@ class GgufFields:
         """
         value = self[name] if default is None else self.get(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CheckpointError(f"{self.source}: {self.prefix}{name} is {value!r:.80}, expected a positive integer")
+            raise self.error(name, f"is {value!r:.80}, expected a positive integer")
         return value
 
     def decimal(self, name: str, default: float | None = None) -> float:
@@ -53,7 +66,7 @@ class GgufFields:
         """
         value = self[name] if default is None else self.get(name, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= LARGEST_DECIMAL:
-            raise CheckpointError(f"{self.source}: {self.prefix}{name} is {value!r:.80}, expected a number")
+            raise self.error(name, f"is {value!r:.80}, expected a number")
         return float(str(np.float32(value)))
 
     def check_known(self, known: Collection[str], neutral: Mapping[str, Any]) -> None:
@@ -68,7 +81,4 @@ class GgufFields:
         """
         for name, value in self._fields.items():
             if name not in known and not (name in neutral and neutral[name] == value):
-                raise CheckpointError(
-                    f"{self.source}: the field {self.prefix}{name} = {value!r:.80} cannot be translated; "
-                    "use the safetensors checkpoint of this model"
-                )
+                raise self.untranslatable(f"the field {self.prefix}{name} = {value!r:.80} cannot be translated")

@@ -7,11 +7,10 @@ Source: the layout as https://github.com/ggml-org/ggml/blob/master/docs/gguf.md 
 
 import math
 import mmap
-import struct
 from pathlib import Path
 
+from minirksc.checkpoints.folder import check_file
 from minirksc.errors import CheckpointError
-from minirksc.json_file import open_regular
 
 MAX_FIELDS = 10_000
 MAX_TENSORS = 100_000
@@ -34,17 +33,13 @@ def check_header(source: Path) -> None:
     Raises:
         CheckpointError: it is no regular file, no GGUF file, damaged, or beyond the limits.
     """
+    check_file(source)
     try:
-        with open_regular(source) as stream:
-            if stream is None:
-                raise CheckpointError(
-                    f"{source} is no regular file, and nothing else is read; put the file itself there"
-                )
-            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                _Header(data).check()
+        with source.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            _Header(data).check()
     except OSError as error:
         raise CheckpointError(f"{source} cannot be read: {error.strerror or error}") from error
-    except (ValueError, struct.error) as error:  # of mmap, that the file is empty
+    except ValueError as error:  # of mmap, that the file is empty
         raise CheckpointError(f"{source} is not a readable GGUF file: {error}") from error
 
 
@@ -54,37 +49,36 @@ class _Header:
     def __init__(self, data: mmap.mmap) -> None:
         self._data = data
         self._size = len(data)
-        self._place = 0
+        self._place = 4  # behind "GGUF"
         self._items_left = MAX_ITEMS
 
     def check(self) -> None:
         if self._data[:4] != b"GGUF":
             raise ValueError("it does not begin with GGUF")
-        self._place = 4
-        version = self._number("<I")
+        version = self._number(4)
         if version not in (2, 3):
             raise ValueError(f"its version is {version}; 2 and 3 are read, in little-endian order")
-        num_tensors, num_fields = self._number("<Q"), self._number("<Q")
+        num_tensors, num_fields = self._number(8), self._number(8)
         if num_fields > MAX_FIELDS or num_tensors > MAX_TENSORS:
             raise ValueError(
                 f"it claims {num_fields} fields and {num_tensors} tensors; {MAX_FIELDS} and {MAX_TENSORS} are allowed"
             )
         for _ in range(num_fields):
             self._skip_string(MAX_NAME_BYTES)
-            self._skip_value(self._number("<I"))
+            self._skip_value(self._number(4))
         for _ in range(num_tensors):
             self._skip_string(MAX_NAME_BYTES)
-            num_dims = self._number("<I")
+            num_dims = self._number(4)
             if num_dims > MAX_DIMS:
                 raise ValueError(f"a tensor has {num_dims} dimensions; {MAX_DIMS} are allowed")
-            shape = [self._number("<Q") for _ in range(num_dims)]
+            shape = [self._number(8) for _ in range(num_dims)]
             self._skip(12)  # type and offset: the package checks both
             if math.prod(shape) > self._size * ELEMENTS_PER_BYTE:
                 raise ValueError(f"a tensor of the shape {shape} cannot be in {self._size} bytes")
 
-    def _number(self, form: str) -> int:
-        (number,) = struct.unpack_from(form, self._data, self._skip(struct.calcsize(form)))
-        return int(number)
+    def _number(self, num_bytes: int) -> int:
+        place = self._skip(num_bytes)
+        return int.from_bytes(self._data[place : self._place], "little")
 
     def _skip(self, num_bytes: int) -> int:
         """Goes on; returns the place before."""
@@ -95,14 +89,14 @@ class _Header:
         return place
 
     def _skip_string(self, max_bytes: int) -> None:
-        num_bytes = self._number("<Q")
+        num_bytes = self._number(8)
         if num_bytes > max_bytes:
             raise ValueError(f"it claims a text of {num_bytes} bytes; {max_bytes} are allowed there")
         self._skip(num_bytes)
 
     def _skip_value(self, kind: int) -> None:
         is_array = kind == ARRAY
-        item, count = (self._number("<I"), self._number("<Q")) if is_array else (kind, 1)
+        item, count = (self._number(4), self._number(8)) if is_array else (kind, 1)
         if is_array:
             self._items_left -= count
         if self._items_left < 0:

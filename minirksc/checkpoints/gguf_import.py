@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from minirksc.checkpoints.gguf_config import ARCHITECTURES, ROPE_FACTORS, expected_shapes, hf_names, make_config
+from minirksc.checkpoints.gguf_config import ARCHITECTURES, ROPE_FACTORS, expected_shapes, expected_tensors, make_config
 from minirksc.checkpoints.gguf_fields import GgufFields
 from minirksc.checkpoints.gguf_header import check_header
 from minirksc.checkpoints.gguf_tokenizer import CONTROL, adds_bos, build_tokenizer, token_id
@@ -88,7 +88,8 @@ class GgufModel:
         from minirksc.models.families import spec_from_config
         from minirksc.models.weights.safetensors_file import halves_apart
 
-        names, spec = hf_names(self._arch, self._config), spec_from_config(self._config)
+        names = {name: hf_name for name, hf_name, _ in expected_tensors(self._arch, self._config)}
+        spec = spec_from_config(self._config)
         weights = {}
         tensors = [tensor for tensor in self._reader.tensors if tensor.name in self._shapes]
         for tensor in tqdm(tensors, desc="converting", unit="tensor", disable=None if progress else True):
@@ -133,9 +134,8 @@ class GgufModel:
         sources = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
         found = {name: token_id(tokens, source) for name, source in sources.items()}
         ids = {name: i for name, i in found.items() if i is not None}
-        words = tokens["tokens"]
-        settings: dict[str, Any] = {f"{name}_token": words[i] for name, i in ids.items()}
-        settings |= {
+        settings: dict[str, Any] = {
+            **{f"{name}_token": tokens["tokens"][i] for name, i in ids.items()},
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": self._config["max_position_embeddings"],
             "clean_up_tokenization_spaces": False,
@@ -154,10 +154,7 @@ class GgufModel:
     def _end_ids(self) -> list[int]:
         """Whatever ends a turn or a message ends generation too."""
         tokens = self._tokens
-        named = [
-            i
-            for i, (word, kind) in enumerate(zip(tokens["tokens"], tokens["token_type"], strict=True))
-            if kind == CONTROL and word in self._arch.end_tokens
-        ]
+        words = enumerate(zip(tokens["tokens"], tokens["token_type"], strict=True))
+        named = [i for i, (word, kind) in words if kind == CONTROL and word in self._arch.end_tokens]
         ends = [token_id(tokens, name) for name in ("eos", "eot", "eom")]
         return list(dict.fromkeys(i for i in (*ends, *named) if i is not None))

@@ -14,7 +14,9 @@ from typing import Any
 
 from minirksc.checkpoints.gguf_fields import GgufFields
 from minirksc.errors import CheckpointError
+from minirksc.text.tekken import FAULTY_PATTERN as LLAMA3_SPLIT
 from minirksc.text.tekken import PATTERN as TEKKEN_SPLIT
+from minirksc.text.tekken import pairs_of, split_at
 
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6  # GGUF token types
 SPACE = "▁"
@@ -34,11 +36,6 @@ WHOLE_WORDS = ("llama-bpe", "tekken")
 """Pre-tokenizers that take whole words from their vocabulary before they look at merges, and begin prompts with BOS."""
 
 MAX_WORD_CHARS = 1000
-CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-LLAMA_BPE_SPLIT = (
-    CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN2_SPLIT = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 DEFAULT_SPLITS = (
     r"[\p{P}\$\+<=>\^~\|]+",
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
@@ -46,8 +43,8 @@ DEFAULT_SPLITS = (
     r"[0-9][0-9][0-9]",
 )
 SPLITS = {
-    "llama-bpe": (LLAMA_BPE_SPLIT,),
-    "qwen2": (QWEN2_SPLIT,),
+    "llama-bpe": (LLAMA3_SPLIT,),
+    "qwen2": (LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"),),
     "tekken": (TEKKEN_SPLIT,),
     "default": DEFAULT_SPLITS,
 }
@@ -69,7 +66,7 @@ def build_tokenizer(fields: GgufFields, is_gemma: bool = False) -> Any:
     Raises:
         CheckpointError: its kind is not known, or its parts do not fit each other.
     """
-    from tokenizers import processors
+    from tokenizers import AddedToken, processors
 
     kind, pre = fields["model"], _pre_tokenizer(fields)
     if kind not in ("gpt2", "llama") or (kind == "gpt2" and pre is None):
@@ -87,14 +84,16 @@ def build_tokenizer(fields: GgufFields, is_gemma: bool = False) -> Any:
         raise CheckpointError(f"the tokenizer has a token of {len(longest)} characters, {MAX_WORD_CHARS} are allowed")
     try:
         made = _sentencepiece(fields, is_gemma) if kind == "llama" else _byte_level(fields, str(pre))
-    except CheckpointError:
+    except (CheckpointError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises plain Exception, and panics with a BaseException
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
         raise CheckpointError(f"the tokenizer's merges do not fit its vocabulary: {error}") from error
-    _add_tokens(made, [word for word, token in zip(words, types, strict=True) if token in (UNKNOWN, CONTROL)], True)
-    _add_tokens(made, [word for word, token in zip(words, types, strict=True) if token == USER_DEFINED], False)
+    added = []
+    # A run of blanks that is part of the vocabulary in another spelling is left to the merges.
+    for word, kind in zip(words, types, strict=True):
+        if kind in (UNKNOWN, CONTROL, USER_DEFINED) and made.token_to_id(word) is not None:
+            added.append(AddedToken(word, special=kind != USER_DEFINED, normalized=False))
+    made.add_tokens(added)
     if adds_bos(fields):
         bos_id = token_id(fields, "bos")
         if bos_id is None:
@@ -120,10 +119,7 @@ def token_id(fields: GgufFields, name: str) -> int | None:
     if found is None:
         return None
     if not isinstance(found, int) or isinstance(found, bool) or not 0 <= found < len(fields["tokens"]):
-        raise CheckpointError(
-            f"{fields.source}: {fields.prefix}{name}_token_id is {found!r:.80}, the vocabulary has "
-            f"{len(fields['tokens'])} tokens"
-        )
+        raise fields.error(f"{name}_token_id", f"is {found!r:.80}, the vocabulary has {len(fields['tokens'])} tokens")
     return found
 
 
@@ -142,18 +138,8 @@ def _items(fields: GgufFields, name: str, kind: type) -> list[Any]:
     """A list of items of one kind."""
     items = fields[name]
     if not isinstance(items, list) or not all(isinstance(item, kind) for item in items):
-        raise CheckpointError(f"{fields.source}: {fields.prefix}{name} must be a list of {kind.__name__}")
+        raise fields.error(name, f"must be a list of {kind.__name__}")
     return items
-
-
-def _add_tokens(tokenizer: Any, words: Sequence[str], special: bool) -> None:
-    """Words that are cut out of the text before anything else."""
-    from tokenizers import AddedToken
-
-    # A run of blanks that is part of the vocabulary in another spelling is left to the merges.
-    known = [word for word in words if tokenizer.token_to_id(word) is not None]
-    tokens = [AddedToken(word, special=special, normalized=False) for word in known]
-    (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(tokens)
 
 
 def _vocabulary(words: Sequence[str], types: Sequence[int]) -> dict[str, int]:
@@ -166,9 +152,7 @@ def _vocabulary(words: Sequence[str], types: Sequence[int]) -> dict[str, int]:
 
 
 def _byte_level(fields: GgufFields, pre: str) -> Any:
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Split
-    from tokenizers.pre_tokenizers import Sequence as Steps
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     vocab = _vocabulary(fields["tokens"], fields["token_type"])
     merges = [tuple(merge.split(" ")) for merge in _items(fields, "merges", str)]
@@ -176,11 +160,10 @@ def _byte_level(fields: GgufFields, pre: str) -> Any:
     if pre == "qwen2":
         made.normalizer = normalizers.NFC()
     if pre in SPLITS:
-        splits = [Split(Regex(pattern), behavior="isolated") for pattern in SPLITS[pre]]
-        made.pre_tokenizer = Steps([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
+        made.pre_tokenizer = split_at(*SPLITS[pre])
     else:  # ByteLevel knows GPT-2's pattern
-        digits = [Digits(individual_digits=True)] if pre == "smollm" else []
-        made.pre_tokenizer = Steps([*digits, ByteLevel(add_prefix_space=False)])
+        digits = [pre_tokenizers.Digits(individual_digits=True)] if pre == "smollm" else []
+        made.pre_tokenizer = pre_tokenizers.Sequence([*digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     made.decoder = decoders.ByteLevel()
     return made
 
@@ -193,9 +176,7 @@ def _sentencepiece(fields: GgufFields, is_gemma: bool) -> Any:
         words = [SPACE * len(word) if word and not word.strip(" ") else word for word in words]
     ranks = range(len(words)) if is_gemma else [-score for score in _items(fields, "scores", float)]
     if len(ranks) != len(words) or any(math.isnan(rank) for rank in ranks):
-        raise CheckpointError(
-            f"{fields.source}: {fields.prefix}scores must be a number for each of {len(words)} tokens"
-        )
+        raise fields.error("scores", f"must be a number for each of {len(words)} tokens")
     vocab = _vocabulary(words, types)
     unknown = token_id(fields, "unknown")
     made = Tokenizer(
@@ -227,8 +208,6 @@ def _merges(vocab: dict[str, int], ranks: Sequence[float], types: Sequence[int])
     for word, i in vocab.items():
         if types[i] in (CONTROL, BYTE):
             continue
-        for cut in range(1, len(word)):
-            left, right = word[:cut], word[cut:]
-            if left in vocab and right in vocab:
-                found.append((ranks[i], -cut, -len(right), i, left, right))
+        for left, right in pairs_of(word, vocab):
+            found.append((ranks[i], -len(left), -len(right), i, left, right))
     return [(left, right) for *_, left, right in sorted(found)]

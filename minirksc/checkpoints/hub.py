@@ -15,12 +15,10 @@ from minirksc.errors import CheckpointError
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[A-Za-z0-9][\w./-]*)?", re.ASCII)
 LISTING_TIMEOUT_S = 10.0
 
-SMALL_FILES = frozenset(
-    {
-        *("config.json", "generation_config.json", "params.json"),
-        *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
-        *("added_tokens.json", "tekken.json", "chat_template.jinja", "chat_template.json"),
-    }
+SMALL_FILES = (
+    *("config.json", "generation_config.json", "params.json"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
+    *("added_tokens.json", "tekken.json", "chat_template.jinja", "chat_template.json"),
 )
 TEMPLATES = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 WEIGHTS = re.compile(r"(?!\.|adapter_|optimizer)[^/]+\.safetensors(\.index\.json)?")
@@ -116,10 +114,9 @@ def _cached(repository: str, revision: str, reason: str, instead: str) -> Path:
     import huggingface_hub
 
     try:
-        folder = huggingface_hub.snapshot_download(repository, revision=revision or None, local_files_only=True)
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision or None, local_files_only=True))
     except Exception as error:
         raise CheckpointError(
             f"there is no folder {repository!r}, and the hub cannot be reached ({reason}), where nothing of that name "
             f"is cached. Connect and try again, {instead}"
         ) from error
-    return Path(folder)

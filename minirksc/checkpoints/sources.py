@@ -4,7 +4,6 @@
 file inside its packages, into the user's cache folder. A conversion appears whole or not at all.
 """
 
-import difflib
 import errno
 import hashlib
 import importlib.util
@@ -20,15 +19,18 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from minirksc.checkpoints.folder import check_file, check_folder, snapshot_of, what_file_is
+from minirksc.checkpoints.folder import check_folder, snapshot_of, what_file_is
 from minirksc.checkpoints.gguf_import import DTYPES, FILES, GgufModel
 from minirksc.checkpoints.hub import fetch, is_hub_id
-from minirksc.errors import CheckpointError
+from minirksc.errors import CheckpointError, did_you_mean
 
 FORMAT_VERSION = 1
 """Part of a cached folder's name: a changed importer converts anew."""
 
 TEMP_PREFIX = ".importing-"
+OWN_PREFIX = f"{TEMP_PREFIX}{re.sub('[^A-Za-z0-9]', '_', platform.node())}-"
+"""Beginning of the names of this machine's temporary folders: a process id means nothing on another."""
+
 MAX_TEMP_AGE_S = 24 * 3600
 
 
@@ -115,16 +117,14 @@ def import_gguf(
     source, destination = Path(source), Path(destination)
     if not source.is_file():
         raise CheckpointError(f"there is no file {source}")
-    check_file(source)
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     try:
-        is_taken = destination.exists() and (not destination.is_dir() or any(destination.iterdir()))
+        if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+            raise CheckpointError(f"{destination} exists already; choose another folder or remove it")
     except OSError as error:
         name = f"{str(destination)!r:.300}"
         raise CheckpointError(f"{name} cannot be used: {error.strerror}; choose another folder") from error
-    if is_taken:
-        raise CheckpointError(f"{destination} exists already; choose another folder or remove it")
     model = GgufModel(source)
     with _temp_folder(destination, model.num_bytes(dtype)) as temp:
         model.write(temp, dtype, progress)
@@ -163,13 +163,12 @@ def _packaged(alias: str) -> Path:
         )
     folder = cache_folder() / f"{alias}-v{FORMAT_VERSION}-{sum(source.stat().st_size for source in found)}"
     try:
-        folder.exists()  # that the system takes the name at all
-    except OSError as error:
+        if _is_complete(folder):
+            return folder
+    except OSError as error:  # the system does not take the name
         raise CheckpointError(
             f"the cache folder {str(folder)!r:.300} cannot be used: {error.strerror}; name one in MINIRKSC_CACHE"
         ) from error
-    if _is_complete(folder):
-        return folder
     shutil.rmtree(folder, ignore_errors=True)  # files have been removed from it
     try:
         with _joined(found, folder, model.sha256) as source:
@@ -219,15 +218,15 @@ def _temp_folder(destination: Path, needed: int) -> Iterator[Path]:
     Raises:
         CheckpointError: the disk is full, or refuses what is written meanwhile.
     """
-    temp: Path | None = None
     try:
         folder = destination.parent
         folder.mkdir(parents=True, exist_ok=True)
         _remove_dead(folder)
         if shutil.disk_usage(folder).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        temp = Path(tempfile.mkdtemp(prefix=f"{_temp_prefix()}{os.getpid()}-", dir=folder))
-        yield temp
+        prefix = f"{OWN_PREFIX}{os.getpid()}-"
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=folder, ignore_cleanup_errors=True) as temp:
+            yield Path(temp)  # gone, on an error, before the free bytes are counted
     except CheckpointError:
         raise
     except Exception as error:
@@ -236,17 +235,12 @@ def _temp_folder(destination: Path, needed: int) -> Iterator[Path]:
         number = getattr(error, "errno", None) or (in_text and int(in_text[1]))
         if number is None:
             raise
-        if temp is not None:
-            shutil.rmtree(temp, ignore_errors=True)  # before the free bytes are counted
         raise _cannot_write(error, number, needed, destination) from error
-    finally:
-        if temp is not None:
-            shutil.rmtree(temp, ignore_errors=True)
 
 
 def _publish(temp: Path, destination: Path) -> None:
     """Puts the finished folder in place on disk, unless another process has just done so."""
-    temp.chmod(0o755)  # mkdtemp makes it for its owner alone, and safetensors its file
+    temp.chmod(0o755)  # tempfile makes it for its owner alone, and safetensors its file
     for file in temp.iterdir():
         file.chmod(0o644)
         _sync(file)
@@ -282,25 +276,19 @@ def _is_complete(folder: Path) -> bool:
 def _not_a_folder(model: str, folder: Path) -> str:
     if model and os.path.exists(folder):
         return f"{model} {what_file_is(folder)}"
-    close = difflib.get_close_matches(model, ALIASES, n=1)
-    meant = f" (did you mean {close[0]}?)" if close else ""
+    question = did_you_mean(model, ALIASES, 1)
+    meant = f" ({question})" if question else ""
     return (
         f"there is no folder {model!r:.300}{meant}. Give a folder with config.json and *.safetensors, such as "
         f"--model ./my-model, one of these names: {', '.join(ALIASES)}, or an id of the Hugging Face hub: OWNER/NAME"
     )
 
 
-def _temp_prefix() -> str:
-    """Beginning of the names of this machine's temporary folders: a process id means nothing on another."""
-    return f"{TEMP_PREFIX}{re.sub('[^A-Za-z0-9]', '_', platform.node())}-"
-
-
 def _remove_dead(folder: Path) -> None:
     """Removes what killed conversions left behind: of dead processes of this machine, and all after a day."""
     for leftover in folder.glob(f"{TEMP_PREFIX}*"):
-        own = leftover.name.startswith(_temp_prefix())
-        pid = leftover.name.removeprefix(_temp_prefix()).split("-")[0]
-        is_dead = own and pid.isdecimal() and not _is_alive(int(pid))
+        pid = leftover.name.removeprefix(OWN_PREFIX).split("-")[0]  # no number where the prefix is another's
+        is_dead = pid.isdecimal() and not _is_alive(int(pid))
         with suppress(OSError):
             if is_dead or time.time() - leftover.stat().st_mtime > MAX_TEMP_AGE_S:
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -310,22 +298,19 @@ def _is_alive(pid: int) -> bool:
     if sys.platform == "win32":
         return True  # signal 0 would end the process there
     try:
-        os.kill(pid, 0)
+        with suppress(PermissionError):  # of another user's process
+            os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:
-        return True
     return True
 
 
 def _cannot_write(error: Exception, number: int, needed: int, destination: Path) -> CheckpointError:
+    another = "choose another folder (MINIRKSC_CACHE for named models)"
     if number not in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):  # Windows has no EDQUOT
-        return CheckpointError(
-            f"{destination} cannot be written: {error}; choose another folder (MINIRKSC_CACHE for named models)"
-        )
+        return CheckpointError(f"{destination} cannot be written: {error}; {another}")
     there = next(folder for folder in destination.absolute().parents if folder.exists())
     return CheckpointError(
         f"the disk is full: {destination} cannot be written, converting into it needs about {needed} bytes, "
-        f"{shutil.disk_usage(there).free} are free in {there}; make room, or choose another folder (MINIRKSC_CACHE for "
-        "named models)"
+        f"{shutil.disk_usage(there).free} are free in {there}; make room, or {another}"
     )

@@ -13,6 +13,7 @@ in parts. Templates were written for text, for arguments as objects, and some fo
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from minirksc.errors import ChatTemplateError, brief
@@ -25,6 +26,10 @@ MARK = "5170962438"
 
 SILENT_FIELDS = frozenset(["role", "content", "name", "id", "tool_call_id", "annotations"])
 """Fields that say nothing by themselves."""
+
+
+COPIES: Mapping[type, Callable[[Any], Any]] = {str: str.__str__, int: int.__int__, float: float.__float__}
+"""What makes a plain value of one of a class that derives from its type; of an Enum, str() would be the name."""
 
 
 class ToolArguments(dict[str, Any]):
@@ -171,13 +176,11 @@ def suit_contents(messages: Sequence[dict[str, Any]], render: Callable[[list[dic
             marks[place] = f"{MARK}{place:06}"
     if marks:  # texts that a loop went through: some templates do so beside showing them, some instead
         marked = [m if i not in marks else {**m, "content": marks[i]} for i, m in enumerate(messages)]
-        try:
+        with suppress(Exception):  # the template may refuse the conversation, whatever the form of these
             shown = render(marked)
-        except Exception:  # the template refuses the conversation, whatever the form of these
-            marks = {}
-        for place, mark in marks.items():
-            if mark not in shown:
-                messages[place]["content"] = TextParts([TextPart(type="text", text=str(contents[place]))])
+            for place, mark in marks.items():
+                if mark not in shown:
+                    messages[place]["content"] = TextParts([TextPart(type="text", text=str(contents[place]))])
     return any(message["content"] is not content for message, content in zip(messages, contents, strict=True))
 
 
@@ -189,12 +192,9 @@ def plain_data(value: Any) -> Any:
     """
     if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, str):
-        return str.__str__(value)  # of an Enum that is text too, str() would be the name
-    if isinstance(value, int):
-        return int.__int__(value)
-    if isinstance(value, float):
-        return float.__float__(value)
+    for kind, copy_of in COPIES.items():
+        if isinstance(value, kind):
+            return copy_of(value)
     if isinstance(value, Mapping):
         return {str(plain_data(key)): plain_data(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

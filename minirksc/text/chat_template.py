@@ -120,15 +120,14 @@ class ChatTemplate:
 
         messages = context["messages"]
         for _ in range(2):
-            text, failure = "", None
             try:
                 text = render(messages)
-            except Exception as error:
-                failure = error
-            if not suit_contents(messages, render):
-                if failure is not None:
-                    raise failure
-                return text
+            except Exception:
+                if not suit_contents(messages, render):
+                    raise
+            else:
+                if not suit_contents(messages, render):
+                    return text
         return render(messages)
 
     def _generate(self, context: dict[str, Any]) -> str:

@@ -18,8 +18,7 @@ be taken out of it first.
 import operator
 import os
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,50 +34,7 @@ TOKENIZER_FILES = ("tekken.json", "tokenizer.json", "tokenizer.model")
 """What `load_codec` reads, the first of them that is there."""
 
 
-class Codec(ABC):
-    """One kind of tokenizer file.
-
-    Attributes:
-        vocab_size: number of tokens.
-        prefix_ids: ids that the file asks for in front of a prompt: BOS, as a rule.
-        special_ids: tokens that stand for no text.
-        named_tokens: texts of bos_token, eos_token and so on, as far as the file itself says.
-    """
-
-    vocab_size: int
-    prefix_ids: list[int]
-    special_ids: frozenset[int]
-    named_tokens: Mapping[str, str]
-
-    @abstractmethod
-    def encode(self, text: str) -> list[int]:
-        """Token ids without any that the text does not name; raises whatever the library does."""
-
-    @abstractmethod
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
-        """Text of token ids; unknown ids are skipped. Raises whatever the library does."""
-
-    def token_id(self, token: Any) -> int | None:
-        """Id of one token as tokenizer_config.json names it (see `token_text`); None when there is no such token."""
-        text = token_text(token)
-        if text is None:
-            return None
-        with library_errors(f"the token {text[:80]!r} cannot be looked up"):
-            return self._find(text)
-
-    @abstractmethod
-    def token(self, token_id: int) -> str:
-        """The vocabulary's own spelling of a token; "" for an unknown id."""
-
-    @abstractmethod
-    def max_text_id(self) -> int:
-        """Largest id that text can have without naming a special or added token; -1 when there is none."""
-
-    @abstractmethod
-    def _find(self, token: str) -> int | None: ...
-
-
-class BackendCodec(Codec):
+class BackendCodec:
     """A tokenizer of the `tokenizers` library.
 
     Args:
@@ -107,6 +63,10 @@ class BackendCodec(Codec):
                 f"the tokenizer puts {len(self.prefix_ids)} tokens in front of a prompt, {MAX_PREFIX_IDS} are allowed"
             )
 
+    def token_id(self, token: Any) -> int | None:
+        """Id of one token as tokenizer_config.json names it (see `token_text`); None when there is no such token."""
+        return _looked_up(token, self._backend.token_to_id)
+
     def token(self, token_id: int) -> str:
         """The vocabulary's own spelling of a token; "" for an unknown id."""
         return (self._backend.id_to_token(token_id) or "") if 0 <= token_id < self.MAX_ID else ""
@@ -126,12 +86,8 @@ class BackendCodec(Codec):
         valid = [i for i in token_ids if 0 <= i < self.MAX_ID]
         return str(self._backend.decode(valid, skip_special_tokens=skip_special_tokens))
 
-    def _find(self, token: str) -> int | None:
-        found: int | None = self._backend.token_to_id(token)
-        return found
 
-
-class SentencePieceCodec(Codec):
+class SentencePieceCodec:
     """tokenizer.model through the `sentencepiece` library.
 
     That library knows neither control tokens in text nor tokens that were added later: text is cut at both, and
@@ -167,6 +123,10 @@ class SentencePieceCodec(Codec):
         private = (chr(code) for code in range(0xE000, 0xF900))
         self._lead = next((c for c in private if self._backend.is_unknown(self._backend.piece_to_id(c))), "")
         self._num_lead_ids = len(self._backend.encode(self._lead))
+
+    def token_id(self, token: Any) -> int | None:
+        """Id of one token as tokenizer_config.json names it (see `token_text`); None when there is no such token."""
+        return _looked_up(token, self._find)
 
     def token(self, token_id: int) -> str:
         """The vocabulary's own spelling of a token; "" for an unknown id."""
@@ -223,6 +183,17 @@ class SentencePieceCodec(Codec):
         return found if self._backend.id_to_piece(found) == token else None
 
 
+Codec = BackendCodec | SentencePieceCodec
+"""One kind of tokenizer file. What encodes and decodes raises whatever its library does.
+
+Attributes:
+    vocab_size: number of tokens.
+    prefix_ids: ids that the file asks for in front of a prompt: BOS, as a rule.
+    special_ids: tokens that stand for no text.
+    named_tokens: texts of bos_token, eos_token and so on, as far as the file itself says.
+"""
+
+
 def load_codec(folder: Path, settings: Mapping[str, Any]) -> Codec:
     """Reads the first of `TOKENIZER_FILES` in a checkpoint folder.
 
@@ -276,6 +247,15 @@ def _read_json(file: Path, settings: Mapping[str, Any], added: Mapping[int, Mapp
         texts = dict.fromkeys(map(token_text, named))  # each once
         backend.add_tokens([*tokens, *(AddedToken(text, special=True) for text in texts if text and text not in known)])
     return backend
+
+
+def _looked_up(token: Any, find: Callable[[str], int | None]) -> int | None:
+    """What a function finds for the text of a token; None when it has none."""
+    text = token_text(token)
+    if text is None:
+        return None
+    with library_errors(f"the token {text[:80]!r} cannot be looked up"):
+        return find(text)
 
 
 def _cuts(verbatim: Mapping[int, str], added: Mapping[int, Mapping[str, Any]]) -> re.Pattern[str]:

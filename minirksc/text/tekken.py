@@ -14,9 +14,9 @@ describes the fault.
 import base64
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, AnyStr
 
 from minirksc.errors import TokenizerError
 from minirksc.json_file import MAX_TOKENIZER_BYTES, read_json_object
@@ -100,7 +100,7 @@ def mend_split(backend: "Backend", settings: Mapping[str, Any], config: Mapping[
         patterns = [split.get("pattern") for split in state.get("pretokenizers", []) if split["type"] == "Split"]
         wanted = patterns == [{"Regex": FAULTY_PATTERN}] and not is_recent
     if wanted:
-        backend.pre_tokenizer = _split_at(PATTERN)
+        backend.pre_tokenizer = split_at(PATTERN)
 
 
 def _build(table: list[bytes], special: list[str], pattern: str) -> "Backend":
@@ -112,10 +112,10 @@ def _build(table: list[bytes], special: list[str], pattern: str) -> "Backend":
     spelled = {token: "".join([letters[byte] for byte in token]) for token in table}
     vocab = {text: i for i, text in enumerate(special)}
     vocab |= {text: rank + len(special) for rank, text in enumerate(spelled.values())}
-    merges = [(spelled[left], spelled[right]) for left, right in _pairs(table)]
+    merges = [(spelled[left], spelled[right]) for token in table for left, right in pairs_of(token, spelled)]
     # A piece that is in the table is one token, whatever the pairs in it: ignore_merges.
     backend = Backend(models.BPE(vocab, merges, ignore_merges=True))
-    backend.pre_tokenizer = _split_at(pattern)
+    backend.pre_tokenizer = split_at(pattern)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
     bos = NAMED_TOKENS["bos_token"]
@@ -123,12 +123,13 @@ def _build(table: list[bytes], special: list[str], pattern: str) -> "Backend":
     return backend
 
 
-def _split_at(pattern: str) -> Any:
-    """What cuts text into pieces, and makes letters of their bytes."""
+def split_at(*patterns: str) -> Any:
+    """What cuts text into pieces at the matches of one pattern after another, and makes letters of their bytes."""
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
-    return Sequence([Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
+    splits = [Split(Regex(pattern), "isolated") for pattern in patterns]
+    return Sequence([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _table(entries: list[dict[str, Any]], num_ranks: int) -> list[bytes]:
@@ -142,23 +143,20 @@ def _table(entries: list[dict[str, Any]], num_ranks: int) -> list[bytes]:
     return table
 
 
-def _pairs(table: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
-    """Every pair of entries that joins to an entry, in the order of what they join to."""
-    known = set(table)
-    for token in table:
-        for place in range(1, len(token)):
-            left, right = token[:place], token[place:]
-            if left in known and right in known:
-                yield left, right
+def pairs_of(token: AnyStr, known: Container[AnyStr]) -> Iterator[tuple[AnyStr, AnyStr]]:
+    """Every pair of known tokens that joins to this one, the shortest left part first."""
+    for place in range(1, len(token)):
+        left, right = token[:place], token[place:]
+        if left in known and right in known:
+            yield left, right
 
 
 def _special_tokens(declared: list[dict[str, Any]] | None, num_special: int) -> list[str]:
     """All special tokens in order of their ids, with fillers for ids that have no name."""
-    tokens = {i: f"<SPECIAL_{i}>" for i in range(num_special)}
-    if declared is None:
-        tokens |= dict(enumerate(DEFAULT_SPECIAL_TOKENS))
-    else:
-        tokens |= {token["rank"]: token["token_str"] for token in declared}
+    named = dict(enumerate(DEFAULT_SPECIAL_TOKENS))
+    if declared is not None:
+        named = {token["rank"]: token["token_str"] for token in declared}
+    tokens = {i: f"<SPECIAL_{i}>" for i in range(num_special)} | named
     if sorted(tokens) != list(range(num_special)) or len(set(tokens.values())) < num_special:
         raise ValueError(f"special tokens must differ and have the ids 0..{num_special - 1}")
     return list(tokens.values())

@@ -121,13 +121,10 @@ class Guard:
         self.tick()
         if isinstance(value, str):
             refuse(len(value) > MAX_CHARS, TOO_LONG)
-        elif isinstance(value, list | tuple | dict):
-            if len(value) > MAX_ITEMS:
-                raise ChatTemplateError(f"the chat template makes a list of more than {MAX_ITEMS} items")
-            if isinstance(value, tuple):
-                self.weigh(value, is_shown=False)  # a tuple may be hashed, which goes through all of it
-        elif isinstance(value, int):
-            self.weigh(value)
+        elif isinstance(value, list | tuple | dict) and len(value) > MAX_ITEMS:
+            raise ChatTemplateError(f"the chat template makes a list of more than {MAX_ITEMS} items")
+        elif isinstance(value, int | tuple):
+            self.weigh(value, is_shown=False)  # a tuple may be hashed, which goes through all of it
         self._bytes_left -= sys.getsizeof(value)
         if with_items and isinstance(value, list):
             self._bytes_left -= sum(map(sys.getsizeof, value))
@@ -196,12 +193,10 @@ class Guard:
             take_apart(subject)
         operands = [*args, *kwargs.values()]
         self._check_text(name, subject, operands)
-        if name in SHOWING:
-            self.weigh([subject, *operands])
-        elif name in COMPARING:
-            self.weigh([subject, *operands], is_shown=False)
+        if name in SHOWING | COMPARING:
+            self.weigh([subject, *operands], is_shown=name in SHOWING)
         if name == "format":
-            self._check_percent(str(subject), kwargs or args)
+            self._check_format(str(subject), WIDE_PERCENT, "%", kwargs or args)
         elif name == "round":
             is_long = any(abs(n) > MAX_DIGITS for n in operands if isinstance(n, int | float))
             refuse(is_long, f"rounds to more than {MAX_DIGITS} digits")
@@ -229,7 +224,9 @@ class Guard:
         """
         operands = [*args, *kwargs.values()]
         if name == "format":
-            self._check_braces(text, operands)
+            plain = text.replace("{{", "").replace("}}", "")
+            self._check_format(plain, WIDE_BRACES, "{", operands)
+            refuse(bool(BRACES_WITH_PATH.search(plain)), "formats parts of a value; only whole values are taken")
             return args
         self._check_text(name, text, operands)
         if name == "replace" and len(operands) > 1 and all(isinstance(a, str) for a in operands[:2]):
@@ -268,20 +265,13 @@ class Guard:
                 if isinstance(items, str | bytes | list | tuple) and isinstance(times, int):
                     refuse(len(items) * times > limit, f"repeats text to more than {limit} characters or items")
         elif operator == "%" and isinstance(left, str):
-            self._check_percent(left, right)
+            self._check_format(left, WIDE_PERCENT, "%", right)
 
-    def _check_percent(self, form: str, values: Any) -> None:
-        self._check_format(form, WIDE_PERCENT, form.count("%"), values)
-
-    def _check_braces(self, form: str, values: Any) -> None:
-        plain = form.replace("{{", "").replace("}}", "")
-        self._check_format(plain, WIDE_BRACES, plain.count("{"), values)
-        refuse(bool(BRACES_WITH_PATH.search(plain)), "formats parts of a value; only whole values are taken")
-
-    def _check_format(self, form: str, wide: re.Pattern[str], num_fields: int, values: Any) -> None:
+    def _check_format(self, form: str, wide: re.Pattern[str], sign: str, values: Any) -> None:
+        """Refuses a form with wide fields, or one that shows much in all of them; each begins with a sign."""
         is_wide = len(form) > MAX_FORMAT_CHARS or bool(wide.search(form))
         refuse(is_wide, "formats with a width that is too large or not fixed")
-        refuse(num_fields * self.weigh(values) > MAX_CHARS, TOO_LONG)
+        refuse(form.count(sign) * self.weigh(values) > MAX_CHARS, TOO_LONG)
 
     def _check_text(self, name: str, subject: Any, operands: Iterable[Any]) -> None:
         num_chars = len(subject) if isinstance(subject, str) else 0

@@ -21,19 +21,9 @@ from jinja2.utils import Cycler
 from jinja2.visitor import NodeTransformer
 
 from minirksc.errors import ChatTemplateError
+from minirksc.text import template_guard as limits
 from minirksc.text.chat_messages import TextParts
-from minirksc.text.template_guard import (
-    FILTERS,
-    MAX_DATE_CHARS,
-    MAX_NESTING,
-    MAX_TOKENS,
-    TEXT_METHODS,
-    Guard,
-    TemplateNamespace,
-    names,
-    refuse,
-    take_apart,
-)
+from minirksc.text.template_guard import FILTERS, TEXT_METHODS, Guard, TemplateNamespace, names, refuse, take_apart
 
 GUARD = "_minirksc_guard"
 """Variable that carries a rendering's limits; templates may not mention it."""
@@ -153,8 +143,8 @@ class _Source(Extension):
     def filter_stream(self, stream: TokenStream) -> Iterator[Token]:
         """Ends the reading of a source that is too long to be compiled in time."""
         for place, token in enumerate(stream):
-            if place > MAX_TOKENS:
-                raise TemplateSyntaxError(f"it has more than {MAX_TOKENS} words and signs", token.lineno)
+            if place > limits.MAX_TOKENS:
+                raise TemplateSyntaxError(f"it has more than {limits.MAX_TOKENS} words and signs", token.lineno)
             yield token
 
     def parse(self, parser: Parser) -> nodes.Node:
@@ -167,7 +157,7 @@ class _Source(Extension):
 def _check_tree(tree: nodes.Template) -> None:
     """Refuses statements that chat templates have no use for, the reserved name, and what Python would not compile."""
     level: list[nodes.Node] = [tree]
-    for _ in range(MAX_NESTING):
+    for _ in range(limits.MAX_NESTING):
         level = [child for node in level for child in node.iter_child_nodes()]
         for node in level:
             if getattr(node, "name", None) == GUARD:
@@ -176,7 +166,7 @@ def _check_tree(tree: nodes.Template) -> None:
                 kind = type(node).__name__.lower()
                 raise TemplateSyntaxError(f"a chat template has no use for {kind!r}", node.lineno)
     if level:
-        raise TemplateSyntaxError(f"it is nested more than {MAX_NESTING} deep", level[0].lineno)
+        raise TemplateSyntaxError(f"it is nested more than {limits.MAX_NESTING} deep", level[0].lineno)
 
 
 def _filter(name: str, node: nodes.Node) -> nodes.Filter:
@@ -234,9 +224,7 @@ def _tojson(
 @pass_context
 def _join(context: Context, value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
     """The items as one text, once they are known."""
-    items = list(value)
-    if attribute is not None:
-        items = list(map(make_attrgetter(context.environment, attribute), items))
+    items = list(value if attribute is None else map(make_attrgetter(context.environment, attribute), value))
     _guard(context).check_join(str(d), items)
     return str(d).join(map(str, items))
 
@@ -270,6 +258,6 @@ def _raise_exception(context: Context, message: Any) -> None:
 
 
 def _strftime_now(form: str) -> str:
-    num_chars = len(form)
-    refuse(num_chars > MAX_DATE_CHARS, f"writes the date in {num_chars} characters, {MAX_DATE_CHARS} are allowed")
+    num_chars, most = len(form), limits.MAX_DATE_CHARS
+    refuse(num_chars > most, f"writes the date in {num_chars} characters, {most} are allowed")
     return datetime.now().strftime(form)

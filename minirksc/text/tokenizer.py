@@ -18,6 +18,9 @@ from minirksc.text.tokenizer_checks import check_settings, eos_ids, library_erro
 REPLACEMENT = "\ufffd"
 """What an incomplete UTF-8 sequence decodes to."""
 
+Templates = Mapping[str, ChatTemplate] | ChatTemplateError
+"""Chat templates by name, or the error that reading them gave."""
+
 
 class Tokenizer:
     """A checkpoint's tokenizer and chat templates.
@@ -25,7 +28,7 @@ class Tokenizer:
     Args:
         codec: the tokenizer file.
         eos_token_ids: ids that end a text, all that the checkpoint's files name.
-        chat_templates: templates by name; or the error that reading them gave, which rendering a chat raises.
+        chat_templates: templates; where reading them failed, rendering a chat raises their error.
         folder: folder of the checkpoint, for messages.
 
     Attributes:
@@ -35,13 +38,7 @@ class Tokenizer:
         special_ids: tokens that stand for no text.
     """
 
-    def __init__(
-        self,
-        codec: Codec,
-        eos_token_ids: frozenset[int],
-        chat_templates: Mapping[str, ChatTemplate] | ChatTemplateError,
-        folder: Path,
-    ) -> None:
+    def __init__(self, codec: Codec, eos_token_ids: frozenset[int], chat_templates: Templates, folder: Path) -> None:
         self.vocab_size = codec.vocab_size
         self.bos_token_id = codec.prefix_ids[0] if codec.prefix_ids else None
         self.eos_token_ids = eos_token_ids
@@ -67,9 +64,8 @@ class Tokenizer:
         others = (read_json_object(folder / name, TokenizerError) for name in ("config.json", "generation_config.json"))
         for file in (settings, *others):
             eos |= eos_ids(file, folder)
-        templates: Mapping[str, ChatTemplate] | ChatTemplateError
         try:
-            templates = load_chat_templates(folder, settings)
+            templates: Templates = load_chat_templates(folder, settings)
         except ChatTemplateError as error:
             templates = error
         return cls(codec, frozenset(i for i in eos if i is not None), templates, folder)
@@ -208,7 +204,7 @@ class Detokenizer:
 
     def flush(self) -> str:
         """The rest, an incomplete character as U+FFFD; more tokens may still complete it."""
-        return self._decode()[self._num_shown :]
+        return self._decode(self._window, self._is_first)[self._num_shown :]
 
     def copy(self, skip_special_tokens: bool) -> Self:
         """Another one that goes on from here."""
@@ -219,7 +215,7 @@ class Detokenizer:
     def cut(self) -> Self:
         """Another one that goes on behind what was flushed: no token to come completes it."""
         twin = self.copy(self._skip)
-        if twin._decode():
+        if twin._decode(twin._window, twin._is_first):
             twin._restart()
         return twin
 
@@ -227,7 +223,7 @@ class Detokenizer:
         if self._skip and token_id in self._tokenizer.special_ids:
             return ""
         self._window.append(token_id)
-        text = self._decode()
+        text = self._decode(self._window, self._is_first)
         end = max(_num_final(text), self._num_shown)
         new = text[self._num_shown : end]
         if text and end == len(text):
@@ -242,24 +238,22 @@ class Detokenizer:
         """Forgets the window's beginning, as far as it is out and bytes that are shown together are not parted."""
         window, is_first = self._window, self._is_first
         for size in range(self.CONTEXT, self.MAX_WINDOW):
-            self._window, self._is_first = window[:-size], is_first
-            before = self._decode()
-            self._window, self._is_first = window[-size:], is_first and not before
-            after = self._decode()
+            before = self._decode(window[:-size], is_first)
+            after = self._decode(window[-size:], is_first and not before)
             if before + after == text and len(after) >= num_held:
+                self._window, self._is_first = window[-size:], is_first and not before
                 self._num_shown = len(after) - num_held
                 return
-        self._window, self._is_first = window, is_first
 
     def _restart(self) -> None:
         self._window = []
         self._num_shown = 0
         self._is_first = False
 
-    def _decode(self) -> str:
-        if self._is_first:
-            return self._tokenizer.decode(self._window, self._skip)
-        return self._tokenizer.decode([*self._anchor, *self._window], self._skip)[self._num_anchor_chars :]
+    def _decode(self, window: Sequence[int], is_first: bool) -> str:
+        if is_first:
+            return self._tokenizer.decode(window, self._skip)
+        return self._tokenizer.decode([*self._anchor, *window], self._skip)[self._num_anchor_chars :]
 
 
 def _num_final(text: str) -> int:

@@ -6,7 +6,6 @@ them, with an exception that is no `Exception`.
 """
 
 import base64
-import binascii
 import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -161,7 +160,7 @@ def _longest_entry(charsmap: Any, source: Any) -> int:
     """Bytes of the longest text in SentencePiece's table: the size of a trie, the trie, texts that end with 0."""
     try:
         table = base64.b64decode(charsmap or "", validate=True)
-    except (binascii.Error, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise TokenizerError(f"{source} has a precompiled_charsmap that is no base64: {error}") from error
     texts = table[4 + int.from_bytes(table[:4], "little") :]
     return max(map(len, texts.split(b"\0")), default=0)
