@@ -78,9 +78,8 @@ class Variant:
         def leads(kind: str) -> tuple[Lead, ...]:
             return (Lead(gap=GAPS[levels[kind] - 1]),) if levels.get(kind) else ()
 
-        layer_exit = None
-        if level := levels.get("layer_exit", 0):
-            layer_exit = MarginRule(MARGINS[level - 1], self.patience, self.start, self.correction)
+        level = levels.get("layer_exit", 0)
+        layer_exit = MarginRule(MARGINS[level - 1], self.patience, self.start, self.correction) if level else None
         return Gates(
             signal=self.signal,
             skip=leads("skip"),

@@ -56,7 +56,6 @@ class _Solve:
 
     problem: Problem
     reference: str | None
-    tree: Tree
     nodes: list[Node]
 
 
@@ -101,7 +100,7 @@ class Collector(Solver):
             for (text, reference), seed in zip(problems, seeds, strict=True):
                 problem = read_problem(self.session, self.config, text)
                 tree = Tree(self.session, call, share=self.config.sharing != "none", seed=seed)
-                solves.append(_Solve(problem, reference, tree, tree.plant(problem.starts)))
+                solves.append(_Solve(problem, reference, tree.plant(problem.starts)))
             self._extend(solves)
             return self._judge_all(solves)
 

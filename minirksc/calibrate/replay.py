@@ -84,7 +84,7 @@ class _Progress:
     """A branch after some tokens, as `cgee.Progress`."""
 
     branch: BranchEvidence
-    num_tokens: int = 0
+    num_tokens: int
 
     @property
     def finished(self) -> bool:
@@ -97,10 +97,6 @@ class _Progress:
     @property
     def signals(self) -> TokenSignals:
         return self.branch.signals.first(self.num_tokens)
-
-    def advance(self) -> None:
-        if not self.finished:
-            self.num_tokens += 1
 
 
 @dataclass(frozen=True)
@@ -215,10 +211,9 @@ class Replay:
         rule = DecodeRule(gates, self._mode, self._select, lambda text: parse_answer(text, self._parser))
         num_tokens = list(self._whole)
         may_stop = (self._mode != "off" and leads) or (self._select == "vote" and exact)
-        progress = [_Progress(branch) for branch in self.evidence.branches]
-        for _ in range(max(num_tokens) if may_stop else 0):
-            for one in progress:
-                one.advance()
+        branches = self.evidence.branches
+        for step in range(max(num_tokens) if may_stop else 0):
+            progress = [_Progress(branch, min(step + 1, len(branch.token_ids))) for branch in branches]
             for index in rule(progress):
                 num_tokens[index] = progress[index].num_tokens
             if rule.leader is not None or rule.consensus is not None:
