@@ -26,6 +26,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import combinations, product
 from typing import Any
 
@@ -114,10 +115,7 @@ class Step:
             "changed": tally.num_changed,
             "bound": self.bound,
             "passed": self.passed,
-            "saved": tally.saved,
-            "saved_question": tally.saved_question,
-            "saved_decoding": tally.saved_decoding,
-            "reasons": tally.reasons,
+            **{name: getattr(tally, name) for name in ("saved", "saved_question", "saved_decoding", "reasons")},
         }
 
 
@@ -305,11 +303,12 @@ class _Chooser:
         self._trials = trials
         self._ordering = ordering
         self._accepted = accepted
-        self._limits: dict[Variant, int] = {}
+        self._limit = cache(self._limit_alone)
 
     def sequence(self, variant: Variant) -> tuple[list[Gates], float]:
         """A variant's sequence, and what its last candidate saves before the first that changes too much."""
-        sequence = sequence_of(variant, {kind: self._limit(variant, kind) for kind in variant.kinds})
+        limits = {kind: self._limit(replace(variant, kinds=(kind,))) for kind in variant.kinds}
+        sequence = sequence_of(variant, limits)
         saved = 0.0
         for gates in sequence if self._ordering else ():
             result = self._tally_if_fine(gates)
@@ -318,15 +317,13 @@ class _Chooser:
             saved = result.saved
         return sequence, saved
 
-    def _limit(self, variant: Variant, kind: str) -> int:
-        """The loosest level of one gate alone up to which it changes few enough decisions; at least 1."""
-        alone = replace(variant, kinds=(kind,))
-        if alone not in self._limits:
-            level = 1
-            while level < len(GAPS) and self._tally_if_fine(alone.gates({kind: level + 1})) is not None:
-                level += 1
-            self._limits[alone] = level
-        return self._limits[alone]
+    def _limit_alone(self, variant: Variant) -> int:
+        """The loosest level of a variant's one gate up to which it changes few enough decisions; at least 1."""
+        (kind,) = variant.kinds
+        level = 1
+        while level < len(GAPS) and self._tally_if_fine(variant.gates({kind: level + 1})) is not None:
+            level += 1
+        return level
 
     def _tally_if_fine(self, gates: Gates) -> Tally | None:
         """What gates do; None: they change too many decisions."""

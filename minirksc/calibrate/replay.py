@@ -138,7 +138,7 @@ class Replay:
         self._answer = cache(self._answer_after)
         self._decode = cache(self._decode_by)
         self._values = cache(self._signal_values)
-        self._margin_exits = cache(self._margin_exits_by)
+        self._layer_exits = cache(self._layer_exits_by)
         self._outcomes: dict[tuple[object, ...], Outcome] = {}
         self.reference = self.outcome(NO_GATES)
 
@@ -231,16 +231,13 @@ class Replay:
     def _answer_after(self, index: int, num_tokens: int) -> str | None:
         return parse_answer(self.evidence.branches[index].text_after(num_tokens), self._parser)
 
-    def _layer_exits(self, rule: MarginRule | EntropyRule | None) -> Mapping[int, tuple[float, int]]:
+    def _layer_exits_by(self, rule: MarginRule | EntropyRule | None) -> Mapping[int, tuple[float, int]]:
         """Margin, and layers that it went through, of each branch whose question would leave early."""
-        if rule is None:
-            return {}
-        if not isinstance(rule, MarginRule):
-            raise ConfigError(f"layer_exit={rule!r} does not follow from margins; use a MarginRule")
-        return self._margin_exits(rule) if all(branch.margins for branch in self.evidence.branches) else {}
-
-    def _margin_exits_by(self, rule: MarginRule) -> dict[int, tuple[float, int]]:
         branches = self.evidence.branches
+        if isinstance(rule, EntropyRule):
+            raise ConfigError(f"layer_exit={rule!r} does not follow from margins; use a MarginRule")
+        if rule is None or not all(branch.margins for branch in branches):
+            return {}
         exits = MarginExit(rule, self.evidence.num_layers)
         for layer in exits.layers:
             rows = [row for row in range(len(branches)) if row not in exits.margins]

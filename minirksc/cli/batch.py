@@ -38,8 +38,7 @@ BEGIN = b'{"line": '
 """Beginning of every result."""
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """One input line: its number from 1, its bytes, and how its result begins."""
 
     number: int

@@ -121,7 +121,6 @@ def print_stream(chunks: "Iterable[StreamChunk]") -> None:
 
 def print_page(*parts: RenderableType) -> None:
     """Tables and lines: on a terminal as wide as it is, with its styles."""
-    check_stdout()
     is_wide = is_terminal(sys.stdout)
     console = Console(force_terminal=is_wide, width=None if is_wide else PLAIN_WIDTH, highlight=False)
     with console.capture() as page:

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import TypeVar
 
 from minirksc.cli.files import os_errors_as
 from minirksc.cli.terminal import is_terminal, note
@@ -26,7 +26,7 @@ Input = TypeVar("Input")
 _NO_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
-class GrowingFile:
+class GrowingFile(contextlib.AbstractContextManager["GrowingFile"]):
     """A file of lines that this run alone appends to; a context manager.
 
     Args:
@@ -54,9 +54,6 @@ class GrowingFile:
             self._stream.close()
             raise
         self._size = os.fstat(descriptor).st_size
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
