@@ -233,13 +233,12 @@ def variants(
     starts = [round(share * num_layers) for share in STARTS] if correction else [None]
     for size in range(1, len(kinds) + 1):
         for some in combinations(kinds, size):
-            has_lead, has_exit = "skip" in some or "decode_exit" in some, "layer_exit" in some
-            for signal in signals if has_lead else signals[:1]:
-                if not has_exit:
-                    found.append(Variant(some, signal))
-                    continue
-                for patience, start in product(PATIENCES[:1] if has_lead else PATIENCES, starts):
-                    found.append(Variant(some, signal, patience, start, correction))
+            has_lead = "skip" in some or "decode_exit" in some
+            exits: Iterable[tuple[Any, ...]] = [()]
+            if "layer_exit" in some:
+                exits = product(PATIENCES[:1] if has_lead else PATIENCES, starts, [correction])
+            some_signals = signals if has_lead else signals[:1]
+            found += [Variant(some, signal, *one) for signal, one in product(some_signals, exits)]
     return found
 
 
@@ -311,8 +310,7 @@ class _Chooser:
         sequence = sequence_of(variant, limits)
         saved = 0.0
         for gates in sequence if self._ordering else ():
-            result = self._tally_if_fine(gates)
-            if result is None:
+            if (result := self._tally_if_fine(gates)) is None:
                 break
             saved = result.saved
         return sequence, saved

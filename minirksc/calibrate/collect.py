@@ -121,8 +121,7 @@ class Collector(Solver):
         verifier = Verifier(self.session, self.config, solves[0].problem)
         recording = Recording()
         before = self.session.stats()["num_prefilled_tokens"]
-        candidates = [Candidate(node.branch, node.answer_ids) for node in nodes]
-        verdicts = verifier.ask(candidates, recording)
+        verdicts = verifier.ask([Candidate(node.branch, node.answer_ids) for node in nodes], recording)
         num_question_tokens = (self.session.stats()["num_prefilled_tokens"] - before) / len(nodes)
         noted = recording.made[0].noted if recording.made else {}
         branches = [

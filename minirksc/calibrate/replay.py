@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 from minirksc.calibrate.evidence import BranchEvidence, Evidence
 from minirksc.engine.signals import SIGNALS, TokenSignals
@@ -67,16 +68,9 @@ class Outcome:
         return self.answer != other.answer
 
 
-def replay(
-    evidence: Evidence,
-    gates: Gates,
-    decode_mode: str = "keep_leader",
-    *,
-    select: str = "score",
-    answer_parser: AnswerParser = "auto",
-) -> Outcome:
-    """What the solver would have done; see `Replay`."""
-    return Replay(evidence, select=select, answer_parser=answer_parser, decode_mode=decode_mode).outcome(gates)
+def replay(evidence: Evidence, gates: Gates, decode_mode: str = "keep_leader", **rules: Any) -> Outcome:
+    """What the solver would have done; `rules` are the other arguments of `Replay`."""
+    return Replay(evidence, decode_mode=decode_mode, **rules).outcome(gates)
 
 
 @dataclass

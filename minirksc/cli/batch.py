@@ -175,13 +175,12 @@ class Batch(GrowingFile):
 
     def report(self) -> int:
         """Says how many lines failed, of all runs on this target; returns the exit code."""
-        if not self._num_failed:
-            return 0
-        note(
-            f"{self._num_failed} of {len(self._heads)} lines failed; see `error` in {self.path}, "
-            "and remove those results to try again"
-        )
-        return 1
+        if self._num_failed:
+            note(
+                f"{self._num_failed} of {len(self._heads)} lines failed; see `error` in {self.path}, "
+                "and remove those results to try again"
+            )
+        return 1 if self._num_failed else 0
 
     def _take(self, place: int, text: bytes) -> None:
         """Notes of which line a line of the target is the result."""

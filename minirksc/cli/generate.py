@@ -196,7 +196,7 @@ class Job:
             if self.batch is not None:
                 self.batch.run(llm, self.params, prepare, self._solve if self.is_solving else None)
             elif self.is_solving:
-                self._run_solver(llm, prepare)
+                self._run_solver(llm)
             else:
                 self._run_generate(llm, prepare)
             if options.stats:
@@ -213,9 +213,8 @@ class Job:
         else:
             cli_output.print_samples(result)
 
-    def _run_solver(self, llm: "LLM", prepare: cli_batch.Preparer) -> None:
-        problem, _ = prepare("prompt", self.prompt, self.params)
-        result = self._solve(llm, problem)
+    def _run_solver(self, llm: "LLM") -> None:
+        result = self._solve(llm, self.prompt)
         if self.options.trace is not None:  # first: stdout may fail
             cli_output.write_trace(Path(self.options.trace), result.trace)
         if self.options.json:

@@ -70,9 +70,7 @@ def generation_as_dict(result: "RequestOutput", stats: dict[str, Any] | None = N
 
 def solve_as_dict(result: "SolveResult") -> dict[str, Any]:
     """A solve's result as plain data, without its trace."""
-    record = result.to_dict()
-    del record["trace"]
-    return record
+    return {name: value for name, value in result.to_dict().items() if name != "trace"}
 
 
 def print_json(record: dict[str, Any]) -> None:

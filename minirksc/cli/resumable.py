@@ -77,10 +77,8 @@ class GrowingFile(contextlib.AbstractContextManager["GrowingFile"]):
             ConfigError: The file cannot be read.
         """
         num_whole = number = 0
-        with (
-            os_errors_as(ConfigError, f"{self._name} cannot be read"),
-            open(self._stream.fileno(), "rb", closefd=False) as stream,
-        ):
+        reading = os_errors_as(ConfigError, f"{self._name} cannot be read")
+        with reading, open(self._stream.fileno(), "rb", closefd=False) as stream:
             stream.seek(0)
             while line := stream.readline(len(begin) or -1):
                 if begin and line == begin:
