@@ -26,6 +26,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import combinations, product
 from typing import Any
 
@@ -78,9 +79,8 @@ class Variant:
         def leads(kind: str) -> tuple[Lead, ...]:
             return (Lead(gap=GAPS[levels[kind] - 1]),) if levels.get(kind) else ()
 
-        layer_exit = None
-        if level := levels.get("layer_exit", 0):
-            layer_exit = MarginRule(MARGINS[level - 1], self.patience, self.start, self.correction)
+        level = levels.get("layer_exit", 0)
+        layer_exit = MarginRule(MARGINS[level - 1], self.patience, self.start, self.correction) if level else None
         return Gates(
             signal=self.signal,
             skip=leads("skip"),
@@ -115,10 +115,7 @@ class Step:
             "changed": tally.num_changed,
             "bound": self.bound,
             "passed": self.passed,
-            "saved": tally.saved,
-            "saved_question": tally.saved_question,
-            "saved_decoding": tally.saved_decoding,
-            "reasons": tally.reasons,
+            **{name: getattr(tally, name) for name in ("saved", "saved_question", "saved_decoding", "reasons")},
         }
 
 
@@ -236,13 +233,12 @@ def variants(
     starts = [round(share * num_layers) for share in STARTS] if correction else [None]
     for size in range(1, len(kinds) + 1):
         for some in combinations(kinds, size):
-            has_lead, has_exit = "skip" in some or "decode_exit" in some, "layer_exit" in some
-            for signal in signals if has_lead else signals[:1]:
-                if not has_exit:
-                    found.append(Variant(some, signal))
-                    continue
-                for patience, start in product(PATIENCES[:1] if has_lead else PATIENCES, starts):
-                    found.append(Variant(some, signal, patience, start, correction))
+            has_lead = "skip" in some or "decode_exit" in some
+            exits: Iterable[tuple[Any, ...]] = [()]
+            if "layer_exit" in some:
+                exits = product(PATIENCES[:1] if has_lead else PATIENCES, starts, [correction])
+            some_signals = signals if has_lead else signals[:1]
+            found += [Variant(some, signal, *one) for signal, one in product(some_signals, exits)]
     return found
 
 
@@ -306,28 +302,26 @@ class _Chooser:
         self._trials = trials
         self._ordering = ordering
         self._accepted = accepted
-        self._limits: dict[Variant, int] = {}
+        self._limit = cache(self._limit_alone)
 
     def sequence(self, variant: Variant) -> tuple[list[Gates], float]:
         """A variant's sequence, and what its last candidate saves before the first that changes too much."""
-        sequence = sequence_of(variant, {kind: self._limit(variant, kind) for kind in variant.kinds})
+        limits = {kind: self._limit(replace(variant, kinds=(kind,))) for kind in variant.kinds}
+        sequence = sequence_of(variant, limits)
         saved = 0.0
         for gates in sequence if self._ordering else ():
-            result = self._tally_if_fine(gates)
-            if result is None:
+            if (result := self._tally_if_fine(gates)) is None:
                 break
             saved = result.saved
         return sequence, saved
 
-    def _limit(self, variant: Variant, kind: str) -> int:
-        """The loosest level of one gate alone up to which it changes few enough decisions; at least 1."""
-        alone = replace(variant, kinds=(kind,))
-        if alone not in self._limits:
-            level = 1
-            while level < len(GAPS) and self._tally_if_fine(alone.gates({kind: level + 1})) is not None:
-                level += 1
-            self._limits[alone] = level
-        return self._limits[alone]
+    def _limit_alone(self, variant: Variant) -> int:
+        """The loosest level of a variant's one gate up to which it changes few enough decisions; at least 1."""
+        (kind,) = variant.kinds
+        level = 1
+        while level < len(GAPS) and self._tally_if_fine(variant.gates({kind: level + 1})) is not None:
+            level += 1
+        return level
 
     def _tally_if_fine(self, gates: Gates) -> Tally | None:
         """What gates do; None: they change too many decisions."""

@@ -56,7 +56,6 @@ class _Solve:
 
     problem: Problem
     reference: str | None
-    tree: Tree
     nodes: list[Node]
 
 
@@ -101,9 +100,11 @@ class Collector(Solver):
             for (text, reference), seed in zip(problems, seeds, strict=True):
                 problem = read_problem(self.session, self.config, text)
                 tree = Tree(self.session, call, share=self.config.sharing != "none", seed=seed)
-                solves.append(_Solve(problem, reference, tree, tree.plant(problem.starts)))
+                solves.append(_Solve(problem, reference, tree.plant(problem.starts)))
             self._extend(solves)
-            return self._judge_all(solves)
+            # All branches are asked about at once where the question follows the branch, else problem by problem.
+            at_once = [solves] if self.config.verify_style == "append" else [[one] for one in solves]
+            return [one for some in at_once for one in self._judge_together(some)]
 
     def _extend(self, solves: Sequence[_Solve]) -> None:
         try:
@@ -115,15 +116,9 @@ class Collector(Solver):
                 if not one.nodes:
                     raise
 
-    def _judge_all(self, solves: Sequence[_Solve]) -> list[Evidence]:
-        """Asks about all branches at once where the question follows the branch, else problem by problem."""
-        at_once = [solves] if self.config.verify_style == "append" else [[one] for one in solves]
-        return [one for some in at_once for one in self._judge_together(some)]
-
     def _judge_together(self, solves: Sequence[_Solve]) -> list[Evidence]:
-        config = self.config
         nodes = [node for one in solves for node in one.nodes]
-        verifier = Verifier(self.session, config, solves[0].problem)
+        verifier = Verifier(self.session, self.config, solves[0].problem)
         recording = Recording()
         before = self.session.stats()["num_prefilled_tokens"]
         verdicts = verifier.ask([node.branch for node in nodes], [node.answer_ids for node in nodes], recording)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 from minirksc.calibrate.evidence import BranchEvidence, Evidence
 from minirksc.engine.signals import SIGNALS, TokenSignals
@@ -67,16 +68,9 @@ class Outcome:
         return self.answer != other.answer
 
 
-def replay(
-    evidence: Evidence,
-    gates: Gates,
-    decode_mode: str = "keep_leader",
-    *,
-    select: str = "score",
-    answer_parser: AnswerParser = "auto",
-) -> Outcome:
-    """What the solver would have done; see `Replay`."""
-    return Replay(evidence, select=select, answer_parser=answer_parser, decode_mode=decode_mode).outcome(gates)
+def replay(evidence: Evidence, gates: Gates, decode_mode: str = "keep_leader", **rules: Any) -> Outcome:
+    """What the solver would have done; `rules` are the other arguments of `Replay`."""
+    return Replay(evidence, decode_mode=decode_mode, **rules).outcome(gates)
 
 
 @dataclass
@@ -84,7 +78,7 @@ class _Progress:
     """A branch after some tokens, as `cgee.Progress`."""
 
     branch: BranchEvidence
-    num_tokens: int = 0
+    num_tokens: int
 
     @property
     def finished(self) -> bool:
@@ -97,10 +91,6 @@ class _Progress:
     @property
     def signals(self) -> TokenSignals:
         return self.branch.signals.first(self.num_tokens)
-
-    def advance(self) -> None:
-        if not self.finished:
-            self.num_tokens += 1
 
 
 @dataclass(frozen=True)
@@ -142,7 +132,7 @@ class Replay:
         self._answer = cache(self._answer_after)
         self._decode = cache(self._decode_by)
         self._values = cache(self._signal_values)
-        self._margin_exits = cache(self._margin_exits_by)
+        self._layer_exits = cache(self._layer_exits_by)
         self._outcomes: dict[tuple[object, ...], Outcome] = {}
         self.reference = self.outcome(NO_GATES)
 
@@ -215,10 +205,9 @@ class Replay:
         rule = DecodeRule(gates, self._mode, self._select, lambda text: parse_answer(text, self._parser))
         num_tokens = list(self._whole)
         may_stop = (self._mode != "off" and leads) or (self._select == "vote" and exact)
-        progress = [_Progress(branch) for branch in self.evidence.branches]
-        for _ in range(max(num_tokens) if may_stop else 0):
-            for one in progress:
-                one.advance()
+        branches = self.evidence.branches
+        for step in range(max(num_tokens) if may_stop else 0):
+            progress = [_Progress(branch, min(step + 1, len(branch.token_ids))) for branch in branches]
             for index in rule(progress):
                 num_tokens[index] = progress[index].num_tokens
             if rule.leader is not None or rule.consensus is not None:
@@ -236,16 +225,13 @@ class Replay:
     def _answer_after(self, index: int, num_tokens: int) -> str | None:
         return parse_answer(self.evidence.branches[index].text_after(num_tokens), self._parser)
 
-    def _layer_exits(self, rule: MarginRule | EntropyRule | None) -> Mapping[int, tuple[float, int]]:
+    def _layer_exits_by(self, rule: MarginRule | EntropyRule | None) -> Mapping[int, tuple[float, int]]:
         """Margin, and layers that it went through, of each branch whose question would leave early."""
-        if rule is None:
-            return {}
-        if not isinstance(rule, MarginRule):
-            raise ConfigError(f"layer_exit={rule!r} does not follow from margins; use a MarginRule")
-        return self._margin_exits(rule) if all(branch.margins for branch in self.evidence.branches) else {}
-
-    def _margin_exits_by(self, rule: MarginRule) -> dict[int, tuple[float, int]]:
         branches = self.evidence.branches
+        if isinstance(rule, EntropyRule):
+            raise ConfigError(f"layer_exit={rule!r} does not follow from margins; use a MarginRule")
+        if rule is None or not all(branch.margins for branch in branches):
+            return {}
         exits = MarginExit(rule, self.evidence.num_layers)
         for layer in exits.layers:
             rows = [row for row in range(len(branches)) if row not in exits.margins]

@@ -51,7 +51,7 @@ class Trials:
     def __init__(self, replays: Sequence[Replay]) -> None:
         self.replays = list(replays)
         # [problems, 3]: what is spent without gates, as `_spent` has it
-        self._full = np.array([_spent(replay.reference, is_full=True) for replay in self.replays]).reshape(-1, 3)
+        self._full = np.array([_spent(replay.reference) for replay in self.replays]).reshape(-1, 3)
         self._rows: dict[Gates, np.ndarray] = {}  # [problems, 7] as `_row` has them; NaN: not yet replayed
 
     def tally(self, gates: Gates, among: Sequence[int] | None = None) -> Tally:
@@ -84,10 +84,8 @@ class Trials:
         )
 
 
-def _spent(outcome: Outcome, is_full: bool = False) -> list[float]:
-    """All rows, question rows, decoded tokens; or what they are without gates."""
-    if is_full:
-        return [outcome.num_rows_full, outcome.num_question_rows_full, outcome.num_decoded_tokens_full]
+def _spent(outcome: Outcome) -> list[float]:
+    """All rows, question rows, decoded tokens."""
     return [outcome.num_rows, outcome.num_question_rows, outcome.num_decoded_tokens]
 
 

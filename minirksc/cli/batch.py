@@ -38,8 +38,7 @@ BEGIN = b'{"line": '
 """Beginning of every result."""
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """One input line: its number from 1, its bytes, and how its result begins."""
 
     number: int
@@ -119,7 +118,7 @@ class Preparer:
         return tokenizer.encode_chat(messages, tools=kwargs.pop("tools", None), chat_template_kwargs=kwargs)
 
 
-class Batch:
+class Batch(GrowingFile):
     """An input file and the results that exist already; a context manager, for no other run may write meanwhile.
 
     Args:
@@ -139,22 +138,15 @@ class Batch:
         self._heads = {line.number: line.head for line in lines}
         self._done: set[int] = set()
         self._num_failed = 0
-        self._target = target
-        self._out = GrowingFile(target, "--output")
+        super().__init__(target, "--output")
         try:
             if source.samefile(target):
                 raise ConfigError(f"--input and --output are the same file, {target}; choose another output")
-            self._num_valid_bytes = self._out.read(self._take, BEGIN)
+            self._num_valid_bytes = self.read(self._take, BEGIN)
         except BaseException:
-            self._out.close()
+            self.close()
             raise
         self.todo = [line for line in lines if line.number not in self._done]
-
-    def __enter__(self) -> "Batch":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._out.close()
 
     def run(self, llm: "LLM", params: SamplingParams, prepare: Preparer, solve: "Solve | None") -> None:
         """Does what is still to be done.
@@ -169,31 +161,26 @@ class Batch:
 
         def add_results(lines: Sequence[Line]) -> Iterator[None]:
             own = [replace(params, seed=derived_seed(params.seed or 0, line.number)) for line in lines]
-            if solve:
-                records = [_solve(llm, *pair, prepare, solve) for pair in zip(lines, own, strict=True)]
-            else:
-                records = _generate(llm, lines, own, prepare)
-            for line, record in zip(lines, records, strict=True):
+            for line, record in zip(lines, _records(llm, lines, own, prepare, solve), strict=True):
                 # The head is written apart, since it is what a torn result is recognised by.
-                self._out.add(line.head + to_json(record).encode().removeprefix(b"{") + b"\n")
+                self.add(line.head + to_json(record).encode().removeprefix(b"{") + b"\n")
                 if "error" in record:
                     self._num_failed += 1
                     note(f"line {line.number}: {record['error']}")
                 yield
 
-        self._out.truncate(self._num_valid_bytes)  # a result that was torn off
+        self.truncate(self._num_valid_bytes)  # a result that was torn off
         chunk = 1 if solve else CHUNK
-        self._out.fill(self.todo, len(self._heads), add_results, chunk=chunk, unit="prompt", state="done and kept in")
+        self.fill(self.todo, len(self._heads), add_results, chunk=chunk, unit="prompt", state="done and kept in")
 
     def report(self) -> int:
         """Says how many lines failed, of all runs on this target; returns the exit code."""
-        if not self._num_failed:
-            return 0
-        note(
-            f"{self._num_failed} of {len(self._heads)} lines failed; see `error` in {self._target}, "
-            "and remove those results to try again"
-        )
-        return 1
+        if self._num_failed:
+            note(
+                f"{self._num_failed} of {len(self._heads)} lines failed; see `error` in {self.path}, "
+                "and remove those results to try again"
+            )
+        return 1 if self._num_failed else 0
 
     def _take(self, place: int, text: bytes) -> None:
         """Notes of which line a line of the target is the result."""
@@ -204,14 +191,13 @@ class Batch:
         try:
             record = json.loads(text)
             number = record["line"]
-            is_ours = isinstance(number, int) and isinstance(record["input_hash"], str)
+            if not (isinstance(number, int) and isinstance(record["input_hash"], str)):
+                raise TypeError("line or input_hash is of another type")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise self._foreign(place) from error
-        if not is_ours:
-            raise self._foreign(place)
         if number not in self._heads or not text.startswith(self._heads[number]):
             raise ConfigError(
-                f"--output {self._target} has a result for another line {number} than --input has now; "
+                f"--output {self.path} has a result for another line {number} than --input has now; "
                 "choose another file, or restore the input"
             )
         self._num_failed += "error" in record
@@ -219,7 +205,7 @@ class Batch:
 
     def _foreign(self, place: int) -> ConfigError:
         return ConfigError(
-            f"--output {self._target} exists and its line {place} is no result of this program; choose another file"
+            f"--output {self.path} exists and its line {place} is no result of this program; choose another file"
         )
 
 
@@ -228,29 +214,24 @@ def _line(number: int, raw: bytes) -> Line:
     return Line(number, raw, f'{{"line": {number}, "input_hash": "{digest}", '.encode())
 
 
-def _generate(
-    llm: "LLM", lines: Sequence[Line], own_params: Sequence[SamplingParams], prepare: Preparer
+def _records(
+    llm: "LLM", lines: Sequence[Line], own_params: Sequence[SamplingParams], prepare: Preparer, solve: Solve | None
 ) -> list[dict[str, Any]]:
+    """What each line gave: solved one by one, or generated together."""
     records: list[dict[str, Any]] = [{} for _ in lines]
     jobs: list[tuple[dict[str, Any], Any, SamplingParams]] = []
     for line, own, record in zip(lines, own_params, records, strict=True):
         with _failing_alone(record):
             task = _parse(line.raw, record)
+            if solve and task.params is not None:
+                raise ConfigError("params in a line do not go with --branches")
             prompt, params = prepare(task.kind, task.prompt, _override(own, task.params))
-            jobs.append((record, prompt if task.salt is None else _salted(prompt, task.salt), params))
+            if solve:
+                record.update(solve_as_dict(solve(llm, prompt, task.salt, params.seed or 0)))
+            else:
+                jobs.append((record, prompt if task.salt is None else _salted(prompt, task.salt), params))
     _complete(llm, jobs)
     return records
-
-
-def _solve(llm: "LLM", line: Line, params: SamplingParams, prepare: Preparer, solve: Solve) -> dict[str, Any]:
-    record: dict[str, Any] = {}
-    with _failing_alone(record):
-        task = _parse(line.raw, record)
-        if task.params is not None:
-            raise ConfigError("params in a line do not go with --branches")
-        problem, _ = prepare(task.kind, task.prompt, params)
-        record.update(solve_as_dict(solve(llm, problem, task.salt, params.seed or 0)))
-    return record
 
 
 def _salted(prompt: str | list[int], salt: str) -> dict[str, Any]:

@@ -52,13 +52,6 @@ RULES = ("select", "answer_parser", "decode_exit")
 """Settings that evidence does not depend on: they can be changed without solving anew."""
 
 SOLVER = ("branches", "tokens_per_step", "verify_style", "select", "answer_parser", "decode_exit")
-CHOICES: dict[str, tuple[Any, str]] = {
-    "budget": (float, "most decisions that may change, as a share of problems (default: 0.01)"),
-    "confidence": (float, "confidence that the result keeps to the budget (default: 0.95)"),
-    "signal": (("auto", *SIGNALS), "signal that a lead is measured on (default: auto, by part of the data)"),
-    "split_seed": (int, "seed of the random division of the problems (default: 0)"),
-    "limit": (int, "use the first N problems only"),
-}
 STEP_SAMPLING = tuple(name for name in SAMPLING if name not in ("max_tokens", "n", "logprobs", "ignore_eos"))
 
 
@@ -76,7 +69,16 @@ def build_parser(prog: str = "python -m minirksc.calibrate") -> Parser:
     add("--output", "-o", metavar="FILE.json", help="what was found; evidence is kept in FILE.json.evidence.jsonl")
     add("--chat", action=argparse.BooleanOptionalAction, help="use the chat template (default: if there is one)")
     add("--json", action="store_true", default=None, help="print the result as one JSON object")
-    _add_table(parser.add_argument_group("calibration"), CHOICES)
+
+    add = parser.add_argument_group("calibration").add_argument
+    budget_help = "most decisions that may change, as a share of problems (default: 0.01)"
+    add("--budget", type=float, metavar="X", help=budget_help)
+    add("--confidence", type=float, metavar="X", help="confidence that the result keeps to the budget (default: 0.95)")
+    signal_help = "signal that a lead is measured on (default: auto, by part of the data)"
+    add("--signal", choices=("auto", *SIGNALS), help=signal_help)
+    add("--split-seed", type=int, metavar="N", help="seed of the random division of the problems (default: 0)")
+    add("--limit", type=int, metavar="N", help="use the first N problems only")
+
     defaults, choices = {**DEFAULTS, "decode_exit": "keep_leader"}, {"decode_exit": ("keep_leader", "stop_all", "off")}
     add_options(parser.add_argument_group("solver"), SolverConfig, SOLVER, defaults, choices)
     add_options(parser.add_argument_group("engine"), EngineConfig, ENGINE)
@@ -195,7 +197,6 @@ class Job:
                 f"the exact gates alone changed {changed} of {found.num_test} decisions: branches are tied in their "
                 "scores; nothing can be certified at this budget, use a larger one"
             )
-        whole = trials.tally(certified.gates)
         accuracy = _accuracy(trials.replays, certified.gates)
         counts = {
             "problems": len(trials.replays),
@@ -206,7 +207,7 @@ class Job:
             "bound": certified.bound,
             "steps": [step.to_dict() for step in found.steps],
             "accuracy": accuracy,
-            "saved_all_problems": whole.saved,
+            "saved_all_problems": trials.tally(certified.gates).saved,
         }
         promise = (self.budget, self.confidence)
         write_gates(self.output, GatesFile(certified.gates, *promise, counts, self.data, settings, model, __version__))
@@ -323,12 +324,3 @@ def _problem(path: Path, number: int, line: bytes) -> tuple[str, str | None]:
     if answer is not None and not isinstance(answer, str | int | float):
         raise ConfigError(f"--data {path}: line {number} has the answer {answer!r}; give a text or a number")
     return values[given[0]], None if answer is None else str(answer)
-
-
-def _add_table(group: Any, table: dict[str, tuple[Any, str]]) -> None:
-    for name, (kind, text) in table.items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(kind, tuple):
-            group.add_argument(flag, choices=kind, help=text)
-        else:
-            group.add_argument(flag, type=kind, metavar={int: "N", float: "X"}.get(kind, "TEXT"), help=text)

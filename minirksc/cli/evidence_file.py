@@ -82,19 +82,15 @@ def _read_line(path: Path, number: int, line: bytes, found: dict[int, Evidence |
                 raise ValueError(f"schema {values['schema']!r}, version {values['schema_version']!r}")
             return values
         is_failed = "error" in values
-        index = _number(values["problem"])
+        index = values["problem"]
+        if type(index) is not int:
+            raise TypeError(f"problem {brief(index)} is no number")
         found[index] = Failed(str(values["error"])) if is_failed else Evidence.from_dict(values["evidence"])
         return None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ConfigError(
             f"{path}: line {number} is no evidence of this version ({error}); remove the file, or choose another"
         ) from error
-
-
-def _number(value: Any) -> int:
-    if type(value) is not int:
-        raise TypeError(f"problem {brief(value)} is no number")
-    return value
 
 
 def _check_header(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -6,6 +6,8 @@ Regular files only. A FIFO may have no writer and a device no end, so they are r
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from minirksc.errors import ConfigError, MinirkscError
@@ -13,6 +15,15 @@ from minirksc.json_file import open_regular
 
 MAX_TEXT_BYTES = 64 << 20
 """Size of a prompt from standard input, and of a file with hints or wordings."""
+
+
+@contextmanager
+def os_errors_as(kind: type[MinirkscError], failure: str, remedy: str = "") -> Iterator[None]:
+    """What the system refuses becomes an error of ours: the failure in words, the system's reason, the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{failure}: {error.strerror}{remedy}") from error
 
 
 def read_file(path: Path, max_bytes: int, what: str, error: type[MinirkscError] = ConfigError) -> bytes:
@@ -27,16 +38,13 @@ def read_file(path: Path, max_bytes: int, what: str, error: type[MinirkscError] 
     Raises:
         error: It is no regular file, too large, or cannot be read.
     """
-    try:
-        with open_regular(path) as stream:
-            if stream is None:
-                raise error(f"{what} {path} is no regular file; write what it gives into one and name that")
-            size = os.fstat(stream.fileno()).st_size
-            if size > max_bytes:
-                raise error(f"{what} {path} has {size} bytes, more than {max_bytes}; give it in parts")
-            return stream.read()
-    except OSError as cause:
-        raise error(f"{what} {path} cannot be read: {cause.strerror}") from cause
+    with os_errors_as(error, f"{what} {path} cannot be read"), open_regular(path) as stream:
+        if stream is None:
+            raise error(f"{what} {path} is no regular file; write what it gives into one and name that")
+        size = os.fstat(stream.fileno()).st_size
+        if size > max_bytes:
+            raise error(f"{what} {path} has {size} bytes, more than {max_bytes}; give it in parts")
+        return stream.read()
 
 
 def check_utf8(raw: bytes, what: str) -> None:
@@ -113,13 +121,10 @@ def write_file(path: Path, text: str) -> None:
     Raises:
         MinirkscError: It cannot be written.
     """
-    try:
-        with path.open("w", encoding="utf-8") as stream:
-            try:
-                stream.write(text)
-                stream.flush()
-            except BaseException:
-                path.unlink()
-                raise
-    except OSError as error:
-        raise MinirkscError(f"{path} cannot be written: {error.strerror}") from error
+    with os_errors_as(MinirkscError, f"{path} cannot be written"), path.open("w", encoding="utf-8") as stream:
+        try:
+            stream.write(text)
+            stream.flush()
+        except BaseException:
+            path.unlink()
+            raise

@@ -31,7 +31,6 @@ from minirksc.rksc.solver import DEFAULT_SAMPLING, Solver, SolverConfig
 if TYPE_CHECKING:
     from minirksc.llm import LLM
 
-DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_MAX_TOKENS = 512
 DEFAULT_TOKENS_PER_STEP = 160
 """More than `SolverConfig`'s: an answer that is cut off is of no use to a person, and a short one ends by itself."""
@@ -41,7 +40,7 @@ GCC's own count, 30 times as large, has threads that wait keep the CPU from thos
 process is busy."""
 
 DEFAULTS = {
-    "model": DEFAULT_MODEL,
+    "model": "smollm2-135m",
     "max_tokens": f"{DEFAULT_MAX_TOKENS}, or what the model's length leaves",
     "seed": "a fixed one, from which each line of --input has its own",
     "tokens_per_step": str(DEFAULT_TOKENS_PER_STEP),
@@ -166,11 +165,10 @@ class Job:
         self.solver_config = self._solver_config() if self.is_solving else None
         self.phrasings = self._lines_for_branches("phrasings")
         if options.gates is not None:
-            cli_files.read_file(
-                Path(options.gates), MAX_FILE_BYTES, self._label("gates")
-            )  # what it says depends on the model
+            # What it says depends on the model.
+            cli_files.read_file(Path(options.gates), MAX_FILE_BYTES, label(options, "gates"))
         if options.trace is not None:
-            cli_output.check_trace(Path(options.trace), self._label("trace"))
+            cli_output.check_trace(Path(options.trace), label(options, "trace"))
         self.batch = None if options.input is None else cli_batch.Batch(Path(options.input), Path(options.output))
         self.prompt = "" if self.batch else self._read_prompt()
 
@@ -198,7 +196,7 @@ class Job:
             if self.batch is not None:
                 self.batch.run(llm, self.params, prepare, self._solve if self.is_solving else None)
             elif self.is_solving:
-                self._run_solver(llm, prepare)
+                self._run_solver(llm)
             else:
                 self._run_generate(llm, prepare)
             if options.stats:
@@ -215,9 +213,8 @@ class Job:
         else:
             cli_output.print_samples(result)
 
-    def _run_solver(self, llm: "LLM", prepare: cli_batch.Preparer) -> None:
-        problem, _ = prepare("prompt", self.prompt, self.params)
-        result = self._solve(llm, problem)
+    def _run_solver(self, llm: "LLM") -> None:
+        result = self._solve(llm, self.prompt)
         if self.options.trace is not None:  # first: stdout may fail
             cli_output.write_trace(Path(self.options.trace), result.trace)
         if self.options.json:
@@ -245,31 +242,31 @@ class Job:
     def _check_texts(self) -> None:
         options = self.options
         check_text("PROMPT", options.prompt or "")
-        check_text(self._label("system"), options.system or "")
+        check_text(label(options, "system"), options.system or "")
         for stop in options.stop or ():
-            check_text(self._label("stop"), stop)
+            check_text(label(options, "stop"), stop)
 
     def _check_combinations(self) -> None:
         options = self.options
         for name in given(options, [*SOLVER, *SOLVER_FILES]) if not self.is_solving else ():
-            raise UsageError(f"{self._label(name)} needs --branches")
+            raise UsageError(f"{label(options, name)} needs --branches")
         for name in given(options, WITHOUT_SOLVER) if self.is_solving else ():
-            raise UsageError(f"{self._label(name)} does not go with --branches; {WITHOUT_SOLVER[name]}")
+            raise UsageError(f"{label(options, name)} does not go with --branches; {WITHOUT_SOLVER[name]}")
         if options.beam is not None and (options.depth or 1) == 1:
-            raise UsageError(f"{self._label('beam')} needs --depth 2 or more: nothing is forked again")
+            raise UsageError(f"{label(options, 'beam')} needs --depth 2 or more: nothing is forked again")
         if options.sharing == "semantic" and options.phrasings is None:
-            raise UsageError(f"{self._label('sharing')} semantic compares wordings; give them with --phrasings")
+            raise UsageError(f"{label(options, 'sharing')} semantic compares wordings; give them with --phrasings")
         if options.verify_style is not None and options.verify == "never":
-            raise UsageError(f"{self._label('verify_style')} does not go with {self._label('verify')} never")
+            raise UsageError(f"{label(options, 'verify_style')} does not go with {label(options, 'verify')} never")
         for name in ("system", "chat_template_kwargs"):
             if getattr(options, name) and options.chat is False:
-                raise UsageError(f"{self._label(name)} does not go with {self._label('chat', '--no-chat')}")
+                raise UsageError(f"{label(options, name)} does not go with {label(options, 'chat', '--no-chat')}")
         if options.logprobs is not None and not (options.json or options.input):
-            raise UsageError(f"{self._label('logprobs')} needs --json")
+            raise UsageError(f"{label(options, 'logprobs')} needs --json")
         if (options.input is None) != (options.output is None):
             raise UsageError("--input and --output go together")
         for name in given(options, ("prompt", "trace", "phrasings")) if options.input is not None else ():
-            raise UsageError(f"--input does not go with {'PROMPT' if name == 'prompt' else self._label(name)}")
+            raise UsageError(f"--input does not go with {'PROMPT' if name == 'prompt' else label(options, name)}")
 
     def _sampling_params(self) -> SamplingParams:
         values = given(self.options, SAMPLING)
@@ -278,7 +275,7 @@ class Job:
             return SamplingParams(**{"max_tokens": max(DEFAULT_MAX_TOKENS, min_tokens), **values})
         if min_tokens > self.tokens_per_step:
             limit = f"--tokens-per-step {self.tokens_per_step}"
-            raise UsageError(f"{self._label('min_tokens')} {min_tokens} is more than {limit}")
+            raise UsageError(f"{label(self.options, 'min_tokens')} {min_tokens} is more than {limit}")
         # On top of the solver's own: naming a seed must not change the temperature.
         return replace(DEFAULT_SAMPLING, max_tokens=self.tokens_per_step, **values)
 
@@ -292,14 +289,14 @@ class Job:
         path = getattr(self.options, name)
         if path is None:
             return None
-        lines = cli_files.read_lines(Path(path), self._label(name))
+        lines = cli_files.read_lines(Path(path), label(self.options, name))
         same = next((i for i, line in enumerate(lines) if line in lines[:i]), None)
         if name == "phrasings" and same is not None:
             first = lines.index(lines[same])
-            note(f"{self._label(name)} {path}: lines {first + 1} and {same + 1} are the same wording")
+            note(f"{label(self.options, name)} {path}: lines {first + 1} and {same + 1} are the same wording")
         if len(lines) != self.options.branches:
             counts = f"{len(lines)} lines for {self.options.branches} branches"
-            raise UsageError(f"{self._label(name)} has {counts}; give one a branch")
+            raise UsageError(f"{label(self.options, name)} has {counts}; give one a branch")
         return lines
 
     def _read_prompt(self) -> str:
@@ -311,10 +308,6 @@ class Job:
         if not prompt.strip():
             raise UsageError("the prompt is empty")
         return str(prompt)
-
-    def _label(self, name: str, flag: str = "") -> str:
-        """An option as the user gave it: flag or variable."""
-        return label(self.options, name, flag)
 
 
 def let_threads_sleep(environ: MutableMapping[str, str]) -> None:

@@ -83,10 +83,9 @@ def _pair(first: str, second: str) -> tuple[Explanation, Explanation]:
     if _is_type(first) and not _is_type(second):
         b = _model(second)
         return explain(first, type_spec(first, b.spec)), b
-    a = _model(first)
     if _is_type(second) and not _is_type(first):
-        return a, explain(second, type_spec(second, a.spec))
-    return a, _model(second)
+        return _pair(second, first)[::-1]
+    return _model(first), _model(second)
 
 
 def _model(name: str, ignored: Sequence[str] = ()) -> Explanation:

@@ -1,9 +1,7 @@
 """What the command line shows: text, tables, JSON, statistics and progress."""
 
 import dataclasses
-import io
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -72,30 +70,31 @@ def generation_as_dict(result: "RequestOutput", stats: dict[str, Any] | None = N
 
 def solve_as_dict(result: "SolveResult") -> dict[str, Any]:
     """A solve's result as plain data, without its trace."""
-    record = result.to_dict()
-    del record["trace"]
-    return record
+    return {name: value for name, value in result.to_dict().items() if name != "trace"}
 
 
 def print_json(record: dict[str, Any]) -> None:
     """One line on stdout."""
     check_stdout()
-    text = to_json(record)
-    try:
-        text.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        text = to_json(record, ascii_only=True)
-    show(text)
+    show(to_json(record, sys.stdout.encoding or "utf-8"))
 
 
-def to_json(record: dict[str, Any], ascii_only: bool = False) -> str:
+def to_json(record: dict[str, Any], encoding: str = "utf-8") -> str:
     """JSON that any reader takes: no NaN, which a branch without tokens has for its confidence, and valid UTF-8.
 
     Nor does it act on a terminal, be it read from a file.
+
+    Args:
+        record: plain data.
+        encoding: encoding of where it goes; text that this lacks is written in ASCII.
     """
-    text = visible(json.dumps(_finite(record), ensure_ascii=ascii_only, allow_nan=False))
-    # Half of a UTF-16 pair, which JSON may hold and UTF-8 may not.
-    return text if ascii_only or not any("\ud800" <= c <= "\udfff" for c in text) else to_json(record, ascii_only=True)
+    finite = json.loads(json.dumps(record), parse_constant=lambda _: None)
+    text = visible(json.dumps(finite, ensure_ascii=False))
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:  # in UTF-8 half of a UTF-16 pair, which JSON may hold
+        return visible(json.dumps(finite))
+    return text
 
 
 def write_trace(path: Path, trace: dict[str, Any]) -> None:
@@ -120,14 +119,12 @@ def print_stream(chunks: "Iterable[StreamChunk]") -> None:
 
 def print_page(*parts: RenderableType) -> None:
     """Tables and lines: on a terminal as wide as it is, with its styles."""
-    check_stdout()
-    stream = io.TextIOWrapper(io.BytesIO(), sys.stdout.encoding or "utf-8", errors="replace", newline="\n")
     is_wide = is_terminal(sys.stdout)
-    console = Console(file=stream, force_terminal=is_wide, width=None if is_wide else PLAIN_WIDTH, highlight=False)
-    for part in parts:
-        console.print(part)
-    stream.seek(0)
-    deliver(stream.read())
+    console = Console(force_terminal=is_wide, width=None if is_wide else PLAIN_WIDTH, highlight=False)
+    with console.capture() as page:
+        for part in parts:
+            console.print(part)
+    deliver(page.get())
 
 
 def print_samples(result: "RequestOutput") -> None:
@@ -209,8 +206,7 @@ def print_stats(stats: dict[str, Any], solving: Mapping[str, float] | None = Non
         f"memory: {_mib(stats['resident_bytes'])} resident, at most {_mib(stats['peak_resident_bytes'])}",
         f"cache: {stats['num_blocks_used']} blocks used, {stats['num_blocks_cached']} cached, "
         f"{stats['num_blocks_free']} free, of {stats['block_size']} tokens; {stats['kv_cache_bytes'] / 2**20:.0f} MiB"
-        f"{approximation}; "
-        f"{stats['num_evicted_blocks']} evicted, {stats['num_preemptions']} preemptions",
+        f"{approximation}; {stats['num_evicted_blocks']} evicted, {stats['num_preemptions']} preemptions",
     ]
     if solving:
         phases = {"prefill_s": "for prompts", "decode_s": "decoding", "verify_s": "verifying"}
@@ -246,13 +242,3 @@ def progress() -> Iterator[Callable[[dict[str, Any]], None]]:
 def _one_line(text: str) -> Text:
     """Text for a table's cell: not rich's markup, and nothing that moves the cursor."""
     return Text("".join(c if c.isprintable() else " " for c in " ".join(text.split())))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value

@@ -111,28 +111,27 @@ class Parser(CommandParser):
             if not flag.startswith("-"):
                 raise UsageError(f"unexpected argument {flag!r}; put text with spaces into quotes")
             raise UsageError(f"unknown option {flag!r}{_meant(flag, names)}")
-        missing = [name for name in names if getattr(options, name) is None]
-        options.variables = [name for name in missing if self._read_variable(options, name)]
+        read = {name: self._read_variable(name) for name in names if getattr(options, name) is None}
+        options.variables = [name for name, value in read.items() if value is not None]
+        vars(options).update(read)
         return options
 
-    def _read_variable(self, options: argparse.Namespace, name: str) -> bool:
-        """Sets an option from its variable; False if there is none."""
+    def _read_variable(self, name: str) -> Any:
+        """The value of an option by its variable; None if there is none."""
         variable = variable_of(name)
         text = os.environ.get(variable)
         if not text:
-            return False
-        value: Any = text.lower() in ("1", "true", "yes")
+            return None
         if name not in {action.dest for action in self._actions if action.nargs == 0}:  # it takes a value
             try:
-                value = getattr(self.parse_known_args([f"{flag_of(name)}={text}"])[0], name)
+                return getattr(self.parse_known_args([f"{flag_of(name)}={text}"])[0], name)
             except UsageError as error:
                 raise UsageError(f"{variable}={text!r}: {error}") from error
-        elif not value and text.lower() not in ("0", "false", "no"):
+        if text.lower() in ("1", "true", "yes"):
+            return True
+        if text.lower() not in ("0", "false", "no"):
             raise UsageError(f"{variable}={text!r} must be 1 or 0")
-        elif not value and name != "chat":  # only --chat has an opposite
-            return False
-        setattr(options, name, value)
-        return True
+        return False if name == "chat" else None  # only --chat has an opposite
 
 
 def _meant(flag: str, names: Sequence[str]) -> str:

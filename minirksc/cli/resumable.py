@@ -10,8 +10,9 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import TypeVar
 
+from minirksc.cli.files import os_errors_as
 from minirksc.cli.terminal import is_terminal, note
 from minirksc.errors import ConfigError, MinirkscError
 
@@ -25,7 +26,7 @@ Input = TypeVar("Input")
 _NO_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
-class GrowingFile:
+class GrowingFile(contextlib.AbstractContextManager["GrowingFile"]):
     """A file of lines that this run alone appends to; a context manager.
 
     Args:
@@ -42,22 +43,17 @@ class GrowingFile:
     def __init__(self, path: Path, what: str) -> None:
         self.path = path
         self._name = f"{what} {path}"
-        try:
+        with os_errors_as(ConfigError, f"{self._name} cannot be written", "; choose another one"):
             if path.exists() and not path.is_file():
                 raise ConfigError(f"{self._name} is no regular file, so it cannot be written; choose another one")
             descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | _NO_WAITING, 0o666)
             self._stream = open(descriptor, "r+b", buffering=0)  # noqa: SIM115
-        except OSError as error:
-            raise ConfigError(f"{self._name} cannot be written: {error.strerror}; choose another one") from error
         try:
             self._lock()
         except BaseException:
             self._stream.close()
             raise
         self._size = os.fstat(descriptor).st_size
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -80,20 +76,17 @@ class GrowingFile:
         Raises:
             ConfigError: The file cannot be read.
         """
-        num_whole = 0
-        try:
-            with open(self._stream.fileno(), "rb", closefd=False) as stream:
-                stream.seek(0)
-                number = 0
-                while line := stream.readline(len(begin) or -1):
-                    if begin and line == begin:
-                        line += stream.readline()
-                    number += 1
-                    take(number, line)
-                    if line.endswith(b"\n"):
-                        num_whole += len(line)
-        except OSError as error:
-            raise ConfigError(f"{self._name} cannot be read: {error.strerror}") from error
+        num_whole = number = 0
+        reading = os_errors_as(ConfigError, f"{self._name} cannot be read")
+        with reading, open(self._stream.fileno(), "rb", closefd=False) as stream:
+            stream.seek(0)
+            while line := stream.readline(len(begin) or -1):
+                if begin and line == begin:
+                    line += stream.readline()
+                number += 1
+                take(number, line)
+                if line.endswith(b"\n"):
+                    num_whole += len(line)
         return num_whole
 
     def truncate(self, num_bytes: int) -> None:
@@ -102,10 +95,8 @@ class GrowingFile:
         Raises:
             MinirkscError: It cannot be done.
         """
-        try:
+        with self._writing():
             self._stream.truncate(num_bytes)
-        except OSError as error:
-            raise self._cannot_write(error) from error
         self._size = num_bytes
 
     def add(self, line: bytes) -> None:
@@ -115,15 +106,14 @@ class GrowingFile:
             MinirkscError: It cannot be written.
         """
         rest = memoryview(line)
-        try:
-            while rest:
-                rest = rest[self._stream.write(rest) :]
-        except BaseException as error:
-            with contextlib.suppress(OSError):
-                self._stream.truncate(self._size)
-            if isinstance(error, OSError):
-                raise self._cannot_write(error) from error
-            raise
+        with self._writing():
+            try:
+                while rest:
+                    rest = rest[self._stream.write(rest) :]
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    self._stream.truncate(self._size)
+                raise
         self._size += len(line)
 
     def sync(self) -> None:
@@ -132,10 +122,8 @@ class GrowingFile:
         Raises:
             MinirkscError: It cannot be written.
         """
-        try:
+        with self._writing():
             os.fsync(self._stream.fileno())
-        except OSError as error:
-            raise self._cannot_write(error) from error
 
     def fill(
         self,
@@ -185,5 +173,5 @@ class GrowingFile:
                 why = str(error.strerror)
         note(f"warning: {self._name} cannot be locked ({why}): let no other run write it")
 
-    def _cannot_write(self, error: OSError) -> MinirkscError:
-        return MinirkscError(f"{self._name} cannot be written: {error.strerror}; the lines that are in it are whole")
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return os_errors_as(MinirkscError, f"{self._name} cannot be written", "; the lines that are in it are whole")

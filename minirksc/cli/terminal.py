@@ -91,8 +91,5 @@ def discard(stream: IO[str] | None) -> None:
     """Empties a stream into nothing: what a failed write has put into its buffer must not fail again at the end."""
     if stream is None:
         return
-    with contextlib.suppress(OSError, ValueError):
-        number = stream.fileno()
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, number)
-        os.close(null)
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), stream.fileno())

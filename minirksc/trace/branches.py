@@ -72,7 +72,7 @@ def branches_of(nodes: Sequence[Mapping[str, Any]], best: int) -> list[PageBranc
         nodes: nodes of a trace.
         best: place of the chosen one.
     """
-    branches = [PageBranch({**NODE, **node}) for node in nodes]
+    branches = [PageBranch({**NODE, **node}, is_best=place == best) for place, node in enumerate(nodes)]
     by_id = {branch.node["id"]: branch for branch in branches}
     for branch in branches:
         branch.parent = by_id.get(branch.node["parent"])
@@ -81,7 +81,6 @@ def branches_of(nodes: Sequence[Mapping[str, Any]], best: int) -> list[PageBranc
     for branch in branches:
         branch.is_given_up = bool(branch.node["pruned"] and not branch.node["error"]) and branch not in forked
         branch.shade = _shade(branch.node["score"], scores)
-    branches[best].is_best = True
     at: PageBranch | None = branches[best]
     while at is not None and not at.is_on_path:
         at.is_on_path = True

@@ -9,7 +9,7 @@ that.
 import base64
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -115,11 +115,10 @@ def _candidates(trace: Mapping[str, Any], branches: Sequence[PageBranch]) -> lis
 
 def _acted(gates: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
     """The gates by which something was left out, and whether by thresholds that nobody tested on this model."""
-    acted: dict[str, bool] = {}
+    acted: dict[str, bool] = defaultdict(bool)
     for gate in gates:
         if gate["decision"] not in NO_EFFECT:
-            name = str(gate["gate"])
-            acted[name] = acted.get(name, False) or gate["calibrated"] is False
+            acted[str(gate["gate"])] |= gate["calibrated"] is False
     return acted
 
 
@@ -193,13 +192,11 @@ def _template() -> "Template":
         keep_trailing_newline=True,
     )
     environment.filters.update(number=number, seconds=seconds, one_line=one_line, shortened=shortened)
-    environment.filters["prompt_text"] = _prompt_text
+    environment.filters.update(prompt_text=_prompt_text, digest=_digest)
     environment.filters["as_json"] = partial(json.dumps, indent=2, ensure_ascii=False, default=str)
     environment.tests["figure"] = is_number
-    style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    environment.globals.update(counted=counted, DASH=DASH, NUM_SHADES=NUM_SHADES)
-    environment.globals.update(style=Markup(style), style_digest=_digest(style))
-    environment.globals.update(script=Markup(script), script_digest=_digest(script))
+    style, script = (Markup((FOLDER / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
+    environment.globals.update(counted=counted, DASH=DASH, NUM_SHADES=NUM_SHADES, style=style, script=script)
     return environment.get_template("page.html")
 
 
