@@ -22,6 +22,7 @@ rows and the range split after arXiv 2511.11581.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ from minirksc.kernels.attention.key_tile import attend_to_tile, table_entries
 from minirksc.kernels.attention.prefix_attention import merge_partials_triton
 from minirksc.kernels.attention.work_list import WorkList, find_work
 from minirksc.kernels.jit import launch_options, tl, triton
-from minirksc.kernels.kv.layer_cache import LayerCache
+from minirksc.kernels.kv.layer_cache import LayerCache, multiply_out
 
 LOG2_E = math.log2(math.e)
 
@@ -54,37 +55,31 @@ def paged_attention_reference(
         `[tokens, num_heads, head_dim]`, dtype of q.
     """
     out = torch.empty_like(q)
-    for i, (_, weights, values) in enumerate(weights_and_values(q, layer_cache, batch, scale, softcap)):
-        rows = slice(batch.cu_seqlens_q[i], batch.cu_seqlens_q[i + 1])
+    for rows, _, weights, values in weights_and_values(q, layer_cache, batch, scale, softcap):
         out[rows] = torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
     return out
 
 
 def weights_and_values(
     q: Tensor, layer_cache: LayerCache, batch: AttentionBatch, scale: float, softcap: float | None
-) -> list[tuple[int, Tensor, Tensor]]:
-    """Of each sequence: first key's position, weights `[heads, queries, keys]`, values `[keys, heads, head_dim]`."""
-    found = []
+) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
+    """Of each sequence: rows of its queries, position of its first key, weights and values.
+
+    Weights are `[num_heads, queries, keys]` and values `[keys, num_heads, head_dim]`, float32.
+    """
     group, size = q.shape[1] // layer_cache.kv.shape[3], batch.block_size
     for i, (context_len, table) in enumerate(zip(batch.context_lens, batch.kv_tables, strict=True)):
-        begin, end = batch.cu_seqlens_q[i], batch.cu_seqlens_q[i + 1]
-        first_query = context_len - (end - begin)
-        first_key = batch.first_visible(first_query)
+        rows = slice(batch.cu_seqlens_q[i], batch.cu_seqlens_q[i + 1])
+        first_key = batch.first_visible(context_len - batch.num_queries(i))
         slots = [table[p // size] * size + p % size for p in range(first_key, context_len)]
-        own = layer_cache.kv.flatten(0, 1)[slots].float()  # [keys, 2, num_kv_heads, head_dim]
-        if layer_cache.scales is not None:
-            own = (own * layer_cache.scales.flatten(0, 1)[slots].unsqueeze(-1)).to(q.dtype).float()
-        keys, values = own.repeat_interleave(group, dim=2).unbind(1)  # [keys, num_heads, head_dim]
-        scores = torch.einsum("qhd,khd->hqk", q[begin:end].float(), keys) * scale
+        scales = None if layer_cache.scales is None else layer_cache.scales.flatten(0, 1)[slots]
+        own = multiply_out(layer_cache.kv.flatten(0, 1)[slots], scales, q.dtype).float()
+        keys, values = own.repeat_interleave(group, dim=2).unbind(1)  # [keys, num_heads, head_dim] each
+        scores = torch.einsum("qhd,khd->hqk", q[rows].float(), keys) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        query_at = torch.arange(first_query, context_len, device=q.device)[:, None]
-        key_at = torch.arange(first_key, context_len, device=q.device)
-        visible = key_at <= query_at  # [queries, keys]
-        if batch.window is not None:
-            visible &= key_at > query_at - batch.window
-        found.append((first_key, scores.masked_fill(~visible, float("-inf")).softmax(-1), values))
-    return found
+        hidden = ~batch.visible(batch.num_queries(i), len(slots))
+        yield rows, first_key, scores.masked_fill(hidden, float("-inf")).softmax(-1), values
 
 
 @triton.jit(do_not_specialize=["stride_table", "stride_granule"])
@@ -230,16 +225,14 @@ def attend(
     num_kv_heads = layer_cache.kv.shape[3]
     architecture = launch_table.architecture(q.device)
     out = q.new_empty(q.shape)
-    part_out, part_lse = work.partials(num_heads, head_dim)
+    partials = work.partials(num_heads, head_dim)
     for tile, items in work.launches():
         _paged_attention_kernel[(len(items), num_kv_heads)](
             q,
-            layer_cache.kv,
-            layer_cache.scales,
+            *layer_cache,
             out,
             lse,
-            part_out,
-            part_lse,
+            *partials,
             granule_lse,
             items,
             work.tokens,
@@ -266,5 +259,5 @@ def attend(
             **launch_table.compile_options(architecture, tile.registers),
         )
     if work.num_parts:
-        merge_partials_triton(part_out, part_lse, work.parts, out, lse)
+        merge_partials_triton(*partials, work.parts, out, lse)
     return out

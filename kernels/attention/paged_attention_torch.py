@@ -248,9 +248,7 @@ def _prefill_in_tiles(
 
 def _tile_mask(num_queries: int, num_keys: int, batch: AttentionBatch) -> Tensor:
     """`[1, 1, queries, keys]` of 0 and -inf: the last query is at the last key."""
-    key_at = torch.arange(num_keys, device=batch.device)
-    query_at = torch.arange(num_keys - num_queries, num_keys, device=batch.device)[:, None]
-    visible = (key_at <= query_at) & (key_at > query_at - (batch.window or num_keys))
+    visible = batch.visible(num_queries, num_keys)
     return torch.zeros(visible.shape, device=batch.device).masked_fill_(~visible, float("-inf"))[None, None]
 
 
