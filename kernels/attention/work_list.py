@@ -282,21 +282,20 @@ class _Builder:
         # Sequences [begin, end) of this order, and the positions [begin, end) that they read together.
         reads = [(s.row_begin, s.row_end, s.block_begin * size, s.block_end * size) for s in segments]
         reads += [(i, i + 1, *positions) for i, ranges in enumerate(own) for positions in ranges]
-        pieces = []
-        counts = [0] * len(sequences)  # partials of each query
-        for begin, end, *positions in reads:
-            # All sharers of a run share the outer runs too, so that its partials have one number.
-            cut = list(enumerate(self._pieces(*positions), start=counts[begin]))
-            pieces += [(begin, end, part, kv_begin, kv_end) for part, (kv_begin, kv_end) in cut]
-            for i in range(begin, end):
-                counts[i] += len(cut)
         most_queries = max(places[end] - places[begin] for begin, end, *_ in reads)
         tile = self._tile(self.group * min(most_queries, most))
         step = tile.rows // self.group
-        for begin, end, part, kv_begin, kv_end in pieces:
-            for place in range(places[begin], places[end], step):
-                n = min(step, places[end] - place)
-                self._add(place, n, sequences[begin], kv_begin, kv_end, part if counts[begin] > 1 else -1, tile)
+        counts = [0] * len(sequences)  # partials of each query
+        for begin, end, *positions in reads:
+            pieces = self._pieces(*positions)
+            is_all = end - begin == len(pieces) == 1 and not counts[begin]
+            # All sharers of a run share the outer runs too, so that its partials have one number.
+            for part, (kv_begin, kv_end) in enumerate(pieces, start=counts[begin]):
+                for place in range(places[begin], places[end], step):
+                    n = min(step, places[end] - place)
+                    self._add(place, n, sequences[begin], kv_begin, kv_end, -1 if is_all else part, tile)
+            for i in range(begin, end):
+                counts[i] += len(pieces)
         for count, begin, end in zip(counts, places, places[1:], strict=False):
             if count > 1:
                 for token in self.tokens[begin:end]:
