@@ -215,10 +215,9 @@ def copy_rotated_triton(cache: LayerCache, sources: Tensor, destinations: Tensor
     Raises:
         ConfigError: a dtype, a shape or a stride that the kernel cannot serve.
     """
-    kv, scales = cache
     check_cache(cache)
     cos, sin = (None, None) if rope is None else rope
-    tokens, (_, num_kv_heads, head_dim) = len(sources if cos is None else cos), kv.shape[2:]
+    tokens, (_, num_kv_heads, head_dim) = len(sources if cos is None else cos), cache.kv.shape[2:]
     check_slots("sources", sources, tokens)
     check_slots("destinations", destinations, tokens)
     if rope is not None:
@@ -228,8 +227,7 @@ def copy_rotated_triton(cache: LayerCache, sources: Tensor, destinations: Tensor
     heads = heads_of_program(head_dim, num_kv_heads)
     groups = triton.cdiv(num_kv_heads, heads)
     _copy_rotated_kernel[(tokens, 2 * groups)](
-        kv,
-        scales,
+        *cache,
         sources,
         destinations,
         cos,
