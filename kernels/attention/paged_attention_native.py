@@ -19,9 +19,8 @@ from torch import Tensor
 from minirksc.errors import ConfigError
 from minirksc.kernels.attention.batch import AttentionBatch
 from minirksc.kernels.attention.paged_attention_torch import (
-    Attend,
+    LayerAttention,
     Prefill,
-    Slots,
     attend_prefills,
     find_prefills,
     paged_attention_torch,
@@ -142,8 +141,8 @@ def paged_attention_native(
     if plan.prefills:
         if not is_rows(kv, q.dtype, len(q), 2, layer_cache.kv.shape[3], head_dim):
             raise refused("kv", kv, f"[{len(q)}, 2, {layer_cache.kv.shape[3]}, {head_dim}] {q.dtype} of the CPU")
-        cache = Slots.of(layer_cache, q.dtype)
-        attend_prefills(out, q, kv, cache, batch, plan.prefills, Attend(scale, softcap))
+        layer = LayerAttention.of(layer_cache, q.dtype, scale, softcap)
+        attend_prefills(out, q, kv, layer, batch, plan.prefills)
     if plan.has_rows:
         attend_rows(q, layer_cache, out, plan.table(num_heads, head_dim), batch.window, scale, softcap)
     return out
