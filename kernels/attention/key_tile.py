@@ -58,25 +58,20 @@ def attend_to_tile(
         k_ptrs = rows[:, None] + offs_d[None, :]
     v_ptrs = k_ptrs + NUM_KV_HEADS * HEAD_DIM
     in_range = (at >= kv_begin) & (at < kv_end)
+    mask = None
     if MASKED:  # values too: zero times NaN is NaN
         mask = in_range[:, None] & (offs_d < HEAD_DIM)[None, :]
-        k = tl.load(k_ptrs, mask=mask, other=0.0)
-        v = tl.load(v_ptrs, mask=mask, other=0.0)
-    elif acc.shape[1] == HEAD_DIM:
-        k = tl.load(k_ptrs)
-        v = tl.load(v_ptrs)
-    else:
-        k = tl.load(k_ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
-        v = tl.load(v_ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+    elif acc.shape[1] != HEAD_DIM:
+        mask = (offs_d < HEAD_DIM)[None, :]
+    other = None if mask is None else 0.0
+    k = tl.load(k_ptrs, mask=mask, other=other)
+    v = tl.load(v_ptrs, mask=mask, other=other)
     scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * score_scale  # [ROWS, TILE]
     if scales_ptr is not None:
         scale_ptrs = scales_ptr + slots * (2 * NUM_KV_HEADS)
-        if MASKED:
-            k_scale = tl.load(scale_ptrs, mask=in_range, other=0.0)
-            v_scale = tl.load(scale_ptrs + NUM_KV_HEADS, mask=in_range, other=0.0)
-        else:
-            k_scale = tl.load(scale_ptrs)
-            v_scale = tl.load(scale_ptrs + NUM_KV_HEADS)
+        mask = in_range if MASKED else None
+        k_scale = tl.load(scale_ptrs, mask=mask, other=0.0 if MASKED else None)
+        v_scale = tl.load(scale_ptrs + NUM_KV_HEADS, mask=mask, other=0.0 if MASKED else None)
         scores *= k_scale[None, :]
     if HAS_SOFTCAP:  # tanh(x) = 1 - 2 / (1 + exp(2 x)); score_scale holds 2 log2(e) / cap
         x = scores * 0.34657359  # log(2) / 2; near 0 the exponential's form cancels, and the series does not
