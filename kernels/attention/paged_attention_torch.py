@@ -71,16 +71,14 @@ class AttentionPlan:
 
     Attributes:
         prefills: sequences with several query tokens.
-        num_decode: number of places.
-        rows: `[num_decode]` int64, batch row of each place; None: place i is row i, and there are no prefills.
+        rows: `[places]` int64, batch row of each place; None: place i is row i, and there are no prefills.
         shared: segments, and where their keys are.
-        own: keys of all places, in their order.
+        own: keys of all places, in their order; empty where there are no places.
         own_ranges: positions [begin, end) of these, of each place.
         gathered: `[slots, 2, num_kv_heads, head_dim]`, the cache's dtype, a buffer for all layers; None: not yet made.
     """
 
     prefills: list[Prefill]
-    num_decode: int
     rows: Tensor | None
     shared: list[tuple[Segment, Keys]]
     own: list[OwnKeys]
@@ -98,7 +96,7 @@ def paged_attention_torch(
         return decode(q, layer, plan)[0]
     out = torch.empty_like(q)
     attend_prefills(out, q, kv, layer, batch, plan.prefills)
-    if plan.num_decode:
+    if plan.own:
         out[plan.rows] = decode(q[plan.rows], layer, plan)[0]
     return out
 
@@ -249,12 +247,12 @@ def decode(q: Tensor, layer: LayerAttention, plan: AttentionPlan) -> tuple[Tenso
     """One query a place: what each reads alone, then what it shares.
 
     Args:
-        q: `[num_decode, num_heads, head_dim]`.
+        q: `[places, num_heads, head_dim]`.
         layer: attention of the layer.
         plan: plan of the batch.
 
     Returns:
-        (out `[num_decode, num_heads, head_dim]`, lse `[num_decode, num_heads]` float32).
+        (out `[places, num_heads, head_dim]`, lse `[places, num_heads]` float32).
     """
     parts = [_over_own_keys(q[own.begin : own.end], layer, own, plan) for own in plan.own]
     outs, lses = zip(*parts, strict=True)
@@ -293,13 +291,9 @@ def make_plan(batch: AttentionBatch) -> AttentionPlan:
     in_order = not prefills and decode.rows == list(range(len(decode.rows)))
     return AttentionPlan(
         prefills=find_prefills(prefills, device),
-        num_decode=len(decode.rows),
         rows=None if in_order else torch.tensor(decode.rows, dtype=torch.int64, device=device),
         shared=[(segment, _keys(runs, device)) for segment, runs in decode.shared],
-        own=[
-            _own_keys(decode.own, begin, end, device)
-            for begin, end in _groups([_num_keys(runs) for runs in decode.own])
-        ],
+        own=[_own_keys(decode.own, begin, end, device) for begin, end in _groups(decode.own)],
         own_ranges=decode.own_ranges,
     )
 
@@ -316,16 +310,16 @@ def _keys(runs: list[Run], device: torch.device) -> Keys:
     return torch.tensor([slot for begin, n in runs for slot in range(begin, begin + n)], device=device)
 
 
-def _groups(lens: Sequence[int]) -> list[tuple[int, int]]:
-    """Places [begin, end) whose own keys, so many each, are gathered together."""
+def _groups(own: list[list[Run]]) -> list[tuple[int, int]]:
+    """Places [begin, end) whose own keys are gathered together."""
     groups: list[tuple[int, int]] = []
     begin, longest = 0, 0
-    for place, length in enumerate(lens):
+    for place, length in enumerate(map(_num_keys, own)):
         longest = max(longest, length)
         if longest * (place + 1 - begin) > MAX_GATHER_TOKENS and place > begin:
             groups.append((begin, place))
             begin, longest = place, length
-    return [*groups, (begin, len(lens))] if lens else []
+    return [*groups, (begin, len(own))] if own else []
 
 
 def _own_keys(own: list[list[Run]], begin: int, end: int, device: torch.device) -> OwnKeys:
