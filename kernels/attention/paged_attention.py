@@ -4,17 +4,22 @@ Formula, per query token i of a sequence with `context_len` keys: softmax(s(q_i 
 not after i and, with a window W, not before i - W + 1; query heads read KV head `head // (num_heads /
 num_kv_heads)`. With a soft cap c, s(x) = c tanh(x / c), else s(x) = x. Softmax in float32.
 
-The kernel: one program takes an item of the work list (`work_list`) and a KV head. Its rows are the item's queries
-times the query heads of the group, so that a tile of keys is read once for all of them. It walks the item's keys tile
-by tile with a running maximum m and sum l (Milakov and Gimelshein 2018, arXiv 1805.02867): first the tiles that all
-rows see whole, without a mask, then those at the edges. The block-table entry of the next tile is loaded one iteration
-ahead: were it loaded where it is used, the pipeliner would give keys and values one buffer instead of two.
+A step's attention is a list of items (`work_list`): an item is some queries against one range of keys. Queries stand
+at places, those that share keys side by side: a segment is a run of blocks that neighbours share, and an item of it has
+the queries of all of them. A long range of keys is split into several items; what each of these finds for a query is a
+partial, with a softmax of its own and the base-2 log-sum-exp to merge it by.
+
+The kernel: one program takes an item and a KV head. Its rows are the item's queries times the query heads of the
+group, so that a tile of keys is read once for all of them. It walks the item's keys tile by tile with a running maximum
+m and sum l (Milakov and Gimelshein 2018, arXiv 1805.02867): first the tiles that all rows see whole, without a mask,
+then those at the edges. The block-table entry of the next tile is loaded one iteration ahead: were it loaded where it
+is used, the pipeliner would give keys and values one buffer instead of two.
 
 Scores are in base 2 (log2 e is in the scale), accumulated in float32; probabilities are rounded to the dtype of the
 values before the second product. An int8 cache is multiplied as float16 (exact), its scales folded into scores and
 probabilities; what float16 then holds is relative to the largest of these products, 2^15, so that little is lost of
-small ones. A range's result is a partial: its own softmax, and the base-2 log-sum-exp to merge it by. Keys and values
-outside what a query sees are never used, whatever they hold, NaN included; NaN in what it sees makes its result NaN.
+small ones. Keys and values outside what a query sees are never used, whatever they hold, NaN included; NaN in what it
+sees makes its result NaN.
 
 Limits: head_dim to 512 (256 in float32), block_size a power of two to 256, at most 64 query heads a KV head.
 Source: Dao et al. 2022, arXiv 2205.14135 (tiled softmax); Kwon et al. 2023, arXiv 2309.06180 (paged KV); the grouped
