@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,10 @@ from minirksc.kernels.kv.placement import HeadNorms, Placement
 from minirksc.kernels.native import ops
 from minirksc.kernels.rope import RopeTables
 from minirksc.kernels.weights.linear import NativePacker, Pack, PlainWeight, pack_torch
+
+Result = TypeVar("Result")
+Attention = Callable[[Tensor, Tensor, LayerCache, AttentionBatch, float, float | None], Result]
+"""A form of the attention, called with (q, kv, layer_cache, batch, scale, softcap)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +62,8 @@ class Backend:
     kv_store: Callable[[Tensor, HeadNorms, Placement], None] = kv_store_reference
     copy_blocks: Callable[[Tensor, Sequence[tuple[int, int]]], None] = kv_copy.copy_blocks_reference
     copy_rotated: Callable[[LayerCache, Tensor, Tensor, RopeTables | None], None] = kv_copy.copy_rotated_reference
-    paged_attention: Callable[[Tensor, Tensor, LayerCache, AttentionBatch, float, float | None], Tensor] = (
-        paged_attention_reference
-    )
-    paged_attention_mass: Callable[
-        [Tensor, Tensor, LayerCache, AttentionBatch, float, float | None], tuple[Tensor, Tensor]
-    ] = paged_attention_mass_reference
+    paged_attention: Attention[Tensor] = paged_attention_reference
+    paged_attention_mass: Attention[tuple[Tensor, Tensor]] = paged_attention_mass_reference
     confidence: Callable[[Tensor], Confidence] = confidence_reference
     draw: Callable[[Tensor, Sequence[Draw]], Tensor] = draw_torch
 
