@@ -25,7 +25,7 @@ def attend_to_tile(
     entries,
     kv_ptr,
     scales_ptr,
-    granule_lse_ptrs,
+    granule_lse_ptr,  # of each row, [ROWS]
     is_row,
     positions,
     kv_begin,
@@ -97,7 +97,7 @@ def attend_to_tile(
     p = tl.exp2(scores - shift[:, None])
     decay = tl.exp2(m - shift)
     total = total * decay + tl.sum(p, 1)
-    if granule_lse_ptrs is not None:
+    if granule_lse_ptr is not None:
         GRANULE: tl.constexpr = BLOCK_SIZE if BLOCK_SIZE < TILE else TILE
         sums = tl.sum(tl.reshape(p, (acc.shape[0], TILE // GRANULE, GRANULE)), 2)  # [ROWS, TILE // GRANULE]
         granule = start // GRANULE + tl.arange(0, TILE // GRANULE)
@@ -106,7 +106,7 @@ def attend_to_tile(
         )
         # A sum may have underflowed to zero: its logarithm is then so low that the mass is zero too.
         tl.store(
-            granule_lse_ptrs[:, None] + granule[None, :],
+            granule_lse_ptr[:, None] + granule[None, :],
             shift[:, None] + tl.log2(tl.maximum(sums, 1e-38)),
             mask=is_seen,
         )

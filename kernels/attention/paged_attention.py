@@ -146,9 +146,8 @@ def _paged_attention_kernel(
         q = q.to(tl.float16)  # int8 becomes float16 far faster than bfloat16 or float32
     kv_ptr += kv_head * HEAD_DIM
     table_ptr += table_row.to(tl.int64) * stride_table
-    granule_lse_ptrs = None
     if granule_lse_ptr is not None:
-        granule_lse_ptrs = granule_lse_ptr + (token * NUM_HEADS + head) * stride_granule
+        granule_lse_ptr += (token * NUM_HEADS + head) * stride_granule  # [ROWS]
 
     m = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -158,7 +157,7 @@ def _paged_attention_kernel(
         start = tl.multiple_of(start, TILE)
         following = table_entries(table_ptr, start + TILE, full_end, BLOCK_SIZE, TILE)
         m, total, acc = attend_to_tile(
-            q, (m, total, acc), start, entries, kv_ptr, scales_ptr, granule_lse_ptrs, is_row, positions, kv_begin,
+            q, (m, total, acc), start, entries, kv_ptr, scales_ptr, granule_lse_ptr, is_row, positions, kv_begin,
             kv_end, score_scale, softcap, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, WINDOW, HAS_SOFTCAP, TILE,
             PRECISION, False,
         )  # fmt: skip
@@ -170,7 +169,7 @@ def _paged_attention_kernel(
         start = tl.multiple_of(start, TILE)
         entries = tl.maximum(table_entries(table_ptr, start, kv_end, BLOCK_SIZE, TILE), 0)  # -1: slid out of view
         m, total, acc = attend_to_tile(
-            q, (m, total, acc), start, entries, kv_ptr, scales_ptr, granule_lse_ptrs, is_row, positions, kv_begin,
+            q, (m, total, acc), start, entries, kv_ptr, scales_ptr, granule_lse_ptr, is_row, positions, kv_begin,
             kv_end, score_scale, softcap, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, WINDOW, HAS_SOFTCAP, TILE,
             PRECISION, True,
         )  # fmt: skip
