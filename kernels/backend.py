@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from minirksc.errors import ConfigError
+from minirksc.kernels import rms_norm as norms
 from minirksc.kernels.attention.batch import AttentionBatch
 from minirksc.kernels.attention.block_mass import paged_attention_mass_reference, paged_attention_mass_triton
 from minirksc.kernels.attention.block_mass_native import paged_attention_mass_native
@@ -20,35 +21,17 @@ from minirksc.kernels.confidence import Confidence, confidence_reference, confid
 from minirksc.kernels.draw import Draw, draw_native, draw_torch
 from minirksc.kernels.gated_act import gated_act_reference, gated_act_torch, gated_act_triton
 from minirksc.kernels.jit import triton
-from minirksc.kernels.kv.kv_copy import (
-    copy_blocks_reference,
-    copy_blocks_torch,
-    copy_blocks_triton,
-    copy_rotated_reference,
-    copy_rotated_torch,
-    copy_rotated_triton,
-)
+from minirksc.kernels.kv import kv_copy
 from minirksc.kernels.kv.kv_store import kv_store_reference, kv_store_torch, kv_store_triton
 from minirksc.kernels.kv.layer_cache import LayerCache, plain_block_shape
 from minirksc.kernels.kv.placement import HeadNorms, Placement
-from minirksc.kernels.native.ops import (
-    add_rms_norm_native,
-    confidence_native,
-    gated_act_native,
-    kv_store_native,
-    rms_norm_native,
-    why_not,
-)
-from minirksc.kernels.rms_norm import (
-    add_rms_norm_reference,
-    add_rms_norm_torch,
-    add_rms_norm_triton,
-    rms_norm_reference,
-    rms_norm_torch,
-    rms_norm_triton,
-)
+from minirksc.kernels.native import ops
 from minirksc.kernels.rope import RopeTables
 from minirksc.kernels.weights.linear import NativePacker, Pack, PlainWeight, pack_torch
+
+Result = TypeVar("Result")
+Attention = Callable[[Tensor, Tensor, LayerCache, AttentionBatch, float, float | None], Result]
+"""A form of the attention, called with (q, kv, layer_cache, batch, scale, softcap)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,18 +56,14 @@ class Backend:
     recording: Literal["graph", "tape"] | None = None
     splits_keys: bool = False
     block_shape: Callable[[int, int, int, int, torch.dtype], tuple[int, ...]] = plain_block_shape
-    rms_norm: Callable[[Tensor, Tensor | None, float], Tensor] = rms_norm_reference
-    add_rms_norm: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, float], Tensor] = add_rms_norm_reference
+    rms_norm: Callable[[Tensor, Tensor | None, float], Tensor] = norms.rms_norm_reference
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, float], Tensor] = norms.add_rms_norm_reference
     gated_act: Callable[[Tensor, str], Tensor] = gated_act_reference
     kv_store: Callable[[Tensor, HeadNorms, Placement], None] = kv_store_reference
-    copy_blocks: Callable[[Tensor, Sequence[tuple[int, int]]], None] = copy_blocks_reference
-    copy_rotated: Callable[[LayerCache, Tensor, Tensor, RopeTables | None], None] = copy_rotated_reference
-    paged_attention: Callable[[Tensor, Tensor, LayerCache, AttentionBatch, float, float | None], Tensor] = (
-        paged_attention_reference
-    )
-    paged_attention_mass: Callable[
-        [Tensor, Tensor, LayerCache, AttentionBatch, float, float | None], tuple[Tensor, Tensor]
-    ] = paged_attention_mass_reference
+    copy_blocks: Callable[[Tensor, Sequence[tuple[int, int]]], None] = kv_copy.copy_blocks_reference
+    copy_rotated: Callable[[LayerCache, Tensor, Tensor, RopeTables | None], None] = kv_copy.copy_rotated_reference
+    paged_attention: Attention[Tensor] = paged_attention_reference
+    paged_attention_mass: Attention[tuple[Tensor, Tensor]] = paged_attention_mass_reference
     confidence: Callable[[Tensor], Confidence] = confidence_reference
     draw: Callable[[Tensor, Sequence[Draw]], Tensor] = draw_torch
 
@@ -105,12 +84,12 @@ TRITON = Backend(
     block_sizes=(8, 16, 32, 64, 128),
     recording="graph",
     splits_keys=True,
-    rms_norm=rms_norm_triton,
-    add_rms_norm=add_rms_norm_triton,
+    rms_norm=norms.rms_norm_triton,
+    add_rms_norm=norms.add_rms_norm_triton,
     gated_act=gated_act_triton,
     kv_store=kv_store_triton,
-    copy_blocks=copy_blocks_triton,
-    copy_rotated=copy_rotated_triton,
+    copy_blocks=kv_copy.copy_blocks_triton,
+    copy_rotated=kv_copy.copy_rotated_triton,
     paged_attention=paged_attention_triton,
     paged_attention_mass=paged_attention_mass_triton,
     confidence=confidence_triton,
@@ -120,12 +99,12 @@ TORCH = Backend(
     name="torch",
     device_type="cpu",
     packer=lambda: pack_torch,
-    rms_norm=rms_norm_torch,
-    add_rms_norm=add_rms_norm_torch,
+    rms_norm=norms.rms_norm_torch,
+    add_rms_norm=norms.add_rms_norm_torch,
     gated_act=gated_act_torch,
     kv_store=kv_store_torch,
-    copy_blocks=copy_blocks_torch,
-    copy_rotated=copy_rotated_torch,
+    copy_blocks=kv_copy.copy_blocks_torch,
+    copy_rotated=kv_copy.copy_rotated_torch,
     paged_attention=paged_attention_torch,
     paged_attention_mass=paged_attention_mass_torch,
     confidence=confidence_torch,
@@ -137,13 +116,13 @@ NATIVE = replace(
     packer=NativePacker,
     recording="tape",
     block_shape=block_shape_native,
-    rms_norm=rms_norm_native,
-    add_rms_norm=add_rms_norm_native,
-    gated_act=gated_act_native,
-    kv_store=kv_store_native,
+    rms_norm=ops.rms_norm_native,
+    add_rms_norm=ops.add_rms_norm_native,
+    gated_act=ops.gated_act_native,
+    kv_store=ops.kv_store_native,
     paged_attention=paged_attention_native,
     paged_attention_mass=paged_attention_mass_native,
-    confidence=confidence_native,
+    confidence=ops.confidence_native,
     draw=draw_native,
 )
 
@@ -165,7 +144,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim
         ConfigError: the name is unknown, the backend does not run on the device, cannot serve the model, or is not
             installed.
     """
-    reason = why_not(dtype, head_dims)
+    reason = ops.why_not(dtype, head_dims)
     if name == "auto":
         name = "triton" if device.type != "cpu" else "native" if reason is None else "torch"
     if name not in BACKENDS:

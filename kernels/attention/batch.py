@@ -60,3 +60,14 @@ class AttentionBatch:
     def first_visible(self, position: int) -> int:
         """Position of the first key that the query at a position sees."""
         return 0 if self.window is None else max(0, position - self.window + 1)
+
+    def visible(self, num_queries: int, num_keys: int) -> Tensor:
+        """Which keys each query sees, `[queries, keys]` bool, where the last query is at the last key.
+
+        Args:
+            num_queries: number of consecutive queries of a sequence.
+            num_keys: number of consecutive keys, as many as queries at least.
+        """
+        key_at = torch.arange(num_keys, device=self.device)
+        query_at = key_at[num_keys - num_queries :, None]
+        return (key_at <= query_at) & (key_at > query_at - (self.window or num_keys))

@@ -69,8 +69,7 @@ def block_mass_reference(
     size = batch.block_size
     width = max((len(table) for table in batch.kv_tables), default=0)
     mass = torch.zeros((len(q), width), dtype=torch.float32, device=q.device)
-    for i, (first, weights, _) in enumerate(weights_and_values(q, layer_cache, batch, scale, softcap)):
-        rows = slice(batch.cu_seqlens_q[i], batch.cu_seqlens_q[i + 1])
+    for rows, first, weights, _ in weights_and_values(q, layer_cache, batch, scale, softcap):
         block = torch.arange(first, first + weights.shape[-1], device=q.device) // size
         mass[rows] = mass[rows].index_add(1, block, weights.mean(0))
     return mass

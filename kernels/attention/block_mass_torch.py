@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minirksc.kernels.attention.batch import AttentionBatch
 from minirksc.kernels.attention.block_mass import check_decode
-from minirksc.kernels.attention.paged_attention_torch import Attend, Keys, OwnKeys, Slots, decode, make_plan
+from minirksc.kernels.attention.paged_attention_torch import Keys, LayerAttention, OwnKeys, decode, make_plan
 from minirksc.kernels.kv.layer_cache import LayerCache
 
 PIECE = 1024
@@ -31,12 +31,12 @@ def paged_attention_mass_torch(
     check_decode(batch)
     plan = batch.plan("torch", make_plan)
     columns = batch.plan("torch mass", _own_columns)
-    cache = Slots.of(layer_cache, q.dtype)
+    layer = LayerAttention.of(layer_cache, q.dtype, scale, softcap)
     at_places = q if plan.rows is None else q[plan.rows]
-    out, lse = decode(at_places, cache, plan, Attend(scale, softcap))
+    out, lse = decode(at_places, layer, plan)
     width = max(map(len, batch.kv_tables))
     mass = torch.zeros((len(q), width), dtype=torch.float32, device=q.device)
-    weigh = _Weigh(at_places.float(), lse, cache.keys(), scale, softcap)
+    weigh = _Weigh(at_places.float(), lse, layer.keys())
     for own, column in zip(plan.own, columns, strict=True):
         mass[own.begin : own.end].scatter_add_(1, column, weigh.own(own))
     for segment, keys in plan.shared:
@@ -54,13 +54,11 @@ class _Weigh:
 
     q: Tensor  # [places, num_heads, head_dim] float32
     lse: Tensor  # [places, num_heads] float32, over all that a place sees
-    cache: Slots  # [slots, 1, num_kv_heads, head_dim]
-    scale: float
-    softcap: float | None
+    layer: LayerAttention  # without its values
 
     def __call__(self, begin: int, end: int, keys: Keys) -> Tensor:
         """Weights of places [begin, end), all of which see all of the keys: `[places, keys]` float32."""
-        num_kv_heads = self.cache.kv.shape[2]
+        num_kv_heads = self.layer.kv.shape[2]
         grouped = self.q[begin:end].unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
         lse = self.lse[begin:end].t().reshape(num_kv_heads, -1, 1)  # [num_kv_heads, group * places, 1]
         weights = [
@@ -76,8 +74,8 @@ class _Weigh:
         assert isinstance(own.keys, Tensor)
         q = self.q[own.begin : own.end]
         num_places, num_heads, head_dim = q.shape
-        num_kv_heads = self.cache.kv.shape[2]
-        keys = self.cache.gather(own.keys).view(num_places, -1, num_kv_heads, head_dim).float()
+        num_kv_heads = self.layer.kv.shape[2]
+        keys = self.layer.gather(own.keys).view(num_places, -1, num_kv_heads, head_dim).float()
         grouped = q.unflatten(1, (num_kv_heads, -1)).flatten(0, 1)  # [places * num_kv_heads, group, head_dim]
         lse = self.lse[own.begin : own.end].reshape(len(grouped), -1, 1)
         weights = self._weights(grouped, keys.permute(0, 2, 3, 1).flatten(0, 1), lse)
@@ -86,20 +84,20 @@ class _Weigh:
 
     def _weights(self, q: Tensor, keys: Tensor, lse: Tensor) -> Tensor:
         """`[batch, queries, keys]` of q `[batch, queries, head_dim]`, keys `[batch, head_dim, keys]` and lse alike."""
-        if self.softcap is None:
-            return torch.baddbmm(lse, q, keys, beta=-1, alpha=self.scale).exp_()
-        scores = torch.bmm(q, keys).mul_(self.scale / self.softcap).tanh_()
-        return scores.mul_(self.softcap).sub_(lse).exp_()
+        if self.layer.softcap is None:
+            return torch.baddbmm(lse, q, keys, beta=-1, alpha=self.layer.scale).exp_()
+        scores = torch.bmm(q, keys).mul_(self.layer.scale / self.layer.softcap).tanh_()
+        return scores.mul_(self.layer.softcap).sub_(lse).exp_()
 
     def _pieces(self, keys: Keys) -> Iterator[Tensor]:
         """The keys, `[at most PIECE, num_kv_heads, head_dim]` float32 each."""
         if isinstance(keys, Tensor):
             for slots in keys.split(PIECE):
-                yield self.cache.gather(slots)[:, 0].float()
+                yield self.layer.gather(slots)[:, 0].float()
             return
         for begin, length in keys:
             for first in range(begin, begin + length, PIECE):
-                yield self.cache.run(first, min(PIECE, begin + length - first))[:, 0].float()
+                yield self.layer.run(first, min(PIECE, begin + length - first))[:, 0].float()
 
 
 def _own_columns(batch: AttentionBatch) -> list[Tensor]:

@@ -25,7 +25,7 @@ def attend_to_tile(
     entries,
     kv_ptr,
     scales_ptr,
-    granule_lse_ptrs,
+    granule_lse_ptr,  # of each row, [ROWS]
     is_row,
     positions,
     kv_begin,
@@ -58,25 +58,20 @@ def attend_to_tile(
         k_ptrs = rows[:, None] + offs_d[None, :]
     v_ptrs = k_ptrs + NUM_KV_HEADS * HEAD_DIM
     in_range = (at >= kv_begin) & (at < kv_end)
+    mask = None
     if MASKED:  # values too: zero times NaN is NaN
         mask = in_range[:, None] & (offs_d < HEAD_DIM)[None, :]
-        k = tl.load(k_ptrs, mask=mask, other=0.0)
-        v = tl.load(v_ptrs, mask=mask, other=0.0)
-    elif acc.shape[1] == HEAD_DIM:
-        k = tl.load(k_ptrs)
-        v = tl.load(v_ptrs)
-    else:
-        k = tl.load(k_ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
-        v = tl.load(v_ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+    elif acc.shape[1] != HEAD_DIM:
+        mask = (offs_d < HEAD_DIM)[None, :]
+    other = None if mask is None else 0.0
+    k = tl.load(k_ptrs, mask=mask, other=other)
+    v = tl.load(v_ptrs, mask=mask, other=other)
     scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * score_scale  # [ROWS, TILE]
     if scales_ptr is not None:
         scale_ptrs = scales_ptr + slots * (2 * NUM_KV_HEADS)
-        if MASKED:
-            k_scale = tl.load(scale_ptrs, mask=in_range, other=0.0)
-            v_scale = tl.load(scale_ptrs + NUM_KV_HEADS, mask=in_range, other=0.0)
-        else:
-            k_scale = tl.load(scale_ptrs)
-            v_scale = tl.load(scale_ptrs + NUM_KV_HEADS)
+        mask = in_range if MASKED else None
+        k_scale = tl.load(scale_ptrs, mask=mask, other=0.0 if MASKED else None)
+        v_scale = tl.load(scale_ptrs + NUM_KV_HEADS, mask=mask, other=0.0 if MASKED else None)
         scores *= k_scale[None, :]
     if HAS_SOFTCAP:  # tanh(x) = 1 - 2 / (1 + exp(2 x)); score_scale holds 2 log2(e) / cap
         x = scores * 0.34657359  # log(2) / 2; near 0 the exponential's form cancels, and the series does not
@@ -102,7 +97,7 @@ def attend_to_tile(
     p = tl.exp2(scores - shift[:, None])
     decay = tl.exp2(m - shift)
     total = total * decay + tl.sum(p, 1)
-    if granule_lse_ptrs is not None:
+    if granule_lse_ptr is not None:
         GRANULE: tl.constexpr = BLOCK_SIZE if BLOCK_SIZE < TILE else TILE
         sums = tl.sum(tl.reshape(p, (acc.shape[0], TILE // GRANULE, GRANULE)), 2)  # [ROWS, TILE // GRANULE]
         granule = start // GRANULE + tl.arange(0, TILE // GRANULE)
@@ -111,7 +106,7 @@ def attend_to_tile(
         )
         # A sum may have underflowed to zero: its logarithm is then so low that the mass is zero too.
         tl.store(
-            granule_lse_ptrs[:, None] + granule[None, :],
+            granule_lse_ptr[:, None] + granule[None, :],
             shift[:, None] + tl.log2(tl.maximum(sums, 1e-38)),
             mask=is_seen,
         )

@@ -4,17 +4,22 @@ Formula, per query token i of a sequence with `context_len` keys: softmax(s(q_i 
 not after i and, with a window W, not before i - W + 1; query heads read KV head `head // (num_heads /
 num_kv_heads)`. With a soft cap c, s(x) = c tanh(x / c), else s(x) = x. Softmax in float32.
 
-The kernel: one program takes an item of the work list (`work_list`) and a KV head. Its rows are the item's queries
-times the query heads of the group, so that a tile of keys is read once for all of them. It walks the item's keys tile
-by tile with a running maximum m and sum l (Milakov and Gimelshein 2018, arXiv 1805.02867): first the tiles that all
-rows see whole, without a mask, then those at the edges. The block-table entry of the next tile is loaded one iteration
-ahead: were it loaded where it is used, the pipeliner would give keys and values one buffer instead of two.
+A step's attention is a list of items (`work_list`): an item is some queries against one range of keys. Queries stand
+at places, those that share keys side by side: a segment is a run of blocks that neighbours share, and an item of it has
+the queries of all of them. A long range of keys is split into several items; what each of these finds for a query is a
+partial, with a softmax of its own and the base-2 log-sum-exp to merge it by.
+
+The kernel: one program takes an item and a KV head. Its rows are the item's queries times the query heads of the
+group, so that a tile of keys is read once for all of them. It walks the item's keys tile by tile with a running maximum
+m and sum l (Milakov and Gimelshein 2018, arXiv 1805.02867): first the tiles that all rows see whole, without a mask,
+then those at the edges. The block-table entry of the next tile is loaded one iteration ahead: were it loaded where it
+is used, the pipeliner would give keys and values one buffer instead of two.
 
 Scores are in base 2 (log2 e is in the scale), accumulated in float32; probabilities are rounded to the dtype of the
 values before the second product. An int8 cache is multiplied as float16 (exact), its scales folded into scores and
 probabilities; what float16 then holds is relative to the largest of these products, 2^15, so that little is lost of
-small ones. A range's result is a partial: its own softmax, and the base-2 log-sum-exp to merge it by. Keys and values
-outside what a query sees are never used, whatever they hold, NaN included; NaN in what it sees makes its result NaN.
+small ones. Keys and values outside what a query sees are never used, whatever they hold, NaN included; NaN in what it
+sees makes its result NaN.
 
 Limits: head_dim to 512 (256 in float32), block_size a power of two to 256, at most 64 query heads a KV head.
 Source: Dao et al. 2022, arXiv 2205.14135 (tiled softmax); Kwon et al. 2023, arXiv 2309.06180 (paged KV); the grouped
@@ -22,6 +27,7 @@ rows and the range split after arXiv 2511.11581.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -32,7 +38,7 @@ from minirksc.kernels.attention.key_tile import attend_to_tile, table_entries
 from minirksc.kernels.attention.prefix_attention import merge_partials_triton
 from minirksc.kernels.attention.work_list import WorkList, find_work
 from minirksc.kernels.jit import launch_options, tl, triton
-from minirksc.kernels.kv.layer_cache import LayerCache
+from minirksc.kernels.kv.layer_cache import LayerCache, multiply_out
 
 LOG2_E = math.log2(math.e)
 
@@ -54,37 +60,31 @@ def paged_attention_reference(
         `[tokens, num_heads, head_dim]`, dtype of q.
     """
     out = torch.empty_like(q)
-    for i, (_, weights, values) in enumerate(weights_and_values(q, layer_cache, batch, scale, softcap)):
-        rows = slice(batch.cu_seqlens_q[i], batch.cu_seqlens_q[i + 1])
+    for rows, _, weights, values in weights_and_values(q, layer_cache, batch, scale, softcap):
         out[rows] = torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
     return out
 
 
 def weights_and_values(
     q: Tensor, layer_cache: LayerCache, batch: AttentionBatch, scale: float, softcap: float | None
-) -> list[tuple[int, Tensor, Tensor]]:
-    """Of each sequence: first key's position, weights `[heads, queries, keys]`, values `[keys, heads, head_dim]`."""
-    found = []
+) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
+    """Of each sequence: rows of its queries, position of its first key, weights and values.
+
+    Weights are `[num_heads, queries, keys]` and values `[keys, num_heads, head_dim]`, float32.
+    """
     group, size = q.shape[1] // layer_cache.kv.shape[3], batch.block_size
     for i, (context_len, table) in enumerate(zip(batch.context_lens, batch.kv_tables, strict=True)):
-        begin, end = batch.cu_seqlens_q[i], batch.cu_seqlens_q[i + 1]
-        first_query = context_len - (end - begin)
-        first_key = batch.first_visible(first_query)
+        rows = slice(batch.cu_seqlens_q[i], batch.cu_seqlens_q[i + 1])
+        first_key = batch.first_visible(context_len - batch.num_queries(i))
         slots = [table[p // size] * size + p % size for p in range(first_key, context_len)]
-        own = layer_cache.kv.flatten(0, 1)[slots].float()  # [keys, 2, num_kv_heads, head_dim]
-        if layer_cache.scales is not None:
-            own = (own * layer_cache.scales.flatten(0, 1)[slots].unsqueeze(-1)).to(q.dtype).float()
-        keys, values = own.repeat_interleave(group, dim=2).unbind(1)  # [keys, num_heads, head_dim]
-        scores = torch.einsum("qhd,khd->hqk", q[begin:end].float(), keys) * scale
+        scales = None if layer_cache.scales is None else layer_cache.scales.flatten(0, 1)[slots]
+        own = multiply_out(layer_cache.kv.flatten(0, 1)[slots], scales, q.dtype).float()
+        keys, values = own.repeat_interleave(group, dim=2).unbind(1)  # [keys, num_heads, head_dim] each
+        scores = torch.einsum("qhd,khd->hqk", q[rows].float(), keys) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        query_at = torch.arange(first_query, context_len, device=q.device)[:, None]
-        key_at = torch.arange(first_key, context_len, device=q.device)
-        visible = key_at <= query_at  # [queries, keys]
-        if batch.window is not None:
-            visible &= key_at > query_at - batch.window
-        found.append((first_key, scores.masked_fill(~visible, float("-inf")).softmax(-1), values))
-    return found
+        hidden = ~batch.visible(batch.num_queries(i), len(slots))
+        yield rows, first_key, scores.masked_fill(hidden, float("-inf")).softmax(-1), values
 
 
 @triton.jit(do_not_specialize=["stride_table", "stride_granule"])
@@ -146,9 +146,8 @@ def _paged_attention_kernel(
         q = q.to(tl.float16)  # int8 becomes float16 far faster than bfloat16 or float32
     kv_ptr += kv_head * HEAD_DIM
     table_ptr += table_row.to(tl.int64) * stride_table
-    granule_lse_ptrs = None
     if granule_lse_ptr is not None:
-        granule_lse_ptrs = granule_lse_ptr + (token * NUM_HEADS + head) * stride_granule
+        granule_lse_ptr += (token * NUM_HEADS + head) * stride_granule  # [ROWS]
 
     m = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -158,7 +157,7 @@ def _paged_attention_kernel(
         start = tl.multiple_of(start, TILE)
         following = table_entries(table_ptr, start + TILE, full_end, BLOCK_SIZE, TILE)
         m, total, acc = attend_to_tile(
-            q, (m, total, acc), start, entries, kv_ptr, scales_ptr, granule_lse_ptrs, is_row, positions, kv_begin,
+            q, (m, total, acc), start, entries, kv_ptr, scales_ptr, granule_lse_ptr, is_row, positions, kv_begin,
             kv_end, score_scale, softcap, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, WINDOW, HAS_SOFTCAP, TILE,
             PRECISION, False,
         )  # fmt: skip
@@ -170,7 +169,7 @@ def _paged_attention_kernel(
         start = tl.multiple_of(start, TILE)
         entries = tl.maximum(table_entries(table_ptr, start, kv_end, BLOCK_SIZE, TILE), 0)  # -1: slid out of view
         m, total, acc = attend_to_tile(
-            q, (m, total, acc), start, entries, kv_ptr, scales_ptr, granule_lse_ptrs, is_row, positions, kv_begin,
+            q, (m, total, acc), start, entries, kv_ptr, scales_ptr, granule_lse_ptr, is_row, positions, kv_begin,
             kv_end, score_scale, softcap, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, WINDOW, HAS_SOFTCAP, TILE,
             PRECISION, True,
         )  # fmt: skip
@@ -230,16 +229,14 @@ def attend(
     num_kv_heads = layer_cache.kv.shape[3]
     architecture = launch_table.architecture(q.device)
     out = q.new_empty(q.shape)
-    part_out, part_lse = work.partials(num_heads, head_dim)
+    partials = work.partials(num_heads, head_dim)
     for tile, items in work.launches():
         _paged_attention_kernel[(len(items), num_kv_heads)](
             q,
-            layer_cache.kv,
-            layer_cache.scales,
+            *layer_cache,
             out,
             lse,
-            part_out,
-            part_lse,
+            *partials,
             granule_lse,
             items,
             work.tokens,
@@ -266,5 +263,5 @@ def attend(
             **launch_table.compile_options(architecture, tile.registers),
         )
     if work.num_parts:
-        merge_partials_triton(part_out, part_lse, work.parts, out, lse)
+        merge_partials_triton(*partials, work.parts, out, lse)
     return out

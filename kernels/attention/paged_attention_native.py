@@ -10,7 +10,7 @@ all that they see (`attention_bf16.cpp`). Otherwise prompts go through `paged_at
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
@@ -19,9 +19,8 @@ from torch import Tensor
 from minirksc.errors import ConfigError
 from minirksc.kernels.attention.batch import AttentionBatch
 from minirksc.kernels.attention.paged_attention_torch import (
-    Attend,
+    LayerAttention,
     Prefill,
-    Slots,
     attend_prefills,
     find_prefills,
     paged_attention_torch,
@@ -142,8 +141,8 @@ def paged_attention_native(
     if plan.prefills:
         if not is_rows(kv, q.dtype, len(q), 2, layer_cache.kv.shape[3], head_dim):
             raise refused("kv", kv, f"[{len(q)}, 2, {layer_cache.kv.shape[3]}, {head_dim}] {q.dtype} of the CPU")
-        cache = Slots.of(layer_cache, q.dtype)
-        attend_prefills(out, q, kv, cache, batch, plan.prefills, Attend(scale, softcap))
+        layer = LayerAttention.of(layer_cache, q.dtype, scale, softcap)
+        attend_prefills(out, q, kv, layer, batch, plan.prefills)
     if plan.has_rows:
         attend_rows(q, layer_cache, out, plan.table(num_heads, head_dim), batch.window, scale, softcap)
     return out
@@ -245,32 +244,29 @@ def _plan(
     pieces: list[tuple[int, ...]] = []
     runs: list[Run] = []
     rows = list(decode.rows)
-    parts: list[list[int]] = [[] for _ in rows]
-    num_results = 0
     # The longest first: a thread that computes a short one last lets the others wait less.
     for tile in sorted(tiles, key=lambda tile: tile.first_key - tile.first_query):
         place, run = len(rows), len(runs)
         rows += range(tile.begin, tile.begin + tile.num_queries)
         runs += tile.runs(tile.first_key, tile.first_query + tile.num_queries)
         pieces.append((place, len(rows), run, len(runs), -1, tile.first_key, tile.first_query))
-    cut = list(_pieces(decode))
-    num_pieces = [0] * len(decode.rows)
-    for begin, end, _ in cut:
-        for place in range(begin, end):
-            num_pieces[place] += 1
-    for begin, end, piece in cut:
-        is_all = end - begin == 1 and num_pieces[begin] == 1
-        row = -1 - num_results if is_all else num_results
-        pieces.append((begin, end, len(runs), len(runs) + len(piece), row, 0, -1))
-        runs += piece
-        if not is_all:
-            for place in range(begin, end):
-                parts[place].append(num_results + place - begin)
-        num_results += end - begin
-    part_begins = [0]
-    for some in parts:
-        part_begins.append(part_begins[-1] + len(some))
-    part_begins += [part_begins[-1]] * (len(rows) - len(parts))
+    # Places [begin, end) and what they read: what many read first, as the largest pieces of work.
+    reads = [(segment.row_begin, segment.row_end, shared) for segment, shared in decode.shared]
+    reads += [(place, place + 1, own) for place, own in enumerate(decode.own)]
+    parts: list[list[int]] = [[] for _ in rows]
+    num_results = 0
+    for begin, end, read in reads:
+        cut = list(_cut(read))
+        is_all = end - begin == len(cut) == 1 and not parts[begin]
+        for piece in cut:
+            row = -1 - num_results if is_all else num_results
+            pieces.append((begin, end, len(runs), len(runs) + len(piece), row, 0, -1))
+            runs += piece
+            if not is_all:
+                for place in range(begin, end):
+                    parts[place].append(num_results + place - begin)
+            num_results += end - begin
+    part_begins = [0, *accumulate(map(len, parts))]
     read = [*runs, *chain(*(prefill.past for prefill in prefills if isinstance(prefill.past, list)))]
     # One tensor for all of them: each costs microseconds.
     lists = rows, [*chain(*pieces)], [*chain(*runs)], part_begins, [*chain(*parts)]
@@ -286,16 +282,6 @@ def _plan(
         num_tokens=batch.cu_seqlens_q[-1],
         slots=(min(read, default=(0, 0))[0], max(map(sum, read), default=0)),
     )
-
-
-def _pieces(decode: DecodeReads) -> Iterator[tuple[int, int, list[Run]]]:
-    """(places [begin, end), what they read), the largest pieces of work first."""
-    for segment, runs in decode.shared:
-        for piece in _cut(runs):
-            yield segment.row_begin, segment.row_end, piece
-    for place, runs in enumerate(decode.own):
-        for piece in _cut(runs):
-            yield place, place + 1, piece
 
 
 def _cut(runs: Sequence[Run]) -> Iterator[list[Run]]:

@@ -71,16 +71,14 @@ class AttentionPlan:
 
     Attributes:
         prefills: sequences with several query tokens.
-        num_decode: number of places.
-        rows: `[num_decode]` int64, batch row of each place; None: place i is row i, and there are no prefills.
+        rows: `[places]` int64, batch row of each place; None: place i is row i, and there are no prefills.
         shared: segments, and where their keys are.
-        own: keys of all places, in their order.
+        own: keys of all places, in their order; empty where there are no places.
         own_ranges: positions [begin, end) of these, of each place.
         gathered: `[slots, 2, num_kv_heads, head_dim]`, the cache's dtype, a buffer for all layers; None: not yet made.
     """
 
     prefills: list[Prefill]
-    num_decode: int
     rows: Tensor | None
     shared: list[tuple[Segment, Keys]]
     own: list[OwnKeys]
@@ -93,56 +91,57 @@ def paged_attention_torch(
 ) -> Tensor:
     """The same in few large calls; arguments and result as in `paged_attention_reference`."""
     plan = batch.plan("torch", make_plan)
-    attend = Attend(scale, softcap)
-    cache = Slots.of(layer_cache, q.dtype)
+    layer = LayerAttention.of(layer_cache, q.dtype, scale, softcap)
     if plan.rows is None:
-        return decode(q, cache, plan, attend)[0]
+        return decode(q, layer, plan)[0]
     out = torch.empty_like(q)
-    attend_prefills(out, q, kv, cache, batch, plan.prefills, attend)
-    if plan.num_decode:
-        out[plan.rows] = decode(q[plan.rows], cache, plan, attend)[0]
+    attend_prefills(out, q, kv, layer, batch, plan.prefills)
+    if plan.own:
+        out[plan.rows] = decode(q[plan.rows], layer, plan)[0]
     return out
 
 
 @dataclass(frozen=True, slots=True)
-class Slots:
-    """The cache slot by slot, read in the dtype of the queries."""
+class LayerAttention:
+    """Attention of one layer, whose cache is read slot by slot in the dtype of the queries.
 
-    kv: Tensor  # [slots, 2, num_kv_heads, head_dim]
-    scales: Tensor | None  # [slots, 2, num_kv_heads]
+    Attributes:
+        kv: `[slots, 2, num_kv_heads, head_dim]`.
+        scales: `[slots, 2, num_kv_heads]`; None where kv is not int8.
+        dtype: type of the queries.
+        scale: factor of the scores.
+        softcap: bound of the scores; None for none.
+    """
+
+    kv: Tensor
+    scales: Tensor | None
     dtype: torch.dtype
+    scale: float
+    softcap: float | None
 
     @staticmethod
-    def of(cache: LayerCache, dtype: torch.dtype) -> "Slots":
-        """The slots of a layer's cache."""
-        return Slots(cache.kv.flatten(0, 1), None if cache.scales is None else cache.scales.flatten(0, 1), dtype)
+    def of(cache: LayerCache, dtype: torch.dtype, scale: float, softcap: float | None) -> "LayerAttention":
+        """The attention of a layer that has this cache."""
+        scales = None if cache.scales is None else cache.scales.flatten(0, 1)
+        return LayerAttention(cache.kv.flatten(0, 1), scales, dtype, scale, softcap)
 
-    def keys(self) -> "Slots":
+    def keys(self) -> "LayerAttention":
         """The same without the values: `[slots, 1, num_kv_heads, head_dim]`."""
-        return Slots(self.kv[:, :1], None if self.scales is None else self.scales[:, :1], self.dtype)
+        scales = None if self.scales is None else self.scales[:, :1]
+        return LayerAttention(self.kv[:, :1], scales, self.dtype, self.scale, self.softcap)
 
     def run(self, begin: int, length: int) -> Tensor:
-        """Consecutive ones, `[length, 2, num_kv_heads, head_dim]`; not a copy, unless it is int8."""
+        """Consecutive slots, `[length, 2, num_kv_heads, head_dim]`; not a copy, unless it is int8."""
         end = begin + length
         return multiply_out(self.kv[begin:end], None if self.scales is None else self.scales[begin:end], self.dtype)
 
     def gather(self, slots: Tensor, out: Tensor | None = None) -> Tensor:
-        """Any, `[slots, 2, num_kv_heads, head_dim]`; `out` takes the cache's own numbers."""
+        """Any slots, `[slots, 2, num_kv_heads, head_dim]`; `out` takes the cache's own numbers."""
         kv = torch.index_select(self.kv, 0, slots, out=out)
         return multiply_out(kv, None if self.scales is None else self.scales.index_select(0, slots), self.dtype)
 
-
-@dataclass(frozen=True, slots=True)
-class Attend:
-    """Attention over keys that are given, with the log-sum-exp of the scores."""
-
-    scale: float
-    softcap: float | None
-
-    def __call__(
-        self, q: Tensor, kv: Tensor, causal: bool = False, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Computes it.
+    def over(self, q: Tensor, kv: Tensor, causal: bool = False, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Attention over keys that are given, with the log-sum-exp of the scores.
 
         Args:
             q: `[batch, queries, num_heads, head_dim]`.
@@ -169,7 +168,7 @@ class Attend:
 
 
 def _softcapped(q: Tensor, kv: Tensor, scale: float, softcap: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As `Attend`, by plain matrix products: the flash kernel has no place for the cap."""
+    """As `LayerAttention.over`, by plain matrix products: the flash kernel has no place for the cap."""
     batch, num_queries, num_heads, _ = q.shape
     num_kv_heads = kv.shape[3]
     grouped = q.reshape(batch, num_queries, num_kv_heads, -1, q.shape[-1]).permute(0, 2, 3, 1, 4)
@@ -186,54 +185,46 @@ def _softcapped(q: Tensor, kv: Tensor, scale: float, softcap: float, mask: Tenso
     return out.flatten(2, 3), lse.permute(0, 3, 1, 2).reshape(batch, num_queries, num_heads)
 
 
-def _over_keys(q: Tensor, cache: Slots, keys: Keys, attend: Attend) -> tuple[Tensor, Tensor]:
+def _over_keys(q: Tensor, layer: LayerAttention, keys: Keys) -> tuple[Tensor, Tensor]:
     """Attention of q `[queries, num_heads, head_dim]`, all of which see all of the keys.
 
     Returns:
         (out `[queries, num_heads, head_dim]`, lse `[queries, num_heads]`).
     """
     if isinstance(keys, Tensor):
-        out, lse = attend(q[None], cache.gather(keys)[None])
+        out, lse = layer.over(q[None], layer.gather(keys)[None])
         return out[0], lse[0]
-    first, *others = (cache.run(*run)[None] for run in keys)
-    out, lse = attend(q[None], first)
+    first, *others = (layer.run(*run)[None] for run in keys)
+    out, lse = layer.over(q[None], first)
     for other in others:
-        merge_into(out, lse, *attend(q[None], other))
+        merge_into(out, lse, *layer.over(q[None], other))
     return out[0], lse[0]
 
 
 def attend_prefills(
-    out: Tensor,
-    q: Tensor,
-    kv: Tensor,
-    cache: Slots,
-    batch: AttentionBatch,
-    prefills: Sequence[Prefill],
-    attend: Attend,
+    out: Tensor, q: Tensor, kv: Tensor, layer: LayerAttention, batch: AttentionBatch, prefills: Sequence[Prefill]
 ) -> None:
     """Fills in the rows of `out` that are prefills'; q, kv and out are the batch's."""
     for prefill in prefills:
         rows = slice(prefill.reads.begin, prefill.reads.begin + prefill.reads.num_queries)
-        if prefill.reads.is_cut or attend.softcap is not None:
-            out[rows] = _prefill_in_tiles(q[rows], kv[rows], cache, batch, prefill, attend)
+        if prefill.reads.is_cut or layer.softcap is not None:
+            out[rows] = _prefill_in_tiles(q[rows], kv[rows], layer, batch, prefill)
         else:
-            out[rows] = _prefill(q[rows], kv[rows], cache, prefill, attend)
+            out[rows] = _prefill(q[rows], kv[rows], layer, prefill)
 
 
-def _prefill(q: Tensor, kv: Tensor, cache: Slots, prefill: Prefill, attend: Attend) -> Tensor:
+def _prefill(q: Tensor, kv: Tensor, layer: LayerAttention, prefill: Prefill) -> Tensor:
     """New tokens of one sequence: causal among themselves, all of the past visible."""
-    out, lse = attend(q[None], kv[None], causal=True)
+    out, lse = layer.over(q[None], kv[None], causal=True)
     if prefill.reads.num_past:
-        merge_into(out[0], lse[0], *_over_keys(q, cache, prefill.past, attend))
+        merge_into(out[0], lse[0], *_over_keys(q, layer, prefill.past))
     return out[0]
 
 
-def _prefill_in_tiles(
-    q: Tensor, kv: Tensor, cache: Slots, batch: AttentionBatch, prefill: Prefill, attend: Attend
-) -> Tensor:
+def _prefill_in_tiles(q: Tensor, kv: Tensor, layer: LayerAttention, batch: AttentionBatch, prefill: Prefill) -> Tensor:
     """The same with a window or a soft cap: each tile of queries over the keys that some of them see."""
     past, num_past = prefill.past, prefill.reads.num_past
-    parts = [cache.gather(past)] if isinstance(past, Tensor) else [cache.run(*run) for run in past]
+    parts = [layer.gather(past)] if isinstance(past, Tensor) else [layer.run(*run) for run in past]
     keys = torch.cat([*parts, kv]) if num_past else kv  # [num_past + queries, 2, num_kv_heads, head_dim]
     out = torch.empty_like(q)
     for begin in range(0, len(q), TILE):
@@ -241,55 +232,52 @@ def _prefill_in_tiles(
         first = batch.first_visible(num_past + begin)
         shape = end - begin, num_past + end - first
         mask = batch.plan(("torch mask", *shape), partial(_tile_mask, *shape))
-        tile, _ = attend(q[None, begin:end], keys[None, first : num_past + end], mask=mask)
+        tile, _ = layer.over(q[None, begin:end], keys[None, first : num_past + end], mask=mask)
         out[begin:end] = tile[0]
     return out
 
 
 def _tile_mask(num_queries: int, num_keys: int, batch: AttentionBatch) -> Tensor:
     """`[1, 1, queries, keys]` of 0 and -inf: the last query is at the last key."""
-    key_at = torch.arange(num_keys, device=batch.device)
-    query_at = torch.arange(num_keys - num_queries, num_keys, device=batch.device)[:, None]
-    visible = (key_at <= query_at) & (key_at > query_at - (batch.window or num_keys))
+    visible = batch.visible(num_queries, num_keys)
     return torch.zeros(visible.shape, device=batch.device).masked_fill_(~visible, float("-inf"))[None, None]
 
 
-def decode(q: Tensor, cache: Slots, plan: AttentionPlan, attend: Attend) -> tuple[Tensor, Tensor]:
+def decode(q: Tensor, layer: LayerAttention, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
     """One query a place: what each reads alone, then what it shares.
 
     Args:
-        q: `[num_decode, num_heads, head_dim]`.
-        cache: keys and values of the layer.
+        q: `[places, num_heads, head_dim]`.
+        layer: attention of the layer.
         plan: plan of the batch.
-        attend: attention with the layer's scale and soft cap.
 
     Returns:
-        (out `[num_decode, num_heads, head_dim]`, lse `[num_decode, num_heads]` float32).
+        (out `[places, num_heads, head_dim]`, lse `[places, num_heads]` float32).
     """
-    parts = [_over_own_keys(q[own.begin : own.end], cache, own, plan, attend) for own in plan.own]
+    parts = [_over_own_keys(q[own.begin : own.end], layer, own, plan) for own in plan.own]
     outs, lses = zip(*parts, strict=True)
     out, lse = parts[0] if len(parts) == 1 else (torch.cat(outs), torch.cat(lses))
     for segment, keys in plan.shared:
         places = slice(segment.row_begin, segment.row_end)
-        merge_into(out[places], lse[places], *_over_keys(q[places], cache, keys, attend))
+        merge_into(out[places], lse[places], *_over_keys(q[places], layer, keys))
     return out, lse
 
 
-def _over_own_keys(q: Tensor, cache: Slots, own: OwnKeys, plan: AttentionPlan, attend: Attend) -> tuple[Tensor, Tensor]:
+def _over_own_keys(q: Tensor, layer: LayerAttention, own: OwnKeys, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
     """Attention of q `[places, num_heads, head_dim]`, each over its own keys; as `_over_keys`."""
     num_rows, num_heads, head_dim = q.shape
     if num_rows == 1:
-        return _over_keys(q, cache, own.keys, attend)
+        return _over_keys(q, layer, own.keys)
     assert isinstance(own.keys, Tensor)
-    shape = cache.kv.shape[1:]  # (2, num_kv_heads, head_dim)
+    shape = layer.kv.shape[1:]  # (2, num_kv_heads, head_dim)
     if plan.gathered is None or plan.gathered.shape[1:] != shape:
         # One buffer for all layers of a shape: a fresh one each would cost its page faults.
         longest = max(len(one.keys) for one in plan.own if one.end - one.begin > 1)
-        plan.gathered = cache.kv.new_empty(longest, *shape)
-    kv = cache.gather(own.keys, out=plan.gathered[: len(own.keys)]).view(num_rows, -1, *shape)
+        plan.gathered = layer.kv.new_empty(longest, *shape)
+    kv = layer.gather(own.keys, out=plan.gathered[: len(own.keys)]).view(num_rows, -1, *shape)
     # The heads of a group become queries of their KV head: their keys are then read once.
     packed = q.view(num_rows, shape[1], -1, head_dim).transpose(1, 2)
-    out, lse = attend(packed, kv, mask=own.mask)  # [rows, group, num_kv_heads, head_dim]
+    out, lse = layer.over(packed, kv, mask=own.mask)  # [rows, group, num_kv_heads, head_dim]
     return (
         out.transpose(1, 2).reshape(num_rows, num_heads, head_dim),
         lse.transpose(1, 2).reshape(num_rows, num_heads),
@@ -303,13 +291,9 @@ def make_plan(batch: AttentionBatch) -> AttentionPlan:
     in_order = not prefills and decode.rows == list(range(len(decode.rows)))
     return AttentionPlan(
         prefills=find_prefills(prefills, device),
-        num_decode=len(decode.rows),
         rows=None if in_order else torch.tensor(decode.rows, dtype=torch.int64, device=device),
         shared=[(segment, _keys(runs, device)) for segment, runs in decode.shared],
-        own=[
-            _own_keys(decode.own, begin, end, device)
-            for begin, end in _groups([_num_keys(runs) for runs in decode.own])
-        ],
+        own=[_own_keys(decode.own, begin, end, device) for begin, end in _groups(decode.own)],
         own_ranges=decode.own_ranges,
     )
 
@@ -326,16 +310,16 @@ def _keys(runs: list[Run], device: torch.device) -> Keys:
     return torch.tensor([slot for begin, n in runs for slot in range(begin, begin + n)], device=device)
 
 
-def _groups(lens: Sequence[int]) -> list[tuple[int, int]]:
-    """Places [begin, end) whose own keys, so many each, are gathered together."""
+def _groups(own: list[list[Run]]) -> list[tuple[int, int]]:
+    """Places [begin, end) whose own keys are gathered together."""
     groups: list[tuple[int, int]] = []
     begin, longest = 0, 0
-    for place, length in enumerate(lens):
+    for place, length in enumerate(map(_num_keys, own)):
         longest = max(longest, length)
         if longest * (place + 1 - begin) > MAX_GATHER_TOKENS and place > begin:
             groups.append((begin, place))
             begin, longest = place, length
-    return [*groups, (begin, len(lens))] if lens else []
+    return [*groups, (begin, len(own))] if own else []
 
 
 def _own_keys(own: list[list[Run]], begin: int, end: int, device: torch.device) -> OwnKeys:

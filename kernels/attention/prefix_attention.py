@@ -70,18 +70,15 @@ def shared_segments(
         start = begin
         while start < end:
             table = tables[order[start]]
-            stop = start + 1
-            if column < len(table):
-                # Sorted rows: those that agree on this column are neighbours.
-                while stop < end and tables[order[stop]][column : column + 1] == [table[column]]:
-                    stop += 1
+            block, stop = table[column : column + 1], start + 1
+            # Sorted rows: those that agree on this column are neighbours.
+            while block and stop < end and tables[order[stop]][column : column + 1] == block:
+                stop += 1
             if stop - start > 1:
                 # In sorted order the first and the last row have the shortest common prefix of all.
                 common = common_prefix_len(table, tables[order[stop - 1]])
-                is_long = common - column >= MIN_SHARED_BLOCKS
-                if is_long:
+                if common - column >= MIN_SHARED_BLOCKS:
                     segments.append(Segment(start, stop, column, common))
-                if is_long or common == column:
                     descend(start, stop, common)
             start = stop
 
@@ -114,26 +111,12 @@ def own_ranges(
     return [*ranges, (begin, context_len)]
 
 
-class SharedReads(NamedTuple):
-    """What sequences with few new tokens read, together and alone.
-
-    Attributes:
-        order: indices of the sequences in the batch, those that share side by side; a place is an index into this.
-        segments: runs of blocks that neighbouring places read together.
-        own: positions [begin, end) that each place reads alone; never nothing.
-    """
-
-    order: list[int]
-    segments: list[Segment]
-    own: list[list[tuple[int, int]]]
-
-
 def find_shared(
     batch: AttentionBatch,
     sequences: Sequence[int],
     is_worth: Callable[[Segment, Sequence[int]], bool] = lambda segment, order: True,
-) -> SharedReads:
-    """Finds what sequences of a batch share, so that it is read once.
+) -> tuple[list[int], list[Segment], list[list[tuple[int, int]]]]:
+    """Finds what sequences with few new tokens share, so that it is read once.
 
     The block that holds the first of its new tokens stays a sequence's own, so that each has keys of its own.
 
@@ -141,6 +124,11 @@ def find_shared(
         batch: places of queries and keys.
         sequences: indices of the sequences.
         is_worth: whether a segment, of places in this order, is to be read once.
+
+    Returns:
+        (order, segments, own): indices of the sequences in the batch, those that share side by side, a place being an
+        index into this; runs of blocks that neighbouring places read together; positions [begin, end) that each place
+        reads alone, never nothing.
     """
     size = batch.block_size
     firsts = {i: batch.context_lens[i] - batch.num_queries(i) for i in sequences}  # positions of the first queries
@@ -155,7 +143,7 @@ def find_shared(
         own_ranges(place, batch.first_visible(firsts[i]), batch.context_lens[i], segments, size)
         for place, i in enumerate(order)
     ]
-    return SharedReads(order, segments, own)
+    return order, segments, own
 
 
 def is_worth_sharing(group: int, *, num_sequences: int, num_queries: int, num_keys: int, kv_itemsize: int) -> bool:

@@ -85,11 +85,9 @@ def find_reads(batch: AttentionBatch) -> tuple[list[PrefillReads], DecodeReads]:
         room = min(len(batch.block_tables[i]), len(batch.kv_tables[i])) * size
         if not 0 <= begin <= end <= begin + context_len <= begin + room:
             raise ConfigError(f"sequence {i} has {end - begin} new of {context_len} tokens in blocks for {room}")
-        if end == begin:
-            continue
         if end - begin == 1:
             decode.append(i)
-        else:
+        elif end > begin:
             first_query = context_len - (end - begin)
             first_key = batch.first_visible(first_query)
             is_cut = batch.first_visible(context_len - 1) > first_key

@@ -13,12 +13,12 @@ Decode rows, the shared prefixes of a reasoning tree, chunks of prompts and whol
 Made once a step, on the host, from what the scheduler knows; all layers of a shape use it.
 """
 
-from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,7 +99,7 @@ class WorkList:
     parts: Tensor
     table: Tensor
     num_parts: int
-    _partials: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    _partials: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
 
     def launches(self) -> list[tuple[AttentionTile, Tensor]]:
         """How which items are computed; a launch each."""
@@ -163,9 +163,8 @@ class StaticWorkList:
         It has room for a partial at least: the merge is what gives padding its zeros.
         """
         num_items = padded_size(work.num_short)
-        return WorkList(
-            tile=work.tile,
-            prefill_tile=None,
+        return replace(
+            work,
             items=self._items[:num_items],
             num_short=num_items,
             tokens=self._tokens[:num_rows],
@@ -234,16 +233,32 @@ class _Builder:
         )
 
     def build(self, device: torch.device) -> WorkList:
-        most = max(
-            1, max_short_rows(self.shape.head_dim, product_dtype(self.shape.dtype, self.shape.kv_dtype)) // self.group
-        )
-        sequences = [i for i in range(len(self.batch.context_lens)) if self.batch.num_queries(i) > 0]
-        short = [i for i in sequences if self.batch.num_queries(i) <= most]
-        long = [i for i in sequences if self.batch.num_queries(i) > most]
+        batch, shape = self.batch, self.shape
+        most = max(1, max_short_rows(shape.head_dim, product_dtype(shape.dtype, shape.kv_dtype)) // self.group)
+        sequences = [i for i in range(len(batch.context_lens)) if batch.num_queries(i) > 0]
+        short = [i for i in sequences if batch.num_queries(i) <= most]
+        long = [i for i in sequences if batch.num_queries(i) > most]
         tile = self._add_short(short, most) if short else None
         num_short = len(self.items)
         prefill_tile = self._add_long(long) if long else None
-        return self._to_tensors(tile, prefill_tile, num_short, device)
+
+        def tensor(values: object) -> Tensor:
+            # Nested lists take torch.tensor four times as long, and contexts are long.
+            return torch.from_numpy(np.array(values, dtype=np.int32)).to(device)
+
+        width = max(map(len, batch.kv_tables), default=0)
+        table = [[*blocks, *[-1] * (width - len(blocks))] for blocks in batch.kv_tables]
+        return WorkList(
+            tile=tile,
+            prefill_tile=prefill_tile,
+            items=tensor(self.items).view(-1, ITEM_FIELDS),
+            num_short=num_short,
+            tokens=tensor(self.tokens),
+            positions=tensor(self.positions),
+            parts=tensor(self.parts).view(-1, 2),
+            table=tensor(table).view(len(table), width),
+            num_parts=self.num_parts,
+        )
 
     def _tile(self, rows: int | None) -> AttentionTile:
         s = self.shape
@@ -263,22 +278,29 @@ class _Builder:
         sequences, segments, own = find_shared(self.batch, sequences, self._is_worth)
         places = [self._place(i) for i in sequences]
         places.append(len(self.tokens))
-        most_queries = max(self.batch.num_queries(i) for i in sequences)
-        most_sharing = max((places[s.row_end] - places[s.row_begin] for s in segments), default=0)
-        tile = self._tile(self.group * min(max(most_queries, most_sharing), most))
-        num_parts = [0] * len(sequences)
-        for segment in segments:
-            self._add_segment(segment, sequences, places, num_parts, tile)
-        for place, i in enumerate(sequences):
-            ranges = [piece for begin, end in own[place] for piece in self._pieces(begin, end)]
-            total = num_parts[place] + len(ranges)
-            for part, (begin, end) in enumerate(ranges, start=num_parts[place]):
-                self._add(places[place], self.batch.num_queries(i), i, begin, end, -1 if total == 1 else part, tile)
-            if total > 1:
-                row = self.batch.cu_seqlens_q[i]
-                for token in range(row, row + self.batch.num_queries(i)):
-                    self.parts[token] = (self.num_parts, total)
-                    self.num_parts += total
+        size = self.batch.block_size
+        # Sequences [begin, end) of this order, and the positions [begin, end) that they read together.
+        reads = [(s.row_begin, s.row_end, s.block_begin * size, s.block_end * size) for s in segments]
+        reads += [(i, i + 1, *positions) for i, ranges in enumerate(own) for positions in ranges]
+        most_queries = max(places[end] - places[begin] for begin, end, *_ in reads)
+        tile = self._tile(self.group * min(most_queries, most))
+        step = tile.rows // self.group
+        counts = [0] * len(sequences)  # partials of each query
+        for begin, end, *positions in reads:
+            pieces = self._pieces(*positions)
+            is_all = end - begin == len(pieces) == 1 and not counts[begin]
+            # All sharers of a run share the outer runs too, so that its partials have one number.
+            for part, (kv_begin, kv_end) in enumerate(pieces, start=counts[begin]):
+                for place in range(places[begin], places[end], step):
+                    n = min(step, places[end] - place)
+                    self._add(place, n, sequences[begin], kv_begin, kv_end, -1 if is_all else part, tile)
+            for i in range(begin, end):
+                counts[i] += len(pieces)
+        for count, begin, end in zip(counts, places, places[1:], strict=False):
+            if count > 1:
+                for token in self.tokens[begin:end]:
+                    self.parts[token] = (self.num_parts, count)
+                    self.num_parts += count
         return tile
 
     def _is_worth(self, segment: Segment, order: Sequence[int]) -> bool:
@@ -289,21 +311,6 @@ class _Builder:
             num_keys=(segment.block_end - segment.block_begin) * self.batch.block_size,
             kv_itemsize=self.shape.kv_dtype.itemsize,
         )
-
-    def _add_segment(
-        self, segment: Segment, sequences: list[int], places: list[int], num_parts: list[int], tile: AttentionTile
-    ) -> None:
-        """Items of one shared run. All its sharers share the outer runs too, so that its partials have one number."""
-        size = self.batch.block_size
-        begin, end = places[segment.row_begin], places[segment.row_end]
-        step = tile.rows // self.group
-        pieces = self._pieces(segment.block_begin * size, segment.block_end * size)
-        for part, (kv_begin, kv_end) in enumerate(pieces, start=num_parts[segment.row_begin]):
-            for place in range(begin, end, step):
-                n = min(step, end - place)
-                self._add(place, n, sequences[segment.row_begin], kv_begin, kv_end, part, tile)
-        for row in range(segment.row_begin, segment.row_end):
-            num_parts[row] += len(pieces)
 
     def _add_long(self, sequences: list[int]) -> AttentionTile:
         """Tiles of queries, longest first: the last ones of a causal prompt have the most keys."""
@@ -333,35 +340,3 @@ class _Builder:
         if full_begin > full_end:
             full_begin = full_end = kv_begin // size * size
         self.items.append(Item(place, num_places, sequence, kv_begin, kv_end, full_begin, full_end, part))
-
-    def _to_tensors(
-        self, tile: AttentionTile | None, prefill_tile: AttentionTile | None, num_short: int, device: torch.device
-    ) -> WorkList:
-        batch = self.batch
-
-        def tensor(values: object) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=device)
-
-        width = max((len(table) for table in batch.kv_tables), default=0)
-        table = array("i")  # nested lists take torch three times as long, and contexts are long
-        for row in batch.kv_tables:
-            table.extend(array("i", row))
-            table.extend(array("i", [-1]) * (width - len(row)))
-        return WorkList(
-            tile=tile,
-            prefill_tile=prefill_tile,
-            items=tensor(self.items).view(-1, ITEM_FIELDS),
-            num_short=num_short,
-            tokens=tensor(self.tokens),
-            positions=tensor(self.positions),
-            parts=tensor(self.parts).view(-1, 2),
-            table=_from_array(table, device).view(len(batch.kv_tables), width),
-            num_parts=self.num_parts,
-        )
-
-
-def _from_array(numbers: "array[int]", device: torch.device) -> Tensor:
-    """`[numbers]` int32."""
-    if not numbers:  # which torch.frombuffer refuses
-        return torch.empty(0, dtype=torch.int32, device=device)
-    return torch.frombuffer(numbers, dtype=torch.int32).to(device)

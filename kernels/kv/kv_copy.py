@@ -133,18 +133,16 @@ def copy_rotated_reference(cache: LayerCache, sources: Tensor, destinations: Ten
 def copy_rotated_torch(cache: LayerCache, sources: Tensor, destinations: Tensor, rope: RopeTables | None) -> None:
     """The same in one gather and one scatter, in float32."""
     kv = read_slots(cache.kv, sources)  # [tokens, 2, num_kv_heads, head_dim]
-    tables = None if rope is None else [table.float() for table in rope]
-    if cache.scales is not None:
-        scales = cache.scales.flatten(0, 1)[sources]  # [tokens, 2, num_kv_heads]
-        if tables is not None:
-            keys = multiply_out(kv[:, 0], scales[:, 0], torch.float32)
-            rope_torch(keys, *tables)
+    scales = None if cache.scales is None else cache.scales.flatten(0, 1)[sources]  # [tokens, 2, num_kv_heads]
+    if rope is not None:
+        keys = multiply_out(kv[:, 0], None if scales is None else scales[:, 0], torch.float32).float()
+        rope_torch(keys, *(table.float() for table in rope))
+        if scales is None:
+            kv[:, 0] = keys
+        else:
             kv[:, 0], scales[:, 0] = round_to_int8(keys)
+    if cache.scales is not None and scales is not None:
         cache.scales.flatten(0, 1).index_copy_(0, destinations.long(), scales)
-    elif tables is not None:
-        keys = kv[:, 0].float()
-        rope_torch(keys, *tables)
-        kv[:, 0] = keys
     write_slots(cache.kv, destinations, kv)
 
 
@@ -215,10 +213,9 @@ def copy_rotated_triton(cache: LayerCache, sources: Tensor, destinations: Tensor
     Raises:
         ConfigError: a dtype, a shape or a stride that the kernel cannot serve.
     """
-    kv, scales = cache
     check_cache(cache)
     cos, sin = (None, None) if rope is None else rope
-    tokens, (_, num_kv_heads, head_dim) = len(sources if cos is None else cos), kv.shape[2:]
+    tokens, (_, num_kv_heads, head_dim) = len(sources if cos is None else cos), cache.kv.shape[2:]
     check_slots("sources", sources, tokens)
     check_slots("destinations", destinations, tokens)
     if rope is not None:
@@ -228,8 +225,7 @@ def copy_rotated_triton(cache: LayerCache, sources: Tensor, destinations: Tensor
     heads = heads_of_program(head_dim, num_kv_heads)
     groups = triton.cdiv(num_kv_heads, heads)
     _copy_rotated_kernel[(tokens, 2 * groups)](
-        kv,
-        scales,
+        *cache,
         sources,
         destinations,
         cos,

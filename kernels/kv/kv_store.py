@@ -70,14 +70,12 @@ def kv_store_torch(qkv: Tensor, norms: HeadNorms, placement: Placement) -> None:
     num_heads, eps = norms.num_heads, norms.eps
     rope, query_growth, cache, slots = placement
     num_kv_heads = (qkv.shape[1] - num_heads) // 2
-    q, kv = qkv[:, :num_heads], qkv[:, num_heads:]
+    q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
     if norms.q_norm is not None:
         q.copy_(rms_norm_torch(q, norms.q_norm, eps))
     if norms.k_norm is not None and num_kv_heads:
-        k = kv[:, :num_kv_heads]
         k.copy_(rms_norm_torch(k, norms.k_norm, eps))
     if norms.v_norm and num_kv_heads:
-        v = kv[:, num_kv_heads:]
         v.copy_(rms_norm_torch(v, None, eps))
     if rope is not None:
         rope_torch(qkv[:, : num_heads + num_kv_heads], *rope)
@@ -86,7 +84,7 @@ def kv_store_torch(qkv: Tensor, norms: HeadNorms, placement: Placement) -> None:
     if cache is None:
         return
     slots = slots.long()
-    kv = kv.view(len(kv), 2, num_kv_heads, kv.shape[2])
+    kv = qkv[:, num_heads:].view(len(qkv), 2, num_kv_heads, qkv.shape[2])
     if cache.scales is not None:
         numbers, scales = round_to_int8(kv)
         kv.copy_(multiply_out(numbers, scales, kv.dtype))
@@ -299,8 +297,7 @@ def kv_store_triton(qkv: Tensor, norms: HeadNorms, placement: Placement) -> None
         cos,
         sin,
         query_growth,
-        None if cache is None else cache.kv,
-        None if cache is None else cache.scales,
+        *(cache or (None, None)),
         slots,
         eps,
         qkv.stride(0),

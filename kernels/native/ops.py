@@ -130,10 +130,9 @@ def gated_act_native(gate_up: Tensor, activation: str) -> Tensor:
         raise refused("gate_up", gate_up, "[tokens, 2 * intermediate] float32 or bfloat16 of the CPU")
     num_tokens, width = gate_up.shape
     out = gate_up.new_empty(num_tokens, width // 2)
-    if out.numel() == 0:
-        return out
-    kind = ACTIVATIONS.index(activation), is_bfloat16[gate_up.dtype]
-    native.gated_act(gate_up, out, num_tokens, width // 2, gate_up.stride(0), *kind)
+    if out.numel() > 0:
+        kind = ACTIVATIONS.index(activation), is_bfloat16[gate_up.dtype]
+        native.gated_act(gate_up, out, num_tokens, width // 2, gate_up.stride(0), *kind)
     return out
 
 

@@ -43,13 +43,19 @@ class PanelWeight:
         self._packed = packed
         self._shape = shape
 
-    def _unpacked(self, unpack: Callable[..., int], indices: Tensor) -> Tensor:
+    def rows(self, indices: Tensor) -> Tensor:
+        """These rows as they were given, `[indices]` int64 -> `[indices, in_features]`, of `dtype`.
+
+        Raises:
+            ConfigError: there is no such row.
+        """
         if not isinstance(indices, Tensor) or indices.dim() != 1 or not is_rows(indices, torch.int64, len(indices)):
             raise refused("indices", indices, "[indices] int64 of the CPU")
         out_features, in_features = self._shape
         indices = indices.contiguous()
         out = torch.empty(len(indices), in_features, dtype=self.dtype)
-        bad = unpack(self._packed, indices, out, *out.shape, out_features)
+        unpack = native.unpack_rows_bf16 if self.dtype == torch.bfloat16 else native.unpack_rows
+        bad: int = unpack(self._packed, indices, out, *out.shape, out_features)
         if bad >= 0:
             raise ConfigError(f"row {int(indices[bad])} is none of the matrix, which has 0 to {out_features - 1}")
         return out
@@ -76,14 +82,6 @@ class Bf16Weight(PanelWeight):
         packed = empty(-(-out_features // BF16_PANEL), in_features // 2, BF16_PANEL, dtype=torch.int32)
         native.pack_weight_bf16(weight.contiguous(), packed, out_features, in_features)
         return Bf16Weight(packed, (out_features, in_features))
-
-    def rows(self, indices: Tensor) -> Tensor:
-        """These rows as they were given, `[indices]` int64 -> `[indices, in_features]` bfloat16.
-
-        Raises:
-            ConfigError: there is no such row.
-        """
-        return self._unpacked(native.unpack_rows_bf16, indices)
 
     def __call__(self, x: Tensor, bias: Tensor | None, in_float32: bool = False) -> Tensor:
         """`[tokens, in_features]` bfloat16 -> x W^T + bias, `[tokens, out_features]`; on request as it is summed up.
@@ -114,14 +112,6 @@ class WidenedWeight(PanelWeight):
         packed = empty(-(-out_features // WIDENED_PANEL), in_features, WIDENED_PANEL // 2, dtype=torch.int32)
         is_exact = native.pack_weight(weight.contiguous(), packed, out_features, in_features)
         return WidenedWeight(packed, (out_features, in_features)) if is_exact else None
-
-    def rows(self, indices: Tensor) -> Tensor:
-        """These rows as they were given, `[indices]` int64 -> `[indices, in_features]` float32.
-
-        Raises:
-            ConfigError: there is no such row.
-        """
-        return self._unpacked(native.unpack_rows, indices)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`[tokens, in_features]` float32 -> x W^T + bias, `[tokens, out_features]`.
