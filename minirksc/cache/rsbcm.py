@@ -34,7 +34,6 @@ Source of the name and of the default priority: RKSC, arXiv 2606.09937, section 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import takewhile
 from typing import NamedTuple
 
 from minirksc.cache.claims import longer
@@ -91,8 +90,7 @@ class BlockManager(BlockTables):
             The copy of that block, if there is one. `num_tokens` then tells how much was adopted.
         """
         assert seq_id not in self._tables
-        table = Table(seq_id, salt, depth, awaited=self._awaited.pop(seq_id, []))
-        self._tables[seq_id] = table
+        table = self._tables[seq_id] = Table(seq_id, salt, depth, awaited=self._awaited.pop(seq_id, []))
         chain, partial, num_equal = self._find(token_ids if use_cache else [], salt)
         self._adopt(table, chain)
         copies = [] if partial is None else self._adopt_copy(table, partial, num_equal)
@@ -110,12 +108,12 @@ class BlockManager(BlockTables):
         Where the parent's table was taken back the child has none either: it waits for the same blocks.
         """
         assert child_id not in self._tables
+        if parent_id in self._awaited:
+            self._awaited[child_id] = self._awaited[parent_id]
         if parent_id not in self._tables:
-            if parent_id in self._awaited:
-                self._awaited[child_id] = self._awaited[parent_id]
             return
         parent = self._tables[parent_id]
-        child = replace(
+        child = self._tables[child_id] = replace(
             parent,
             seq_id=child_id,
             depth=parent.depth if depth is None else depth,
@@ -125,7 +123,6 @@ class BlockManager(BlockTables):
             digests=list(parent.digests),
             awaited=[],
         )
-        self._tables[child_id] = child
         for block_id in child.block_ids:
             self._pool.reference(self._pool[block_id])
 
@@ -142,8 +139,7 @@ class BlockManager(BlockTables):
                 self._awaited.pop(seq_id, None)
             return
         self._claim(table, returns)
-        # From the end, so that a cached leaf is older than its parent.
-        for block_id in reversed(table.block_ids):
+        for block_id in table.block_ids:
             self._pool.release(self._pool[block_id])
 
     def pin(self, seq_id: int) -> None:
@@ -289,8 +285,8 @@ class BlockManager(BlockTables):
         if returns:
             self._awaited[table.seq_id] = longer(table.awaited, table.digests)
         if table.seq_id in self._pinned:
-            indexed = takewhile(bool, (self._pool[block_id].digest for block_id in table.block_ids))
-            digests = [digest for digest in indexed if digest is not None]
+            blocks = map(self._pool.__getitem__, table.block_ids)
+            digests = [block.digest for block in blocks if block.digest is not None]
             self._pinned[table.seq_id] = longer(self._pinned[table.seq_id], digests)
 
     def _own_next(self, table: Table) -> list[BlockCopy]:
@@ -318,7 +314,7 @@ class BlockManager(BlockTables):
 
     def _append_block(self, table: Table) -> Block:
         """Adds an own block to the table; the caller knows that there is one."""
-        neighbour = table.block_ids[-1] + 1 if table.block_ids else None
+        neighbour = table.block_ids[-1] + 1 if table.block_ids else 0
         block = self._pool.take(neighbour, table.depth)
         table.block_ids.append(block.block_id)
         return block
@@ -330,8 +326,13 @@ class BlockManager(BlockTables):
     def _index_next(self, table: Table) -> None:
         """Indexes the table's next full block; where an equal one is indexed already, the table takes that one.
 
-        Its parent must be the indexed block of this very table: then what holds a block holds the whole chain before
-        it, and every cached block can be evicted once those after it are.
+        Two prompts that begin alike were computed side by side, with block_size 4:
+
+            7: tokens 0-3 in block [5], nothing equal is indexed    -> [5] is indexed
+            8: tokens 0-3 in block [9], [5] holds the same          -> table 8 lists [5], and [9] is free
+
+        So the blocks before it in this very table are the indexed ones, up to where the KV is approximate: what holds a
+        block holds the whole chain before it, and every cached block can be evicted once those after it are.
         """
         place, size = len(table.digests), self.block_size
         token_ids = tuple(table.token_ids[place * size : (place + 1) * size])
@@ -345,12 +346,10 @@ class BlockManager(BlockTables):
         lost = self._log.computed(digest)
         if lost is not None:
             block.depth = min(block.depth, lost.depth)  # the branch that computes it again says nothing of its place
-        if parent is not None and parent.digest != previous:
-            return
         if (equal := self._index.get(digest)) is None:
             self._index.insert(block, parent, digest, token_ids, table.salt)
             self._awaited.mark(block)
-        elif block.num_references == 1:
+        else:
             self._replace(table, place, equal)
 
     def _replace(self, table: Table, place: int, equal: Block) -> None:
@@ -370,8 +369,7 @@ class BlockManager(BlockTables):
 
     def _room(self) -> str:
         """How much room there is, for messages."""
-        num_evictable = self.num_cached - self.num_pinned
-        return f"{self.num_free} are free and {num_evictable} evictable of {self.num_blocks}"
+        return f"{self.num_free} are free and {len(self._pool.cached)} evictable of {self.num_blocks}"
 
     def _hold(self, block: Block) -> None:
         """One more table holds a block and sees it."""
