@@ -29,7 +29,7 @@ class Block:
         last_use, num_uses: clock and count of the times that a table took it.
         num_awaited: live sequences without a table that will need it again.
         num_pins: pinned sequences that held it when their table was last closed.
-        cached_at: age of the pool when the last table gave it up.
+        cached_at: age of the pool when the last table was freed that held it.
     """
 
     block_id: int

@@ -88,7 +88,7 @@ class BlockPool:
         self.cached.discard(block.block_id)
         self.pinned.discard(block.block_id)
 
-    def release(self, block: Block) -> None:
+    def unreference(self, block: Block) -> None:
         """One table holds it no more."""
         block.num_references -= 1
         if block.num_references:

@@ -26,6 +26,10 @@ The life of a block:
      |                    v                                 v          |
      +--------------------+ <-------- evicted -------- cached ---------+
 
+One verb a level: a *sequence* is released (by its engine), so its *table* is freed here (`free`), so its *blocks* are
+unreferenced, each by one table; those that no table references are cached, or free. In layers with a window the
+*rooms* of its blocks are hidden, each from one table; those that nothing views are cached, or dropped.
+
 Knows neither tensors nor requests: it hands out numbers, and says which blocks its caller must copy. All its layers
 keep every block; where some of them have a sliding window, `hybrid.HybridManager` is in its place.
 Source of the name and of the default priority: RKSC, arXiv 2606.09937, section on RSBCM.
@@ -64,7 +68,7 @@ class BlockBytes(NamedTuple):
 
 
 class BlockManager(BlockTables):
-    """One cache of blocks: what its tables hold, share, copy and give back.
+    """One cache of blocks: what its tables hold, share and copy.
 
     Each sequence is added (or forked), reserves room, commits what was written, and is freed in the end.
     """
@@ -140,7 +144,7 @@ class BlockManager(BlockTables):
             return
         self._claim(table, returns)
         for block_id in table.block_ids:
-            self._pool.release(self._pool[block_id])
+            self._pool.unreference(self._pool[block_id])
 
     def pin(self, seq_id: int) -> None:
         """From now on full blocks of the sequence are not evicted when its table is closed; until `unpin` or `reset`.
@@ -234,7 +238,7 @@ class BlockManager(BlockTables):
         del table.token_ids[num_tokens:]
         del table.digests[num_tokens // size :]
         while len(table.block_ids) > -(-num_tokens // size):
-            self._let_go(self._pool[table.block_ids.pop()])
+            self._unreference(self._pool[table.block_ids.pop()])
 
     def clear(self) -> None:
         """Frees every block and closes every table, whatever state they are in. Pinned sequences stay pinned."""
@@ -273,11 +277,11 @@ class BlockManager(BlockTables):
     def _adopt_copy(self, table: Table, source: Block, num_tokens: int) -> list[BlockCopy]:
         """A new table takes the first tokens of an indexed block into an own block, if there is room for one."""
         copies: list[BlockCopy] = []
-        self._hold(source)  # it must survive the search for room
+        self._reference(source)  # it must survive the search for room
         if self._has_room(1):
             table.token_ids += source.token_ids[:num_tokens]
             copies = self._append_copy(table, source)
-        self._let_go(source)
+        self._unreference(source)
         return copies
 
     def _claim(self, table: Table, returns: bool) -> None:
@@ -298,7 +302,7 @@ class BlockManager(BlockTables):
         if self._must_copy(table):
             copies = self._append_copy(table, block)
             table.block_ids[place] = table.block_ids.pop()
-            self._let_go(block)
+            self._unreference(block)
             return copies
         if block.digest is not None:
             self._pool.unindex(block)  # its tokens are about to change, and nothing builds on them
@@ -355,7 +359,7 @@ class BlockManager(BlockTables):
     def _replace(self, table: Table, place: int, equal: Block) -> None:
         """Puts an indexed block in place of the table's own, which holds the same."""
         self._pool.reference(equal)
-        self._pool.release(self._pool[table.block_ids[place]])
+        self._pool.unreference(self._pool[table.block_ids[place]])
         table.block_ids[place] = equal.block_id
 
     # Inside: what a hybrid does besides
@@ -371,10 +375,10 @@ class BlockManager(BlockTables):
         """How much room there is, for messages."""
         return f"{self.num_free} are free and {len(self._pool.cached)} evictable of {self.num_blocks}"
 
-    def _hold(self, block: Block) -> None:
+    def _reference(self, block: Block) -> None:
         """One more table holds a block and sees it."""
         self._pool.reference(block)
 
-    def _let_go(self, block: Block) -> None:
+    def _unreference(self, block: Block) -> None:
         """One table that sees a block holds it no more."""
-        self._pool.release(block)
+        self._pool.unreference(block)

@@ -535,6 +535,12 @@ def test_a_table_grows_into_its_neighbour_rather_than_into_a_lower_hole():
     assert blocks.block_table(1) == [2, 3, 4, 5]
 
 
+def test_a_total_that_the_pool_can_never_hold_is_no_room():
+    blocks = BlockManager(4, 2)
+    blocks.add(0, [1])
+    assert blocks.can_reserve(0, 2, total=8) and not blocks.can_reserve(0, 2, total=9)
+
+
 def test_bad_sizes_and_policies():
     for num_blocks, block_size in ((0, 4), (4, 0), (-1, 4)):
         with pytest.raises(ConfigError, match="smaller than one block"):
