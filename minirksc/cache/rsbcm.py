@@ -347,8 +347,7 @@ class BlockManager(BlockTables):
             return
         block = self._pool[table.block_ids[place]]
         parent = self._pool[table.block_ids[place - 1]] if place else None
-        lost = self._log.computed(digest)
-        if lost is not None:
+        if (lost := self._log.computed(digest)) is not None:
             block.depth = min(block.depth, lost.depth)  # the branch that computes it again says nothing of its place
         if (equal := self._index.get(digest)) is None:
             self._index.insert(block, parent, digest, token_ids, table.salt)
