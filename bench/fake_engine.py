@@ -104,6 +104,7 @@ class FakeEngine:
             if request.checker is None or request.checker.finish_reason is not None:
                 if self._on_finish is not None:
                     self._on_finish(request)
+                request.finish_reason = "stop" if request.checker is None else request.checker.finish_reason
                 self.scheduler.finish(request)
                 finished.append(request)
         return finished

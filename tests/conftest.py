@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 
 # No test says anything about time: an example may take as long as a busy machine needs.
-settings.register_profile("untimed", settings())
+settings.register_profile("untimed", settings(deadline=None))
 settings.load_profile("untimed")
 
 # Before anything imports Triton: kernels run in its interpreter, on the CPU.

@@ -49,7 +49,8 @@ class Claims(UserDict[int, list[bytes]]):
     def mark(self, block: Block) -> None:
         """Tells an indexed block how many sequences claim it."""
         assert block.digest is not None
-        self._pool.mark(block, self._count, self._counts[block.digest])
+        setattr(block, self._count, self._counts[block.digest])
+        self._pool.file(block)
 
     def _add(self, digests: Sequence[bytes], number: int) -> None:
         for digest in digests:

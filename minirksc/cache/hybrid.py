@@ -4,12 +4,12 @@ Layers with a window need a block only while some sequence's window reaches it. 
 has a *room* in it beside its place in the full layers: it takes the room when it is made, and may lose it long before
 the block itself goes:
 
-    free --take--> in view of a table --release, the last view--> cached (an indexed block: a prompt may come back)
-     ^                  ^                                          |      |
-     |                  +----------------- view -------------------+      |
-     +----------------------------------- room needed, or the block goes -+
+    free --take--> in view of a table --hide, the last view--> cached (an indexed block: a prompt may come back)
+     ^                  ^                                       |      |
+     |                  +---------------- view -----------------+      |
+     +-------------------------- drop: room needed, or the block goes -+
 
-Cached rooms are given up least recently used first. All else is the `BlockManager`'s: which tables hold a block, how it
+Cached rooms are dropped least recently used first. All else is the `BlockManager`'s: which tables hold a block, how it
 is found, when it goes. A cached prefix then serves only as far as the window before its end still has rooms.
 """
 
@@ -109,7 +109,7 @@ class WindowPool:
         self._num_views[block_id] += 1
         self._cached.pop(block_id, None)
 
-    def release(self, block: Block) -> None:
+    def hide(self, block: Block) -> None:
         """One window reaches it no more."""
         self._num_views[block.block_id] -= 1
         if self._num_views[block.block_id] == 0:
@@ -193,7 +193,7 @@ class HybridManager(BlockManager):
             return super().free(seq_id, returns)
         begin, claimed = self._begins.pop(seq_id), self._pinned.get(seq_id, [])
         for block_id in table.block_ids[begin:]:
-            self.windows.release(self._pool[block_id])
+            self.windows.hide(self._pool[block_id])
         super().free(seq_id, returns)
         if seq_id in self._pinned:
             digests = self._pinned.get(seq_id, [])
@@ -204,7 +204,7 @@ class HybridManager(BlockManager):
     def unpin(self, seq_id: int) -> None:
         """Its blocks may be evicted again, and lose their rooms."""
         if seq_id not in self:
-            self._release_pinned(seq_id)
+            self._hide_pinned(seq_id)
         self._pin_begins.pop(seq_id, None)
         super().unpin(seq_id)
 
@@ -214,7 +214,7 @@ class HybridManager(BlockManager):
         """Gives up what has left the table's window."""
         before, begin = self._begins[table.seq_id], self.windows.first_kept(len(table.token_ids))
         for block_id in table.block_ids[before:begin]:
-            self.windows.release(self._pool[block_id])
+            self.windows.hide(self._pool[block_id])
         self._begins[table.seq_id] = max(before, begin)
 
     def _pinned_blocks(self, seq_id: int) -> list[Block]:
@@ -230,10 +230,10 @@ class HybridManager(BlockManager):
         for block in blocks[begin:]:
             self.windows.view(block.block_id)
 
-    def _release_pinned(self, seq_id: int) -> None:
+    def _hide_pinned(self, seq_id: int) -> None:
         """A pinned sequence that had no table holds no rooms any more."""
         for block in self._pinned_blocks(seq_id)[self._pin_begins.get(seq_id, 0) :]:
-            self.windows.release(block)
+            self.windows.hide(block)
 
     def _find(self, token_ids: Sequence[int], salt: bytes) -> tuple[list[Block], Block | None, int]:
         usable = token_ids[:-1]
@@ -254,7 +254,7 @@ class HybridManager(BlockManager):
         return chain[:num_usable]
 
     def _adopt(self, table: Table, chain: list[Block]) -> None:
-        self._release_pinned(table.seq_id)  # the table's window takes the place of the pin's
+        self._hide_pinned(table.seq_id)  # the table's window takes the place of the pin's
         super()._adopt(table, chain)
         begin = self._begins[table.seq_id] = self.windows.first_needed(len(chain) * self.block_size)
         for block in chain[begin:]:
@@ -278,7 +278,7 @@ class HybridManager(BlockManager):
             self.windows.move(own.block_id, equal.block_id)
         else:
             self.windows.view(equal.block_id)
-            self.windows.release(own)
+            self.windows.hide(own)
 
     def _has_room(self, num_blocks: int) -> bool:
         return super()._has_room(num_blocks) and self.windows.has_room(num_blocks)
@@ -287,10 +287,10 @@ class HybridManager(BlockManager):
         windows = self.windows
         return f"{super()._room()}, for windows {windows.num_free} and {windows.num_cached} of {windows.num_blocks}"
 
-    def _hold(self, block: Block) -> None:
-        super()._hold(block)
+    def _reference(self, block: Block) -> None:
+        super()._reference(block)
         self.windows.view(block.block_id)
 
-    def _let_go(self, block: Block) -> None:
-        self.windows.release(block)
-        super()._let_go(block)
+    def _unreference(self, block: Block) -> None:
+        self.windows.hide(block)
+        super()._unreference(block)

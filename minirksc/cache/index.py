@@ -7,6 +7,7 @@ block right before it.
 
 import hashlib
 import struct
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -28,7 +29,7 @@ class Block:
         last_use, num_uses: clock and count of the times that a table took it.
         num_awaited: live sequences without a table that will need it again.
         num_pins: pinned sequences that held it when their table was last closed.
-        cached_at: age of the pool when the last table gave it up.
+        cached_at: age of the pool when the last table was freed that held it.
     """
 
     block_id: int
@@ -58,7 +59,7 @@ class PrefixIndex:
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
         self._blocks: dict[bytes, Block] = {}
-        self._first: dict[bytes, dict[bytes, Block]] = {}  # salt: indexed first blocks
+        self._first: defaultdict[bytes, dict[bytes, Block]] = defaultdict(dict)  # salt: indexed first blocks
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -72,11 +73,9 @@ class PrefixIndex:
         size = self._block_size
         chain: list[Block] = []
         digest = b""
-        while (len(chain) + 1) * size <= len(token_ids):
-            begin = len(chain) * size
+        for begin in range(0, len(token_ids) - size + 1, size):
             digest = block_digest(digest, salt, token_ids[begin : begin + size])
-            block = self._blocks.get(digest)
-            if block is None:
+            if (block := self._blocks.get(digest)) is None:
                 break
             chain.append(block)
         return chain
@@ -107,9 +106,7 @@ class PrefixIndex:
 
     def _siblings(self, block: Block) -> dict[bytes, Block]:
         """Indexed blocks at the same place of the same history, this one included."""
-        if block.parent is not None:
-            return block.parent.children
-        return self._first.setdefault(block.salt, {})
+        return self._first[block.salt] if block.parent is None else block.parent.children
 
 
 def closest(blocks: Iterable[Block], token_ids: Sequence[int]) -> tuple[Block | None, int]:

@@ -9,7 +9,6 @@ reached from the leaves.
 """
 
 import heapq
-from typing import Literal
 
 from minirksc.cache.eviction import POLICIES, Eviction, EvictionLog, Policy, Priority
 from minirksc.cache.index import Block, PrefixIndex
@@ -25,6 +24,11 @@ class BlockPool:
         index: where blocks may be indexed.
         log: where evictions are noted.
 
+    Attributes:
+        free: ids of blocks that hold nothing.
+        cached: ids of indexed blocks that no table holds and that may be evicted.
+        pinned: ids of indexed blocks that no table holds and that are not evicted.
+
     Raises:
         ConfigError: the policy is unknown.
     """
@@ -38,9 +42,9 @@ class BlockPool:
         self._blocks = [Block(i) for i in range(num_blocks)]
         # Lowest ids first, and the neighbour of a table's last block before all: runs become likely.
         self._free_heap = list(range(num_blocks))
-        self._free = set(self._free_heap)
-        self._cached: set[int] = set()  # indexed and referenced by no table
-        self._pinned: set[int] = set()  # the same, and not to be evicted
+        self.free = set(self._free_heap)
+        self.cached: set[int] = set()
+        self.pinned: set[int] = set()
         # Candidates for eviction as (priority, block id); entries that are out of date are skipped.
         self._victims: list[tuple[Priority, int]] = []
         self._clock = 0
@@ -52,40 +56,24 @@ class BlockPool:
     def __getitem__(self, block_id: int) -> Block:
         return self._blocks[block_id]
 
-    @property
-    def num_free(self) -> int:
-        """Blocks that hold nothing."""
-        return len(self._free)
-
-    @property
-    def num_cached(self) -> int:
-        """Indexed blocks that no table holds, pinned ones included."""
-        return len(self._cached) + len(self._pinned)
-
-    @property
-    def num_pinned(self) -> int:
-        """Cached blocks that are not evicted."""
-        return len(self._pinned)
-
     def has_room(self, num_blocks: int) -> bool:
         """True when `take` will succeed so many times."""
-        return num_blocks <= self.num_free + len(self._cached)
+        return num_blocks <= len(self.free) + len(self.cached)
 
-    def take(self, wanted: int | None, depth: int) -> Block:
+    def take(self, wanted: int, depth: int) -> Block:
         """Hands out a block that holds nothing, referenced once; the caller knows that there is room.
 
         Args:
             wanted: block id that is best, if it is free.
             depth: place in the reasoning tree of the table that takes it.
         """
-        if not self._free:
+        if not self.free:
             self._evict(logged=True)
-        if wanted not in self._free:
-            while self._free_heap[0] not in self._free:
+        if wanted not in self.free:
+            while self._free_heap[0] not in self.free:
                 heapq.heappop(self._free_heap)  # taken out of turn, as somebody's neighbour
             wanted = heapq.heappop(self._free_heap)
-        assert wanted is not None
-        self._free.remove(wanted)
+        self.free.remove(wanted)
         block = self._blocks[wanted]
         block.depth, block.importance, block.num_uses = depth, 1.0, 0
         self.reference(block)
@@ -97,25 +85,31 @@ class BlockPool:
         block.last_use = self._clock
         block.num_uses += 1
         block.num_references += 1
-        self._cached.discard(block.block_id)
-        self._pinned.discard(block.block_id)
+        self.cached.discard(block.block_id)
+        self.pinned.discard(block.block_id)
 
-    def release(self, block: Block) -> None:
+    def unreference(self, block: Block) -> None:
         """One table holds it no more."""
         block.num_references -= 1
         if block.num_references:
             return
         if block.digest is None:
-            self._give_back(block)
+            self._free_block(block)
         else:
             block.cached_at = self._age
-            self._file(block)
+            self.file(block)
 
-    def mark(self, block: Block, count: Literal["num_awaited", "num_pins"], number: int) -> None:
-        """So many claims of one kind are on an indexed block; which blocks may go, and in which order, may change."""
-        setattr(block, count, number)
-        if not block.num_references:
-            self._file(block)
+    def file(self, block: Block) -> None:
+        """Puts an indexed block among those that are pinned, or among those that may go, unless a table holds it.
+
+        To be called when its claims have changed: these say whether it may go, and when.
+        """
+        if block.num_references:
+            return
+        to, other = (self.pinned, self.cached) if block.num_pins else (self.cached, self.pinned)
+        to.add(block.block_id)
+        other.discard(block.block_id)
+        self._offer(block)
 
     def unindex(self, block: Block) -> None:
         """Takes a block that nothing builds on out of the index."""
@@ -128,30 +122,23 @@ class BlockPool:
 
     def reset(self) -> None:
         """Frees every block that is merely cached."""
-        while self._cached:
+        while self.cached:
             self._evict(logged=False)
         self._log.forget_lost()
 
-    def _give_back(self, block: Block) -> None:
-        self._free.add(block.block_id)
+    def _free_block(self, block: Block) -> None:
+        self.free.add(block.block_id)
         heapq.heappush(self._free_heap, block.block_id)
         if len(self._free_heap) > 2 * len(self):  # mostly blocks that were taken out of turn
-            self._free_heap = sorted(self._free)
-
-    def _file(self, block: Block) -> None:
-        """Puts an indexed block that no table holds among those that are pinned, or among those that may go."""
-        to, other = (self._pinned, self._cached) if block.num_pins else (self._cached, self._pinned)
-        to.add(block.block_id)
-        other.discard(block.block_id)
-        self._offer(block)
+            self._free_heap = sorted(self.free)
 
     def _offer(self, block: Block) -> None:
         """Makes a cached leaf a candidate for eviction."""
-        if block.block_id not in self._cached or block.children:
+        if block.block_id not in self.cached or block.children:
             return
         heapq.heappush(self._victims, (self._priority(block), block.block_id))
         if len(self._victims) > 2 * len(self):  # mostly out of date: hits without pressure never pop
-            leaves = (b for b in map(self._blocks.__getitem__, self._cached) if not b.children)
+            leaves = (b for b in map(self._blocks.__getitem__, self.cached) if not b.children)
             self._victims = [(self._priority(b), b.block_id) for b in leaves]
             heapq.heapify(self._victims)
 
@@ -160,15 +147,15 @@ class BlockPool:
         while True:
             priority, block_id = heapq.heappop(self._victims)
             block = self._blocks[block_id]
-            is_leaf = block_id in self._cached and not block.children
+            is_leaf = block_id in self.cached and not block.children
             if is_leaf and priority == self._priority(block):  # else out of date
                 break
         self._age = max(self._age, priority[0])
         if logged:
             self._note(block, priority)
-        self._cached.remove(block_id)
+        self.cached.remove(block_id)
         self.unindex(block)
-        self._give_back(block)
+        self._free_block(block)
 
     def _note(self, block: Block, priority: Priority) -> None:
         assert block.digest is not None

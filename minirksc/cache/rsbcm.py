@@ -26,6 +26,10 @@ The life of a block:
      |                    v                                 v          |
      +--------------------+ <-------- evicted -------- cached ---------+
 
+One verb a level: a *sequence* is released (by its engine), so its *table* is freed here (`free`), so its *blocks* are
+unreferenced, each by one table; those that no table references are cached, or free. In layers with a window the
+*rooms* of its blocks are hidden, each from one table; those that nothing views are cached, or dropped.
+
 Knows neither tensors nor requests: it hands out numbers, and says which blocks its caller must copy. All its layers
 keep every block; where some of them have a sliding window, `hybrid.HybridManager` is in its place.
 Source of the name and of the default priority: RKSC, arXiv 2606.09937, section on RSBCM.
@@ -34,7 +38,6 @@ Source of the name and of the default priority: RKSC, arXiv 2606.09937, section 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import takewhile
 from typing import NamedTuple
 
 from minirksc.cache.claims import longer
@@ -65,7 +68,7 @@ class BlockBytes(NamedTuple):
 
 
 class BlockManager(BlockTables):
-    """One cache of blocks: what its tables hold, share, copy and give back.
+    """One cache of blocks: what its tables hold, share and copy.
 
     Each sequence is added (or forked), reserves room, commits what was written, and is freed in the end.
     """
@@ -91,8 +94,7 @@ class BlockManager(BlockTables):
             The copy of that block, if there is one. `num_tokens` then tells how much was adopted.
         """
         assert seq_id not in self._tables
-        table = Table(seq_id, salt, depth, awaited=self._awaited.pop(seq_id, []))
-        self._tables[seq_id] = table
+        table = self._tables[seq_id] = Table(seq_id, salt, depth, awaited=self._awaited.pop(seq_id, []))
         chain, partial, num_equal = self._find(token_ids if use_cache else [], salt)
         self._adopt(table, chain)
         copies = [] if partial is None else self._adopt_copy(table, partial, num_equal)
@@ -110,12 +112,12 @@ class BlockManager(BlockTables):
         Where the parent's table was taken back the child has none either: it waits for the same blocks.
         """
         assert child_id not in self._tables
+        if parent_id in self._awaited:
+            self._awaited[child_id] = self._awaited[parent_id]
         if parent_id not in self._tables:
-            if parent_id in self._awaited:
-                self._awaited[child_id] = self._awaited[parent_id]
             return
         parent = self._tables[parent_id]
-        child = replace(
+        child = self._tables[child_id] = replace(
             parent,
             seq_id=child_id,
             depth=parent.depth if depth is None else depth,
@@ -125,7 +127,6 @@ class BlockManager(BlockTables):
             digests=list(parent.digests),
             awaited=[],
         )
-        self._tables[child_id] = child
         for block_id in child.block_ids:
             self._pool.reference(self._pool[block_id])
 
@@ -142,9 +143,8 @@ class BlockManager(BlockTables):
                 self._awaited.pop(seq_id, None)
             return
         self._claim(table, returns)
-        # From the end, so that a cached leaf is older than its parent.
-        for block_id in reversed(table.block_ids):
-            self._pool.release(self._pool[block_id])
+        for block_id in table.block_ids:
+            self._pool.unreference(self._pool[block_id])
 
     def pin(self, seq_id: int) -> None:
         """From now on full blocks of the sequence are not evicted when its table is closed; until `unpin` or `reset`.
@@ -238,7 +238,7 @@ class BlockManager(BlockTables):
         del table.token_ids[num_tokens:]
         del table.digests[num_tokens // size :]
         while len(table.block_ids) > -(-num_tokens // size):
-            self._let_go(self._pool[table.block_ids.pop()])
+            self._unreference(self._pool[table.block_ids.pop()])
 
     def clear(self) -> None:
         """Frees every block and closes every table, whatever state they are in. Pinned sequences stay pinned."""
@@ -277,11 +277,11 @@ class BlockManager(BlockTables):
     def _adopt_copy(self, table: Table, source: Block, num_tokens: int) -> list[BlockCopy]:
         """A new table takes the first tokens of an indexed block into an own block, if there is room for one."""
         copies: list[BlockCopy] = []
-        self._hold(source)  # it must survive the search for room
+        self._reference(source)  # it must survive the search for room
         if self._has_room(1):
             table.token_ids += source.token_ids[:num_tokens]
             copies = self._append_copy(table, source)
-        self._let_go(source)
+        self._unreference(source)
         return copies
 
     def _claim(self, table: Table, returns: bool) -> None:
@@ -289,8 +289,8 @@ class BlockManager(BlockTables):
         if returns:
             self._awaited[table.seq_id] = longer(table.awaited, table.digests)
         if table.seq_id in self._pinned:
-            indexed = takewhile(bool, (self._pool[block_id].digest for block_id in table.block_ids))
-            digests = [digest for digest in indexed if digest is not None]
+            blocks = map(self._pool.__getitem__, table.block_ids)
+            digests = [block.digest for block in blocks if block.digest is not None]
             self._pinned[table.seq_id] = longer(self._pinned[table.seq_id], digests)
 
     def _own_next(self, table: Table) -> list[BlockCopy]:
@@ -302,7 +302,7 @@ class BlockManager(BlockTables):
         if self._must_copy(table):
             copies = self._append_copy(table, block)
             table.block_ids[place] = table.block_ids.pop()
-            self._let_go(block)
+            self._unreference(block)
             return copies
         if block.digest is not None:
             self._pool.unindex(block)  # its tokens are about to change, and nothing builds on them
@@ -318,7 +318,7 @@ class BlockManager(BlockTables):
 
     def _append_block(self, table: Table) -> Block:
         """Adds an own block to the table; the caller knows that there is one."""
-        neighbour = table.block_ids[-1] + 1 if table.block_ids else None
+        neighbour = table.block_ids[-1] + 1 if table.block_ids else 0
         block = self._pool.take(neighbour, table.depth)
         table.block_ids.append(block.block_id)
         return block
@@ -330,8 +330,13 @@ class BlockManager(BlockTables):
     def _index_next(self, table: Table) -> None:
         """Indexes the table's next full block; where an equal one is indexed already, the table takes that one.
 
-        Its parent must be the indexed block of this very table: then what holds a block holds the whole chain before
-        it, and every cached block can be evicted once those after it are.
+        Two prompts that begin alike were computed side by side, with block_size 4:
+
+            7: tokens 0-3 in block [5], nothing equal is indexed    -> [5] is indexed
+            8: tokens 0-3 in block [9], [5] holds the same          -> table 8 lists [5], and [9] is free
+
+        So the blocks before it in this very table are the indexed ones, up to where the KV is approximate: what holds a
+        block holds the whole chain before it, and every cached block can be evicted once those after it are.
         """
         place, size = len(table.digests), self.block_size
         token_ids = tuple(table.token_ids[place * size : (place + 1) * size])
@@ -342,21 +347,18 @@ class BlockManager(BlockTables):
             return
         block = self._pool[table.block_ids[place]]
         parent = self._pool[table.block_ids[place - 1]] if place else None
-        lost = self._log.computed(digest)
-        if lost is not None:
+        if (lost := self._log.computed(digest)) is not None:
             block.depth = min(block.depth, lost.depth)  # the branch that computes it again says nothing of its place
-        if parent is not None and parent.digest != previous:
-            return
         if (equal := self._index.get(digest)) is None:
             self._index.insert(block, parent, digest, token_ids, table.salt)
             self._awaited.mark(block)
-        elif block.num_references == 1:
+        else:
             self._replace(table, place, equal)
 
     def _replace(self, table: Table, place: int, equal: Block) -> None:
         """Puts an indexed block in place of the table's own, which holds the same."""
         self._pool.reference(equal)
-        self._pool.release(self._pool[table.block_ids[place]])
+        self._pool.unreference(self._pool[table.block_ids[place]])
         table.block_ids[place] = equal.block_id
 
     # Inside: what a hybrid does besides
@@ -370,13 +372,12 @@ class BlockManager(BlockTables):
 
     def _room(self) -> str:
         """How much room there is, for messages."""
-        num_evictable = self.num_cached - self.num_pinned
-        return f"{self.num_free} are free and {num_evictable} evictable of {self.num_blocks}"
+        return f"{self.num_free} are free and {len(self._pool.cached)} evictable of {self.num_blocks}"
 
-    def _hold(self, block: Block) -> None:
+    def _reference(self, block: Block) -> None:
         """One more table holds a block and sees it."""
         self._pool.reference(block)
 
-    def _let_go(self, block: Block) -> None:
+    def _unreference(self, block: Block) -> None:
         """One table that sees a block holds it no more."""
-        self._pool.release(block)
+        self._pool.unreference(block)

@@ -87,17 +87,17 @@ class BlockTables:
     @property
     def num_free(self) -> int:
         """Blocks that hold nothing."""
-        return self._pool.num_free
+        return len(self._pool.free)
 
     @property
     def num_cached(self) -> int:
         """Blocks that no table references, kept for the next prompt that begins with them; pinned ones included."""
-        return self._pool.num_cached
+        return len(self._pool.cached) + len(self._pool.pinned)
 
     @property
     def num_pinned(self) -> int:
         """Cached blocks that are pinned: they are not evicted."""
-        return self._pool.num_pinned
+        return len(self._pool.pinned)
 
     @property
     def num_used(self) -> int:

@@ -78,15 +78,14 @@ class KvCache:
             if layer.kv_layer is None:
                 members.setdefault(kind(layer), []).append(index)
         # Not zeroed: nothing reads a slot before it is written, and untouched pages cost neither time nor memory.
-        self._tensors: dict[tuple[bool, int, int], LayerCache] = {}  # of all layers of a kind
+        self._tensors: list[tuple[bool, LayerCache]] = []  # of all layers of a kind: has a pool apart, tensors
         own: dict[int, LayerCache] = {}
-        for key, indices in members.items():
-            has_pool_apart, num_kv_heads, head_dim = key
+        for (has_pool_apart, num_kv_heads, head_dim), indices in members.items():
             blocks = len(indices), num_window_blocks if has_pool_apart else num_blocks
             shape = *blocks, *backend.block_shape(spec.num_heads, num_kv_heads, head_dim, block_size, dtype)
             kv = empty(*shape, dtype=dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
             scales = torch.empty(shape[:-1], dtype=torch.float32, device=device) if dtype == torch.int8 else None
-            self._tensors[key] = LayerCache(kv, scales)
+            self._tensors.append((has_pool_apart, LayerCache(kv, scales)))
             for i, index in enumerate(indices):
                 own[index] = LayerCache(kv[i], None if scales is None else scales[i])
         self.layers: Sequence[LayerCache] = [
@@ -97,7 +96,7 @@ class KvCache:
 
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         """Copies blocks, each in the layers of its pool; all sources are read before any destination is written."""
-        for (has_pool_apart, *_), tensors in self._tensors.items():
+        for has_pool_apart, tensors in self._tensors:
             own = [copy for copy in copies if isinstance(copy, WindowCopy) == has_pool_apart]
             for tensor in filter(torch.is_tensor, tensors):
                 self._copy_blocks(tensor, own)

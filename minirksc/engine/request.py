@@ -2,13 +2,14 @@
 
 A `Sequence` is tokens with (perhaps) KV blocks; it outlives a request when it belongs to a branch. A
 `Request` is one generation on a sequence. Knows neither torch nor how anything is computed.
+
+Python's abstract `Sequence`, of which a list is one, is imported as `SequenceOf` where this one is spoken of as well.
 """
 
 import hashlib
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from minirksc.engine.gates import Seat
@@ -69,14 +70,6 @@ class Sequence:
     owner: object = None
 
 
-class RequestState(Enum):
-    """Where a request is in its life."""
-
-    WAITING = "waiting"
-    RUNNING = "running"
-    FINISHED = "finished"
-
-
 @dataclass(slots=True, eq=False)
 class Request:
     """One generation: extend a sequence by up to params.max_tokens tokens.
@@ -98,7 +91,7 @@ class Request:
             by more one could learn another's prompt token by token.
         output_token_ids, logprobs, signals: one entry a generated token.
         finish_reason: "stop", "length", "abort" or "error" at the end; "gate" when a gate ended it, or what
-            `Engine.abort` was given.
+            `Engine.abort` was given; None: it has not finished.
         exit_layer: layers that it went through before a gate ended it; None: all.
         num_saved_layer_rows: its tokens times the layers that a gate spared them.
     """
@@ -115,7 +108,6 @@ class Request:
     earlier_output_ids: SequenceOf[int] = ()
     detokenizer: Detokenizer | None = None
     num_taken_out: int = 0
-    state: RequestState = RequestState.WAITING
     num_cached_tokens: int | None = None
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -129,7 +121,7 @@ class Request:
     @property
     def finished(self) -> bool:
         """True when nothing more will be computed for it."""
-        return self.state is RequestState.FINISHED
+        return self.finish_reason is not None
 
     @property
     def pieces(self) -> SequenceOf[str]:
@@ -167,7 +159,6 @@ class Request:
                 self.finish_reason = self.checker.finish_reason
             except MinirkscError as error:  # its tokenizer's
                 self.error, self.finish_reason = error, "error"
-        self.state = RequestState.WAITING if self.finish_reason is None else RequestState.FINISHED
 
     @property
     def uses_cache(self) -> bool:

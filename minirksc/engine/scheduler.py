@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from minirksc.cache.rsbcm import BlockBytes, BlockCopy, BlockManager
-from minirksc.engine.request import Request, RequestState, Sequence
+from minirksc.engine.request import Request, Sequence
 from minirksc.errors import CacheFullError
 
 
@@ -21,8 +21,9 @@ from minirksc.errors import CacheFullError
 class ScheduledRequest:
     """Part of one step: `num_tokens` tokens of the request, from position `first` on.
 
-    `copies` come before anything is written; `is_decode` when it continues what this request has sampled, which is one
-    token today and would be more with drafts to check. What a step samples in the end is a `sampling.Delivery`.
+    `copies` come before anything is written. `is_decode` when it continues what this request has sampled, which is one
+    token today and would be more with drafts to check; a prompt's last token alone is none, though it is served with
+    them (`Scheduler._is_prefilling`). What a step samples in the end is a `sampling.Delivery`.
     """
 
     request: Request
@@ -59,7 +60,7 @@ class Scheduler:
             None: there is no such length.
         requests: all that have not finished, by seq_id, in order of arrival.
         waiting: requests that are to be admitted, the next one first.
-        running: requests that have blocks and are computed, in order of admission.
+        running: requests that have blocks and are computed, in order of admission; a dict, for its fast `in`.
         idle: kept sequences that hold blocks; least recently used first.
         num_preemptions: times that blocks of a live sequence were taken back.
         num_cached_tokens: prompt tokens that were found. A request counts once: not what it finds after a preemption.
@@ -73,7 +74,7 @@ class Scheduler:
     switch_len: int | None = None
     requests: dict[int, Request] = field(default_factory=dict, init=False)
     waiting: deque[Request] = field(default_factory=deque, init=False)
-    running: list[Request] = field(default_factory=list, init=False)
+    running: dict[Request, None] = field(default_factory=dict, init=False)
     idle: dict[int, Sequence] = field(default_factory=dict, init=False)
     num_preemptions: int = field(default=0, init=False)
     num_cached_tokens: int = field(default=0, init=False)
@@ -90,10 +91,6 @@ class Scheduler:
         """
         return self.blocks.num_blocks * self.blocks.block_size - num_tokens + 1
 
-    def request_of(self, sequence: Sequence) -> Request | None:
-        """The request that has not finished on a sequence, if there is one."""
-        return self.requests.get(sequence.seq_id)
-
     def add(self, request: Request) -> None:
         """Queues a request."""
         self.requests[request.sequence.seq_id] = request
@@ -108,26 +105,24 @@ class Scheduler:
         self.idle.clear()
 
     def keep(self, sequence: Sequence) -> None:
-        """Registers an idle sequence: if it holds blocks, it may lose them under pressure."""
-        self.idle.pop(sequence.seq_id, None)
+        """Registers a sequence that has become idle: if it holds blocks, it may lose them under pressure."""
         if sequence.seq_id in self.blocks:
             self.idle[sequence.seq_id] = sequence
 
     def finish(self, request: Request) -> None:
-        """Takes a request out at any moment of its life; its blocks are released unless they are kept."""
+        """Takes a request out at any moment of its life; its sequence is released unless a branch keeps it."""
         self.requests.pop(request.sequence.seq_id, None)
         if request in self.running:
-            self.running.remove(request)
+            del self.running[request]
         elif request in self.waiting:
             self.waiting.remove(request)
-        request.state = RequestState.FINISHED
         if request.sequence.kept:
             self.keep(request.sequence)
         else:
-            self.blocks.free(request.sequence.seq_id)
+            self.release(request.sequence)
 
     def release(self, sequence: Sequence) -> None:
-        """Forgets a kept sequence and its blocks."""
+        """Forgets an idle sequence, and frees its table."""
         self.idle.pop(sequence.seq_id, None)
         self.blocks.free(sequence.seq_id)
 
@@ -135,8 +130,8 @@ class Scheduler:
         """Chooses the next step and reserves its blocks."""
         step = Schedule()
         budget = self.max_batch_tokens
-        for request in sorted(self.running, key=lambda r: self._num_pending(r) > 1):
-            if request.state is not RequestState.RUNNING or budget == 0:
+        for request in sorted(self.running, key=self._is_prefilling):
+            if request not in self.running or budget == 0:
                 continue  # preempted by one before it, or for the next step
             if self._is_outdated(request.sequence):
                 self._requeue(request)
@@ -144,7 +139,7 @@ class Scheduler:
                 budget -= item.num_tokens
                 step.scheduled.append(item)
         # What was preempted after it had been scheduled has nothing in this step, copies into its blocks included.
-        step.scheduled = [item for item in step.scheduled if item.request.state is RequestState.RUNNING]
+        step.scheduled = [item for item in step.scheduled if item.request in self.running]
         self._admit(self.max_batch_tokens - sum(item.num_tokens for item in step.scheduled), step)
         return step
 
@@ -157,12 +152,17 @@ class Scheduler:
 
     def preempt_all(self) -> None:
         """Gives up the blocks of all that runs; for a step that was interrupted before its KV was written."""
-        while self.running:
-            self._preempt(self.running[-1])
+        for request in reversed(list(self.running)):
+            self._preempt(request)
 
     def _num_pending(self, request: Request) -> int:
+        """Tokens of a request with a table that are still to be computed: 1 in a decode."""
         sequence = request.sequence
         return len(sequence.token_ids) - self.blocks.num_tokens(sequence.seq_id)
+
+    def _is_prefilling(self, request: Request) -> bool:
+        """True for a prefill under way. What has one token left is served with the decodes, be it a prompt's last."""
+        return self._num_pending(request) > 1
 
     def _num_next(self, request: Request, budget: int) -> int:
         """Tokens of a request with a table that the step computes; 0: it waits for a step that holds it whole.
@@ -185,8 +185,8 @@ class Scheduler:
             if len(self.running) == 1:
                 self._end_for_room(request, step)
             else:
-                self._preempt(self.running[-1])
-            if request.state is not RequestState.RUNNING:
+                self._preempt(next(reversed(self.running)))
+            if request not in self.running:
                 return None
         copies = self.blocks.reserve(seq_id, first + num_tokens)
         is_decode = num_tokens == 1 and first >= request.num_prompt_tokens
@@ -217,12 +217,10 @@ class Scheduler:
         seq_id, tokens = sequence.seq_id, sequence.token_ids
         if self._is_outdated(sequence):
             blocks.free(seq_id)
-        is_new = seq_id not in blocks
+        is_new, use_cache = seq_id not in blocks, self.prefix_caching and request.uses_cache
         copies: list[BlockCopy] = []
         if is_new:
-            copies = blocks.add(
-                seq_id, tokens, salt=self._salt(sequence), depth=sequence.depth, use_cache=self._uses_cache(request)
-            )
+            copies = blocks.add(seq_id, tokens, salt=self._salt(sequence), depth=sequence.depth, use_cache=use_cache)
         elif blocks.num_tokens(seq_id) > request.first_wanted:
             # Logits come only from computing: where they are wanted of a token whose KV is there, do it again. So a
             # fork that decodes writes the last token that it shares anew, and copies the block of that one first.
@@ -237,31 +235,26 @@ class Scheduler:
             num_found = first if is_new else 0
             request.num_cached_tokens = num_found - num_found % blocks.block_size
             self.num_cached_tokens += num_found
-        request.state = RequestState.RUNNING
-        self.running.append(request)
+        self.running[request] = None
         copies = copies + blocks.reserve(seq_id, first + num_tokens)
         return ScheduledRequest(request, first, num_tokens, copies)
 
-    def _uses_cache(self, request: Request) -> bool:
-        return self.prefix_caching and request.uses_cache
-
     def _leader_is_computing(self, request: Request) -> bool:
         """True when a running prefill will soon offer more of this prompt than the cache does now."""
-        if not self._uses_cache(request) or request.sequence.seq_id in self.blocks:
+        if not (self.prefix_caching and request.uses_cache) or request.sequence.seq_id in self.blocks:
             return False
         tokens, salt, size = request.sequence.token_ids, self._salt(request.sequence), self.blocks.block_size
-        leaders = [
-            r.sequence.token_ids
-            for r in self.running
-            if r.sequence.token_ids[:size] == tokens[:size]
-            and self._salt(r.sequence) == salt
-            and self._num_pending(r) > 1
-        ]
-        if not leaders:
+        if not self._is_computing(tokens[:size], salt):
             return False
         worth_waiting = self.blocks.match(tokens, salt) + size
-        prefix = tokens[:worth_waiting]
-        return worth_waiting < len(tokens) and any(leader[:worth_waiting] == prefix for leader in leaders)
+        return worth_waiting < len(tokens) and self._is_computing(tokens[:worth_waiting], salt)
+
+    def _is_computing(self, prefix: list[int], salt: bytes) -> bool:
+        """True when a running prefill begins with these tokens."""
+        return any(
+            r.sequence.token_ids[: len(prefix)] == prefix and self._salt(r.sequence) == salt and self._is_prefilling(r)
+            for r in self.running
+        )
 
     def _make_room(self, seq_id: int, num_tokens: int, total: int = 0) -> bool:
         """Takes blocks of what is not running until a table can be extended (see `can_reserve`); False: it cannot."""
@@ -290,10 +283,9 @@ class Scheduler:
 
     def _requeue(self, request: Request) -> None:
         """Takes a running request's blocks; it is the next to be admitted, and computed anew."""
-        self.running.remove(request)
+        del self.running[request]
         returns = not self._is_outdated(request.sequence)  # of an outdated one nothing is wanted again
         self.blocks.free(request.sequence.seq_id, returns=returns)
-        request.state = RequestState.WAITING
         self.waiting.appendleft(request)
 
     def _salt(self, sequence: Sequence) -> bytes:
@@ -309,11 +301,10 @@ class Scheduler:
         """Ends a request that has the cache to itself and no room in it; what it has decoded is its result."""
         if request.output_token_ids:
             request.flush()
-            request.finish_reason = "length" if request.error is None else "error"
         else:
             num_tokens = len(request.sequence.token_ids)
             request.error = self.cache_full(f"request {request.request_id} of {num_tokens} tokens", num_tokens)
-            request.finish_reason = "error"
+        request.finish_reason = "length" if request.error is None else "error"
         self.finish(request)
         step.ended.append(request)
 

@@ -92,7 +92,7 @@ class Sequences(Interruptible):
             BranchError: it is in an unfinished request, was released, or is another engine's.
         """
         self._check_owner(sequence)
-        request = self.scheduler.request_of(sequence)
+        request = self.scheduler.requests.get(sequence.seq_id)
         if request is not None:
             raise BranchError(
                 f"sequence {sequence.seq_id} is in request {request.request_id}, which has not finished; "
@@ -176,7 +176,7 @@ class Sequences(Interruptible):
 
     def _release(self, sequence: Sequence) -> None:
         self._let_go(sequence)
-        request = self.scheduler.request_of(sequence)
+        request = self.scheduler.requests.get(sequence.seq_id)
         if request is not None:
             self._abort(request)
         self.scheduler.release(sequence)

@@ -36,7 +36,11 @@ def check_table(manager, table):
         digest = block_digest(digest, table.salt, table.token_ids[place * size : (place + 1) * size])
         assert digest == expected, f"digest {place} of {name}"
         assert block.digest in (None, digest), f"block {block.block_id} of {name} is indexed as another's"
+        is_exact = (place + 1) * size <= table.exact_len
+        assert block.digest is not None or not is_exact, f"block {block.block_id} of {name} is not indexed"
         assert block.digest is None or block.salt == table.salt, f"block {block.block_id}: another salt's"
+    is_indexed = [manager._pool[block_id].digest is not None for block_id in table.block_ids]
+    assert is_indexed == sorted(is_indexed, reverse=True), f"{name} has an indexed block and not all before it"
     is_shared = [manager._pool[block_id].num_references > 1 for block_id in table.block_ids]
     assert is_shared == sorted(is_shared, reverse=True), f"{name} shares a block and not all before it"
     assert sum(is_shared) <= -(-num_tokens // size), f"{name} shares a block that was never written"
@@ -64,7 +68,7 @@ def check_pool(manager, blocks):
     for block in blocks:
         name, block_id = f"block {block.block_id}", block.block_id
         assert block.num_references == references[block_id], f"{name}: wrong reference count"
-        is_free, is_cached, is_pinned = (block_id in one for one in (pool._free, pool._cached, pool._pinned))
+        is_free, is_cached, is_pinned = (block_id in one for one in (pool.free, pool.cached, pool.pinned))
         states = [is_free, is_cached, is_pinned, block.num_references > 0]
         assert sum(states) == 1, f"{name} is not in exactly one state: {states}"
         assert not is_free or block.digest is None, f"{name}: free but indexed"
@@ -73,8 +77,8 @@ def check_pool(manager, blocks):
         assert not is_pinned or block.num_pins, f"{name} is kept and not pinned"
     assert len(pool._free_heap) <= 2 * len(pool), "the heap of free blocks grows"
     assert len(pool._victims) <= 2 * len(pool), "the heap of victims grows"
-    assert pool._free.issubset(pool._free_heap), "a free block cannot be found"
-    leaves = {(pool._priority(pool[i]), i) for i in pool._cached if not pool[i].children}
+    assert pool.free.issubset(pool._free_heap), "a free block cannot be found"
+    leaves = {(pool._priority(pool[i]), i) for i in pool.cached if not pool[i].children}
     assert leaves.issubset(pool._victims), "a cached leaf cannot be found"
 
 

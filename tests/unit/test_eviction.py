@@ -361,3 +361,25 @@ def test_a_policy_of_ones_own():
         blocks.free(seq_id)
     assert [blocks.match([i, 9]) for i in (0, 1, 2)] == [1, 0, 1]
     assert blocks.evictions[0].policy == "newest"
+
+
+def test_a_policy_that_takes_no_account_of_time_evicts_leaves_alone():
+    def shallow_last(block):
+        return (block.depth,)
+
+    blocks = BlockManager(3, 1, shallow_last)
+    filled(blocks, 0, [1])
+    blocks.free(0)  # a leaf, and a candidate
+    filled(blocks, 1, [1, 2])
+    blocks.free(1)  # the same priority as before, but something builds on it now
+    filled(blocks, 2, [7, 8])
+    assert blocks.match([1, 2, 0]) == 1
+
+
+def test_a_chain_has_one_candidate_at_a_time():
+    blocks = BlockManager(8, 1)
+    filled(blocks, 0, [1, 2, 3, 4, 5])
+    blocks.free(0)
+    assert len(blocks._pool._victims) == 1
+    filled(blocks, 1, [10, 11, 12, 13])  # evicts one
+    assert len(blocks._pool._victims) == 1 and blocks.match([1, 2, 3, 4, 5, 0]) == 4

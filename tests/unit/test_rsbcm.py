@@ -45,6 +45,7 @@ class Simulation:
         self.salts = {}
         self.away = {}  # sequences whose table was taken back and who return: seq_id -> (tokens, salt)
         self.pinned = {}  # seq_id -> (tokens of the full blocks that stay, salt); None while its table was never closed
+        self.approximate = {}  # seq_id -> (first position whose KV is not the model's own, whose it is)
         self.rewindable = set()  # with a window: sequences whose last token may be computed once more
         self.next_id = 0
 
@@ -87,7 +88,7 @@ class Simulation:
         table, window_table = self.blocks.block_table(seq_id), self.blocks.window_table(seq_id)
         new = [*old, *token_ids]
         for position in range(len(old), end):
-            history = (self.salts[seq_id], tuple(new[: position + 1]))
+            history = self.history(seq_id, new, position)
             place, offset = divmod(position, self.size)
             self.kv[table[place], offset] = history
             self.window_kv[window_table[place], offset] = history
@@ -96,6 +97,16 @@ class Simulation:
         self.tokens[seq_id] = new
         self.rewindable.add(seq_id)
         return True
+
+    def history(self, seq_id, tokens, position):
+        """What the KV of a token depends on."""
+        begin, whose = self.approximate.get(seq_id, (math.inf, None))
+        return self.salts[seq_id], tuple(tokens[: position + 1]), whose if position >= begin else None
+
+    def keep_out_of_index(self, seq_id):
+        """What it computes from here on is of no use to other prompts."""
+        self.blocks.keep_out_of_index(seq_id, len(self.tokens[seq_id]))
+        self.approximate.setdefault(seq_id, (len(self.tokens[seq_id]), seq_id))
 
     def state(self, seq_id):
         counts = [(pool.num_free, pool.num_cached, pool.num_used) for pool in (self.blocks, self.windows)]
@@ -107,6 +118,8 @@ class Simulation:
         self.blocks.fork(seq_id, child, depth=child % 5)
         assert (self.blocks.num_used, self.windows.num_used) == used
         self.tokens[child], self.salts[child] = list(self.tokens[seq_id]), self.salts[seq_id]
+        if seq_id in self.approximate:
+            self.approximate[child] = self.approximate[seq_id]
         if seq_id in self.rewindable:
             self.rewindable.add(child)
         return child
@@ -135,6 +148,7 @@ class Simulation:
                 self.pinned[seq_id] = stays, self.salts[seq_id]
         self.blocks.free(seq_id, returns=returns)
         del self.tokens[seq_id], self.salts[seq_id]
+        self.approximate.pop(seq_id, None)
         self.rewindable.discard(seq_id)
 
     def come_back(self, seq_id):
@@ -172,7 +186,7 @@ class Simulation:
         table, window_table = self.blocks.block_table(seq_id), self.blocks.window_table(seq_id)
         assert len(table) == len(window_table)
         for position in range(len(tokens)):
-            expected = (self.salts[seq_id], tuple(tokens[: position + 1]))
+            expected = self.history(seq_id, tokens, position)
             place, offset = divmod(position, self.size)
             assert self.kv[table[place], offset] == expected
             if self.window is not None and position > first_query - self.window:
@@ -295,6 +309,11 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.sim.tokens)
     @rule(data=st.data())
+    def keep_out_of_index(self, data):
+        self.sim.keep_out_of_index(self.pick(data))
+
+    @precondition(lambda self: self.sim.tokens)
+    @rule(data=st.data())
     def rewind(self, data):
         seq_id = self.pick(data)
         least = self.sim.least_rewind(seq_id)
@@ -373,6 +392,19 @@ def test_salts_never_mix():
     filled(blocks, 0, [1, 2, 3, 4, 5], salt=b"a")
     assert blocks.match([1, 2, 3, 4, 5], b"b") == 0
     assert blocks.match([1, 2, 3, 4, 5], b"a") == 4
+
+
+def test_what_is_approximate_is_found_by_forks_alone():
+    blocks = BlockManager(8, 2)
+    filled(blocks, 0, [1, 2, 3])
+    blocks.keep_out_of_index(0, 3)
+    blocks.reserve(0, 8)
+    blocks.commit(0, [4, 5, 6, 7, 8])
+    assert blocks.match([*range(1, 9), 0]) == 2  # the second block is half approximate
+    blocks.fork(0, 1)
+    filled(blocks, 2, [*range(1, 9), 0])
+    assert blocks.num_shared_tokens(1) == 8 and blocks.num_shared_tokens(2) == 2
+    check_integrity(blocks)
 
 
 @pytest.mark.parametrize("root_tag", [b"", b"salt:", b"block:"])
@@ -501,6 +533,12 @@ def test_a_table_grows_into_its_neighbour_rather_than_into_a_lower_hole():
     blocks.reset()
     blocks.reserve(1, 8)
     assert blocks.block_table(1) == [2, 3, 4, 5]
+
+
+def test_a_total_that_the_pool_can_never_hold_is_no_room():
+    blocks = BlockManager(4, 2)
+    blocks.add(0, [1])
+    assert blocks.can_reserve(0, 2, total=8) and not blocks.can_reserve(0, 2, total=9)
 
 
 def test_bad_sizes_and_policies():

@@ -363,3 +363,20 @@ def test_what_has_left_the_window_cannot_be_rewound_to_and_clearing_frees_every_
     blocks.clear()
     check_integrity(blocks)
     assert blocks.windows.num_free == blocks.windows.num_blocks and 0 not in blocks
+
+
+def test_a_pinned_window_that_lost_a_room_while_its_sequence_was_back_is_not_held_any_more():
+    blocks = manager(window=8, spare=0)  # 5 rooms
+    prompt = list(range(40))
+    compute(blocks, 0, prompt)
+    blocks.pin(0)
+    blocks.free(0)
+    assert blocks.windows.num_used == 2
+    blocks.add(0, prompt)  # the last block is its own: one token is left to compute
+    compute(blocks, 1, [100, 101, 102, 103, 104])  # takes the room of the pinned one
+    blocks.free(0)
+    check_integrity(blocks)
+    assert blocks.windows.num_used == 2 and blocks.num_pinned == 10
+    assert blocks.match([*prompt, 99]) == 36
+    blocks.unpin(0)
+    check_integrity(blocks)
