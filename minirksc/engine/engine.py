@@ -64,14 +64,8 @@ class Engine(Sequences):
         sampling_defaults: Mapping[str, float],
     ) -> None:
         spec, device = runner.model.spec, runner.model.device
-        scheduler = Scheduler(
-            blocks,
-            config.max_batch_tokens,
-            config.max_batch_requests,
-            block_bytes,
-            config.prefix_caching,
-            spec.switch_len,
-        )
+        limits = config.max_batch_tokens, config.max_batch_requests
+        scheduler = Scheduler(blocks, *limits, block_bytes, config.prefix_caching, spec.switch_len)
         assert config.max_model_len is not None
         super().__init__(scheduler, spec.vocab_size, config.max_model_len, device)
         self.runner = runner

@@ -57,7 +57,8 @@ class StopChecker:
         assert self.finish_reason is None
         self._num_tokens += 1
         may_stop = self._num_tokens > self._params.min_tokens
-        if may_stop and self._ends_at(token_id):
+        if may_stop and (token_id in self._params.stop_token_ids or token_id in self._eos_token_ids):
+            self.stop_reason = token_id if token_id in self._params.stop_token_ids else None
             return self._end("stop")
         if self.detokenizer is not None:
             self._held += self.detokenizer.push([token_id])
@@ -82,12 +83,6 @@ class StopChecker:
         """(what `flush` would give out, its provisional characters); nothing changes."""
         rest = "" if self.detokenizer is None else self.detokenizer.flush()
         return self._held + rest, len(rest)
-
-    def _ends_at(self, token_id: int) -> bool:
-        if token_id in self._params.stop_token_ids:
-            self.stop_reason = token_id
-            return True
-        return token_id in self._eos_token_ids
 
     def _end(self, reason: str) -> str:
         """Ends it after the tokens so far; the last half character, if any, comes out as it is."""
