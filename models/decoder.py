@@ -131,12 +131,13 @@ class Decoder:
         hidden = self.embed(token_ids).to(self.dtype)  # [tokens, hidden]
         if self.spec.embed_scale != 1:
             hidden = hidden.mul_(self._embed_scale)
-        return LayerFeed(
-            hidden,
-            {rope: rotary.tables(positions, sequence_lens, self.dtype) for rope, rotary in self._rotaries.items()},
-            self._query_growth(positions),
-            None if self.layer_inputs is None else self.layer_inputs(token_ids, hidden),
-        )
+        tables = {rope: rotary.tables(positions, sequence_lens, self.dtype) for rope, rotary in self._rotaries.items()}
+        growth = None  # [tokens, 1, 1]
+        if self.spec.query_growth is not None:
+            beta, length = self.spec.query_growth
+            growth = (1 + beta * torch.log1p(torch.floor(positions / length))).to(self.dtype)[:, None, None]
+        inputs = None if self.layer_inputs is None else self.layer_inputs(token_ids, hidden)
+        return LayerFeed(hidden, tables, growth, inputs)
 
     def through_layers(
         self,
@@ -231,14 +232,6 @@ class Decoder:
         if layer.kv_layer is None:
             tables = None if layer.rope is None else self._rotaries[layer.rope].shift_tables(shifts)
             self.backend.copy_rotated(layer_cache, sources, destinations, tables)
-
-    def _query_growth(self, positions: Tensor) -> Tensor | None:
-        """`[tokens, 1, 1]`, what queries at these positions are multiplied by."""
-        if self.spec.query_growth is None:
-            return None
-        beta, length = self.spec.query_growth
-        growth = 1 + beta * torch.log1p(torch.floor(positions / length))
-        return growth.to(self.dtype)[:, None, None]
 
 
 def _layer_prefix(named: tuple[str, Tensor]) -> str:

@@ -133,9 +133,7 @@ def slots_at(table: Sequence[int], positions: Iterable[int], block_size: int) ->
 
 def _first_logits_position(item: ScheduledRequest) -> int:
     """First position of the item whose logits are wanted; its end when none is."""
-    firsts = [item.first + item.num_tokens]
-    if item.request.logits_start is not None:
-        firsts.append(max(item.first, item.request.logits_start))
-    if item.completes and item.request.checker is not None:  # the next token is drawn from the last one's logits
-        firsts.append(item.first + item.num_tokens - 1)
-    return min(firsts)
+    request, end = item.request, item.first + item.num_tokens
+    # The next token is drawn from the last one's logits.
+    first = end - 1 if item.completes and request.checker is not None else end
+    return first if request.logits_start is None else min(first, max(item.first, request.logits_start))

@@ -4,6 +4,7 @@ A branch is a handle on a kept sequence of one engine. Everything goes by token 
 is never tokenised again. Blocks are shared until one branch writes into a block that another one holds.
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
@@ -299,3 +300,15 @@ class BranchProgress:
     def finished(self) -> bool:
         """True when it has ended."""
         return self._request.finished
+
+
+def early_ends(answer: Any, num_branches: int) -> list[tuple[int, str]]:
+    """(index, finish_reason) of the branches that `on_step` of `LLM.extend` stops.
+
+    Raises:
+        ConfigError: it gave something else.
+    """
+    ends = {} if answer is None else answer
+    if isinstance(ends, Mapping) and all(i in range(num_branches) and isinstance(ends[i], str) for i in ends):
+        return list(ends.items())
+    raise ConfigError(f"on_step gave {brief(answer)} for {num_branches} branches; it gives index -> finish_reason")

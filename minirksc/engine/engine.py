@@ -232,8 +232,7 @@ class Engine(Sequences):
         requests = [rows.item.request for rows in ends]
         ops = self.runner.model.backend
         sampling_rows = [SamplingRow.of(request, self.eos_token_ids) for request in requests]
-        drawn = sample(logits, sampling_rows, ops.confidence, ops.draw)
-        return list(zip(requests, drawn, strict=True))
+        return list(zip(requests, sample(logits, sampling_rows, ops.confidence, ops.draw), strict=True))
 
     def _deliver(
         self, items: list[ScheduledRequest], gated: GatedPass, drawn: list[tuple[Request, Sampled]]

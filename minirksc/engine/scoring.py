@@ -7,6 +7,7 @@ with its request. Choices of one token each are read off one row of logits; long
 import math
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,52 @@ from torch import Tensor
 from minirksc.engine.calls import Call
 from minirksc.engine.engine import Engine
 from minirksc.engine.gates import LayerGate, Seat
+from minirksc.engine.open_engine import OpenEngine
+from minirksc.engine.prompts import one_or_many
 from minirksc.engine.request import LogitsCallback, Sequence
+from minirksc.errors import ConfigError, brief
 from minirksc.options import SamplingParams
+from minirksc.token_ids import is_list, plain, read_token_ids
+
+
+def read_choices(home: OpenEngine, choices: Any) -> list[list[int]]:
+    """Token ids of each choice.
+
+    Args:
+        home: what makes token ids of text.
+        choices: choices, in any form of a list that `LLM.score` takes.
+
+    Raises:
+        ConfigError: they are no list, fewer than two, or one is empty.
+        PromptError, TokenizerError: one is neither text nor token ids, or there is no tokenizer.
+    """
+    items = plain(choices)
+    if not is_list(items):
+        raise ConfigError(f"choices must be a list of text or token ids, not {brief(items)}")
+    choice_ids = [read_token_ids(home.encode_fragment(choice), vocab_size=home.spec.vocab_size) for choice in items]
+    if len(choice_ids) < 2 or not all(choice_ids):
+        raise ConfigError(f"score() needs at least two choices of at least one token, got {brief(choices)}")
+    return choice_ids
+
+
+def read_questions(home: OpenEngine, question: Any, num_branches: int) -> list[list[int]]:
+    """Token ids of the question of each branch.
+
+    Args:
+        home: what makes token ids of text.
+        question: one for all branches, or a list of one for each.
+        num_branches: number of branches.
+
+    Raises:
+        ConfigError: a list of another length.
+        PromptError, TokenizerError: one is neither text nor token ids, or there is no tokenizer.
+    """
+    items, is_one = one_or_many(question)
+    if is_one or not items:
+        return [home.encode_fragment(items[0] if items else ())] * num_branches
+    if len(items) != num_branches:
+        raise ConfigError(f"{len(items)} questions for {num_branches} branches; give one, or one a branch")
+    return [home.encode_fragment(item) for item in items]
 
 
 def score_requests(

@@ -11,19 +11,19 @@ from typing import Any
 from torch import Tensor
 
 from minirksc.cache.eviction import Eviction as Eviction
-from minirksc.engine.branch import Branch, BranchProgress, branch_list
+from minirksc.engine.branch import Branch, BranchProgress, branch_list, early_ends
 from minirksc.engine.calls import Call
 from minirksc.engine.gates import LayerGate, Seat
 from minirksc.engine.open_engine import OpenEngine
 from minirksc.engine.outputs import Job
 from minirksc.engine.prompts import Params, Prompt, either_params, one_or_many, params_list
 from minirksc.engine.request import Request, Salt
-from minirksc.engine.scoring import score_requests
+from minirksc.engine.scoring import read_choices, read_questions, score_requests
 from minirksc.engine.stats import Stats, runs_on
-from minirksc.errors import BranchError, ConfigError, MinirkscError, NumericalError, brief, named
+from minirksc.errors import BranchError, ConfigError, MinirkscError, NumericalError, named
 from minirksc.options import SamplingParams
 from minirksc.text.tokenizer import Tokenizer as Tokenizer
-from minirksc.token_ids import is_list, plain, read_token_ids
+from minirksc.token_ids import read_token_ids
 
 
 class Session(OpenEngine):
@@ -189,7 +189,7 @@ class Session(OpenEngine):
             progress = [BranchProgress(branch, request) for branch, request in zip(owned, call.requests, strict=True)]
             try:
                 for _ in self.run(call.requests):
-                    for index, reason in _early_ends(on_step(progress) if on_step else None, len(owned)):
+                    for index, reason in early_ends(on_step(progress) if on_step else None, len(owned)):
                         self.engine.abort(call.requests[index], reason)
             finally:
                 for branch in () if keep_stop else owned:
@@ -222,13 +222,13 @@ class Session(OpenEngine):
             ConfigError: too few choices, not one question a branch, or a gate with choices of several tokens.
         """
         owned = branch_list(branches, self)
-        choice_ids = self._choices(choices)
+        choice_ids = read_choices(self, choices)
         if gate is not None and max(map(len, choice_ids)) > 1:
             raise ConfigError(f"a gate reads one row of logits a branch; choices {choice_ids} have more than one token")
         with self.engine.call() as call:
             sequences = [branch.sequence for branch in owned]
             scores = score_requests(
-                self.engine, call, sequences, self._questions(question, len(owned)), choice_ids, gate
+                self.engine, call, sequences, read_questions(self, question, len(owned)), choice_ids, gate
             )
             self.run_all(call.requests)
         # What departed has no score.
@@ -236,25 +236,6 @@ class Session(OpenEngine):
         if not rows.isfinite().all():
             raise NumericalError("the model gave NaN or infinite logits for a choice; try dtype='float32'")
         return scores.softmax(-1)
-
-    def _choices(self, choices: Any) -> list[list[int]]:
-        """Token ids of each choice."""
-        items = plain(choices)
-        if not is_list(items):
-            raise ConfigError(f"choices must be a list of text or token ids, not {brief(items)}")
-        choice_ids = [read_token_ids(self.encode_fragment(choice), vocab_size=self.spec.vocab_size) for choice in items]
-        if len(choice_ids) < 2 or not all(choice_ids):
-            raise ConfigError(f"score() needs at least two choices of at least one token, got {brief(choices)}")
-        return choice_ids
-
-    def _questions(self, question: Any, num_branches: int) -> list[list[int]]:
-        """Token ids of the question of each branch."""
-        items, is_one = one_or_many(question)
-        if is_one or not items:
-            return [self.encode_fragment(items[0] if items else ())] * num_branches
-        if len(items) != num_branches:
-            raise ConfigError(f"{len(items)} questions for {num_branches} branches; give one, or one a branch")
-        return [self.encode_fragment(item) for item in items]
 
     # Looking
 
@@ -296,11 +277,3 @@ def raise_named(error: Exception | None, what: str, index: int, count: int) -> N
 def _raise_first_error(requests: SequenceOf[Request], what: str) -> None:
     for index, request in enumerate(requests):
         raise_named(request.error, what, index, len(requests))
-
-
-def _early_ends(answer: Any, num_branches: int) -> list[tuple[int, str]]:
-    """(index, finish_reason) of the branches that on_step stops."""
-    ends = {} if answer is None else answer
-    if isinstance(ends, Mapping) and all(i in range(num_branches) and isinstance(ends[i], str) for i in ends):
-        return list(ends.items())
-    raise ConfigError(f"on_step gave {brief(answer)} for {num_branches} branches; it gives index -> finish_reason")
