@@ -383,3 +383,37 @@ def test_a_chain_has_one_candidate_at_a_time():
     assert len(blocks._pool._victims) == 1
     filled(blocks, 1, [10, 11, 12, 13])  # evicts one
     assert len(blocks._pool._victims) == 1 and blocks.match([1, 2, 3, 4, 5, 0]) == 4
+
+
+def test_a_block_that_more_wait_for_than_when_it_was_offered_is_judged_anew():
+    blocks = BlockManager(2, 1, "cost")
+    for seq_id in (0, 1):
+        filled(blocks, seq_id, [seq_id])
+    for seq_id in (0, 1):
+        blocks.free(seq_id, returns=True)
+    blocks.fork(0, 2)  # two wait for the older block now, one for the other
+    filled(blocks, 3, [9])
+    assert blocks.match([0, 5]) == 1 and blocks.match([1, 5]) == 0
+
+
+def test_the_least_recent_goes_first_after_many_hits_without_pressure():
+    blocks = BlockManager(4, 1, "lru")
+    for token in range(4):
+        filled(blocks, token, [token])
+    for token in range(4):
+        blocks.free(token)
+    for seq_id, token in enumerate([3, 2, 1, 0, 3], start=4):
+        blocks.add(seq_id, [token, 9])
+        blocks.free(seq_id)
+    filled(blocks, 9, [8])
+    assert [blocks.match([token, 9]) for token in range(4)] == [1, 1, 0, 1]
+
+
+def test_what_is_pinned_stays_pinned_when_all_blocks_are_lost():
+    blocks = BlockManager(4, 2)
+    blocks.pin(0)
+    blocks.clear()
+    filled(blocks, 0, [1, 2])
+    blocks.free(0)
+    assert blocks.num_pinned == 1
+    check_integrity(blocks)
