@@ -163,8 +163,7 @@ def _choose_target(config: EngineConfig, checkpoint: _Checkpoint) -> _Target:
 
 def _load_weights(checkpoint: _Checkpoint, target: _Target, use_tqdm: bool) -> tuple[Decoder, float]:
     """(the model, seconds that went into making it of the tensors that were read)."""
-    spec = checkpoint.spec
-    _, total = _memory(target.device)
+    spec, total = checkpoint.spec, _total_bytes(target.device)
     max_numbers = None if total is None else total // target.number_bytes
     reading = _Reading(iter_weights(checkpoint.path, spec, target.dtype, max_numbers), target.device)
     begin = time.perf_counter()
@@ -184,13 +183,13 @@ def _make_cache(config: EngineConfig, target: _Target, model: Decoder) -> tuple[
     if window is not None and window >= config.max_model_len:
         window = None  # it never hides anything
     size = block_bytes(spec, config.block_size, target.kv_dtype, window)
-    budget = _cache_budget(config, spec, size, _memory(device)[0] if config.kv_cache_bytes is None else 0)
+    budget = _cache_budget(config, spec, size, _free_bytes(device) if config.kv_cache_bytes is None else 0)
     num_blocks, num_window_blocks = _num_blocks(config, size, window, budget)
     try:
         runner = Runner(model, num_blocks, num_window_blocks, config.block_size, target.kv_dtype)
     except (OSError, RuntimeError) as error:  # what mmap and torch raise where there is no room
         raise CacheFullError(
-            f"no room for a KV cache of {budget} bytes, and {_memory(device)[0]} are free; "
+            f"no room for a KV cache of {budget} bytes, and {_free_bytes(device)} are free; "
             "lower kv_cache_bytes (--kv-cache-bytes)"
         ) from error
     runner.recorded = None if config.enforce_eager else _recordings(config, target, runner)
@@ -296,9 +295,12 @@ def _num_blocks(config: EngineConfig, size: BlockBytes, window: int | None, budg
     return num_blocks, num_window_blocks
 
 
-def _memory(device: torch.device) -> tuple[int, int | None]:
-    """(bytes that are free on a device, bytes that it has; None where the system does not say)."""
-    return torch.cuda.mem_get_info(device) if device.type == "cuda" else (host.free_bytes(), host.total_bytes())
+def _free_bytes(device: torch.device) -> int:
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host.free_bytes()
+
+
+def _total_bytes(device: torch.device) -> int | None:
+    return int(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else host.total_bytes()
 
 
 def _sampling_defaults(generation: dict[str, Any]) -> dict[str, float]:
